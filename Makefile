@@ -1,0 +1,45 @@
+# The virtual environment: `make VENV=/elsewhere` or the environment variable VENV puts it in another place.
+VENV ?= .venv
+PYTHON ?= python3.11
+BIN := $(VENV)/bin
+# Dependencies are installed anew when setup.cfg changes; the link to this checkout when the checkout moves.
+DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
+CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
+
+.PHONY: install demo test check format bench clean
+
+install: $(DEPENDENCIES) $(CHECKOUT)
+
+$(DEPENDENCIES): setup.cfg
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=23.2' 'setuptools>=77' wheel
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	rm -f $(VENV)/.dependencies-* $(VENV)/.checkout-*
+	touch $@ $(CHECKOUT)
+
+$(CHECKOUT): | $(DEPENDENCIES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.checkout-*
+	touch $@
+
+demo: install
+	$(BIN)/python examples/quickstart.py
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache runs

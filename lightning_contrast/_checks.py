@@ -1,0 +1,79 @@
+"""Argument checks with one style of message: `` `name` must <rule>, got <value>. <mend>. ``."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+from torch import Tensor
+
+
+def fail(name: str, rule: str, value: object, mend: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``error`` in the style of the package.
+
+    Args:
+        name: Name of the argument as the user wrote it.
+        rule: What must hold, as the words after "must".
+        value: What was given.
+        mend: A sentence without its full stop that tells how to put it right.
+        error: ValueError for values and shapes, TypeError for objects.
+    """
+    raise error(f"`{name}` must {rule}, got {value!r}. {mend}.")
+
+
+def require(condition: bool, name: str, rule: str, value: object, mend: str) -> None:
+    """Raise a ValueError unless ``condition`` holds."""
+    if not condition:
+        fail(name, rule, value, mend)
+
+
+def check_positive(name: str, value: float, mend: str = "Give a number above 0") -> None:
+    """Check ``value > 0``."""
+    require(value > 0, name, "be > 0", value, mend)
+
+
+def check_not_negative(name: str, value: float, mend: str = "Give 0 or a number above it") -> None:
+    """Check ``value >= 0``."""
+    require(value >= 0, name, "be >= 0", value, mend)
+
+
+def check_at_least(name: str, value: int, minimum: int, mend: str | None = None) -> None:
+    """Check that ``value`` is a whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(name, "be a whole number", value, mend or f"Give an int of at least {minimum}", TypeError)
+    require(value >= minimum, name, f"be >= {minimum}", value, mend or f"Give at least {minimum}")
+
+
+def check_probability(name: str, value: float, mend: str = "Give a number from 0 to 1") -> None:
+    """Check ``0 <= value <= 1``."""
+    require(0 <= value <= 1, name, "lie in [0, 1]", value, mend)
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Check that ``value`` is one of ``choices``, naming near matches where it is not."""
+    options = list(choices)
+    if value in options:
+        return
+    near = get_close_matches(str(value), [str(option) for option in options], n=3)
+    hint = f"Did you mean {' or '.join(map(repr, near))}" if near else "Choose one of those"
+    fail(name, f"be one of {', '.join(map(repr, options))}", value, hint)
+
+
+def check_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor, dims: int) -> None:
+    """Check that two tensors have the same shape and ``dims`` dimensions."""
+    if a.shape != b.shape or a.ndim != dims:
+        raise ValueError(
+            f"`{name_a}` and `{name_b}` must have the same {dims}-D shape, got {tuple(a.shape)} and {tuple(b.shape)}. "
+            f"Give one row of each for every image."
+        )
+
+
+def check_batch(name: str, size: int, minimum: int = 2) -> None:
+    """Check that a batch has the rows that a loss needs."""
+    mend = "Raise `batch_size`, or set `drop_last=True` so that no short batch is left over"
+    require(size >= minimum, name, f"have a batch of at least {minimum}", size, mend)
+
+
+def check_range(name: str, values: Sequence[float], low: float, high: float) -> None:
+    """Check that ``values`` is an ordered pair inside ``[low, high]``."""
+    ok = len(values) == 2 and low <= values[0] <= values[1] <= high
+    require(ok, name, f"be an ordered pair inside [{low}, {high}]", tuple(values), "Give (smaller, larger)")

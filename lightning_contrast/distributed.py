@@ -1,0 +1,157 @@
+"""Collectives over all ranks: `torch.distributed` only, and the identity where one process trains alone.
+
+Every rank must call each function of this file the same number of times and in the same order. Ranks may hold
+different numbers of rows: whatever is gathered is padded on its way and right in rank order.
+
+The functions ``*_with_gradient`` sum the gradients of all ranks on the way back. A loss computed from them has the same
+value on every rank, and the mean over ranks of its gradients, which DDP and FSDP take, is the gradient of one process
+that holds the joined batch.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Tell whether several processes train together."""
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """Return the number of processes that train together, 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process among them, 0 where there is no process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def batch_sizes(size: int, device: torch.device | None = None) -> list[int]:
+    """Return the sizes that all ranks give, in rank order.
+
+    Args:
+        size: Number of rows on this rank, >= 0.
+        device: Where the process group can communicate; None is the CPU, right for gloo.
+    """
+    if not is_distributed():
+        return [size]
+    own = torch.tensor([size], dtype=torch.int64, device=device)
+    return [int(n) for n in torch.cat(_all_gather_equal(own)).tolist()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Return the rows of all ranks in rank order, without gradient.
+
+    Args:
+        x: Any tensor with at least one dimension, ``(B_r, ...)``; ``B_r`` may differ from rank to rank.
+
+    Returns:
+        ``(sum of B_r, ...)``, the same on every rank; ``x`` detached where there is one process.
+    """
+    x = x.detach()
+    if not is_distributed():
+        return x
+    return _gather_rows(x, batch_sizes(len(x), x.device))
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """Return the rows of all ranks in rank order; backward sums over ranks the gradient of each rank's own rows.
+
+    Args:
+        x: A floating tensor with at least one dimension, ``(B_r, ...)``; ``B_r`` may differ from rank to rank.
+
+    Returns:
+        ``(sum of B_r, ...)``, the same on every rank; ``x`` itself where there is one process.
+    """
+    if not is_distributed():
+        return x
+    return cast("Tensor", _Gather.apply(x))
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Return the sum over ranks, without gradient; ``x`` is left as it is.
+
+    Args:
+        x: A tensor of the same shape on every rank.
+    """
+    x = x.detach()
+    if not is_distributed():
+        return x
+    total = x.contiguous().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Return the mean over ranks, without gradient; each rank counts the same, however many rows it holds.
+
+    Args:
+        x: A floating tensor of the same shape on every rank.
+    """
+    return all_reduce_sum(x) / world_size() if is_distributed() else x.detach()
+
+
+def all_reduce_sum_with_gradient(x: Tensor) -> Tensor:
+    """Return the sum over ranks; backward gives each rank the sum of the gradients of all ranks.
+
+    Args:
+        x: A floating tensor of the same shape on every rank.
+    """
+    return cast("Tensor", _AllReduceSum.apply(x)) if is_distributed() else x
+
+
+def all_reduce_mean_with_gradient(x: Tensor) -> Tensor:
+    """Return the mean over ranks; backward gives each rank the mean of the gradients of all ranks.
+
+    Args:
+        x: A floating tensor of the same shape on every rank.
+    """
+    return all_reduce_sum_with_gradient(x) / world_size() if is_distributed() else x
+
+
+def _all_gather_equal(x: Tensor) -> list[Tensor]:
+    """Gather tensors of one shape."""
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
+    return parts
+
+
+def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
+    """Gather ``x`` with ``sizes[r]`` rows on rank r: pad to the longest, gather, cut."""
+    is_bool = x.dtype == torch.bool  # which not every backend can send
+    x = (x.to(torch.uint8) if is_bool else x).contiguous()
+    longest = max(sizes)
+    if len(x) < longest:
+        x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    rows = torch.cat([part[:size] for part, size in zip(_all_gather_equal(x), sizes, strict=True)])
+    return rows.to(torch.bool) if is_bool else rows
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; on the way back the sum over ranks of the gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        sizes = batch_sizes(len(x), x.device)
+        ctx.start, ctx.size = sum(sizes[: rank()]), len(x)
+        return _gather_rows(x, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # one input, one output
+        return all_reduce_sum(grad)[ctx.start : ctx.start + ctx.size]
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # one input, one output
+        return all_reduce_sum(grad)

@@ -1,0 +1,123 @@
+"""Pictures: images beside their views, queries beside their neighbours, a map of images. Needs matplotlib."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_contrast._checks import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def view_grid(images: Tensor, views: Sequence[Tensor], *, mean: Tensor | None = None, std: Tensor | None = None) -> "Figure":
+    """Draw a row for each image: the original, then its views.
+
+    Args:
+        images: (N, C, H, W), uint8 or float in 0..1.
+        views: V tensors (N, C, h, w).
+        mean: Per channel, where the views are normalised.
+        std: Per channel, where the views are normalised.
+
+    Returns:
+        A figure of N rows and 1 + V columns.
+    """
+    if mean is not None and std is not None:
+        views = [view * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for view in views]
+    rows = [[images[i], *(view[i] for view in views)] for i in range(len(images))]
+    titles = ["original", *(f"view {v + 1}" for v in range(len(views)))]
+    return _picture_grid(rows, titles)
+
+
+def neighbour_strips(
+    queries: Tensor, gallery: Tensor, features: Sequence[tuple[str, Tensor, Tensor]], *, count: int = 5
+) -> "Figure":
+    """Draw a row for each query: the query, then its nearest gallery images in each feature space.
+
+    Args:
+        queries: Images (N, C, H, W).
+        gallery: Images (M, C, H, W).
+        features: For each space its title, the features of the queries (N, F) and of the gallery (M, F).
+        count: Neighbours in each space, most similar first (cosine).
+
+    Returns:
+        A figure of N rows.
+    """
+    require(len(features) > 0, "features", "name at least one feature space", len(features), "Give (title, q, g)")
+    rows = [[query] for query in queries]
+    titles = ["query"]
+    for title, of_queries, of_gallery in features:
+        similarity = F.normalize(of_queries, dim=1) @ F.normalize(of_gallery, dim=1).T
+        for row, nearest in zip(rows, similarity.topk(count, dim=1).indices, strict=True):
+            row.extend(gallery[nearest])
+        titles += [f"{title}:\nnearest", *(str(n + 2) for n in range(count - 1))]
+    return _picture_grid(rows, titles, gap_every=count)
+
+
+def image_map(images: Tensor, features: Tensor, *, size: float = 10.0, seed: int = 0) -> "Figure":
+    """Draw every image at the place that t-SNE (scikit-learn, cosine distance) gives its features.
+
+    Args:
+        images: (N, C, H, W), uint8 or float in 0..1.
+        features: (N, F).
+        size: Edge of the figure in inches.
+        seed: Of t-SNE.
+
+    Returns:
+        A figure with N small pictures.
+    """
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(images) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    places = tsne.fit_transform(features.numpy())
+    figure = _figure(size, size)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    axes.set_xlim(places[:, 0].min() - 2, places[:, 0].max() + 2)
+    axes.set_ylim(places[:, 1].min() - 2, places[:, 1].max() + 2)
+    for image, place in zip(images, places, strict=True):
+        picture = OffsetImage(_pixels(image), zoom=0.7)
+        axes.add_artist(AnnotationBbox(picture, tuple(place), frameon=False))
+    return figure
+
+
+def _picture_grid(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], gap_every: int = 0) -> "Figure":
+    """Draw rows of images with a title over each column, and a gap before each group of columns."""
+    gaps = [0.35 if gap_every and column % gap_every == 1 else 0.0 for column in range(len(titles))]
+    width = len(titles) + sum(gaps)
+    figure = _figure(width * 0.8, len(rows) * 0.8 + 0.5)
+    top = 1 - 0.5 / (len(rows) * 0.8 + 0.5)
+    for i, row in enumerate(rows):
+        left = 0.0
+        for j, image in enumerate(row):
+            left += gaps[j] / width
+            axes = figure.add_axes((left, top * (1 - (i + 1) / len(rows)), 0.95 / width, 0.95 * top / len(rows)))
+            left += 1 / width
+            _show(axes, image, titles[j] if i == 0 else "")
+    return figure
+
+
+def _show(axes: "Axes", image: Tensor, title: str) -> None:
+    axes.imshow(_pixels(image), interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=8)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """Return a figure that belongs to no window system and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110)
+
+
+def _pixels(image: Tensor) -> object:
+    """Return an image (C, H, W) as an array (H, W, 3) in 0..1."""
+    pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    pixels = pixels.clamp(0, 1).expand(3, -1, -1) if len(pixels) == 1 else pixels.clamp(0, 1)
+    return pixels.permute(1, 2, 0).cpu().numpy()

@@ -1,0 +1,83 @@
+"""What a method reads from its Trainer and from its own constructor: steps, batch size, arguments worth saving."""
+
+import math
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.parsing import collect_init_args
+
+from lightning_contrast._checks import fail, require
+
+
+def planned_steps(trainer: L.Trainer, warmup_epochs: int) -> tuple[int, int]:
+    """Return the optimizer steps of the warm-up and of the run, as the Trainer plans them.
+
+    Args:
+        trainer: The Trainer of a fit that is being set up.
+        warmup_epochs: Epochs of the warm-up, >= 0.
+
+    Raises:
+        ValueError: If the run has no end, is shorter than its warm-up, or has epochs of unknown length.
+    """
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        mend = "Set `max_epochs` or `max_steps` on the Trainer: the schedule needs the end of the run"
+        fail("max_epochs", "end the run", trainer.max_epochs, mend)
+    if warmup_epochs == 0:
+        return 0, int(total)
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    mend = "Set `limit_train_batches` on the Trainer, or `warmup_epochs=0`"
+    require(batches < math.inf, "warmup_epochs", "be 0 for a loader without a length", warmup_epochs, mend)
+    warmup = warmup_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+    mend = "Train longer, or lower `warmup_epochs`"
+    require(warmup < total, "warmup_epochs", f"end before the run of {int(total)} steps", f"{warmup} steps", mend)
+    return warmup, int(total)
+
+
+def global_batch_size(trainer: L.Trainer) -> int:
+    """Return the images of an optimizer step: per rank x ranks x accumulation, read from the train loader.
+
+    Args:
+        trainer: The Trainer of a fit that is being set up.
+
+    Raises:
+        ValueError: If the loader does not tell its batch size.
+    """
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    loader: Any = trainer.train_dataloader
+    loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+    batch_size = getattr(loader, "batch_size", None)
+    batch_size = batch_size or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if not isinstance(batch_size, int):
+        fail("lr", "be given where the loader does not tell its batch size", None, "Pass an absolute `lr`")
+    return batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def caller(frame: FrameType | None) -> FrameType | None:
+    """Return the frame that called the given one."""
+    return frame.f_back if frame is not None else None
+
+
+def unsaved_arguments(frame: FrameType | None) -> list[str]:
+    """Return the names of the constructor arguments that ``weights_only=True`` could not load.
+
+    Args:
+        frame: The frame of a constructor; those of the subclasses that called it are looked at too.
+    """
+    if frame is None:
+        return []
+    levels = collect_init_args(frame, [], classes=(L.LightningModule,))
+    return [name for arguments in levels for name, value in arguments.items() if not _is_plain(value)]
+
+
+def _is_plain(value: object) -> bool:
+    """Tell numbers, text, None and containers of them from modules, callables and the like."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,156 @@
+"""What every method would otherwise repeat word for word; never an algorithm."""
+
+import inspect
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, ClassVar
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_contrast import optim
+from lightning_contrast._checks import check_not_negative, check_positive, require
+from lightning_contrast.contracts import require_views, split_batch
+from lightning_contrast.methods._plan import caller, global_batch_size, planned_steps, unsaved_arguments
+from lightning_contrast.nn import build_backbone, check_image_size
+
+
+class ContrastiveModule(L.LightningModule):
+    """Base of the methods: features, evaluation steps, optimizer and schedule, default plug-ins, sharding.
+
+    Args:
+        backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
+        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
+        feature_dim: F, where a module does not say it itself (``num_features``).
+        backbone_kwargs: Further arguments of `timm.create_model`.
+        optimizer: "sgd", "adamw", "lars", "lamb", or a callable that gets the parameter groups and ``lr``.
+        lr: Learning rate after the warm-up, absolute. None: ``base_lr`` scaled with the global batch (``lr_rule``).
+        weight_decay: Of all parameters but norms and biases.
+        warmup_epochs: Epochs in which the learning rate rises linearly from 0.
+    """
+
+    base_lr: ClassVar[float]
+    """The paper's learning rate for a global batch of 256."""
+    lr_rule: ClassVar[str] = "linear"
+    sharded_methods: ClassVar[dict[str, Sequence[str]]] = {}
+    """Methods other than ``forward`` that a step calls, by the name of the submodule that has them."""
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        small_images: bool,
+        feature_dim: int | None,
+        backbone_kwargs: dict[str, Any] | None,
+        optimizer: optim.OptimizerSpec,
+        lr: float | None,
+        weight_decay: float,
+        warmup_epochs: int,
+    ) -> None:
+        super().__init__()
+        if lr is not None:
+            check_positive("lr", lr)
+        check_not_negative("weight_decay", weight_decay)
+        check_not_negative("warmup_epochs", warmup_epochs)
+        optim.check_optimizer(optimizer)
+        self.backbone, self.feature_dim = build_backbone(
+            backbone, small_images=small_images, feature_dim=feature_dim, backbone_kwargs=backbone_kwargs
+        )
+        self.optimizer, self.lr, self.weight_decay, self.warmup_epochs = optimizer, lr, weight_decay, warmup_epochs
+        self._default_callbacks: list[L.Callback] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features (B, F) of images (B, C, H, W) for downstream work."""
+        return self.backbone(images)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    def views(self, batch: Any, count: int) -> list[Tensor]:
+        """Return the ``count`` views of a training batch, each (B, C, h, w), or say what is wrong with the batch."""
+        views = require_views(batch, count)
+        for view in views:
+            check_image_size(self.backbone, view)
+        return views
+
+    def images(self, batch: Any) -> Tensor:
+        """Return the images (B, C, H, W) of an evaluation batch; of a list of views, the first."""
+        images, _ = split_batch(batch)
+        images = images if isinstance(images, Tensor) else images[0]
+        mend = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or let the loader yield normalised floats"
+        require(images.is_floating_point(), "images", "be floating point", str(images.dtype), mend)
+        check_image_size(self.backbone, images)
+        return images
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``{"features": (B, F)}``; probes judge a run, there is no validation loss."""
+        return {"features": self(self.images(batch))}
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the features (B, F) of the batch's images."""
+        return self(self.images(batch))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups: norms and biases carry no weight decay."""
+        return optim.parameter_groups(self, self.weight_decay)
+
+    def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
+        """Return the learning rate at an optimizer step as a share of its peak: warm-up, then cosine to 0."""
+        return optim.warmup_cosine(step, warmup_steps, total_steps)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule per optimizer step."""
+        warmup_steps, total_steps = planned_steps(self.trainer, self.warmup_epochs)
+        lr = self.lr
+        if lr is None:
+            global_batch = global_batch_size(self.trainer)
+            lr = optim.scaled_lr(self.base_lr, global_batch, rule=self.lr_rule)
+            rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
+        optimizer = optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr)
+        schedule = LambdaLR(optimizer, lambda step: self.lr_factor(step, warmup_steps, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Warn once where several ranks keep BatchNorm statistics of their own."""
+        local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
+        local = local and not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules())
+        if self.trainer.world_size > 1 and local:
+            rank_zero_warn("BatchNorm statistics differ between ranks; set `sync_batchnorm=True` on the Trainer.")
+
+    def default_callbacks(self) -> list[L.Callback]:
+        """Return new instances of the plug-ins that the algorithm cannot do without."""
+        return []
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Bring the default plug-ins of which the Trainer has none: the user's own always win."""
+        if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
+            self._default_callbacks = self.default_callbacks()
+        present = self.trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it in its connector
+        return [c for c in self._default_callbacks if not any(isinstance(other, type(c)) for other in present)]
+
+    def configure_model(self) -> None:
+        """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
+        if self.device_mesh is None:
+            return
+        tensor_parallel = self.device_mesh["tensor_parallel"].size()
+        mend = "Use `ModelParallelStrategy(tensor_parallel_size=1)`"
+        require(tensor_parallel == 1, "tensor_parallel_size", "be 1", tensor_parallel, mend)
+        for name, child in self.named_children():
+            if any(True for _ in child.parameters()) and not isinstance(child, FSDPModule):
+                fully_shard(child, mesh=self.device_mesh["data_parallel"])
+                for method in self.sharded_methods.get(name, ()):
+                    register_fsdp_forward_method(child, method)
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Save the constructor's plain arguments; modules and callables would make a checkpoint unloadable."""
+        frame = frame or caller(inspect.currentframe())
+        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        super().save_hyperparameters(*args, ignore=ignored + unsaved_arguments(frame), frame=frame, logger=logger)
