@@ -13,26 +13,73 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import lightning_contrast as lc
 from lightning_contrast import evaluation
 
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--epochs", type=int, default=300)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--fold", type=int, help="judge on this fold (1-4) of the training things, to choose settings")
+parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+options = parser.parse_args()
+start = time.perf_counter()
 
-def scores(data, train, test, artist_a, artist_b):
-    """Score features: 9 groups by k-NN and by a linear classifier, and the same thing drawn by the other artist."""
-    votes = {"num_classes": data.num_classes}
+# Data, model, run: positives are two views of one drawing; the two artists are never paired in training.
+L.seed_everything(options.seed)
+data = lc.data.EmojiDataModule(batch_size=256, seed=options.seed, validation_fold=options.fold)
+mean, std = lc.data.estimate_mean_std(data)
+policy = lc.augment.simclr_views(32, strength=0.5, blur=0.0, mean=mean, std=std)
+model = lc.SimCLR(
+    "small_convnet", temperature=0.2, optimizer="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=options.epochs // 60
+)
+trainer = L.Trainer(
+    max_epochs=options.epochs,
+    check_val_every_n_epoch=max(options.epochs // 20, 1),
+    accelerator="cpu",  # the same figures on every machine; leave it out to train on what there is
+    logger=TensorBoardLogger(options.output, name="logs", version=""),
+    log_every_n_steps=5,
+    callbacks=[
+        lc.ViewAugmentation(policy, seed=options.seed),
+        lc.OnlineLinearProbe(num_classes=data.num_classes),
+        lc.OnlineKNN(num_classes=data.num_classes),
+        ModelCheckpoint(options.output, filename="simclr", enable_version_counter=False),
+    ],
+)
+
+
+def features(network: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the features of the training images, and of the judged images by either artist."""
+    groups = (data.images("train"), *data.artists("val"))
+    return [evaluation.encode(network, images, policy.plain) for images in groups]
+
+
+def score(train: torch.Tensor, noto: torch.Tensor, fluent: torch.Tensor) -> dict[str, float]:
+    """Return k-NN and linear accuracy over 9 groups, and how often the same thing by the other artist is nearest."""
+    split = (train, data.labels("train"), torch.cat([noto, fluent]), data.labels("val"))
     return {
-        "knn": evaluation.knn_top1(train, data.train_labels, test, data.test_labels, **votes),
-        "linear": evaluation.linear_top1(train, data.train_labels, test, data.test_labels),
-        "recall@1": evaluation.recall_at_1(artist_a, artist_b),
+        "knn": evaluation.knn_top1(*split, num_classes=data.num_classes),
+        "linear": evaluation.linear_top1(*split),
+        "recall@1": evaluation.recall_at_1(noto, fluent),
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--select", action="store_true", help="judge on a validation split of the training things")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
-    options = parser.parse_args()
-    start = time.perf_counter()
-    L.seed_everything(options.seed)
-    data = lc.data.EmojiDataModule(batch_size=256, seed=options.seed)
-    policy = lc.augment.simclr_views(32, strength=0.5, blur=0.0)
-    model = lc.SimCLR("small_convnet", temperature=0.2, optimizer="adamw", lr=2e-3, weight_decay=1e-4)
+train_pixels, test_pixels = evaluation.pixel_features(data.images("train"), torch.cat(data.artists("val")))
+random = features(model)
+trainer.fit(model, datamodule=data)
+trained = features(model)
+
+# The table, the pictures, and what to take away.
+pixels = (train_pixels, *test_pixels.chunk(2))
+results = {name: score(*of) for name, of in {"pixels": pixels, "random": random, "trained": trained}.items()}
+noto, fluent = data.artists("val")
+queries = torch.arange(3, len(noto), len(noto) // 10)[:10]
+pairs = [(title, of[1][queries], of[2]) for title, of in {"before": random, "after": trained}.items()]
+L.seed_everything(options.seed, verbose=False)
+views = policy(noto[queries])
+evaluation.view_grid(noto[queries], views, mean=mean, std=std).savefig(options.output / "views.png")
+evaluation.neighbour_strips(noto[queries], fluent, pairs).savefig(options.output / "neighbours.png")
+evaluation.image_map(torch.cat([noto, fluent]), torch.cat(trained[1:])).savefig(options.output / "map.png")
+torch.save(model.backbone.state_dict(), options.output / "backbone.pt")
+results |= {"seconds": round(time.perf_counter() - start, 1), "seed": options.seed}
+(options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+print(f"\n{'features':10}{'k-NN':>8}{'linear':>8}{'recall@1':>10}   (in {options.output}: pictures and weights)")
+for name in ("pixels", "random", "trained"):
+    print(f"{name:10}{results[name]['knn']:8.3f}{results[name]['linear']:8.3f}{results[name]['recall@1']:10.3f}")
+print(f"{results['seconds']:.0f} s in all, seed {options.seed}")

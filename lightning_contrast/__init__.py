@@ -22,4 +22,4 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks import ViewAugmentation as ViewAugmentation
     from lightning_contrast.methods import *  # noqa: F403
 
-__getattr__, __dir__, __all__ = attach(__name__, __file__)  # noqa: PLE0605  (a list, made from the block above)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -141,7 +141,9 @@ def require_views(batch: Any, count: int) -> list[Tensor]:
     if isinstance(images, Tensor):
         mend = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or let the loader yield a list of views"
         fail("batch", f"hold a list of {count} views", f"one tensor of shape {tuple(images.shape)}", mend)
-    require(len(images) == count, "batch", f"hold {count} views", len(images), f"Give a policy that makes {count} views")
+    require(
+        len(images) == count, "batch", f"hold {count} views", len(images), f"Give a policy that makes {count} views"
+    )
     sizes = [len(view) for view in images]
     require(len(set(sizes)) == 1, "views", "have equal batch sizes", sizes, "Make all views of the same images")
     check_batch("views", sizes[0])

@@ -43,11 +43,12 @@ def batch_sizes(size: int, device: torch.device | None = None) -> list[int]:
     return [int(n) for n in torch.cat(_all_gather_equal(own)).tolist()]
 
 
-def gather(x: Tensor) -> Tensor:
+def gather(x: Tensor, sizes: list[int] | None = None) -> Tensor:
     """Return the rows of all ranks in rank order, without gradient.
 
     Args:
         x: Any tensor with at least one dimension, ``(B_r, ...)``; ``B_r`` may differ from rank to rank.
+        sizes: What `batch_sizes` gave for these rows, where it is known already; None asks the other ranks.
 
     Returns:
         ``(sum of B_r, ...)``, the same on every rank; ``x`` detached where there is one process.
@@ -55,7 +56,7 @@ def gather(x: Tensor) -> Tensor:
     x = x.detach()
     if not is_distributed():
         return x
-    return _gather_rows(x, batch_sizes(len(x), x.device))
+    return _gather_rows(x, batch_sizes(len(x), x.device) if sizes is None else sizes)
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class _Gather(torch.autograd.Function):
         return _gather_rows(x, sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # one input, one output
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return all_reduce_sum(grad)[ctx.start : ctx.start + ctx.size]
 
 
@@ -153,5 +154,5 @@ class _AllReduceSum(torch.autograd.Function):
         return all_reduce_sum(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # one input, one output
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return all_reduce_sum(grad)

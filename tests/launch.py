@@ -132,7 +132,11 @@ def _child(
         )
         if store is not None:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
             )
         # Plain pickle: multiprocessing's own would share tensors through memory that ends with this process.
         answer = (True, pickle.dumps(fn(rank, *args)))

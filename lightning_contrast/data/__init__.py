@@ -1,5 +1,17 @@
 """LightningDataModules for small sets in memory and for folders of images."""
 
 from lightning_contrast.data.emoji_module import EmojiDataModule
+from lightning_contrast.data.folder_module import ImageFolderDataModule
+from lightning_contrast.data.image_module import ImageDataModule
+from lightning_contrast.data.in_memory import InMemoryDataModule
+from lightning_contrast.data.loading import ResumableLoader
+from lightning_contrast.data.statistics import estimate_mean_std
 
-__all__ = ["EmojiDataModule"]
+__all__ = [
+    "EmojiDataModule",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "InMemoryDataModule",
+    "ResumableLoader",
+    "estimate_mean_std",
+]

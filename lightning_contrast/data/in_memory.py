@@ -20,7 +20,7 @@ class InMemoryDataModule(L.LightningDataModule):
     """Serves splits of uint8 images from memory, without workers and without Python per image.
 
     A subclass says in `read` how to get the splits; each is read once and kept. Batches are ``(images, labels)``:
-    uint8 ``(B, C, H, W)`` and int64 ``(B,)``; with ``indices=True`` the position in the split, int64 ``(B,)``, is third.
+    uint8 ``(B, C, H, W)`` and int64 ``(B,)``; ``indices=True`` adds the position in the split, int64 ``(B,)``.
 
     Args:
         batch_size: Images per batch on each rank, >= 1. In training a short last batch is left out.
@@ -89,7 +89,11 @@ class InMemoryDataModule(L.LightningDataModule):
         # An ordinary sampler: for prediction Lightning shares it out without repeating rows.
         dataset = self.dataset("test")
         return DataLoader(
-            dataset, self.batch_size, collate_fn=as_is, generator=torch.Generator(), pin_memory=self.pin_memory
+            dataset,
+            batch_size=self.batch_size,
+            collate_fn=as_is,
+            generator=torch.Generator(),
+            pin_memory=self.pin_memory,
         )
 
     def _loader(self, split: Split, *, train: bool = False) -> ResumableLoader:

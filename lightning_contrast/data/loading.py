@@ -36,7 +36,7 @@ def replicas_and_rank(trainer: Trainer | None) -> tuple[int, int]:
     return 1, 0
 
 
-def as_is(batch: Batch) -> Batch:
+def as_is(batch: Any) -> Any:
     """Collate nothing: the set already answers with a batch."""
     return batch
 
@@ -84,6 +84,7 @@ class EpochSampler(DistributedSampler[Any]):
         shuffle: Draw a new order in each epoch.
         seed: Seed of the orders, >= 0.
         drop_last: Where the set does not divide: leave rows out (True) or repeat some (False).
+        alone: Made before it could be known with how many processes the set is shared.
     """
 
     def __init__(
@@ -95,9 +96,28 @@ class EpochSampler(DistributedSampler[Any]):
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
+        alone: bool = False,
     ) -> None:
         super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.alone = alone
         self.first = 0  # rows of this rank that the next pass leaves out, because a run has seen them
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; a Trainer does so before each.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+
+        Raises:
+            RuntimeError: If every process would train on the same images, since the loader knows of one process only.
+        """
+        processes, _ = replicas_and_rank(None)
+        if self.alone and self.shuffle and processes > 1:
+            raise RuntimeError(
+                f"This training loader was made for one process and is used by {processes}, which would all see "
+                "the same images. Give the data module itself to the Trainer: `fit(model, datamodule=...)`."
+            )
+        super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
         total = len(self.dataset)  # type: ignore[arg-type]  # a map-style set has a length, its type does not say so
@@ -252,8 +272,13 @@ def make_loader(
             batch_size,
             "Lower it, or add data",
         )
-    sampler = EpochSampler(dataset, replicas=replicas, rank=rank, shuffle=train, seed=seed, drop_last=train)
-    return ResumableLoader(dataset, batch_size, sampler=sampler, drop_last=train, generator=torch.Generator(), **kwargs)
+    alone = trainer is None and replicas == 1
+    sampler = EpochSampler(
+        dataset, replicas=replicas, rank=rank, shuffle=train, seed=seed, drop_last=train, alone=alone
+    )
+    return ResumableLoader(
+        dataset, batch_size=batch_size, sampler=sampler, drop_last=train, generator=torch.Generator(), **kwargs
+    )
 
 
 def check_loading(batch_size: int, seed: int) -> None:

@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from lightning_contrast.evaluation.frozen import pixel_features as pixel_features
     from lightning_contrast.evaluation.frozen import recall_at_1 as recall_at_1
 
-__getattr__, __dir__, __all__ = attach(__name__, __file__)  # noqa: PLE0605  (a list, made from the block above)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

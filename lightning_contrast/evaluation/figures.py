@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def view_grid(images: Tensor, views: Sequence[Tensor], *, mean: Tensor | None = None, std: Tensor | None = None) -> "Figure":
+def view_grid(
+    images: Tensor,
+    views: Sequence[Tensor],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> "Figure":
     """Draw a row for each image: the original, then its views.
 
     Args:
@@ -27,7 +35,8 @@ def view_grid(images: Tensor, views: Sequence[Tensor], *, mean: Tensor | None = 
         A figure of N rows and 1 + V columns.
     """
     if mean is not None and std is not None:
-        views = [view * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for view in views]
+        scale, shift = (torch.tensor(values, device=views[0].device).view(1, -1, 1, 1) for values in (std, mean))
+        views = [view * scale + shift for view in views]
     rows = [[images[i], *(view[i] for view in views)] for i in range(len(images))]
     titles = ["original", *(f"view {v + 1}" for v in range(len(views)))]
     return _picture_grid(rows, titles)
@@ -116,8 +125,8 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=110)
 
 
-def _pixels(image: Tensor) -> object:
+def _pixels(image: Tensor) -> NDArray[np.float32]:
     """Return an image (C, H, W) as an array (H, W, 3) in 0..1."""
     pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     pixels = pixels.clamp(0, 1).expand(3, -1, -1) if len(pixels) == 1 else pixels.clamp(0, 1)
-    return pixels.permute(1, 2, 0).cpu().numpy()
+    return np.asarray(pixels.permute(1, 2, 0).cpu(), dtype=np.float32)

@@ -31,7 +31,7 @@ def encode(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        batches = images.split(batch_size)
+        batches = torch.split(images, batch_size)
         return torch.cat([model(preprocess(batch.to(device))).float().cpu() for batch in batches])
     finally:
         for module, training in modes.items():

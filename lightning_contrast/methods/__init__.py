@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from lightning_contrast.methods.base import ContrastiveModule as ContrastiveModule
     from lightning_contrast.methods.simclr import SimCLR as SimCLR
 
-__getattr__, __dir__, __all__ = attach(__name__, __file__)  # noqa: PLE0605  (a list, made from the block above)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.parsing import collect_init_args
 
 from lightning_contrast._checks import fail, require
+from lightning_contrast.optim import check_warmup
 
 
 def planned_steps(trainer: L.Trainer, warmup_epochs: int) -> tuple[int, int]:
@@ -21,19 +22,17 @@ def planned_steps(trainer: L.Trainer, warmup_epochs: int) -> tuple[int, int]:
         ValueError: If the run has no end, is shorter than its warm-up, or has epochs of unknown length.
     """
     total = trainer.estimated_stepping_batches
+    batches = _batches_per_epoch(trainer)
+    _set_up_again_on_resume(trainer)
     if not 0 < total < math.inf:
         mend = "Set `max_epochs` or `max_steps` on the Trainer: the schedule needs the end of the run"
         fail("max_epochs", "end the run", trainer.max_epochs, mend)
     if warmup_epochs == 0:
         return 0, int(total)
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
-    batches = trainer.num_training_batches
     mend = "Set `limit_train_batches` on the Trainer, or `warmup_epochs=0`"
     require(batches < math.inf, "warmup_epochs", "be 0 for a loader without a length", warmup_epochs, mend)
     warmup = warmup_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
-    mend = "Train longer, or lower `warmup_epochs`"
-    require(warmup < total, "warmup_epochs", f"end before the run of {int(total)} steps", f"{warmup} steps", mend)
+    check_warmup(warmup, int(total))
     return warmup, int(total)
 
 
@@ -46,15 +45,32 @@ def global_batch_size(trainer: L.Trainer) -> int:
     Raises:
         ValueError: If the loader does not tell its batch size.
     """
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
+    _batches_per_epoch(trainer)
     loader: Any = trainer.train_dataloader
+    _set_up_again_on_resume(trainer)
     loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
     batch_size = getattr(loader, "batch_size", None)
     batch_size = batch_size or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if not isinstance(batch_size, int):
         fail("lr", "be given where the loader does not tell its batch size", None, "Pass an absolute `lr`")
     return batch_size * trainer.world_size * trainer.accumulate_grad_batches
+
+
+def _batches_per_epoch(trainer: L.Trainer) -> float:
+    """Set the train loader up and return its length."""
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    return trainer.num_training_batches
+
+
+def _set_up_again_on_resume(trainer: L.Trainer) -> None:
+    """Let Lightning set the loader up once more, after it has read the checkpoint.
+
+    It sets a loader up only once and gives it its saved state then. Optimizers are configured before the loops of the
+    checkpoint are read, so a loader that was asked for its length there would begin the epoch again.
+    """
+    if trainer.ckpt_path is not None:
+        trainer.fit_loop._combined_loader = None
 
 
 def caller(frame: FrameType | None) -> FrameType | None:

@@ -6,7 +6,7 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim.lr_scheduler import LambdaLR
@@ -45,7 +45,7 @@ class ContrastiveModule(L.LightningModule):
         small_images: bool,
         feature_dim: int | None,
         backbone_kwargs: dict[str, Any] | None,
-        optimizer: optim.OptimizerSpec,
+        optimizer: optim.OptimizerLike,
         lr: float | None,
         weight_decay: float,
         warmup_epochs: int,

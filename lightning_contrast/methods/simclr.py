@@ -7,7 +7,7 @@ decay defaults to the paper's 1e-6 (the program's README command has 1e-4); mome
 learning rate (`optim.LARS`).
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_choice, check_positive, require
 from lightning_contrast.losses import nt_xent
 from lightning_contrast.methods.base import ContrastiveModule
-from lightning_contrast.nn import simclr_head
-from lightning_contrast.optim import OptimizerSpec
+from lightning_contrast.nn import Norm, hidden_layers, simclr_head
+from lightning_contrast.optim import OptimizerLike
 
 
 class SimCLR(ContrastiveModule):
@@ -52,12 +52,12 @@ class SimCLR(ContrastiveModule):
         feature_dim: int | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
         head_layers: int = 2,
-        head_norm: str | None = "batch",
+        head_norm: Norm = "batch",
         evaluation_layer: int = 0,
         projection_dim: int = 128,
         projector: nn.Module | None = None,
         temperature: float = 0.1,
-        optimizer: OptimizerSpec = "lars",
+        optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1e-6,
         warmup_epochs: int = 10,
@@ -79,12 +79,12 @@ class SimCLR(ContrastiveModule):
         mend = "Set `head_layers=3` and no `projector`, or `evaluation_layer=0`"
         require(tappable, "evaluation_layer", "be 0 without SimCLR v2's own head", evaluation_layer, mend)
         self.temperature = temperature
+        head = projector or simclr_head(self.feature_dim, None, projection_dim, layers=head_layers, norm=head_norm)
         self.tap: nn.Module = nn.Identity()
-        self.projector = projector or simclr_head(
-            self.feature_dim, self.feature_dim, projection_dim, layers=head_layers, norm=head_norm
-        )
         if evaluation_layer == 1:
-            self.tap, self.projector = self.projector[:1], self.projector[1:]
+            self.tap = hidden_layers(head, 1)
+            head = cast("nn.Sequential", head.layers)[len(self.tap) :]
+        self.projector = head
         self.save_hyperparameters()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,0 +1,60 @@
+"""Moving average of a network's weights: one fused interpolation against lightly's multiply and add."""
+
+import copy
+
+import timm
+import torch
+from lightly.models.utils import update_momentum
+from torch import nn
+
+from benchmarks.common import alternate, report
+from lightning_contrast.nn import ema_update
+
+NETWORKS = ("resnet50", "vit_small_patch16_224")
+MOMENTUM = 0.996
+
+
+def measure(name: str, repeats: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    online = timm.create_model(name)
+    ours = copy.deepcopy(online).requires_grad_(False)
+    theirs = copy.deepcopy(online).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    ema_update(online, ours, MOMENTUM)
+    update_momentum(online, theirs, MOMENTUM)
+    check_equal(ours, theirs)
+    times = alternate(
+        {
+            "ours": lambda: ema_update(online, ours, MOMENTUM),
+            "lightly": lambda: update_momentum(online, theirs, MOMENTUM),
+        },
+        repeats=repeats,
+        warmup=5,
+    )
+    seconds = {key: value["median_s"] for key, value in times.items()}
+    return {
+        "network": name,
+        "million weights": sum(p.numel() for p in online.parameters()) / 1e6,
+        "ours ms": 1e3 * seconds["ours"],
+        "lightly ms": 1e3 * seconds["lightly"],
+        "lightly / ours": seconds["lightly"] / seconds["ours"],
+    }
+
+
+def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def main(repeats: int = 60) -> None:
+    notes = (
+        "One update of all weights in float32, the same numbers in both. The peer is "
+        "`lightly.models.utils.update_momentum`; both run in turn in one process."
+    )
+    report("ema", [measure(name, repeats) for name in NETWORKS], notes)
+
+
+if __name__ == "__main__":
+    main()

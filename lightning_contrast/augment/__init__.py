@@ -1,0 +1,42 @@
+"""View policies: modules that turn a batch of images into random views, on the device of the batch.
+
+A policy is called with images and returns a list of views; ``policy.plain(images)`` gives the images as evaluation
+sees them. Kornia is imported when the first policy is made. The fused operations that the policies are made of are in
+`lightning_contrast.augment.fused`.
+"""
+
+from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, msn_views, swav_views
+from lightning_contrast.augment.policies import (
+    barlow_twins_views,
+    byol_views,
+    moco_v1_views,
+    moco_v2_views,
+    moco_v3_views,
+    simclr_cifar_views,
+    simclr_views,
+    simsiam_views,
+    supcon_views,
+    vicreg_views,
+)
+from lightning_contrast.augment.policy import ViewPolicy
+from lightning_contrast.augment.recipe import ViewRecipe, make_policy
+
+__all__ = [
+    "ViewPolicy",
+    "ViewRecipe",
+    "barlow_twins_views",
+    "byol_views",
+    "dino_views",
+    "dinov2_views",
+    "make_policy",
+    "moco_v1_views",
+    "moco_v2_views",
+    "moco_v3_views",
+    "msn_views",
+    "simclr_cifar_views",
+    "simclr_views",
+    "simsiam_views",
+    "supcon_views",
+    "swav_views",
+    "vicreg_views",
+]

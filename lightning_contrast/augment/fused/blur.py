@@ -1,0 +1,176 @@
+"""Gaussian blur of the images that are drawn for it."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kornia.augmentation import IntensityAugmentationBase2D
+from torch import Tensor
+
+from lightning_contrast._checks import check_choice, check_probability, fail, require
+from lightning_contrast.augment.fused.resample import apply_weights
+from lightning_contrast.augment.operation import (
+    Draw,
+    Form,
+    FusedOperation,
+    Plan,
+    is_empty,
+    put_,
+    put_back_,
+    rows_where,
+    take,
+    uniform,
+    wants_accelerator_form,
+)
+
+_REACH = 4.0  # standard deviations that the kernel covers where no width is given; 6e-5 of the mass lies beyond
+_SMALL = 64  # pixels of an edge up to which images are blurred together on a CPU, by two matrix products
+_FEW_TAPS = 2  # radius up to which sums of shifted images beat them
+
+
+def blur_weights(kernel: Tensor, size: int) -> Tensor:
+    """Return for each image the matrix that blurs one axis, with reflected borders.
+
+    Args:
+        kernel: Weights at the distances 0, 1, ... ``(B, R + 1)``, R below ``size``.
+        size: Pixels of the axis.
+
+    Returns:
+        Weights ``(B, size, size)``; each row sums to what the whole kernel sums to.
+    """
+    pixel = torch.arange(size, device=kernel.device)
+    table = F.pad(kernel, (0, 2 * size - kernel.shape[1]))
+    distance = (pixel[:, None] - pixel[None, :]).abs()
+    weights = table[:, distance]
+    # pixel j is also its own reflection at both borders, except for the border pixels themselves
+    total = pixel[:, None] + pixel[None, :]
+    weights[:, :, 1:] += table[:, total[:, 1:]]
+    weights[:, :, :-1] += table[:, 2 * (size - 1) - total[:, :-1]]
+    return weights
+
+
+class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
+    """Blur with a Gaussian of random width, with probability ``p`` per image; only those images are computed.
+
+    Equals ``torchvision.transforms.functional.gaussian_blur`` where ``kernel_size`` is given. Without it the kernel
+    is as wide as sigma needs (4 sigma on each side), like Pillow's blur, which approximates the Gaussian by boxes.
+
+    Args:
+        p: Probability for an image.
+        sigma: Range of the standard deviation in pixels; drawn uniformly.
+        kernel_size: Pixels of the kernel, odd; or None. It is cut where an image is too small to be reflected.
+        form: See `Form`.
+        keepdim: Kornia's: return as many dimensions as were given.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        sigma: tuple[float, float] = (0.1, 2.0),
+        *,
+        kernel_size: int | None = None,
+        form: Form = None,
+        keepdim: bool = False,
+    ) -> None:
+        check_probability("p", p)
+        if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1]:
+            fail("sigma", "be an ordered pair above 0", tuple(sigma), "Give (smaller, larger), such as (0.1, 2.0)")
+        odd = kernel_size is None or (kernel_size >= 1 and kernel_size % 2 == 1)
+        require(odd, "kernel_size", "be odd and >= 1", kernel_size, "Give an odd number of pixels, or None")
+        check_choice("form", form, (None, "cpu", "accelerator"))
+        super().__init__(p=1.0, keepdim=keepdim)
+        self.probability, self.sigma, self.kernel_size, self.form = p, tuple(sigma), kernel_size, form
+        self.flags = {"probability": p, "sigma": self.sigma, "kernel_size": kernel_size}
+
+    def draw(self, batch: int, height: int, width: int) -> Draw:
+        """Draw ``blurred`` ``(B,)`` and ``sigma`` ``(B,)`` in pixels."""
+        numbers = uniform(batch, 2)
+        sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * numbers[:, 1]
+        return {"blurred": numbers[:, 0] < self.probability, "sigma": sigma.astype(np.float32)}
+
+    def prepare(self, draw: Draw) -> Plan:
+        """Return the drawn rows and their kernels at the distances 0, 1, ... ``(n, R + 1)``."""
+        sigma = draw["sigma"][draw["blurred"]]
+        radius = np.ceil(_REACH * sigma).astype(np.int64)
+        widest = math.ceil(_REACH * self.sigma[1])
+        if self.kernel_size is not None:
+            widest = min(widest, self.kernel_size // 2)
+            radius = np.minimum(radius, widest)
+        distance = np.arange(widest + 1, dtype=np.float32)
+        kernel = np.exp(-0.5 * (distance / sigma[:, None]) ** 2) * (distance <= radius[:, None])
+        kernel /= 2 * kernel.sum(axis=1, keepdims=True) - kernel[:, :1]
+        rows = np.flatnonzero(draw["blurred"])
+        one_by_one = list(zip(rows.tolist(), radius.tolist(), kernel.tolist(), strict=True))
+        return {"rows": rows_where(draw["blurred"]), "kernel": kernel, "one_by_one": one_by_one}
+
+    def compute_(self, images: Tensor, plan: Plan) -> Tensor:
+        """Blur the drawn rows in place."""
+        if is_empty(plan["rows"]):
+            return images
+        height, width = images.shape[-2:]
+        radius = plan["kernel"].shape[1] - 1
+        if min(height, width) > radius and not wants_accelerator_form(self.form, images):
+            if max(height, width) > _SMALL:
+                for row, reach, weights in plan["one_by_one"]:
+                    _blur_by_sums_(images[row : row + 1], [weights], reach)
+                return images
+            if radius <= _FEW_TAPS:
+                chosen = take(images, plan["rows"])
+                _blur_by_sums_(chosen, plan["kernel"].to(images.dtype), radius)
+                put_back_(images, plan["rows"], chosen)
+                return images
+        kernel = plan["kernel"].to(images.dtype)
+        rows = blur_weights(fit_kernel(kernel, height), height)
+        columns = rows if height == width else blur_weights(fit_kernel(kernel, width), width)
+        put_(images, plan["rows"], apply_weights(take(images, plan["rows"]), rows, columns))
+        return images
+
+
+def fit_kernel(kernel: Tensor, size: int) -> Tensor:
+    """Cut kernels ``(B, R + 1)`` to what reflection at the borders of ``size`` pixels can serve: R < size."""
+    if kernel.shape[1] <= size:
+        return kernel
+    cut = kernel[:, :size]
+    return cut / (2 * cut.sum(1, keepdim=True) - cut[:, :1])
+
+
+def _blur_by_sums_(images: Tensor, kernel: Tensor | list[list[float]], radius: int) -> None:
+    """Blur images ``(n, C, H, W)`` in place by sums of shifted copies, which stay in the processor's cache.
+
+    A padded image is one long row of pixels: shifts along both axes are shifts of that row, and what runs over the
+    ends of lines falls on the padding.
+
+    Args:
+        images: Overwritten.
+        kernel: Weights at the distances 0, 1, ... ``(n, R + 1)``.
+        radius: R, below the edges of the images.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
+    lines, line = height + 2 * radius, width + 2 * radius
+    rows = _shifted_sum(padded.view(count, -1), kernel, radius, 1)
+    both = _shifted_sum(rows, kernel, radius, line)
+    # the sums start `radius` lines and `radius` pixels into the padded image: at the first pixel of the image itself
+    images.copy_(both.as_strided(images.shape, (both.shape[1], lines * line, line, 1)))
+
+
+def _shifted_sum(pixels: Tensor, kernel: Tensor | list[list[float]], radius: int, step: int) -> Tensor:
+    """Return the sum of ``pixels`` ``(n, N)`` shifted by multiples of ``step``, ``(n, N - 2 R step)``."""
+    length = pixels.shape[1] - 2 * radius * step
+
+    def shifted(distance: int) -> Tensor:
+        start = (radius + distance) * step
+        return pixels[:, start : start + length]
+
+    if isinstance(kernel, Tensor):
+        total = shifted(0) * kernel[:, :1]
+        for distance in range(1, radius + 1):
+            weight = kernel[:, distance : distance + 1]
+            total.addcmul_(shifted(-distance), weight).addcmul_(shifted(distance), weight)
+        return total
+    (weights,) = kernel  # one image: its weights are plain numbers, and each sum is one pass
+    total = shifted(0) * weights[0]
+    for distance in range(1, radius + 1):
+        total.add_(shifted(-distance), alpha=weights[distance]).add_(shifted(distance), alpha=weights[distance])
+    return total

@@ -1,0 +1,163 @@
+"""Random resized crop and horizontal flip in one resampling."""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kornia.augmentation import GeometricAugmentationBase2D
+from kornia.constants import Resample
+from torch import Tensor
+
+from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
+from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
+from lightning_contrast.augment.operation import Draw, Form, FusedOperation, Plan, uniform, wants_accelerator_form
+
+_TRIES = 10
+_SMALL = 64  # pixels of an edge up to which two matrix products beat a loop over images on a CPU
+
+
+class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
+    """Crop a random box, resize it and mirror it with probability ``flip``, in one resampling.
+
+    The box is drawn as torchvision's ``RandomResizedCrop`` draws it: area and aspect up to ten times, the first that
+    fits, else the largest centred box of an allowed aspect. With ``fit="clamp"`` it is drawn once and its sides are
+    cut to the image, as BYOL's program does.
+
+    On a CPU large images are resized one by one by ``interpolate`` (uint8 input stays uint8 through it and is
+    rounded to 8 bits, as Pillow rounds); small ones, and all images on an accelerator, by two matrix products.
+    Overshoots of the bicubic kernel are cut to 0..1.
+
+    Args:
+        size: Edge of the square result in pixels, >= 1; larger than the image is allowed.
+        scale: Range of the box's share of the image area, in (0, 1].
+        ratio: Range of width / height; drawn uniformly in its logarithm.
+        flip: Probability of mirroring.
+        interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
+        antialias: Filter where the box shrinks.
+        fit: What happens to a box that does not fit: ``"retry"`` or ``"clamp"``.
+        form: See `Form`.
+        keepdim: Kornia's: return as many dimensions as were given.
+
+    Shapes: input ``(B, C, H, W)``; result ``(B, C, size, size)`` float.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        *,
+        flip: float = 0.5,
+        interpolation: Interpolation = "bilinear",
+        antialias: bool = True,
+        fit: Literal["retry", "clamp"] = "retry",
+        form: Form = None,
+        keepdim: bool = False,
+    ) -> None:
+        check_at_least("size", size, 1)
+        check_range("scale", scale, 0.0, 1.0)
+        require(scale[0] > 0, "scale", "start above 0", scale, "Give the smallest share of the area, such as 0.08")
+        check_range("ratio", ratio, 0.0, math.inf)
+        require(ratio[0] > 0, "ratio", "start above 0", ratio, "Give width / height, such as (3/4, 4/3)")
+        check_probability("flip", flip)
+        check_choice("interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
+        check_choice("fit", fit, ("retry", "clamp"))
+        check_choice("form", form, (None, "cpu", "accelerator"))
+        super().__init__(p=1.0, keepdim=keepdim)
+        self.size, self.scale, self.ratio, self.flip = size, tuple(scale), tuple(ratio), flip
+        self.interpolation, self.antialias, self.fit, self.form = interpolation, antialias, fit, form
+        self.flags = {"size": (size, size), "resample": Resample.get(interpolation), "antialias": antialias}
+
+    def draw(self, batch: int, height: int, width: int) -> Draw:
+        """Draw ``box`` ``(B, 4)``: top, left, height, width in pixels; and ``flip`` ``(B,)``."""
+        tries = _TRIES if self.fit == "retry" else 1
+        numbers = uniform(batch, 2 * tries + 3).astype(np.float64)
+        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * numbers[:, :tries])
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect = np.exp(low + (high - low) * numbers[:, tries : 2 * tries])
+        box_h, box_w = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+        if self.fit == "clamp":
+            h, w = np.clip(box_h[:, 0], 1, height), np.clip(box_w[:, 0], 1, width)
+            fits = np.ones(batch, dtype=bool)
+        else:
+            allowed = (box_h >= 1) & (box_h <= height) & (box_w >= 1) & (box_w <= width)
+            first = allowed.argmax(1)
+            chosen = np.arange(batch)
+            fits = allowed[chosen, first]
+            fallback_h, fallback_w = self._largest(height, width)
+            h = np.where(fits, box_h[chosen, first], fallback_h)
+            w = np.where(fits, box_w[chosen, first], fallback_w)
+        # a number just below 1 times (room + 1) may round up to room + 1
+        top = np.minimum(np.floor(numbers[:, -3] * (height - h + 1)), height - h)
+        left = np.minimum(np.floor(numbers[:, -2] * (width - w + 1)), width - w)
+        top = np.where(fits, top, (height - h) // 2)
+        left = np.where(fits, left, (width - w) // 2)
+        box = np.stack([top, left, h, w], axis=1).astype(np.float32)
+        return {"box": box, "flip": numbers[:, -1] < self.flip}
+
+    def _largest(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of the largest box of an allowed aspect."""
+        if width / height < self.ratio[0]:
+            return max(1, min(height, round(width / self.ratio[0]))), width
+        if width / height > self.ratio[1]:
+            return height, max(1, min(width, round(height * self.ratio[1])))
+        return height, width
+
+    def prepare(self, draw: Draw) -> Plan:
+        """Keep the boxes on the host too: the CPU form slices by them."""
+        return {**draw, "boxes": draw["box"].astype(np.int64).tolist(), "flips": draw["flip"].tolist()}
+
+    def compute_(self, images: Tensor, plan: Plan) -> Tensor:
+        """Resample uint8 or float images ``(B, C, H, W)``."""
+        return self.resample(images, plan, self.interpolation, self.antialias)
+
+    def resample(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
+        """Return the boxes of ``images`` as ``(B, C, size, size)``, float in 0..1."""
+        small = max(*images.shape[-2:], self.size) <= _SMALL
+        if small or interpolation == "nearest" or wants_accelerator_form(self.form, images):
+            return self._by_products(images, plan, interpolation, antialias)
+        return self._one_by_one(images, plan, interpolation, antialias)
+
+    def _by_products(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
+        dtype = images.dtype if images.is_floating_point() else torch.float32
+        top, left, height, width = plan["box"].to(dtype).unbind(1)
+        style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
+        rows = resize_weights(top, height, images.shape[-2], self.size, **style)
+        columns = resize_weights(left, width, images.shape[-1], self.size, flip=plan["flip"], **style)
+        if not images.is_floating_point():
+            columns = columns / 255
+        views = apply_weights(images.to(dtype), rows, columns)
+        return views.clamp_(0, 1) if interpolation == "bicubic" else views
+
+    def _one_by_one(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
+        dtype = images.dtype if images.is_floating_point() else torch.float32
+        views = torch.empty((*images.shape[:2], self.size, self.size), dtype=dtype, device=images.device)
+        for i, ((top, left, height, width), flip) in enumerate(zip(plan["boxes"], plan["flips"], strict=True)):
+            crop = images[i : i + 1, :, top : top + height, left : left + width]
+            view = F.interpolate(crop, (self.size, self.size), mode=interpolation, antialias=antialias)[0]
+            views[i] = view.flip(-1) if flip else view
+        if not images.is_floating_point():
+            return views.mul_(1 / 255)
+        return views.clamp_(0, 1) if interpolation == "bicubic" else views
+
+    def apply_transform(
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
+    ) -> Tensor:
+        """Resample with given parameters; masks come here with ``resample`` set to nearest: Kornia's hook."""
+        plan = self.prepare({"box": params["box"].numpy(), "flip": params["flip"].numpy()})
+        plan = {**plan, "box": params["box"].to(input.device), "flip": params["flip"].to(input.device)}
+        return self.resample(input, plan, flags["resample"].name.lower(), flags["antialias"])
+
+    def compute_transformation(self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]) -> Tensor:
+        """Return the matrix ``(B, 3, 3)`` from pixels of the image to pixels of the view: Kornia's hook."""
+        top, left, height, width = params["box"].to(input).unbind(1)
+        scale_x, scale_y = self.size / width, self.size / height
+        mirrored = params["flip"].to(input.device)
+        shift_x = (0.5 - left) * scale_x - 0.5
+        matrix = torch.zeros(len(top), 3, 3, dtype=input.dtype, device=input.device)
+        matrix[:, 0, 0] = torch.where(mirrored, -scale_x, scale_x)
+        matrix[:, 0, 2] = torch.where(mirrored, self.size - 1 - shift_x, shift_x)
+        matrix[:, 1, 1], matrix[:, 1, 2], matrix[:, 2, 2] = scale_y, (0.5 - top) * scale_y - 0.5, 1
+        return matrix

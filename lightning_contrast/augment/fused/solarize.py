@@ -1,0 +1,55 @@
+"""Solarization of the images that are drawn for it."""
+
+import torch
+from kornia.augmentation import IntensityAugmentationBase2D
+from torch import Tensor
+
+from lightning_contrast._checks import check_choice, check_probability
+from lightning_contrast.augment.operation import (
+    Draw,
+    Form,
+    FusedOperation,
+    Plan,
+    is_empty,
+    put_,
+    rows_where,
+    take,
+    uniform,
+)
+
+
+class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
+    """Invert the values from ``threshold`` on, with probability ``p`` per image.
+
+    Equals ``torchvision.transforms.functional.solarize`` on float images; on 8-bit images Pillow's threshold of 128
+    lies at 0.50196 and not at 0.5.
+
+    Args:
+        p: Probability for an image.
+        threshold: Values from here on become ``1 - value``; in 0..1.
+        form: See `Form`.
+        keepdim: Kornia's: return as many dimensions as were given.
+    """
+
+    def __init__(self, p: float = 0.2, *, threshold: float = 0.5, form: Form = None, keepdim: bool = False) -> None:
+        check_probability("p", p)
+        check_probability("threshold", threshold)
+        check_choice("form", form, (None, "cpu", "accelerator"))
+        super().__init__(p=1.0, keepdim=keepdim)
+        self.probability, self.threshold, self.form = p, threshold, form
+        self.flags = {"probability": p, "threshold": threshold}
+
+    def draw(self, batch: int, height: int, width: int) -> Draw:
+        """Draw ``solarized`` ``(B,)``."""
+        return {"solarized": uniform(batch, 1)[:, 0] < self.probability}
+
+    def prepare(self, draw: Draw) -> Plan:
+        """Return the drawn rows."""
+        return {"rows": rows_where(draw["solarized"])}
+
+    def compute_(self, images: Tensor, plan: Plan) -> Tensor:
+        """Solarize the drawn rows in place."""
+        if not is_empty(plan["rows"]):
+            chosen = take(images, plan["rows"])
+            put_(images, plan["rows"], torch.where(chosen >= self.threshold, 1 - chosen, chosen))
+        return images

@@ -1,0 +1,175 @@
+"""The published policies with views of several sizes: global ones first, then local ones."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Unpack
+
+from lightning_contrast._checks import check_at_least
+from lightning_contrast.augment.policy import ViewPolicy
+from lightning_contrast.augment.recipe import ViewOptions, ViewRecipe, make_policy
+
+Statistics = Sequence[float] | None
+Range = tuple[float, float]
+
+_DINO_JITTER = (0.4, 0.4, 0.2, 0.1)
+
+
+def local_size_of(size: int, local_size: int | None) -> int:
+    """Return the edge of the local views: as given, else 96 for 224 and in proportion, a multiple of 4.
+
+    Args:
+        size: Edge of the global views in pixels.
+        local_size: What the user gave.
+    """
+    check_at_least("size", size, 1)
+    if local_size is None:
+        return max(1, 4 * round(size * 96 / 224 / 4)) if size >= 4 else size
+    check_at_least("local_size", local_size, 1)
+    return local_size
+
+
+def swav_views(
+    size: int = 224,
+    mean: Statistics = None,
+    std: Statistics = None,
+    *,
+    local_size: int | None = None,
+    local_views: int = 6,
+    global_scale: Range = (0.14, 1.0),
+    local_scale: Range = (0.05, 0.14),
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return SwAV's multi-crop: 2 global and 6 local views.
+
+    Crops 0.14..1 at 224 and 0.05..0.14 at 96, flip 0.5, jitter (0.8, 0.8, 0.8, 0.2) at 0.8, grayscale 0.2, blur 0.5.
+
+    Source: https://arxiv.org/abs/2006.09882 and https://github.com/facebookresearch/swav. DeepCluster v2 shares it.
+    Differs from it: a true Gaussian blur, which Pillow approximates by boxes.
+
+    Args:
+        size: Edge of the global views in pixels, >= 1.
+        mean: One number a channel, subtracted at the end; None leaves the views in 0..1. The program takes ImageNet's.
+        std: One number a channel, divided by at the end.
+        local_size: Edge of the local views; None takes 96 at 224, in proportion and a multiple of 4 elsewhere.
+        local_views: Number of local views, >= 0.
+        global_scale: Range of the area's share of a global crop.
+        local_scale: Range of the area's share of a local crop.
+        **options: See `ViewOptions`.
+    """
+    check_at_least("local_views", local_views, 0)
+    large = ViewRecipe(size, global_scale, (0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+    small = replace(large, size=local_size_of(size, local_size), scale=local_scale)
+    return make_policy([large] * 2 + [small] * local_views, mean, std, **options)
+
+
+def dino_views(
+    size: int = 224,
+    mean: Statistics = None,
+    std: Statistics = None,
+    *,
+    local_size: int | None = None,
+    local_views: int = 8,
+    global_scale: Range = (0.4, 1.0),
+    local_scale: Range = (0.05, 0.4),
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return DINO's multi-crop: 2 global and 8 local views.
+
+    Crops 0.4..1 at 224 and 0.05..0.4 at 96 (bicubic), flip 0.5, jitter (0.4, 0.4, 0.2, 0.1) at 0.8, grayscale 0.2,
+    blur 1 / 0.1 / 0.5 (first, second, local), solarization 0.2 on the second. Without local views the authors crop
+    from 0.14 on; their ResNet-50 takes 0.14..1 and 0.05..0.14, their long runs 0.25..1 and 0.05..0.25 with 10 local
+    views.
+
+    Source: https://arxiv.org/abs/2104.14294 and https://github.com/facebookresearch/dino. iBOT shares it.
+    Differs from it: a true Gaussian blur, which Pillow approximates by boxes.
+
+    Args:
+        size: As in `swav_views`.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        local_size: As in `swav_views`.
+        local_views: As in `swav_views`.
+        global_scale: As in `swav_views`.
+        local_scale: As in `swav_views`.
+        **options: See `ViewOptions`.
+    """
+    check_at_least("local_views", local_views, 0)
+    first = ViewRecipe(size, global_scale, _DINO_JITTER, blur_p=1.0, bicubic=True)
+    second = replace(first, blur_p=0.1, solarize_p=0.2)
+    local = replace(first, size=local_size_of(size, local_size), scale=local_scale, blur_p=0.5)
+    return make_policy([first, second] + [local] * local_views, mean, std, **options)
+
+
+def dinov2_views(
+    size: int = 224,
+    mean: Statistics = None,
+    std: Statistics = None,
+    *,
+    local_size: int | None = None,
+    local_views: int = 8,
+    global_scale: Range = (0.32, 1.0),
+    local_scale: Range = (0.05, 0.32),
+    published_blur: bool = False,
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return DINOv2's multi-crop: 2 global and 8 local views.
+
+    Crops 0.32..1 at 224 and 0.05..0.32 at 96 (98 for patches of 14), colours as `dino_views`, a blur kernel of 9.
+    The program hands the complement of each probability to the blur: what it means is 1 / 0.1 / 0.5 (first, second,
+    local), what it does, and what the released weights saw, is 0 / 0.9 / 0.5.
+
+    Source: https://arxiv.org/abs/2304.07193 and https://github.com/facebookresearch/dinov2 (``augmentations.py``).
+    Differs from it: the intended probabilities of the blur are the default.
+
+    Args:
+        size: As in `swav_views`.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        local_size: As in `swav_views`.
+        local_views: As in `swav_views`.
+        global_scale: As in `swav_views`.
+        local_scale: As in `swav_views`.
+        published_blur: Blur with the complements, as the released program does.
+        **options: See `ViewOptions`.
+    """
+    check_at_least("local_views", local_views, 0)
+    blur = (0.0, 0.9, 0.5) if published_blur else (1.0, 0.1, 0.5)
+    first = ViewRecipe(size, global_scale, _DINO_JITTER, blur_p=blur[0], blur_kernel=9, bicubic=True)
+    second = replace(first, blur_p=blur[1], solarize_p=0.2)
+    local = replace(first, size=local_size_of(size, local_size), scale=local_scale, blur_p=blur[2])
+    return make_policy([first, second] + [local] * local_views, mean, std, **options)
+
+
+def msn_views(
+    size: int = 224,
+    mean: Statistics = None,
+    std: Statistics = None,
+    *,
+    local_size: int | None = None,
+    local_views: int = 10,
+    global_scale: Range = (0.3, 1.0),
+    local_scale: Range = (0.05, 0.3),
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return MSN's views: 2 random ones (target and anchor) and 10 focal ones.
+
+    Crops 0.3..1 at 224 and 0.05..0.3 at 96, flip 0.5, jitter (0.4, 0.4, 0.4, 0.1) at 0.8 (strength 0.5), grayscale
+    0.2, blur 0.5.
+
+    Source: https://arxiv.org/abs/2204.07141 and https://github.com/facebookresearch/msn.
+    Differs from it: a true Gaussian blur, which Pillow approximates by boxes.
+
+    Args:
+        size: As in `swav_views`.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        local_size: As in `swav_views`.
+        local_views: As in `swav_views`.
+        global_scale: As in `swav_views`.
+        local_scale: As in `swav_views`.
+        **options: See `ViewOptions`.
+    """
+    check_at_least("local_views", local_views, 0)
+    random = ViewRecipe(size, global_scale, (0.4, 0.4, 0.4, 0.1), blur_p=0.5)
+    focal = replace(random, size=local_size_of(size, local_size), scale=local_scale)
+    return make_policy([random] * 2 + [focal] * local_views, mean, std, **options)

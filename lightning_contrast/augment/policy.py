@@ -1,0 +1,248 @@
+"""A view policy: images in, a list of random views out; and the plain form of the images for evaluation."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast.augment.operation import (
+    Draw,
+    Form,
+    FusedOperation,
+    Plan,
+    to_device,
+    wants_accelerator_form,
+)
+
+_BLOCK_BYTES = 3 << 19  # of float32 views: what the operations touch again and again stays in the processor's cache
+
+
+def check_images(images: object, channels: int) -> Tensor:
+    """Return ``images`` if they are a batch that a policy takes.
+
+    Args:
+        images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1. Values are not read.
+        channels: The number of channels that the policy was made for.
+
+    Raises:
+        TypeError: If it is no tensor, or its dtype is neither uint8 nor floating.
+        ValueError: If its shape is not ``(B, channels, H, W)``.
+    """
+    if not isinstance(images, Tensor):
+        fail("images", "be a tensor (B, C, H, W)", type(images).__name__, "Stack the images of the batch", TypeError)
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        mend = "Convert with `images.to(torch.uint8)` if the values are 0..255, else divide them by their largest value"
+        fail("images", "be uint8 in 0..255 or floating in 0..1", str(images.dtype), mend, TypeError)
+    mend = "Give a batch (B, C, H, W); one image is `image[None]`"
+    require(images.ndim == 4, "images", "have 4 dimensions", tuple(images.shape), mend)
+    mend = f"Make the policy with `channels={images.shape[1]}`, or give images with {channels} channels"
+    require(images.shape[1] == channels, "images", f"have {channels} channels", tuple(images.shape), mend)
+    return images
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Return images as floats in 0..1: uint8 divided by 255, floats as they are."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+class FusedView(nn.Module):
+    """One random view of each image by fused operations.
+
+    All random numbers are drawn first, on the host; what the device needs of them goes there in one copy. On a CPU
+    the operations run block by block, so that the pixels of a block stay in the processor's cache.
+
+    Args:
+        crop: Makes the view's pixels from the image; has a ``size``.
+        operations: What follows, in order.
+        mean: Subtracted at the end, one number a channel.
+        std: Divided by at the end, one number a channel.
+        front: What the images go through first, as floats.
+        form: See `Form`.
+    """
+
+    def __init__(
+        self,
+        crop: FusedOperation,
+        operations: Sequence[FusedOperation],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        front: nn.Module | None = None,
+        form: Form = None,
+    ) -> None:
+        super().__init__()
+        self.front = front
+        self.operations = nn.ModuleList(cast("Sequence[nn.Module]", [crop, *operations]))
+        self.form = form
+        for operation in self._operations():
+            operation.form = form
+        self.offset = np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32).reshape(1, -1, 1, 1)
+        self.factor = np.array([1 / s for s in std], np.float32).reshape(1, -1, 1, 1)
+        self.normalizes = bool((self.offset != 0).any() or (self.factor != 1).any())
+
+    def _operations(self) -> list[FusedOperation]:
+        return [cast("FusedOperation", operation) for operation in self.operations]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the views ``(B, C, size, size)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
+        if self.front is not None:
+            images = self.front(as_float(images)).clamp_(0, 1)
+        batch, channels, height, width = images.shape
+        size = int(cast("Any", self.operations[0]).size)
+        draws = [self._operations()[0].draw(batch, height, width)]
+        draws += [operation.draw(batch, size, size) for operation in self._operations()[1:]]
+        if wants_accelerator_form(self.form, images):
+            return self._compute(images, draws)
+        dtype = images.dtype if images.is_floating_point() else torch.float32
+        views = torch.empty(batch, channels, size, size, dtype=dtype, device=images.device)
+        blocks = max(1, round(batch * channels * size * size * 4 / _BLOCK_BYTES))
+        block = max(1, -(-batch // blocks))
+        for start in range(0, batch, block):
+            part = slice(start, start + block)
+            self._compute(images[part], [{k: v[part] for k, v in draw.items()} for draw in draws], out=views[part])
+        return views
+
+    def _compute(self, images: Tensor, draws: list[Draw], out: Tensor | None = None) -> Tensor:
+        """Apply all operations to sorted images, with one transfer of their parameters, and put them back in order."""
+        operations = self._operations()
+        keys = [operation.sort_key(draw) for operation, draw in zip(operations, draws, strict=True)]
+        key = next((key for key in keys if key is not None), np.zeros(len(images)))
+        order = key.argsort(kind="stable")
+        plan: Plan = {"offset": self.offset, "factor": self.factor, "order": order, "back": order.argsort()}
+        for i, (operation, draw) in enumerate(zip(operations, draws, strict=True)):
+            sorted_draw = {name: value[order] for name, value in draw.items()}
+            plan |= {f"{i}.{name}": value for name, value in operation.prepare(sorted_draw).items()}
+        plan = to_device(plan, images.device)
+        images = images.index_select(0, plan["order"])
+        for i, operation in enumerate(operations):
+            prefix = f"{i}."
+            mine = {name.removeprefix(prefix): value for name, value in plan.items() if name.startswith(prefix)}
+            images = operation.compute_(images, mine)
+        if self.normalizes:
+            images = torch.addcmul(plan["offset"].to(images.dtype), images, plan["factor"].to(images.dtype))
+        return torch.index_select(images, 0, plan["back"], out=out)
+
+
+class ViewPolicy(nn.Module):
+    """Make the views of a batch, all on the device of the images.
+
+    Args:
+        views: One module a view: images ``(B, C, H, W)`` to ``(B, C, h, w)``.
+        size: Edge in pixels of the plain images, and of the (global) views.
+        channels: Number of channels of the images.
+        mean: Subtracted from every channel at the end; None subtracts nothing.
+        std: Every channel is divided by it at the end; None divides by nothing.
+        interpolation: How `plain` resizes: ``"bilinear"`` or ``"bicubic"``.
+
+    Attributes:
+        size: As given.
+        mean: A list of numbers, one a channel.
+        std: A list of numbers, one a channel.
+        input_spec: ``{"size", "mean", "std"}`` in plain Python: what a backbone that was trained on these views needs.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[nn.Module],
+        *,
+        size: int,
+        channels: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str = "bilinear",
+    ) -> None:
+        super().__init__()
+        check_at_least("size", size, 1)
+        check_at_least("channels", channels, 1)
+        check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
+        self.views = nn.ModuleList(views)
+        self.size, self.channels, self.interpolation = size, channels, interpolation
+        self.mean, self.std = statistics(mean, std, channels)
+
+    @property
+    def input_spec(self) -> dict[str, Any]:
+        """What a backbone trained on these views expects: ``{"size", "mean", "std"}``."""
+        return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the random views of a batch.
+
+        All random numbers come from torch's global CPU generator.
+
+        Args:
+            images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1, at least one pixel.
+
+        Returns:
+            One float tensor ``(B, C, h, w)`` a view.
+        """
+        images = check_images(images, self.channels)
+        # inside autocast the matrix products of the resampling would round pixels to 8 bits of mantissa
+        with full_precision(images.device):
+            return [view(images) for view in self.views]
+
+    @torch.no_grad()
+    def plain(self, images: Tensor) -> Tensor:
+        """Return the images as evaluation sees them: resized, centre-cropped to the policy's size and normalised.
+
+        The shorter side is resized to the size (antialiased); images of that size already are not resampled.
+
+        Args:
+            images: As for `forward`.
+
+        Returns:
+            ``(B, C, size, size)``, float.
+        """
+        images = check_images(images, self.channels)
+        pixels = as_float(images)
+        height, width = pixels.shape[-2:]
+        if min(height, width) != self.size:
+            scale = self.size / min(height, width)
+            edges = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
+            with full_precision(images.device):
+                pixels = F.interpolate(pixels, edges, mode=self.interpolation, antialias=True).clamp_(0, 1)
+            height, width = edges
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        pixels = pixels[..., top : top + self.size, left : left + self.size]
+        pixels = pixels.clone(memory_format=torch.contiguous_format)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            if (mean, std) != (0.0, 1.0):  # plain numbers: no tensor of them has to reach the device
+                pixels[:, channel].sub_(mean).div_(std)
+        return pixels
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off for a device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation as lists with one number a channel.
+
+    Args:
+        mean: One number a channel, or None for zeros.
+        std: One number above 0 a channel, or None for ones.
+        channels: How many numbers there must be.
+
+    Raises:
+        ValueError: If only one of them is given, or the numbers are not as stated.
+    """
+    both = (mean is None) == (std is None)
+    require(both, "mean", "be given together with `std`", (mean, std), "Give both, or neither")
+    if mean is None or std is None:
+        return [0.0] * channels, [1.0] * channels
+    for name, values in (("mean", mean), ("std", std)):
+        mend = f"Give {channels} numbers on the scale of pixels in 0..1"
+        require(len(values) == channels, name, "have one number a channel", tuple(values), mend)
+    mend = "Give the standard deviation of each channel, on the scale of pixels in 0..1"
+    require(all(s > 0 for s in std), "std", "be above 0", tuple(std), mend)
+    return [float(m) for m in mean], [float(s) for s in std]

@@ -1,0 +1,16 @@
+"""Plug-ins for any Trainer, one a file."""
+
+from typing import TYPE_CHECKING
+
+from lightning_contrast._lazy import attach
+
+if TYPE_CHECKING:
+    from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
+    from lightning_contrast.callbacks.knn import OnlineKNN as OnlineKNN
+    from lightning_contrast.callbacks.linear_probe import OnlineLinearProbe as OnlineLinearProbe
+    from lightning_contrast.callbacks.momentum_update import MomentumUpdate as MomentumUpdate
+    from lightning_contrast.callbacks.queue_update import QueueUpdate as QueueUpdate
+    from lightning_contrast.callbacks.step_seed import StepSeed as StepSeed
+    from lightning_contrast.callbacks.view_augmentation import ViewAugmentation as ViewAugmentation
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

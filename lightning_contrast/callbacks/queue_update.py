@@ -1,0 +1,85 @@
+"""Queues of past embeddings, fed after each micro-batch."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_contrast import distributed
+from lightning_contrast._checks import fail
+from lightning_contrast.nn.memory_bank import MemoryBank
+
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+
+
+class QueueUpdate(Callback):
+    """Feeds the queues of ``queues()`` with the step output of the same name, at the end of each micro-batch.
+
+    The queue of MoCo (https://arxiv.org/abs/1911.05722; official program: moco/builder.py) after the loss, so that a
+    key is never its own negative. The keys of all ranks are gathered in rank order, so every rank has the same queue.
+    For ``{"keys": queue}`` the step output has ``"keys"`` (B, D); ``"keys_labels"`` (B,) where the queue keeps labels;
+    ``"indices"`` (B,) where it is a `MemoryBank`. The queues must exist when the fit begins: make them in ``__init__``.
+
+    A training step that returned nothing feeds nothing. The keys of a step that the gradient scaler skipped do enter,
+    because they are sound embeddings; keys with values that are not finite are marked as unfilled by the queue.
+
+    Raises:
+        TypeError: If the module has no ``queues``, or its training step does not return a dict.
+        ValueError: If a queue is no submodule of the module, the step output lacks what a queue is fed with, or more
+            keys come at once than the queue has rows.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the queues and keep their buffers out of DDP, which would broadcast them at every forward pass."""
+        if stage != "fit":
+            return
+        names = {id(module): name for name, module in pl_module.named_modules()}
+        ignored: list[str] = list(getattr(pl_module, _IGNORED_BY_DDP, []))
+        for name, queue in _queues(pl_module).items():
+            if id(queue) not in names:
+                mend = "Assign it to an attribute in `__init__`, so that checkpoints and strategies see it"
+                fail("queues", "give submodules of the module", name, mend)
+            ignored += [f"{names[id(queue)]}.{buffer}" for buffer, _ in queue.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, sorted(set(ignored)))  # type: ignore[no-untyped-call]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Push the keys of all ranks."""
+        if not outputs:
+            return
+        for name, queue in _queues(pl_module).items():
+            keys = distributed.gather(_output(outputs, name))
+            if isinstance(queue, MemoryBank):
+                indices = distributed.gather(_output(outputs, "indices"))
+                if batch_idx == 0:
+                    queue.check_indices(indices)  # waits for the device, hence not at every step
+                queue.push(keys, indices)
+            elif getattr(queue, "labels", None) is not None:
+                queue.push(keys, distributed.gather(_output(outputs, f"{name}_labels")))  # type: ignore[operator]
+            else:
+                queue.push(keys)  # type: ignore[operator]  # any module with this method will do
+
+
+def _queues(pl_module: LightningModule) -> dict[str, nn.Module]:
+    """Return the queues by the name of the step output that feeds them."""
+    if not hasattr(pl_module, "queues"):
+        mend = 'Return {"keys": queue} from it, or leave `QueueUpdate` out'
+        fail("pl_module", "have a method `queues`", type(pl_module).__name__, mend, TypeError)
+    queues: dict[str, nn.Module] = pl_module.queues()  # type: ignore[operator]  # checked above
+    if not queues:
+        fail("queues", "give at least one queue", queues, "Leave `QueueUpdate` out")
+    return queues
+
+
+def _output(outputs: Any, name: str) -> Tensor:
+    """Return an entry of the step output, or tell what there is."""
+    if not isinstance(outputs, dict):
+        mend = f'Return {{"loss": loss, "{name}": ...}} from `training_step`'
+        fail("outputs", "be a dict", type(outputs).__name__, mend, TypeError)
+    value = outputs.get(name)
+    if not isinstance(value, Tensor):
+        there = ", ".join(map(repr, outputs))
+        fail("training_step", f"return a tensor {name!r} for its queue", there, f"Add {name!r} to the dict it returns")
+    return value

@@ -1,0 +1,67 @@
+"""Random numbers that depend on where a run is, not on how it got there."""
+
+import hashlib
+import random
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_contrast._checks import check_at_least
+
+
+class StepSeed(Callback):
+    """Makes every random draw of a training step a function of (seed, epoch, batch, rank).
+
+    At the start of each training batch the global generators of Python, NumPy and torch (the CPU's and every
+    accelerator's) are seeded, so that a run that is stopped and resumed draws what the uninterrupted run draws, with no
+    generator in the checkpoint. `ViewAugmentation` without a seed of its own takes this one.
+
+    Samplers are not disturbed: at the start of each epoch the generators are seeded with (seed, epoch) alike on all
+    ranks, so a sampler that draws its order from them finds a new and common state. The order of the first epoch after
+    a start or a resume is drawn before that. An exact resume therefore needs a sampler whose order depends on the epoch
+    only, as those of our data modules and DistributedSampler do; and within an epoch a loader with ``state_dict`` and
+    ``load_state_dict``.
+
+    Args:
+        seed: The base of all seeds; >= 0.
+
+    Attributes:
+        provides_view_seed: The seed, where `ViewAugmentation` finds it.
+
+    Raises:
+        TypeError: If the seed is not a whole number.
+        ValueError: If it is below 0.
+    """
+
+    def __init__(self, seed: int) -> None:
+        check_at_least("seed", seed, 0)
+        self.provides_view_seed = seed
+
+    @property
+    def seed(self) -> int:
+        """The base of all seeds."""
+        return self.provides_view_seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give all ranks the same generators before the loader of the epoch makes its iterator."""
+        _seed_everything(_mix(self.seed, trainer.current_epoch))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed the step."""
+        _seed_everything(_mix(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+
+def _mix(*numbers: int) -> int:
+    """Return 64 bits in which neighbouring numbers have nothing in common."""
+    packed = struct.pack(f"<{len(numbers)}q", *(number & (2**63 - 1) for number in numbers))
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+def _seed_everything(seed: int) -> None:
+    """Seed the global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # the accelerators' generators too

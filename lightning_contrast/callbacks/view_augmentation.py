@@ -1,0 +1,141 @@
+"""Views made on the device of the batch, whatever the DataModule, the Trainer or the strategy."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast.callbacks import _views
+
+CHECKPOINT_KEY = "input_spec"
+"""Key of a checkpoint under which the size, mean and std of the policy are kept."""
+
+_STEPS = {
+    "fit": ("training_step", "validation_step"),
+    "validate": ("validation_step",),
+    "test": ("test_step",),
+    "predict": ("predict_step",),
+}
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Makes views of images, and the plain images that evaluation sees."""
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Return V views (B, C, h, w), float, of images (B, C, H, W), uint8 or float in 0..1."""
+        ...
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Return the images resized, cut to the policy's size and normalised, (B, C, h, w), float."""
+        ...
+
+
+class ViewAugmentation(L.Callback):
+    """Makes the views of every training batch, on its device, in front of every step and every other callback.
+
+    In training ``policy(images)`` takes the place of the images in the batch, a list of views; in validation, sanity
+    check, test and prediction ``policy.plain(images)``, so that one place owns the preprocessing. Everything else in
+    the batch stays as it is, and nothing is written into the loader's own tensors. Batches may be a tensor, a tuple,
+    list, NamedTuple, dict or dataclass as in `lightning_contrast.contracts`, or collections of them from a
+    `CombinedLoader`. A loader that yields views already is refused: remove one of the two.
+
+    Images are uint8 in 0..255 or float in 0..1. Values are checked in every batch on the CPU, and in the first batch
+    of a fit on an accelerator, where each check would cost a synchronisation.
+
+    A checkpoint gets the policy's ``input_spec`` under the key ``"input_spec"``: what a consumer of the backbone has
+    to do to an image.
+
+    Args:
+        policy: Makes the views, for example ``augment.simclr_views(224)``. A module is moved to the device.
+        seed: Views become a function of (seed, epoch, batch, rank) alone, >= 0, and the global generators stay as they
+            were. None: they are drawn from the global generators, unless a callback of the Trainer, as `StepSeed`, has
+            a ``provides_view_seed``.
+        evaluate: False leaves the batches of validation, test and prediction as the loader gives them.
+
+    Raises:
+        TypeError: If the policy cannot be called or lacks ``plain`` where that is needed.
+    """
+
+    def __init__(self, policy: Policy, seed: int | None = None, evaluate: bool = True) -> None:
+        if not callable(policy):
+            mend = "Give for example `augment.simclr_views(32)`"
+            fail("policy", "be callable with a batch of images", type(policy).__name__, mend, TypeError)
+        if evaluate and not callable(getattr(policy, "plain", None)):
+            mend = "Give it a method `plain(images)`, or set `evaluate=False`"
+            fail("policy", "have a method `plain`", type(policy).__name__, mend, TypeError)
+        if seed is not None:
+            check_at_least("seed", seed, 0)
+        self.policy, self.seed, self.evaluate = policy, seed, evaluate
+        self._trainer: Any = None
+        self._checked: set[bool] = set()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Wrap the strategy's transfer of batches to the device."""
+        for name in _STEPS[stage]:
+            step = getattr(pl_module, name, None)
+            ours = self.evaluate or name == "training_step"
+            if ours and step is not None and is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+                mend = f"Write `{name}(self, batch, batch_idx)`, or make the views in the step"
+                fail(name, "take a batch, for ViewAugmentation to make views of", "`dataloader_iter`", mend, TypeError)
+        if isinstance(self.policy, nn.Module):
+            self.policy.to(trainer.strategy.root_device)
+        self._trainer = trainer
+        self._checked.clear()
+        _views.Transfer.add(trainer.strategy, self._transform)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the strategy as it was."""
+        self._remove(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the strategy as it was: `teardown` is not called after an exception."""
+        self._remove(trainer)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep what a consumer of the backbone has to know of its input."""
+        spec = getattr(self.policy, "input_spec", None)
+        if spec is not None:
+            checkpoint[CHECKPOINT_KEY] = dict(spec)
+
+    def _remove(self, trainer: Any) -> None:
+        _views.Transfer.remove(trainer.strategy, self._transform)
+        self._trainer = None
+
+    def _transform(self, batch: Any) -> Any:
+        """Make the views of a batch that has just come to its device."""
+        trainer = self._trainer
+        training = bool(trainer.training)
+        if not training and not self.evaluate:
+            return batch
+        owner = type(self).__name__
+        seed = self._seed_of_batch(trainer) if training else None
+        make = self._views if training else self._plain
+        with torch.no_grad(), _views.seeded(seed, trainer.strategy.root_device):
+            batch = _views.map_batches(batch, lambda one: _views.transform_images(one, make, owner))
+        self._checked.add(training)
+        return trainer.precision_plugin.convert_input(batch)  # which has seen the images only, perhaps as uint8
+
+    def _views(self, images: Tensor) -> list[Tensor]:
+        images = self._check(images, evaluating=False)
+        return _views.check_views(self.policy(images), images)
+
+    def _plain(self, images: Tensor) -> Tensor:
+        return self.policy.plain(self._check(images, evaluating=True))
+
+    def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
+        values = images.device.type == "cpu" or (not evaluating) not in self._checked
+        return _views.check_images(images, values=values, evaluating=evaluating)
+
+    def _seed_of_batch(self, trainer: Any) -> int | None:
+        seed = self.seed
+        if seed is None:
+            given = (getattr(callback, "provides_view_seed", None) for callback in trainer.callbacks)
+            seed = next((value for value in given if value is not None), None)
+        if seed is None:
+            return None
+        batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # not yet counted up for this batch
+        return _views.derived_seed(seed, trainer.current_epoch, batch_idx, trainer.global_rank)

@@ -1,0 +1,36 @@
+"""Loss functions: pure functions on tensors, global over all ranks, in full precision under autocast."""
+
+from lightning_contrast.losses.contrastive import info_nce, nt_xent, sup_con
+from lightning_contrast.losses.geometric import (
+    alignment,
+    margin_contrastive_loss,
+    spectral_contrastive_loss,
+    triplet_loss,
+    uniformity,
+)
+from lightning_contrast.losses.image_text import clip_loss, siglip_loss
+from lightning_contrast.losses.negatives import Negatives
+from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
+from lightning_contrast.losses.reweighted import debiased_nt_xent, decoupled_nt_xent, hard_negative_nt_xent
+from lightning_contrast.losses.synthetic import mochi_negatives
+
+__all__ = [
+    "Negatives",
+    "alignment",
+    "byol_loss",
+    "clip_loss",
+    "debiased_nt_xent",
+    "decoupled_nt_xent",
+    "hard_negative_nt_xent",
+    "info_nce",
+    "margin_contrastive_loss",
+    "mochi_negatives",
+    "moco_v3_loss",
+    "negative_cosine",
+    "nt_xent",
+    "siglip_loss",
+    "spectral_contrastive_loss",
+    "sup_con",
+    "triplet_loss",
+    "uniformity",
+]

@@ -1,0 +1,178 @@
+"""Losses on distances and inner products: alignment, uniformity, spectral, triplet and margin losses."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_contrast import distributed
+from lightning_contrast._checks import check_batch, check_positive, fail
+from lightning_contrast.losses._core import Columns, self_lse
+from lightning_contrast.losses._prepare import (
+    check_matrix,
+    check_pair,
+    check_tile_size,
+    full_precision,
+    global_mean,
+    normalize,
+)
+
+
+@full_precision
+def alignment(z_a: Tensor, z_b: Tensor, *, alpha: float = 2.0) -> Tensor:
+    """Return the mean distance of positive pairs on the unit sphere.
+
+    Implements ``L_align`` of Wang and Isola (https://arxiv.org/abs/2005.10242). Inputs are L2-normalised here.
+
+    Args:
+        z_a: Embeddings of the first view, ``(B, D)``.
+        z_b: Embeddings of the second view, ``(B, D)``.
+        alpha: Power of the distance, > 0.
+
+    Returns:
+        The mean over the pairs of all ranks, a scalar in [0, 2**alpha].
+
+    Raises:
+        ValueError: If the shapes differ or ``alpha`` is not above 0.
+        TypeError: If the embeddings are not floating point.
+    """
+    check_pair("z_a", z_a, "z_b", z_b, minimum=1)
+    check_positive("alpha", alpha, "The paper uses 2")
+    squared = (normalize(z_a) - normalize(z_b)).square().sum(1)
+    if alpha == 2:
+        return global_mean(squared)
+    # Below 2 the slope at distance 0 is infinite or undefined; the least normal number makes it 0.
+    tiny = torch.finfo(squared.dtype).tiny
+    return global_mean(torch.where(squared > tiny, squared.clamp_min(tiny).pow(alpha / 2), 0.0))
+
+
+@full_precision
+def uniformity(z: Tensor, *, t: float = 2.0, tile_size: int | None = None) -> Tensor:
+    """Return the logarithm of the mean Gaussian potential of all pairs.
+
+    Implements ``L_uniform`` of Wang and Isola (https://arxiv.org/abs/2005.10242), over the pairs of the global batch.
+    Inputs are L2-normalised here; the distances are never formed as a matrix.
+
+    Args:
+        z: Embeddings of one view, ``(B, D)``.
+        t: Sharpness of the potential ``exp(-t d^2)``, > 0; 2 in the paper.
+        tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
+
+    Returns:
+        A scalar in [-4 t, 0]; 0 where all embeddings are equal.
+
+    Raises:
+        ValueError: If the shape is wrong, the batch is smaller than 2, or a number is out of its range.
+        TypeError: If the embeddings are not floating point.
+    """
+    check_matrix("z", z)
+    check_tile_size(tile_size)
+    check_positive("t", t, "The paper uses 2")
+    if not distributed.is_distributed():
+        check_batch("z", len(z))
+    unit = normalize(z)
+    # d^2 = 2 - 2 cos, so that the potentials of a row sum to exp(lse - 2 t).
+    rows = self_lse(unit, 2 * t, Columns(tile_size=tile_size)) - 2 * t  # (B,)
+    peak = _global_max(rows)
+    total = distributed.all_reduce_sum_with_gradient((rows - peak).exp().sum())
+    count = _global_count(z)
+    return total.log() + peak - (count * (count - 1)).log()
+
+
+def _global_max(values: Tensor) -> Tensor:
+    """Return the largest value over all ranks, without gradient."""
+    return distributed.gather(values).max()
+
+
+def _global_count(z: Tensor) -> Tensor:
+    """Return the number of rows of all ranks."""
+    return distributed.all_reduce_sum(z.new_tensor(float(len(z))))
+
+
+@full_precision
+def spectral_contrastive_loss(z_a: Tensor, z_b: Tensor, *, mu: float) -> Tensor:
+    """Return the spectral contrastive loss.
+
+    Implements Eq. 6 of spectral contrastive learning (https://arxiv.org/abs/2106.04156) as in the authors' program:
+    embeddings longer than ``sqrt(mu)`` are shortened to it, and the loss is divided by ``mu``. The sum over all pairs
+    is taken from two ``D x D`` matrices, so that no ``B x B`` matrix is formed.
+    Differs from it: both terms are of the global batch, not of one replica.
+
+    Args:
+        z_a: Embeddings of the first view, ``(B, D)``, not normalised.
+        z_b: Embeddings of the second view, ``(B, D)``, not normalised.
+        mu: Square of the largest length of an embedding, > 0; 1 for CIFAR and 10 for ImageNet in the paper.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If shapes differ, the batch is smaller than 2, or ``mu`` is not above 0.
+        TypeError: If the embeddings are not floating point.
+    """
+    check_pair("z_a", z_a, "z_b", z_b)
+    check_positive("mu", mu, "The paper uses 1 for CIFAR and 10 for ImageNet")
+    z_a, z_b = (z * mu**0.5 / z.norm(dim=1, keepdim=True).clamp_min(mu**0.5) for z in (z_a, z_b))
+    count = _global_count(z_a)
+    inner = (z_a * z_b).sum(1)  # (B,)
+    # sum_ij (a_i . b_j)^2 = <A'A, B'B>, from which the pairs i = j are taken off.
+    gram_a, gram_b = (distributed.all_reduce_sum_with_gradient(z.T @ z) for z in (z_a, z_b))
+    others = (gram_a * gram_b).sum() / (count * (count - 1)) - global_mean(inner.square()) / (count - 1)
+    return (others - 2 * global_mean(inner)) / mu
+
+
+@full_precision
+def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float) -> Tensor:
+    """Return the hinge on squared distances of unit vectors.
+
+    Implements Eq. 3 of FaceNet (https://arxiv.org/abs/1503.03832). Inputs are L2-normalised here.
+
+    Args:
+        anchor: Embeddings, ``(B, D)``.
+        positive: Embeddings of the same class, ``(B, D)``.
+        negative: Embeddings of another class, ``(B, D)``.
+        margin: By how much the squared distance to the negative must be larger, > 0; 0.2 in the paper.
+
+    Returns:
+        The mean over the triplets of all ranks, a scalar, >= 0.
+
+    Raises:
+        ValueError: If shapes differ or the margin is not above 0.
+        TypeError: If the inputs are not floating point.
+    """
+    check_pair("anchor", anchor, "positive", positive, minimum=1)
+    check_pair("anchor", anchor, "negative", negative, minimum=1)
+    check_positive("margin", margin, "The paper uses 0.2")
+    anchor, positive, negative = normalize(anchor), normalize(positive), normalize(negative)
+    # 2 - 2 cos of both: the twos cancel, and so does the loss of digits for near pairs.
+    gap = 2 * (anchor * (negative - positive)).sum(1)
+    return global_mean(F.relu(gap + margin))
+
+
+@full_precision
+def margin_contrastive_loss(z_a: Tensor, z_b: Tensor, same: Tensor, *, margin: float) -> Tensor:
+    """Return Hadsell's contrastive loss: similar pairs attract, others repel up to a margin.
+
+    Implements Eq. 4 of dimensionality reduction by learning an invariant mapping (Hadsell, Chopra and LeCun 2006,
+    https://doi.org/10.1109/CVPR.2006.100), with the hinge inside the square. Inputs are not normalised here.
+
+    Args:
+        z_a: First of each pair, ``(P, D)``.
+        z_b: Second of each pair, ``(P, D)``.
+        same: Whether a pair is similar, ``(P,)`` bool, or 0 and 1.
+        margin: Distance up to which dissimilar pairs repel, > 0, in the units of the embeddings.
+
+    Returns:
+        The mean over the pairs of all ranks, a scalar, >= 0.
+
+    Raises:
+        ValueError: If shapes do not fit or the margin is not above 0.
+        TypeError: If the embeddings are not floating point.
+    """
+    check_pair("z_a", z_a, "z_b", z_b, minimum=1)
+    check_positive("margin", margin, "1 is usual for unit vectors")
+    if same.shape != (len(z_a),):
+        fail("same", f"have shape ({len(z_a)},)", tuple(same.shape), "Give one value for each pair")
+    squared = (z_a - z_b).square().sum(1)
+    distance = (squared + 1e-12).sqrt()  # the slope of the root is infinite at 0
+    weight = same.to(squared.dtype)
+    return global_mean(0.5 * (weight * squared + (1 - weight) * F.relu(margin - distance).square()))

@@ -1,0 +1,83 @@
+"""Losses of the methods with a momentum network or a stop-gradient: BYOL, SimSiam, MoCo v3."""
+
+import torch
+from torch import Tensor
+
+from lightning_contrast.losses._prepare import Scalar, check_pair, full_precision, global_mean, normalize
+from lightning_contrast.losses.contrastive import info_nce
+
+
+@full_precision
+def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return minus the cosine similarity of predictions and targets.
+
+    Implements Eq. 1 of SimSiam (https://arxiv.org/abs/2011.10566), one direction; SimSiam averages two. The target
+    receives no gradient.
+
+    Args:
+        prediction: Output of the predictor, ``(B, D)``.
+        target: Projection of the other view, ``(B, D)``.
+
+    Returns:
+        The mean over the images of all ranks, a scalar in [-1, 1].
+
+    Raises:
+        ValueError: If the shapes differ.
+        TypeError: If the inputs are not floating point.
+    """
+    check_pair("prediction", prediction, "target", target, minimum=1)
+    return -global_mean((normalize(prediction) * normalize(target.detach())).sum(1))
+
+
+@full_precision
+def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the squared distance of unit vectors, ``2 - 2 cos``.
+
+    Implements Eq. 2 of BYOL (https://arxiv.org/abs/2006.07733), one direction; BYOL adds two. The target receives no
+    gradient.
+
+    Args:
+        prediction: Output of the online network's predictor, ``(B, D)``.
+        target: Projection of the target network, ``(B, D)``.
+
+    Returns:
+        The mean over the images of all ranks, a scalar in [0, 4].
+
+    Raises:
+        ValueError: If the shapes differ.
+        TypeError: If the inputs are not floating point.
+    """
+    return 2 + 2 * negative_cosine(prediction, target)
+
+
+@full_precision
+def moco_v3_loss(
+    q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, *, temperature: Scalar, tile_size: int | None = None
+) -> Tensor:
+    """Return MoCo v3's symmetric contrastive loss.
+
+    Implements Algorithm 1 of MoCo v3 (https://arxiv.org/abs/2104.02057): the keys of the other view of the global
+    batch are the candidates, and each direction is multiplied by twice the temperature. Keys receive no gradient.
+    Inputs are L2-normalised here.
+
+    Args:
+        q1: Predictions of the first view, ``(B, D)``.
+        q2: Predictions of the second view, ``(B, D)``.
+        k1: Keys of the first view, ``(B, D)``.
+        k2: Keys of the second view, ``(B, D)``.
+        temperature: Divisor of the cosine similarities; unitless, > 0; 1.0 for ResNets and 0.2 for ViTs in the paper.
+        tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
+
+    Returns:
+        The sum of both directions, each a mean over the queries of all ranks, a scalar.
+
+    Raises:
+        ValueError: If shapes differ, the batch is smaller than 2, or a number is out of its range.
+        TypeError: If the inputs are not floating point.
+    """
+    check_pair("q1", q1, "k2", k2)
+    check_pair("q2", q2, "k1", k1)
+    first = info_nce(q1, k2.detach(), temperature=temperature, tile_size=tile_size)
+    second = info_nce(q2, k1.detach(), temperature=temperature, tile_size=tile_size)
+    factor = 2 * (temperature.reshape(()) if isinstance(temperature, Tensor) else temperature)
+    return torch.as_tensor(factor * (first + second))

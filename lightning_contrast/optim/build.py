@@ -1,0 +1,75 @@
+"""Optimizers by name."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_contrast._checks import check_choice, check_not_negative, fail
+from lightning_contrast.optim.lars import LARS
+
+OptimizerLike: TypeAlias = str | Callable[..., Optimizer]
+OPTIMIZERS = ("sgd", "adamw", "lars", "lamb")
+
+
+def check_optimizer(optimizer: OptimizerLike) -> None:
+    """Check what a method is given, long before its optimizer is built.
+
+    Args:
+        optimizer: A name, or a callable.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If it is neither a name nor a callable.
+    """
+    if isinstance(optimizer, str):
+        check_choice("optimizer", optimizer, OPTIMIZERS)
+    elif not callable(optimizer):
+        mend = f"Pass one of {', '.join(map(repr, OPTIMIZERS))}, or an optimizer class"
+        fail("optimizer", "be a name or a callable", type(optimizer).__name__, mend, TypeError)
+
+
+def build_optimizer(
+    optimizer: OptimizerLike, groups: list[dict[str, Any]], lr: float, *, sgd_momentum: float = 0.9, **options: Any
+) -> Optimizer:
+    """Build the optimizer of a method.
+
+    Args:
+        optimizer: ``"sgd"``, ``"adamw"``, ``"lars"`` or ``"lamb"`` (timm's); or a callable, such as an optimizer
+            class, that is given the groups and, if it takes an argument of that name, ``lr``.
+        groups: Parameter groups with their weight decay, as `parameter_groups` returns them.
+        lr: Learning rate, >= 0.
+        sgd_momentum: Momentum of ``"sgd"`` and ``"lars"``, in [0, 1).
+        options: Further arguments of the optimizer, such as ``betas`` or ``trust_coefficient``.
+
+    Raises:
+        ValueError: If the name is unknown.
+        TypeError: If ``optimizer`` is neither a name nor a callable, or does not return an optimizer.
+    """
+    check_not_negative("lr", lr)
+    check_optimizer(optimizer)
+    groups = [dict(group) for group in groups]  # torch writes its defaults into the dicts that it is given
+    if isinstance(optimizer, str):
+        if optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=sgd_momentum, **options)
+        if optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=lr, **options)
+        if optimizer == "lars":
+            return LARS(groups, lr=lr, momentum=sgd_momentum, **options)
+        from timm.optim.lamb import Lamb
+
+        return Lamb(groups, lr=lr, **options)
+    given = {"lr": lr} if _takes_lr(optimizer) else {}
+    built = optimizer(groups, **given, **options)
+    if not isinstance(built, Optimizer):
+        mend = "Return a torch.optim.Optimizer over the groups that it is given"
+        fail("optimizer", "return an optimizer", type(built).__name__, mend, TypeError)
+    return built
+
+
+def _takes_lr(optimizer: Callable[..., Optimizer]) -> bool:
+    """Tell whether a callable takes ``lr``; one that sets its own rate need not."""
+    parameters = inspect.signature(optimizer).parameters
+    return "lr" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

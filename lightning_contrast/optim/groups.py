@@ -1,0 +1,66 @@
+"""Parameter groups: norms and biases carry no weight decay and no trust ratio."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_contrast._checks import check_choice, check_not_negative, fail
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, *, exclude: Collection[str] = ("norm", "bias")
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters of a module into those with weight decay and those without.
+
+    Args:
+        module: The module; parameters with ``requires_grad=False`` are left out, shared ones come once.
+        weight_decay: Decay of the first group, >= 0.
+        exclude: What goes to the second group. ``"norm"``: parameters of normalisation layers and all other vectors
+            and scalars that are no biases (scales, temperatures). ``"bias"``: parameters whose name ends with "bias".
+            Both together are the rule "at most one dimension" of MoCo v3, Barlow Twins and VICReg and the rule
+            "norm and bias" of SimCLR and BYOL; an empty collection is SwAV's.
+
+    Returns:
+        Two groups, either of which may be empty: the decayed parameters, and the others with ``weight_decay=0`` and
+        ``adapt=False``, which takes them out of the trust ratio of `LARS` (other optimizers ignore the key).
+
+    Raises:
+        ValueError: If the parameters are flattened into one (FSDP1 without ``use_orig_params=True``).
+    """
+    check_not_negative("weight_decay", weight_decay)
+    for kind in exclude:
+        check_choice("exclude", kind, ("norm", "bias"))
+    dims = dict(_unflattened_dims(module))
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            if hasattr(parameter, "_is_flat_param") or name == "_flat_param":
+                fail("use_orig_params", "be True", False, "Pass use_orig_params=True to the FSDP strategy")
+            seen.add(parameter)
+            if name.endswith("bias"):
+                kind = "bias"
+            elif isinstance(owner, _NORMS) or dims.get(parameter, parameter.ndim) <= 1:
+                kind = "norm"
+            else:
+                kind = "weight"
+            (others if kind in exclude else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def _unflattened_dims(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    """Yield the parameters that FSDP1 has flattened, with the number of dimensions they had before."""
+    for wrapped in module.modules():
+        flat: Any = getattr(getattr(wrapped, "_handle", None), "flat_param", None)
+        if getattr(flat, "_params", None) is not None:
+            yield from ((p, len(shape)) for p, shape in zip(flat._params, flat._shapes, strict=True))

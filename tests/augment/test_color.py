@@ -1,0 +1,154 @@
+"""The fused colour operation against torchvision's functions, image by image in the order that was drawn."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+from lightning_contrast.augment.fused import FusedColorJitter, FusedSolarize
+from lightning_contrast.augment.fused.hue import shift_hue_
+from lightning_contrast.augment.operation import to_device
+
+CPU = torch.device("cpu")
+
+
+def run(operation, images, draw):
+    return operation.compute_(images.clone(), to_device(operation.prepare(draw), CPU))
+
+
+def one_by_one(images, draw, *, gray_first=False, additive=False):
+    """Apply torchvision's operations to each image."""
+    views = []
+    for i, image in enumerate(images):
+        brightness, contrast, saturation, hue = draw["factors"][i].tolist()
+        steps = {
+            0: lambda x, b=brightness: (x + b).clamp(0, 1) if additive else TF.adjust_brightness(x, b),
+            1: lambda x, c=contrast: TF.adjust_contrast(x, c),
+            2: lambda x, s=saturation: TF.adjust_saturation(x, s),
+            3: lambda x, h=hue: TF.adjust_hue(x, h),
+        }
+        gray = bool(draw["gray"][i])
+        if gray and gray_first:
+            image = TF.rgb_to_grayscale(image, 3)
+        for step in draw["order"][i].tolist() if draw["jittered"][i] else []:
+            image = steps[step](image)
+        if gray and not gray_first:
+            image = TF.rgb_to_grayscale(image, 3)
+        views.append(image)
+    return torch.stack(views)
+
+
+@pytest.mark.parametrize("gray_first", [False, True])
+@pytest.mark.parametrize("additive", [False, True])
+def test_equals_torchvision_in_every_order(emoji, additive, gray_first):
+    torch.manual_seed(0)
+    images = emoji[:300].double() / 255
+    operation = FusedColorJitter(
+        0.8, 0.8, 0.8, 0.2, p=0.8, grayscale=0.2, additive_brightness=additive, gray_first=gray_first
+    )
+    draw = operation.draw(300, 32, 32)
+    assert len({tuple(order) for order in draw["order"].tolist()}) == 24
+    reference = one_by_one(images, draw, additive=additive, gray_first=gray_first)
+    # torchvision's luma is rounded to four digits: 0.2989, which the hue, being steep at grey pixels, can amplify
+    difference = (run(operation, images, draw) - reference).abs()
+    assert difference.mean() < 1e-4
+    assert difference.flatten().quantile(0.999) < 2e-3 if difference.numel() < 16e6 else True
+
+
+def test_subsets_of_the_operations(emoji):
+    torch.manual_seed(0)
+    images = emoji[:40].double() / 255
+    for strengths in ((0.4, 0, 0, 0), (0, 0.4, 0, 0), (0, 0, 0.4, 0), (0, 0, 0, 0.4), (0.4, 0.4, 0, 0), (0, 0, 0, 0)):
+        operation = FusedColorJitter(*strengths)
+        draw = operation.draw(40, 32, 32)
+        torch.testing.assert_close(run(operation, images, draw), one_by_one(images, draw), atol=1e-3, rtol=0)
+        if not any(strengths):
+            assert torch.equal(run(operation, images, draw), images)
+
+
+def test_sorting_changes_nothing(emoji):
+    """Rows that lie side by side are computed in place, others through copies: the same result."""
+    torch.manual_seed(0)
+    images = emoji[:50].float() / 255
+    operation = FusedColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8, grayscale=0.2)
+    draw = operation.draw(50, 32, 32)
+    order = operation.sort_key(draw).argsort(kind="stable")
+    sorted_views = run(operation, images[torch.from_numpy(order)], {k: v[order] for k, v in draw.items()})
+    assert torch.equal(sorted_views[torch.from_numpy(order.argsort())], run(operation, images, draw))
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.2, 0.0, 1 / 3, 0.5])
+def test_hue_equals_torchvision(turns):
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 40, 40, dtype=torch.float64)
+    images[1] = images[1, :1]  # grey
+    images[2] = (images[2] > 0.5).double()  # corners of the cube: ties of channels
+    images[3, 0] = images[3, 1]
+    expected = TF.adjust_hue(images, turns)
+    result = shift_hue_(images.clone(), torch.full((4,), turns, dtype=torch.float64))
+    torch.testing.assert_close(result, expected, atol=1e-9, rtol=0)
+
+
+def test_rates_and_ranges():
+    torch.manual_seed(0)
+    draw = FusedColorJitter(0.4, 1.5, 0.8, 0.1, p=0.8, grayscale=0.2).draw(20000, 32, 32)
+    assert draw["jittered"].mean() == pytest.approx(0.8, abs=0.01)
+    assert draw["gray"].mean() == pytest.approx(0.2, abs=0.01)
+    low, high = draw["factors"].min(0), draw["factors"].max(0)
+    np.testing.assert_allclose(low, [0.6, 0.0, 0.2, -0.1], atol=1e-2)
+    np.testing.assert_allclose(high, [1.4, 2.5, 1.8, 0.1], atol=1e-2)
+    first = np.bincount(draw["order"][:, 0], minlength=4) / 20000
+    np.testing.assert_allclose(first, 0.25, atol=0.015)
+
+
+def test_one_channel_keeps_brightness_and_contrast():
+    torch.manual_seed(0)
+    images = torch.rand(30, 1, 16, 16, dtype=torch.float64)
+    operation = FusedColorJitter(0.4, 0.4, 0.4, 0.1, grayscale=0.2)
+    draw = operation.draw(30, 16, 16)
+    rgb = one_by_one(images.expand(-1, 3, -1, -1), draw)[:, :1]
+    torch.testing.assert_close(run(operation, images, draw), rgb, atol=2e-3, rtol=0)
+
+
+def test_many_channels():
+    images = torch.rand(8, 5, 16, 16)
+    with pytest.raises(ValueError, match=r"3 channels for saturation, hue and grayscale, got 5\. .*color=False"):
+        FusedColorJitter(0.4, 0.4, 0.4, 0.1)(images)
+    torch.manual_seed(0)
+    operation = FusedColorJitter(0.0, 0.5)
+    draw = operation.draw(8, 16, 16)
+    factor = torch.from_numpy(draw["factors"][:, 1]).view(-1, 1, 1, 1)
+    expected = (factor * images + (1 - factor) * images.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
+    torch.testing.assert_close(run(operation, images, draw), expected)
+
+
+def test_solarize_equals_torchvision():
+    torch.manual_seed(0)
+    images = torch.rand(400, 3, 8, 8)
+    operation = FusedSolarize(0.2)
+    draw = operation.draw(400, 8, 8)
+    chosen = torch.from_numpy(draw["solarized"])
+    assert chosen.float().mean() == pytest.approx(0.2, abs=0.06)
+    result = operation.compute_(images.clone(), to_device(operation.prepare(draw), CPU))
+    torch.testing.assert_close(result[chosen], TF.solarize(images[chosen], 0.5))
+    assert torch.equal(result[~chosen], images[~chosen])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"brightness": -0.1}, "`brightness` must be >= 0"),
+        ({"contrast": -1}, "`contrast` must be >= 0"),
+        ({"saturation": -1}, "`saturation` must be >= 0"),
+        ({"hue": 0.6}, r"`hue` must lie in \[0, 0.5\]"),
+        ({"p": 1.1}, "`p` must lie in"),
+        ({"grayscale": -0.1}, "`grayscale` must lie in"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FusedColorJitter(**arguments)
+    with pytest.raises(ValueError, match="`p` must lie in"):
+        FusedSolarize(2.0)
+    with pytest.raises(ValueError, match="`threshold` must lie in"):
+        FusedSolarize(threshold=128)

@@ -1,0 +1,272 @@
+"""What every method promises, whatever its algorithm: each new method joins by one line in cases.py."""
+
+import copy
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_contrast as lc
+from lightning_contrast.contracts import HasMomentumPairs
+from tests.launch import run_processes
+from tests.methods.cases import CASES, Case, TinyBackbone, make
+
+BATCH, BATCHES, PIXELS = 8, 4, 16
+methods = pytest.mark.parametrize("name", CASES)
+
+
+class Policy(nn.Module):
+    """Cheap random views: noise and a flip, drawn from torch's global generator as Kornia's are."""
+
+    size, mean, std = PIXELS, None, None
+    input_spec = {"size": PIXELS, "mean": None, "std": None}  # noqa: RUF012
+
+    def __init__(self, views):
+        super().__init__()
+        self.views = views
+
+    def forward(self, images):
+        return [self.plain(images) + 0.2 * torch.randn(images.shape) for _ in range(self.views)]
+
+    def plain(self, images):
+        return images.float() / 255
+
+
+class Data(lc.data.EmojiDataModule):
+    """A few small emoji."""
+
+    def read(self, split):
+        images, labels = super().read(split)
+        return images[: BATCH * BATCHES, :, ::2, ::2].contiguous(), labels[: BATCH * BATCHES]
+
+
+def trainer(tmp_path, case, *, callbacks=(), epochs=2, **kwargs):
+    settings = {
+        "max_epochs": epochs,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "num_sanity_val_steps": 0,
+    }
+    views = lc.ViewAugmentation(Policy(case.views), seed=3)
+    return L.Trainer(**(settings | kwargs), callbacks=[views, *callbacks])
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_equal_states(a, b):
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+def step_batch(case: Case, dtype=torch.float32, size=BATCH):
+    generator = torch.Generator().manual_seed(5)
+    views = [torch.rand(size, 3, PIXELS, PIXELS, generator=generator, dtype=dtype) for _ in range(case.views)]
+    return [views, torch.arange(size) % 3]
+
+
+def run_step(module, batch):
+    """Run a training step outside a Trainer."""
+    module.log = lambda *a, **k: None
+    return module.training_step(batch, 0)
+
+
+@methods
+def test_every_trainable_parameter_gets_a_gradient_and_no_other(name):
+    module = make(name)
+    run_step(module, step_batch(CASES[name]))["loss"].backward()
+    for parameter_name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
+    assert not list(module.parameters(recurse=False)), "parameters belong in submodules"
+
+
+@methods
+def test_step_output(name):
+    module = make(name)
+    out = run_step(module, step_batch(CASES[name]))
+    assert out["loss"].ndim == 0
+    assert out["features"].shape == (BATCH, module.feature_dim)
+    assert not out["features"].requires_grad
+    assert module(torch.rand(5, 3, PIXELS, PIXELS)).shape == (5, module.feature_dim)
+
+
+@methods
+def test_momentum_modules_start_equal_and_frozen(name):
+    module = make(name)
+    pairs = module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
+    for online, momentum in pairs:
+        assert_equal_states(state(online), state(momentum))
+        assert not any(parameter.requires_grad for parameter in momentum.parameters())
+
+
+@methods
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+def test_optimizer_holds_exactly_the_trainable_parameters(name, optimizer, tmp_path):
+    module = make(name, optimizer=optimizer)
+    trainer(tmp_path, CASES[name], epochs=1, limit_train_batches=1, limit_val_batches=0).fit(module, Data(BATCH))
+    groups = module.trainer.optimizers[0].param_groups
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    for group in groups:
+        assert all(p.ndim > 1 for p in group["params"]) or group["weight_decay"] == 0
+
+
+@methods
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("stop", ["epoch end", "mid-epoch"])
+def test_resume_equals_the_uninterrupted_run(name, stop, tmp_path):
+    case, stopped_at = CASES[name], BATCHES if stop == "epoch end" else BATCHES + 2
+
+    def fit(module, folder, **kwargs):
+        every = {"every_n_epochs": 1} if stop == "epoch end" else {"every_n_train_steps": BATCHES + 2}
+        saved = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, **every)
+        run = trainer(tmp_path, case, callbacks=[lc.OnlineLinearProbe(num_classes=9), saved], epochs=3)
+        run.fit(module, Data(BATCH), **kwargs)
+        return run
+
+    whole = make(name)
+    full = fit(whole, "whole")
+    path = tmp_path / "whole" / f"step={stopped_at}.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == stopped_at
+
+    torch.manual_seed(99)
+    resumed = make(name)
+    for parameter in resumed.parameters():
+        parameter.data.add_(1.0)  # what is not loaded shows
+    second = fit(resumed, "resumed", ckpt_path=path, weights_only=True)
+    assert_equal_states(state(whole), state(resumed))
+    assert second.global_step == full.global_step == 3 * BATCHES
+    for a, b in zip(full.optimizers[0].state.values(), second.optimizers[0].state.values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+    assert (
+        full.lr_scheduler_configs[0].scheduler.state_dict()["last_epoch"]
+        == (second.lr_scheduler_configs[0].scheduler.state_dict()["last_epoch"])
+    )
+    probes = [next(c for c in t.callbacks if isinstance(c, lc.OnlineLinearProbe)) for t in (full, second)]
+    a, b = (flat(p.state_dict()) for p in probes)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+
+
+def flat(value, prefix=""):
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{prefix}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{prefix}/{i}").items()}
+    return {} if value is None or isinstance(value, str) else {prefix: value}
+
+
+@methods
+def test_checkpoint_loads_with_weights_only_and_without_modules_in_it(name, tmp_path):
+    module = make(name)
+    fit = trainer(tmp_path, CASES[name], epochs=1)
+    fit.fit(module, Data(BATCH))
+    fit.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert "backbone" not in loaded["hyper_parameters"]
+    assert loaded["hyper_parameters"]["lr"] == 0.05
+    again = type(module).load_from_checkpoint(
+        tmp_path / "one.ckpt", backbone=TinyBackbone(norm=True), weights_only=True
+    )
+    assert_equal_states(state(module), state(again))
+
+
+@methods
+def test_second_fit_goes_on(name, tmp_path):
+    module = make(name)
+    fit = trainer(tmp_path, CASES[name], epochs=1)
+    fit.fit(module, Data(BATCH))
+    before = state(module)
+    fit.fit_loop.max_epochs = 2
+    fit.fit(module, Data(BATCH))
+    fit.validate(module, Data(BATCH), verbose=False)
+    assert fit.global_step == 2 * BATCHES
+    assert any(not torch.equal(before[key], value) for key, value in state(module).items())
+
+
+@methods
+def test_bf16_and_accumulation(name, tmp_path):
+    module = make(name)
+    before = state(module)
+    fit = trainer(tmp_path, CASES[name], epochs=1, precision="bf16-mixed", accumulate_grad_batches=2)
+    fit.fit(module, Data(BATCH))
+    assert fit.global_step == BATCHES // 2
+    assert torch.isfinite(fit.callback_metrics["train/loss"])
+    assert any(not torch.equal(before[key], value) for key, value in state(module).items())
+
+
+@methods
+def test_deepcopy_and_pickle(name, tmp_path):
+    module = make(name)
+    trainer(tmp_path, CASES[name], epochs=1).fit(module, Data(BATCH))
+    module.trainer = None
+    assert_equal_states(state(module), state(copy.deepcopy(module)))
+    if CASES[name].make.__name__ != "<lambda>":
+        assert_equal_states(state(module), state(pickle.loads(pickle.dumps(module))))
+
+
+def gradients(module, batch):
+    run_step(module, batch)["loss"].backward()
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+def rank_gradients(rank, name, world_size):
+    module = make(name, norm=False).double()
+    views, labels = step_batch(CASES[name], torch.float64)
+    rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    grads = gradients(module, [[view[rows] for view in views], labels[rows]])
+    for gradient in grads.values():  # what DDP does
+        torch.distributed.all_reduce(gradient)
+        gradient /= world_size
+    return grads
+
+
+@methods
+@pytest.mark.dist
+def test_two_ranks_give_the_gradient_of_one(name):
+    module = make(name, norm=False).double()
+    alone = gradients(module, step_batch(CASES[name], torch.float64))
+    for grads in run_processes(rank_gradients, 2, name, 2):
+        assert grads.keys() == alone.keys()
+        for key, gradient in grads.items():
+            torch.testing.assert_close(gradient, alone[key], rtol=1e-6, atol=1e-9)
+
+
+def plain_fit(module, batches, **kwargs):
+    settings = {"accelerator": "cpu", "logger": False, "limit_val_batches": 0, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
+    fit = L.Trainer(max_epochs=2, precision="64-true", **settings, **quiet, **kwargs)
+    fit.fit(module, DataLoader(batches, batch_size=None, collate_fn=as_is))
+    return state(module)
+
+
+def as_is(batch):
+    return batch
+
+
+def ddp_fit(rank, name, world_size):
+    views, labels = step_batch(CASES[name], torch.float64)
+    rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    share = [[view[rows] for view in views], labels[rows]]
+    return plain_fit(make(name, norm=False), [share] * 2, devices=world_size, strategy="ddp")
+
+
+@methods
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
+def test_ddp_fit_equals_one_process(name):
+    alone = plain_fit(make(name, norm=False), [step_batch(CASES[name], torch.float64)] * 2)
+    for weights in run_processes(ddp_fit, 2, name, 2, init=False):
+        for key, value in weights.items():
+            torch.testing.assert_close(value, alone[key], rtol=1e-9, atol=1e-9)
