@@ -14,7 +14,7 @@ import lightning_contrast as lc
 from lightning_contrast import evaluation
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--epochs", type=int, default=300)
+parser.add_argument("--epochs", type=int, default=250)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--fold", type=int, help="judge on this fold (1-4) of the training things, to choose settings")
 parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
@@ -25,9 +25,9 @@ start = time.perf_counter()
 L.seed_everything(options.seed)
 data = lc.data.EmojiDataModule(batch_size=256, seed=options.seed, validation_fold=options.fold)
 mean, std = lc.data.estimate_mean_std(data)
-policy = lc.augment.simclr_views(32, strength=0.5, blur=0.0, mean=mean, std=std)
+policy = lc.augment.simclr_cifar_views(32, mean=mean, std=std)
 model = lc.SimCLR(
-    "small_convnet", temperature=0.2, optimizer="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=options.epochs // 60
+    "small_convnet", temperature=0.1, optimizer="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=options.epochs // 60
 )
 trainer = L.Trainer(
     max_epochs=options.epochs,

@@ -140,8 +140,8 @@ class FusedOperation:
         self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
         """Apply the operation with given parameters: Kornia's hook. ``input`` is not changed."""
-        print({k:type(v) for k,v in params.items()}); draw = {name: value.numpy() for name, value in params.items() if name not in _KORNIA_PARAMETERS}
+        draw = {name: value.numpy() for name, value in params.items() if name not in _FROM_KORNIA}
         return self.compute_(input.clone(), to_device(self.prepare(draw), input.device))
 
 
-_KORNIA_PARAMETERS = ("batch_prob", "forward_input_shape")
+_FROM_KORNIA = ("batch_prob", "forward_input_shape", "data_keys")  # its containers mix these in

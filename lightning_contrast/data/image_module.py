@@ -140,7 +140,7 @@ class ImageDataModule(InMemoryDataModule):
                 order = torch.randperm(
                     len(images), generator=torch.Generator().manual_seed(0)
                 )  # the same for all seeds
-                images, labels = images[order], labels
+                images, labels = images[order], labels[order]
             self._parts[part] = images.expand(-1, self.channels, -1, -1), labels
         return self._parts[part]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_contrast import distributed
+from lightning_contrast._checks import check_batch
 from lightning_contrast.losses._prepare import Scalar
 from lightning_contrast.losses._tiles import Diagonal, Plan, Weights, make_plan, sweep_gradient, sweep_lse
 
@@ -30,6 +31,7 @@ class Columns:
         column_groups: Group of each column, where rows and columns are not the same images.
         mask: Columns that count, ``(M,)`` bool, for columns that every rank holds.
         tile_size: Largest edge of a tile; None chooses it.
+        views: Rows of an image; the batch of all ranks must have at least 2 images.
     """
 
     skip_partner: bool = False
@@ -37,6 +39,7 @@ class Columns:
     column_groups: Tensor | None = None
     mask: Tensor | None = None
     tile_size: int | None = None
+    views: int = 1
 
 
 class Shares:
@@ -75,6 +78,8 @@ def leave_out_plan(x: Tensor, columns: Columns, shares: Shares, views: bool, sca
         views: True: rows and columns are the same, two views of N / 2 images, and no row meets itself.
         scale: Factor of the similarities.
     """
+    if shares.together:  # every rank sees the same sizes, so that all of them raise or none does
+        check_batch("the embeddings of all ranks", sum(shares.sizes) // columns.views)
     half, start = len(x) // 2, shares.start
     skip: tuple[Diagonal, ...] = ()
     if views:

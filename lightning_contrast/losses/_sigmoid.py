@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_contrast import distributed
+from lightning_contrast._checks import check_batch
 from lightning_contrast.losses._prepare import Scalar
 from lightning_contrast.losses._tiles import Diagonal, Tiles, make_plan
 
@@ -41,6 +42,8 @@ class _SoftplusSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None) -> Tensor:
         ctx.sizes = distributed.batch_sizes(len(y), y.device)
+        if len(ctx.sizes) > 1:  # every rank sees the same sizes, so that all of them raise or none does
+            check_batch("the embeddings of all ranks", sum(ctx.sizes))
         ctx.scale, ctx.bias, ctx.tile_size = scale, bias, tile_size
         total, share = x.new_zeros(len(x)), y.detach()
         for hops in range(len(ctx.sizes)):

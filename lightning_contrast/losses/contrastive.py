@@ -63,8 +63,10 @@ def nt_xent(
     z = normalize(torch.cat([z_a, z_b]))  # (2B, D)
     positive = (z[: len(z_a)] * z[len(z_a) :]).sum(1).repeat(2)  # (2B,)
     if handling.plain and groups is None:
-        return global_mean(self_lse(z, scale, Columns(tile_size=tile_size)) - positive * scale)
-    columns = Columns(skip_partner=True, groups=None if groups is None else groups.repeat(2), tile_size=tile_size)
+        return global_mean(self_lse(z, scale, Columns(tile_size=tile_size, views=2)) - positive * scale)
+    columns = Columns(
+        skip_partner=True, groups=None if groups is None else groups.repeat(2), tile_size=tile_size, views=2
+    )
     return global_mean(anchor_losses(Field(z, z, positive, scale, columns, views=True), handling))
 
 
@@ -216,7 +218,7 @@ def sup_con(
     z = normalize(torch.cat([z_a, z_b]))  # (2B, D)
     sums, counts = class_sums(z, labels.repeat(2))  # (2B, D), (2B,)
     positive = ((z * sums).sum(1) - (z * z).sum(1)) / (counts - 1) * scale  # an anchor is not its own positive
-    return global_mean(self_lse(z, scale, Columns(tile_size=tile_size)) - positive) * factor
+    return global_mean(self_lse(z, scale, Columns(tile_size=tile_size, views=2)) - positive) * factor
 
 
 def check_labels(labels: Tensor, size: int, name: str = "labels") -> None:

@@ -6,7 +6,6 @@ from torch import nn
 
 from lightning_contrast._checks import fail
 
-
 STEM_FAMILIES = frozenset(
     {"ConvNeXt", "CspNet", "MetaNeXt", "NormFreeNet", "RegNet", "ResNetV2", "RexNet", "SmallConvNet", "VovNet"}
 )
@@ -19,7 +18,8 @@ def use_small_stem(module: nn.Module) -> nn.Module:
     The 7x7 convolution of a ResNet and the patch convolution of a ConvNeXt become 3x3 with stride 1 and padding 1; a
     3x3 convolution (EfficientNet, MobileNetV3, the deep stems) only loses its stride. Pooling in the stem goes away.
     Known are ResNet, ResNeXt and their like of timm and torchvision, timm's EfficientNet, MobileNetV3 and others with
-    one ``conv_stem``, ConvNeXt and the other convolutional families of ``STEM_FAMILIES``. The SimCLR program does the same for images of 32 pixels and less.
+    one ``conv_stem``, and the convolutional families of ``STEM_FAMILIES``. The SimCLR program does the same to ResNets
+    for images of 32 pixels and less.
 
     Args:
         module: The network, changed in place. New convolutions are initialised as He et al. do (fan out).

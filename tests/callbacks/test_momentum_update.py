@@ -310,7 +310,12 @@ def test_it_can_be_copied_during_a_fit(copied):
     update, copies = MomentumUpdate(0.5, 0.9, "linear", "copy"), CopyNow()
     fit(Pair(), [update, copies])
     assert copies.copy.updates == 8
-    assert (copies.copy.start, copies.copy.end, copies.copy.schedule, copies.copy.buffers) == (0.5, 0.9, "linear", "copy")
+    assert (copies.copy.start, copies.copy.end, copies.copy.schedule, copies.copy.buffers) == (
+        0.5,
+        0.9,
+        "linear",
+        "copy",
+    )
     fit(Pair(), [copies.copy])
     assert copies.copy.updates == 8
 
@@ -407,7 +412,7 @@ def test_bad_arguments_are_refused(kwargs, words):
 
 
 def test_an_endless_run_needs_a_constant():
-    words = '`schedule` must be "constant" in a run without an end, got \'cosine\'. Set `max_epochs` or `max_steps`'
+    words = "`schedule` must be \"constant\" in a run without an end, got 'cosine'. Set `max_epochs` or `max_steps`"
     with pytest.raises(ValueError, match=words):
         fit(Pair(), [MomentumUpdate(0.9, 1.0)], max_epochs=-1)
     endless = DataLoader(Endless(), batch_size=4)
@@ -479,5 +484,5 @@ def test_bad_modules_are_refused_before_the_first_step(make, error, words):
 def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
     from lightning_contrast.callbacks._steps import StepWatch
 
-    with pytest.raises(TypeError, match="`optimizer` must be a torch.optim.Optimizer, got 'object'"):
+    with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got 'object'"):
         StepWatch().open([object()])

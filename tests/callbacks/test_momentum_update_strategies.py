@@ -1,5 +1,7 @@
 """MomentumUpdate in two processes under every strategy, against the formula on the whole weights."""
 
+import itertools
+
 import lightning as L
 import pytest
 import torch
@@ -47,7 +49,7 @@ def check(results, update, counts, name):
     targets = [key for key in history[0] if key.startswith("target")]
     average = {key: history[0][key].double() for key in targets}
     step = 0
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in itertools.pairwise(history):
         online = {key: after[key.replace("target", "online")].double() for key in targets}
         if any(not torch.equal(online[key], before[key.replace("target", "online")].double()) for key in targets):
             m = update.momentum_at(step, counts)
@@ -100,7 +102,8 @@ def make(precision):
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [(name, "32-true") for name in STRATEGIES] + [("ddp", "bf16-true"), ("fsdp1 root", "bf16-true"), ("fsdp2", "bf16-true")],
+    [(name, "32-true") for name in STRATEGIES]
+    + [("ddp", "bf16-true"), ("fsdp1 root", "bf16-true"), ("fsdp2", "bf16-true")],
 )
 def test_a_resumed_run_is_exact(tmp_path, name, precision):
     for whole, again, (ours, theirs) in run_processes(

@@ -65,7 +65,7 @@ def test_samplers_of_the_global_generator_still_shuffle_each_epoch():
     dataset = loader().dataset
     module = Draws()
     fit(module, [StepSeed(3)], DataLoader(dataset, batch_size=4, sampler=RandomSampler(dataset)), max_epochs=3)
-    epochs = [sum(module.rows[i : i + 8], []) for i in (0, 8, 16)]
+    epochs = [[x for rows in module.rows[i : i + 8] for x in rows] for i in (0, 8, 16)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 

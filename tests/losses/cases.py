@@ -109,9 +109,7 @@ CASES: dict[str, Case] = {
         lambda q, k, g: oracles.info_nce(q, k, None, _f64(0.3), groups=(_int(g), _int(g))),
         groups=1,
     ),
-    "info_nce, queue": Case(
-        _temperature(losses.info_nce), oracles.info_nce, inputs=2, shared=1, learned=(0.2,)
-    ),
+    "info_nce, queue": Case(_temperature(losses.info_nce), oracles.info_nce, inputs=2, shared=1, learned=(0.2,)),
     "sup_con": Case(
         lambda a, b, g, tile_size=None: losses.sup_con(a, b, g, temperature=0.1, tile_size=tile_size),
         lambda a, b, g: oracles.sup_con(a, b, _int(g), _f64(0.1)),
@@ -127,15 +125,11 @@ CASES: dict[str, Case] = {
         lambda a, b: oracles.clip(a, b, _f64(14.0)),
     ),
     "siglip": Case(
-        lambda a, b, s, c, tile_size=None: losses.siglip_loss(
-            a, b, logit_scale=s, logit_bias=c, tile_size=tile_size
-        ),
+        lambda a, b, s, c, tile_size=None: losses.siglip_loss(a, b, logit_scale=s, logit_bias=c, tile_size=tile_size),
         oracles.siglip,
         learned=(10.0, -10.0),
     ),
-    "moco_v3": Case(
-        _temperature(losses.moco_v3_loss), oracles.moco_v3, inputs=4, learned=(0.2,), no_gradient=(2, 3)
-    ),
+    "moco_v3": Case(_temperature(losses.moco_v3_loss), oracles.moco_v3, inputs=4, learned=(0.2,), no_gradient=(2, 3)),
     "byol": Case(losses.byol_loss, lambda p, t: 2 + 2 * oracles.negative_cosine(p, t), no_gradient=(1,), tiled=False),
     "negative_cosine": Case(losses.negative_cosine, oracles.negative_cosine, no_gradient=(1,), tiled=False),
     "alignment": Case(losses.alignment, oracles.alignment, tiled=False),
@@ -143,9 +137,7 @@ CASES: dict[str, Case] = {
         partial(losses.alignment, alpha=1.0), partial(oracles.alignment, alpha=1.0), tiled=False
     ),
     "uniformity": Case(losses.uniformity, oracles.uniformity, inputs=1),
-    "spectral": Case(
-        partial(losses.spectral_contrastive_loss, mu=3.0), partial(oracles.spectral, mu=3.0), tiled=False
-    ),
+    "spectral": Case(partial(losses.spectral_contrastive_loss, mu=3.0), partial(oracles.spectral, mu=3.0), tiled=False),
     "triplet": Case(
         partial(losses.triplet_loss, margin=0.5), partial(oracles.triplet, margin=0.5), inputs=3, tiled=False
     ),

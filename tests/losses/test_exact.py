@@ -7,7 +7,9 @@ from tests.losses.cases import CASES, Case, make_inputs, value_and_gradients
 
 NAMES = sorted(CASES)
 TILED = [name for name in NAMES if CASES[name].tiled]
-SYMMETRIC = [name for name in NAMES if name.startswith(("nt_xent", "clip", "sup_con", "alignment", "spectral", "siglip"))]
+SYMMETRIC = [
+    name for name in NAMES if name.startswith(("nt_xent", "clip", "sup_con", "alignment", "spectral", "siglip"))
+]
 
 
 def _assert_equal(case: Case, found: list[torch.Tensor | None], expected: list[torch.Tensor | None]) -> None:

@@ -66,7 +66,9 @@ def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
     handling, anchor = HANDLINGS[kind], ANCHORS[kind]
     views, queue = [_rows(4), _rows(4, 1)], _rows(8, 2)
     _assert_same(
-        value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.4, handling=handling, groups=groups), views),
+        value_and_gradients(
+            lambda a, b: losses.nt_xent(a, b, temperature=0.4, handling=handling, groups=groups), views
+        ),
         value_and_gradients(lambda a, b: oracles.nt_xent(a, b, t, anchor, groups.tolist()), views),
     )
     _assert_same(
@@ -87,10 +89,12 @@ def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
         ),
         value_and_gradients(
             lambda a, b: (
-                oracles.info_nce(a, b, None, t, anchor, groups=(groups.tolist(),) * 2)
-                + oracles.info_nce(b, a, None, t, anchor, groups=(groups.tolist(),) * 2)
-            )
-            / 2,
+                (
+                    oracles.info_nce(a, b, None, t, anchor, groups=(groups.tolist(),) * 2)
+                    + oracles.info_nce(b, a, None, t, anchor, groups=(groups.tolist(),) * 2)
+                )
+                / 2
+            ),
             views,
         ),
     )

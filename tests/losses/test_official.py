@@ -22,9 +22,7 @@ PROGRAMS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Tensor]] = {
     "moco": lambda x, p: losses.info_nce(**x, **p),
     "moco_v3": lambda x, p: losses.moco_v3_loss(**x, **p),
     "byol": lambda x, p: losses.byol_loss(**x),
-    "simsiam": lambda x, p: (
-        (losses.negative_cosine(x["p1"], x["z2"]) + losses.negative_cosine(x["p2"], x["z1"])) / 2
-    ),
+    "simsiam": lambda x, p: (losses.negative_cosine(x["p1"], x["z2"]) + losses.negative_cosine(x["p2"], x["z1"])) / 2,
     "clip": lambda x, p: losses.clip_loss(**x, **p),
     "siglip": lambda x, p: losses.siglip_loss(**x, **p),
     "spectral_contrastive": lambda x, p: losses.spectral_contrastive_loss(**x, **p),
@@ -35,23 +33,52 @@ PROGRAMS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Tensor]] = {
     "alignment": lambda x, p: losses.alignment(**x),
     "uniformity": lambda x, p: losses.uniformity(**x),
     "triplet": lambda x, p: losses.triplet_loss(**x, **p),
+    "barlow_twins": lambda x, p: losses.barlow_twins_loss(**x, off_diagonal_weight=p["lambd"]),
+    "vicreg": lambda x, p: losses.vicreg_loss(**x, **{f"{key}_weight": value for key, value in p.items()}),
+    "dino": lambda x, p: losses.dino_loss(**x, **p),
+    "ibot_patch": lambda x, p: losses.ibot_patch_loss(**x, **p),
+    "swav": lambda x, p: losses.swav_loss(**x, **p),
+    "msn": lambda x, p: losses.msn_loss(**x, **p),
+    "msn_sinkhorn": lambda x, p: losses.msn_loss(**x, **p),
+    "koleo": lambda x, p: losses.koleo_loss(**x),
 }
+LISTS = {("dino", "student"), ("dino", "teacher"), ("swav", "scores")}
 
 
-def _leaves(values: Any, names: set[str], name: str) -> Any:
-    return torch.tensor(values).requires_grad_(name in names)
+def _leaves(values: Any, record: dict[str, Any], key: str) -> Any:
+    with_gradient = key in record["grad_norm"]
+    if (record["name"], key) in LISTS:
+        return [torch.tensor(value).requires_grad_(with_gradient) for value in values]
+    return torch.tensor(values).requires_grad_(with_gradient)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_equals_the_authors_program(name: str) -> None:
     record = RECORDS[name]
-    names = set(record["grad_norm"])
-    inputs = {key: _leaves(value, names, key) for key, value in record["inputs"].items()}
+    inputs = {key: _leaves(value, record, key) for key, value in record["inputs"].items()}
     loss = PROGRAMS[name](inputs, record["params"])
     loss.backward()
     assert float(loss.detach()) == pytest.approx(record["loss"], rel=1e-5)
     for key, norm in record["grad_norm"].items():
-        assert float(inputs[key].grad.norm()) == pytest.approx(norm, rel=1e-4), key
+        leaves, norms = (inputs[key], norm) if isinstance(norm, list) else ([inputs[key]], [norm])
+        assert [float(leaf.grad.norm()) for leaf in leaves] == pytest.approx(norms, rel=1e-4), key
+
+
+def test_every_official_record_is_used() -> None:
+    assert set(PROGRAMS) | set(ASSIGNMENTS) == set(RECORDS)
+
+
+ASSIGNMENTS = {"sinkhorn": ("scores", "epsilon"), "dinov2_sinkhorn_teacher": ("teacher", "teacher_temperature")}
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_sinkhorn_equals_the_authors_program(name: str) -> None:
+    record, (scores, epsilon) = RECORDS[name], ASSIGNMENTS[name]
+    params = record["params"]
+    found = losses.sinkhorn(
+        torch.tensor(record["inputs"][scores]), epsilon=params[epsilon], iterations=params["iterations"]
+    )
+    torch.testing.assert_close(found, torch.tensor(record["value"]), rtol=1e-4, atol=2e-6)  # kept with six decimals
 
 
 def _waves() -> dict[str, Tensor]:
@@ -61,7 +88,10 @@ def _waves() -> dict[str, Tensor]:
     x, y = phase.sin(), (phase + 0.3 * (1 + 0.2 * i[:, None])).sin()
     normalize = torch.nn.functional.normalize
     queue = normalize((0.3 * k[:, None] + 1.1 * j).cos(), dim=1)
-    return {"x": x, "y": y, "zx": normalize(x, dim=1), "zy": normalize(y, dim=1), "queue": queue}
+    k = torch.arange(5, dtype=torch.float64)
+    prototypes = normalize((0.9 * k[:, None] + 0.4 * j + 0.05 * k[:, None] * j).sin(), dim=1)
+    units = {"zx": normalize(x, dim=1), "zy": normalize(y, dim=1)}
+    return {"x": x, "y": y, **units, "queue": queue, "prototypes": prototypes}
 
 
 W = _waves()
@@ -111,7 +141,55 @@ ANSWERS: dict[str, tuple[Callable[[], Tensor], float]] = {
         ),
         0.07896486,
     ),
+    "barlow": (lambda: losses.barlow_twins_loss(W["x"], W["y"], off_diagonal_weight=0.0051), 0.19919510),
+    "barlow, diagonal": (lambda: losses.barlow_twins_loss(W["x"], W["y"], off_diagonal_weight=0.0), 0.09442180),
+    "vicreg": (lambda: losses.vicreg_loss(W["x"], W["y"]), 10.46825651),
+    "vicreg, invariance": (lambda: _vicreg(1, 0, 0), 0.10599090),
+    "vicreg, variance": (lambda: _vicreg(0, 1, 0), 0.25349595),
+    "vicreg, covariance": (lambda: _vicreg(0, 0, 1), 1.48108540),
+    "swav": (
+        lambda: losses.swav_loss(_scores("zx", "zy"), temperature=0.1, epsilon=0.05, iterations=3),
+        1.05053198,
+    ),
+    "swav code 0": (lambda: losses.sinkhorn(*_scores("zx"), epsilon=0.05, iterations=3)[0, 0], 0.23138236),
+    "swav code 5": (lambda: losses.sinkhorn(*_scores("zx"), epsilon=0.05, iterations=3)[5, 4], 0.22224799),
+    "dino": (
+        lambda: losses.dino_loss(
+            [W["x"], W["y"]], [W["x"], W["y"]], None, student_temperature=0.1, teacher_temperature=0.04
+        ),
+        1.72333409,
+    ),
+    "koleo": (lambda: losses.koleo_loss(W["x"]), 0.00417978),
+    "msn, cross entropy": (lambda: _msn(0.0), 0.88832019),
+    "msn, both": (lambda: _msn(1.0), 0.88832019 + 0.05087572),
+    "ijepa": (lambda: losses.ijepa_loss(W["x"], W["y"]), 0.12527063),
 }
+
+
+def _scores(*names: str) -> list[Tensor]:
+    return [W[name] @ W["prototypes"].T for name in names]
+
+
+def _vicreg(invariance: float, variance: float, covariance: float) -> Tensor:
+    return losses.vicreg_loss(
+        W["x"],
+        W["y"],
+        invariance_weight=invariance,
+        variance_weight=variance,
+        covariance_weight=covariance,
+    )
+
+
+def _msn(weight: float) -> Tensor:
+    return losses.msn_loss(
+        W["x"],
+        W["y"],
+        W["prototypes"],
+        temperature=0.1,
+        target_sharpen_temperature=0.25,
+        me_max_weight=weight,
+        sinkhorn=False,
+    )
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -53,7 +53,9 @@ def test_ranks_equal_one_process(split: str) -> None:
     expected = {name: _run(case, make_inputs(case, 8), slice(0, 8)) for name, case in CASES.items()}
     for found in run_processes(work, len(sizes)):
         for name, (loss, grads) in found.items():
-            torch.testing.assert_close(loss, expected[name][0], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                loss, expected[name][0], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+            )
             for mine, theirs in zip(grads, expected[name][1], strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -117,7 +117,7 @@ def test_transformers_say_that_they_have_no_small_stem(name):
 
 
 def test_unknown_stem_is_refused():
-    for name, cls in (("densenet121", "DenseNet"), ("levit_128s", "Levit")):
+    for name, cls in (("densenet121", "DenseNet"), ("levit_128s", "LevitDistilled")):
         with pytest.raises(ValueError, match=f"`small_images` must be False for {cls}, whose stem is not known"):
             build_backbone(name, small_images=True)
 

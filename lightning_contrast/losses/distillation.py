@@ -1,0 +1,167 @@
+"""Losses of the DINO family: class tokens, masked patches, and the spread of features."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_contrast import distributed
+from lightning_contrast._checks import check_batch, check_choice, check_positive, fail
+from lightning_contrast.losses._prepare import check_floating, check_matrix, full_precision, global_mean
+from lightning_contrast.losses._tiles import CPU_TILE, split
+from lightning_contrast.losses.clustering import check_views, sinkhorn
+
+SINKHORN_ITERATIONS = 3  # of DINOv2
+
+
+@torch.no_grad()
+def _teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: float, centering: str) -> Tensor:
+    """Return the teacher's distribution ``(B, K)`` over the prototypes."""
+    if centering == "sinkhorn":
+        return sinkhorn(logits, epsilon=temperature, iterations=SINKHORN_ITERATIONS)
+    moved = logits if center is None else logits - center.reshape(1, -1)
+    return (moved / temperature).softmax(1)
+
+
+def _check_teacher(student_temperature: float, teacher_temperature: float, centering: str) -> None:
+    check_positive("student_temperature", student_temperature, "DINO uses 0.1")
+    check_positive("teacher_temperature", teacher_temperature, "DINO uses 0.04 to 0.07")
+    check_choice("centering", centering, ("mean", "sinkhorn"))
+
+
+def _check_center(center: Tensor | None, width: int) -> None:
+    if center is not None and center.numel() != width:
+        fail("center", f"have {width} numbers", tuple(center.shape), "Give one for each prototype")
+
+
+@full_precision
+def dino_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    center: Tensor | None,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    centering: str = "mean",
+) -> Tensor:
+    """Return DINO's cross entropy of all student views with the teacher's global views.
+
+    Implements Algorithm 1 of DINO (https://arxiv.org/abs/2104.14294), and with ``centering="sinkhorn"`` the balanced
+    targets of DINOv2 (https://arxiv.org/abs/2304.07193). A view is never compared with itself. The teacher receives no
+    gradient.
+
+    Args:
+        student: Logits, one ``(B, K)`` a view, the global views first and in the teacher's order.
+        teacher: Logits of the global views, one ``(B, K)`` a view; at most as many as the student's.
+        center: Running mean of the teacher's logits, ``(K,)`` or ``(1, K)``; None is zero.
+        student_temperature: Divisor of the student's logits; unitless, > 0; 0.1 in the paper.
+        teacher_temperature: Divisor of the teacher's logits; unitless, > 0; 0.04 in the paper.
+        centering: ``"mean"`` subtracts the centre, ``"sinkhorn"`` balances the targets over all ranks instead.
+
+    Returns:
+        The mean over all pairs of different views and the images of all ranks, a scalar in nats.
+
+    Raises:
+        ValueError: If shapes do not fit or a number is out of its range.
+        TypeError: If the logits are not floating point.
+    """
+    _check_teacher(student_temperature, teacher_temperature, centering)
+    check_views("teacher", teacher, 1)
+    check_views("student", student, max(2, len(teacher)))
+    if teacher[0].shape != student[0].shape:
+        shapes = tuple(teacher[0].shape), tuple(student[0].shape)
+        fail("teacher", "have the student's shape", shapes, "Give logits of the same images and prototypes")
+    _check_center(center, student[0].shape[1])
+    predictions = [(view / student_temperature).log_softmax(1) for view in student]
+    terms = []
+    for index, view in enumerate(teacher):
+        target = _teacher_probabilities(view, center, teacher_temperature, centering)
+        terms += [-(target * p).sum(1) for other, p in enumerate(predictions) if other != index]
+    return global_mean(torch.stack(terms).mean(0))
+
+
+@full_precision
+def ibot_patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    mask: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """Return iBOT's cross entropy of the masked patches of one view.
+
+    Implements Eq. 3 of iBOT (https://arxiv.org/abs/2111.07832): a mean over the masked patches of an image, then over
+    the images; an image without masked patches counts as 0. The teacher receives no gradient.
+
+    Args:
+        student: Logits of the masked view's patches, ``(B, N, K)``.
+        teacher: Logits of the same patches of the whole view, ``(B, N, K)``.
+        center: Running mean of the teacher's patch logits, ``(K,)`` up to leading ones; None is zero.
+        mask: Which patches were masked, ``(B, N)`` bool, or 0 and 1.
+        student_temperature: Divisor of the student's logits; unitless, > 0; 0.1 in the paper.
+        teacher_temperature: Divisor of the teacher's logits; unitless, > 0; 0.04 in the paper.
+
+    Returns:
+        The mean over the images of all ranks, a scalar in nats.
+
+    Raises:
+        ValueError: If shapes do not fit or a number is out of its range.
+        TypeError: If the logits are not floating point.
+    """
+    _check_teacher(student_temperature, teacher_temperature, "mean")
+    check_floating("student", student)
+    check_floating("teacher", teacher)
+    if student.ndim != 3 or student.shape != teacher.shape:
+        shapes = tuple(student.shape), tuple(teacher.shape)
+        fail("student", "have the teacher's shape (B, N, K)", shapes, "Give the logits of all patches of both")
+    if mask.shape != student.shape[:2]:
+        fail("mask", f"have shape {tuple(student.shape[:2])}", tuple(mask.shape), "Give one value for each patch")
+    _check_center(center, student.shape[2])
+    flat = teacher.detach().flatten(0, 1)
+    target = _teacher_probabilities(flat, center, teacher_temperature, "mean").view_as(teacher)
+    losses = -(target * (student / student_temperature).log_softmax(2)).sum(2)  # (B, N)
+    weights = mask.to(losses.dtype)
+    return global_mean((losses * weights).sum(1) / weights.sum(1).clamp_min(1))
+
+
+@full_precision
+def koleo_loss(z: Tensor) -> Tensor:
+    """Return the Kozachenko-Leonenko regulariser, which spreads features by the distance to the nearest neighbour.
+
+    Implements the KoLeo term of DINOv2 (https://arxiv.org/abs/2304.07193). Inputs are L2-normalised here.
+    Differs from it: neighbours are searched over all ranks, as in DINOv3, not on each device alone.
+
+    Args:
+        z: Features of one view, ``(B, D)``.
+
+    Returns:
+        Minus the mean logarithm of the distances over all ranks, a scalar.
+
+    Raises:
+        ValueError: If the shape is wrong or the batch is smaller than 2.
+        TypeError: If the features are not floating point.
+    """
+    check_matrix("z", z)
+    if not distributed.is_distributed():
+        check_batch("z", len(z))
+    unit = F.normalize(z, dim=1, eps=1e-8)
+    everyone = distributed.gather_with_gradient(unit)
+    nearest = everyone[_nearest(unit.detach(), everyone.detach())]
+    distances = F.pairwise_distance(unit, nearest, eps=1e-8)
+    return -global_mean((distances + 1e-8).log())
+
+
+def _nearest(own: Tensor, everyone: Tensor) -> Tensor:
+    """Return the index of each own row's most similar other row, ``(B,)``."""
+    sizes = distributed.batch_sizes(len(own), own.device)
+    check_batch("z", sum(sizes))
+    start = sum(sizes[: distributed.rank()])
+    found = []
+    for rows in split(len(own), CPU_TILE):
+        similarities = own[rows] @ everyone.T
+        similarities.diagonal(start + rows.start).fill_(-torch.inf)
+        found.append(similarities.argmax(1))
+    return torch.cat(found)

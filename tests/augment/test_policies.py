@@ -1,0 +1,408 @@
+"""Every policy: its published numbers, its contract, its random numbers, and that it never waits for the device."""
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_contrast import augment
+from lightning_contrast.augment import policies
+from lightning_contrast.augment.multi_crop import local_size_of
+
+POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
+MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
+NO_BLUR = {"simclr_cifar_views", "moco_v1_views", "supcon_views"}
+
+# crop, jitter at p, gray, then blur and solarization of the first two views: the table of the published pipelines
+TABLE = {
+    "simclr_views": ((0.08, 1), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "simclr_cifar_views": ((0.08, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "moco_v1_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.4), 1.0, 0.2, (0, 0), (0, 0)),
+    "moco_v2_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "moco_v3_views": ((0.2, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "byol_views": ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "barlow_twins_views": ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "vicreg_views": ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "simsiam_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "swav_views": ((0.14, 1), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "dino_views": ((0.4, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "dinov2_views": ((0.32, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "msn_views": ((0.3, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+}
+LOCAL = {
+    "swav_views": (6, (0.05, 0.14), 0.5),
+    "dino_views": (8, (0.05, 0.4), 0.5),
+    "dinov2_views": (8, (0.05, 0.32), 0.5),
+    "msn_views": (10, (0.05, 0.3), 0.5),
+}
+
+# what makes the host wait for the device, or gives a tensor a shape that only the device knows
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "masked_select", "equal", "unique")
+
+
+def operations(view):
+    """Return the operations of a view by class name."""
+    return {type(operation).__name__: operation for operation in view.operations}
+
+
+def test_table_covers_every_policy():
+    assert TABLE.keys() == POLICIES.keys()
+    assert LOCAL.keys() == MULTI_CROP
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_numbers(name):
+    crop, jitter, jitter_p, gray, blur, solarize = TABLE[name]
+    views = POLICIES[name](size=224).views
+    for i in (0, 1):
+        found = operations(views[i])
+        color = found["FusedColorJitter"]
+        assert found["FusedResizedCrop"].scale == crop
+        assert found["FusedResizedCrop"].size == 224
+        assert found["FusedResizedCrop"].flip == 0.5
+        assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx(jitter)
+        assert (color.probability, color.grayscale) == (jitter_p, gray)
+        assert color.gray_first is (name == "moco_v1_views")
+        assert color.additive_brightness is (name == "byol_views")
+        assert getattr(found.get("FusedGaussianBlur"), "probability", 0) == blur[i]
+        assert getattr(found.get("FusedSolarize"), "probability", 0) == solarize[i]
+    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2"}
+    expected = "bicubic" if name.removesuffix("_views") in bicubic else "bilinear"
+    assert operations(views[0])["FusedResizedCrop"].interpolation == expected
+    if name in MULTI_CROP:
+        count, scale, local_blur = LOCAL[name]
+        assert len(views) == 2 + count
+        for view in views[2:]:
+            found = operations(view)
+            assert (found["FusedResizedCrop"].size, found["FusedResizedCrop"].scale) == (96, scale)
+            assert found["FusedGaussianBlur"].probability == local_blur
+            assert "FusedSolarize" not in found
+    else:
+        assert len(views) == 2
+
+
+def test_special_numbers():
+    assert operations(augment.simclr_views(224).views[0])["FusedGaussianBlur"].kernel_size == 23
+    assert operations(augment.simclr_views(32).views[0])["FusedGaussianBlur"].kernel_size == 3
+    assert operations(augment.byol_views(224).views[0])["FusedResizedCrop"].fit == "clamp"
+    assert operations(augment.moco_v3_views(vit=True).views[0])["FusedResizedCrop"].scale == (0.08, 1.0)
+    assert operations(augment.moco_v2_views().views[0])["FusedGaussianBlur"].kernel_size is None
+    half = operations(augment.simclr_views(32, 0.5, 0.0).views[0])
+    assert half["FusedColorJitter"].brightness == pytest.approx(0.4)
+    assert "FusedGaussianBlur" not in half
+
+
+def test_published_blur_of_dinov2():
+    def blurs(policy):
+        found = [operations(view).get("FusedGaussianBlur") for view in policy.views[:3]]
+        return [getattr(blur, "probability", 0) for blur in found]
+
+    assert blurs(augment.dinov2_views()) == [1.0, 0.1, 0.5]
+    assert blurs(augment.dinov2_views(published_blur=True)) == [0, 0.9, 0.5]
+    assert operations(augment.dinov2_views().views[0])["FusedGaussianBlur"].kernel_size == 9
+
+
+def test_local_sizes():
+    assert [local_size_of(size, None) for size in (224, 160, 112, 96, 64, 32, 8, 2)] == [96, 68, 48, 40, 28, 12, 4, 2]
+    assert operations(augment.dinov2_views(local_size=98).views[-1])["FusedResizedCrop"].size == 98
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", POLICIES)
+def test_views_of_every_policy(emoji, name, fused):
+    policy = POLICIES[name](size=24, fused=fused)
+    images = emoji[::200]
+    before = images.clone()
+    torch.manual_seed(0)
+    views = policy(images)
+    assert torch.equal(images, before)
+    local = [(len(images), 3, 12 if name != "none" else 24, 12)] * (len(views) - 2)
+    assert [tuple(view.shape) for view in views] == [(len(images), 3, 24, 24)] * 2 + local
+    for view in views:
+        assert view.dtype == torch.float32
+        assert view.is_contiguous()
+        assert view.min() >= 0
+        assert view.max() <= 1
+    difference = (views[0] - views[1]).abs().mean((1, 2, 3))
+    assert (difference > 1e-3).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_both_forms_agree(photos, name):
+    """The same draw in blocks and in batched kernels; uint8 is left out, which the blocks keep in 8 bits."""
+    images = photos.float() / 255
+    views = {}
+    for form in ("cpu", "accelerator"):
+        torch.manual_seed(0)
+        views[form] = POLICIES[name](size=70, form=form)(images)
+    for a, b in zip(views["cpu"], views["accelerator"], strict=True):
+        different = (a - b).abs() > 1e-4  # a value on the threshold of the solarization may fall on either side
+        assert different.float().mean() < 1e-3
+
+
+class Watch(TorchDispatchMode):
+    """Count the operators that would make the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if any(name == word or name == "_" + word for word in SYNCHRONISING):
+            self.seen[name] += 1
+        result = func(*args, **(kwargs or {}))
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        for boolean in (i for a in args if isinstance(a, (list, tuple)) for i in a if isinstance(i, torch.Tensor)):
+            if boolean.dtype == torch.bool and name.startswith("index"):
+                self.seen["index by mask"] += 1
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu" and any(t.is_meta for t in tensors):
+            self.seen["copy to the host"] += 1
+        return result
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_host_synchronisation(emoji, name):
+    policy = POLICIES[name](size=32, form="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
+    policy(emoji[:16])
+    with Watch() as watch:
+        policy(emoji[:16])
+        policy(emoji[:16] / 255)
+        policy.plain(emoji[:16])
+    assert not watch.seen
+
+
+def test_the_watch_sees_a_synchronisation():
+    with Watch() as watch:
+        mask = torch.rand(4) > 0.5
+        torch.rand(4)[mask]
+        bool(mask.any())
+    assert watch.seen["index by mask"]
+    assert watch.seen["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_is_read_from_the_device(name):
+    """On the meta device there are no values: any look at one is an error, and so is a tensor left on the host."""
+    policy = POLICIES[name](size=64, mean=[0.5] * 3, std=[0.2] * 3)
+    with Watch() as watch:
+        for images in (torch.empty(8, 3, 80, 90, dtype=torch.uint8), torch.empty(8, 3, 80, 90)):
+            views = policy(images.to("meta"))
+            assert all(view.is_meta for view in views)
+            assert policy.plain(images.to("meta")).is_meta
+    assert not watch.seen
+
+
+@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_random_numbers_come_from_the_global_generator(emoji, name, form):
+    policy = POLICIES[name](size=16, form=form)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        first = policy(emoji[:4])
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    second = policy(emoji[:4])
+    third = policy(emoji[:4])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+
+
+def test_flip_crop_and_grayscale_rates(emoji):
+    """Counted on the views themselves: a ramp tells flips and crops, the channels tell grey."""
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 32).expand(2000, 3, 32, 32)
+    (view, _) = augment.simclr_views(32, strength=0.0, blur=0.0)(ramp)
+    row = view[:, 0, 16]
+    assert (row[:, 0] > row[:, -1]).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    width = (row.amax(1) - row.amin(1)).clamp(max=1)  # of the crop, as a share of the image
+    assert width.mean().item() == pytest.approx(0.71, abs=0.03)
+    colourful = torch.rand(2000, 3, 1, 1).expand(-1, -1, 32, 32)
+    gray = [view.std(1).amax((1, 2)) < 1e-4 for view in augment.simclr_cifar_views()(colourful)]
+    assert torch.cat(gray).float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert (gray[0] != gray[1]).any()
+
+
+def test_images_of_a_batch_differ(emoji):
+    """Every image has its own draw: copies of one image become different views."""
+    torch.manual_seed(0)
+    for view in augment.simclr_views(32)(emoji[5:6].expand(16, -1, -1, -1)):
+        distances = torch.cdist(view.flatten(1), view.flatten(1))
+        assert (distances[~torch.eye(16, dtype=torch.bool)] > 0.1).all()
+
+
+def test_order_of_the_batch_is_kept(emoji):
+    """The operations sort the batch inside: view i must still be that of image i."""
+    images = torch.arange(300).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 300
+    for form in ("cpu", "accelerator"):
+        (view, _) = augment.simclr_views(8, strength=0.0, blur=0.0, form=form)(images)
+        torch.testing.assert_close(view, images.contiguous(), atol=1e-5, rtol=0)
+        (view, _) = augment.simclr_views(200, strength=0.01, blur=1.0, form=form)(images[::50])
+        torch.testing.assert_close(view.mean((1, 2, 3)), images[::50, 0, 0, 0], atol=0.02, rtol=0)
+
+
+def test_plain(emoji):
+    policy = augment.simclr_views(32)
+    assert torch.equal(policy.plain(emoji[:4]), emoji[:4].float() / 255)
+    floats = emoji[:4] / 255
+    plain = policy.plain(floats)
+    assert torch.equal(plain, floats)
+    assert plain.data_ptr() != floats.data_ptr()
+    wide = torch.rand(2, 3, 40, 60)
+    expected = torch.nn.functional.interpolate(wide, (32, 48), mode="bicubic", antialias=True).clamp(0, 1)[..., 8:40]
+    torch.testing.assert_close(policy.plain(wide), expected)
+    assert policy.plain(torch.rand(1, 3, 10, 17)).shape == (1, 3, 32, 32)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    plain = augment.simclr_views(32, mean=mean, std=std).plain(floats)
+    torch.testing.assert_close(plain[:, 1], (floats[:, 1] - 0.2) / 0.6)
+
+
+def test_normalisation_is_the_last_step(emoji):
+    torch.manual_seed(0)
+    raw = augment.moco_v3_views(24)(emoji[:8])
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    for form in ("cpu", "accelerator"):
+        torch.manual_seed(0)
+        views = augment.moco_v3_views(24, mean=mean.tolist(), std=std.tolist(), form=form)(emoji[:8])
+        for view, other in zip(views, raw, strict=True):
+            torch.testing.assert_close(view, (other - mean.view(3, 1, 1)) / std.view(3, 1, 1), atol=2e-5, rtol=0)
+
+
+def test_input_spec():
+    policy = augment.dino_views(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    assert policy.input_spec == {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    assert (policy.size, policy.mean, policy.std) == (32, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
+    assert augment.simclr_views(8).input_spec == {"size": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_float_dtypes(emoji, dtype):
+    images = (emoji[:6] / 255).to(dtype)
+    for form in ("cpu", "accelerator"):
+        views = augment.moco_v3_views(40, form=form)(images)
+        assert [view.dtype for view in views] == [torch.float32] * 2
+    assert augment.simclr_views(40).plain(images).dtype == torch.float32
+
+
+def test_autocast_changes_nothing(emoji):
+    policy = augment.simclr_views(32)
+    torch.manual_seed(0)
+    views = policy(emoji[:8])
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = policy(emoji[:8])
+        plain = policy.plain(emoji[:8])
+    assert all(torch.equal(a, b) for a, b in zip(views, mixed, strict=True))
+    assert plain.dtype == torch.float32
+
+
+@pytest.mark.parametrize("auto", ["randaugment", "autoaugment", "trivialaugment"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_automatic_augmentation_in_front(emoji, auto, fused):
+    policy = augment.simclr_cifar_views(24, auto=auto, fused=fused)
+    torch.manual_seed(0)
+    views = policy(emoji[:12])
+    torch.manual_seed(0)
+    again = policy(emoji[:12])
+    torch.manual_seed(0)
+    without = augment.simclr_cifar_views(24, fused=fused)(emoji[:12])
+    for view, same, other in zip(views, again, without, strict=True):
+        assert torch.equal(view, same)
+        assert not torch.equal(view, other)
+        assert 0 <= view.min() <= view.max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 13])
+def test_other_numbers_of_channels(channels):
+    images = torch.rand(6, channels, 20, 20)
+    color = channels == 1
+    for fused in (True, False):
+        policy = augment.byol_views(16, channels=channels, color=color, fused=fused and channels != 1)
+        assert [view.shape for view in policy(images)] == [(6, channels, 16, 16)] * 2
+        assert policy.plain(images).shape == (6, channels, 16, 16)
+
+
+def test_policies_can_be_copied(emoji):
+    policy = augment.dino_views(16)
+    for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        torch.manual_seed(0)
+        views = policy(emoji[:3])
+        torch.manual_seed(0)
+        assert all(torch.equal(a, b) for a, b in zip(views, other(emoji[:3]), strict=True))
+    assert policy.state_dict() == {}
+
+
+@pytest.mark.parametrize("size", [1, 5, 33])
+def test_one_image_any_size(emoji, size):
+    for policy in (augment.simclr_views(size), augment.moco_v3_views(size), augment.dino_views(size)):
+        assert policy(emoji[:1])[0].shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+@pytest.mark.parametrize("name", POLICIES)
+def test_bad_size(name, size):
+    with pytest.raises(ValueError, match="`size` must be >= 1"):
+        POLICIES[name](size=size)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: augment.simclr_views(32, strength=-1), "`strength` must be >= 0"),
+        (lambda: augment.simclr_views(32, strength=3), r"`hue` must lie in \[0, 0.5\]"),
+        (lambda: augment.simclr_views(32, blur=1.5), "`blur` must lie in"),
+        (lambda: augment.simclr_views(32, fused=False, strength=3), r"`hue` must lie in \[0, 0.5\]"),
+        (lambda: augment.simclr_views(32, mean=[0.5] * 3), "`mean` must be given together with `std`"),
+        (lambda: augment.simclr_views(32, mean=[0.5], std=[0.5]), "`mean` must have one number a channel"),
+        (lambda: augment.simclr_views(32, mean=[0.5] * 3, std=[0.0] * 3), "`std` must be above 0"),
+        (lambda: augment.simclr_views(32, channels=4), r"`channels` must be 3 .* got 4\. Set `color=False`"),
+        (lambda: augment.simclr_views(32, channels=0), "`channels` must be >= 1"),
+        (lambda: augment.simclr_views(32, auto="rand"), "Did you mean 'randaugment'|`auto` must be one of"),
+        (lambda: augment.simclr_views(32, auto="randaugment", channels=1), "`auto` must be None"),
+        (lambda: augment.simclr_views(32, form="gpu"), "`form` must be one of"),
+        (lambda: augment.dino_views(global_scale=(1.0, 0.4)), "`scale` must be an ordered pair"),
+        (lambda: augment.dino_views(fused=False, global_scale=(1.0, 0.4)), "`scale` must be an ordered pair"),
+        (lambda: augment.dino_views(local_views=-1), "`local_views` must be >= 0"),
+        (lambda: augment.dino_views(local_size=0), "`local_size` must be >= 1"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="fusd"):
+        augment.simclr_views(32, fusd=True)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, r"uint8 .* got 'torch.int64'\. Convert with"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int16), TypeError, "uint8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.bool), TypeError, "uint8"),
+        (torch.zeros(3, 8, 8), ValueError, r"4 dimensions.*image\[None\]"),
+        (torch.zeros(2, 1, 8, 8), ValueError, "have 3 channels.*channels=1"),
+        (torch.zeros(0, 3, 8, 8), ValueError, "at least one image"),
+        ([torch.zeros(3, 8, 8)], TypeError, "`images` must be a tensor"),
+    ],
+)
+def test_bad_images(images, error, message, fused):
+    policy = augment.simclr_views(8, fused=fused)
+    for call in (policy, policy.plain):
+        with pytest.raises(error, match=message):
+            call(images)
+
+
+def test_every_docstring_names_its_source():
+    for name, policy in POLICIES.items():
+        assert "https://arxiv.org/abs/" in policy.__doc__, name
+    assert policies.__doc__

@@ -1,0 +1,131 @@
+"""Autocast, 16-bit inputs, extreme numbers, host reads, compilation."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_contrast import losses
+from tests.losses.cases import CASES, make_inputs, value_and_gradients
+
+HOST_READS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "unique", "masked_select", "equal")
+
+
+class _Reads(TorchDispatchMode):
+    """Count the operations that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if any(name == read or name.startswith(read + "_") for read in HOST_READS):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_host_read_forward_and_backward(name: str) -> None:
+    case = CASES[name]
+    tensors = make_inputs(case, 5, dtype=torch.float32)
+    with _Reads() as reads:
+        value_and_gradients(case.loss, tensors)
+    assert reads.found == []
+
+
+def test_the_counter_of_host_reads_counts() -> None:
+    with _Reads() as reads:
+        bool(torch.ones(1).sum() > 0)
+        torch.ones(2).nonzero()
+    assert len(reads.found) >= 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_gives_the_float32_value(name: str) -> None:
+    case = CASES[name]
+    tensors = make_inputs(case, 6, dtype=torch.float32)
+    expected = value_and_gradients(case.loss, tensors)
+
+    def loss(*arguments: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return case.loss(*arguments)
+
+    found = value_and_gradients(loss, tensors)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine is None or mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_half_inputs_are_raised_to_float32(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    tensors = [t.to(dtype) if t.is_floating_point() else t for t in make_inputs(case, 6, dtype=torch.float32)]
+    raised = [t.float() if t.is_floating_point() else t for t in tensors]
+    found = case.loss(*tensors)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, case.loss(*raised), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-3, 1 / 60, 1 / 61, 0.07, 1.0, 100.0])
+def test_float32_follows_float64_at_any_temperature(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, queue = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (40, 40, 30))
+    learned = torch.tensor(temperature)
+    for given in (temperature, learned):
+        for call in (
+            lambda x, y, q, t=given: losses.nt_xent(x, y, temperature=t),
+            lambda x, y, q, t=given: losses.info_nce(x, y, q, temperature=t),
+            lambda x, y, q, t=given: losses.clip_loss(x, y, logit_scale=1 / t),
+            lambda x, y, q, t=given: losses.siglip_loss(x, y, logit_scale=1 / t, logit_bias=-10.0),
+        ):
+            wide = value_and_gradients(call, [a, b, queue])
+            narrow = value_and_gradients(call, [a.float(), b.float(), queue.float()])
+            assert wide[0].isfinite()
+            for mine, theirs in zip(narrow[:3], wide[:3], strict=True):
+                size = float(theirs.abs().max())
+                # rounding of a similarity by 1e-7 is 1e-7 / T in the logit
+                torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-6 * size * (1 + 1 / temperature))
+
+
+def test_zero_rows_and_equal_rows_are_finite() -> None:
+    z = torch.zeros(4, 3)
+    same = torch.ones(4, dtype=torch.bool)
+    for found in (
+        value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.1), [z, z]),
+        value_and_gradients(lambda a, b: losses.margin_contrastive_loss(a, b, same, margin=1.0), [z, z]),
+        value_and_gradients(lambda a, b: losses.alignment(a, b, alpha=0.5), [z + 1, z + 1]),
+        value_and_gradients(lambda a, b: losses.spectral_contrastive_loss(a, b, mu=1.0), [z, z]),
+        value_and_gradients(lambda a: losses.uniformity(a), [z + 1]),
+    ):
+        assert all(torch.isfinite(value).all() for value in found)
+
+
+def test_a_loss_inside_a_compiled_function() -> None:
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        return losses.nt_xent(a * 2, b, temperature=0.1) + a.sum() * 0
+
+    a, b = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="eager")
+    loss = compiled(a, b)
+    found = torch.autograd.grad(loss, [a, b])
+    expected = torch.autograd.grad(step(a, b), [a, b])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    for name, case in CASES.items():
+        tensors = make_inputs(case, 5)
+        copies = [t.clone() for t in tensors]
+        value_and_gradients(case.loss, tensors)
+        assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True)), name
+
+
+def test_backward_twice_through_a_kept_graph() -> None:
+    a, b = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    loss = losses.nt_xent(a, b, temperature=0.1)
+    first = torch.autograd.grad(loss, a, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, a)[0], first, rtol=0, atol=0)
