@@ -7,8 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import callbacks, loggers
 
 import lightning_contrast as lc
 from lightning_contrast import evaluation
@@ -18,10 +17,9 @@ parser.add_argument("--epochs", type=int, default=250)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--fold", type=int, help="judge on this fold (1-4) of the training things, to choose settings")
 parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
-options = parser.parse_args()
-start = time.perf_counter()
+options, start = parser.parse_args(), time.perf_counter()
 
-# Data, model, run: positives are two views of one drawing; the two artists are never paired in training.
+# Positives are two views of one drawing; the two artists are never paired in training.
 L.seed_everything(options.seed)
 data = lc.data.EmojiDataModule(batch_size=256, seed=options.seed, validation_fold=options.fold)
 mean, std = lc.data.estimate_mean_std(data)
@@ -33,21 +31,20 @@ trainer = L.Trainer(
     max_epochs=options.epochs,
     check_val_every_n_epoch=max(options.epochs // 20, 1),
     accelerator="cpu",  # the same figures on every machine; leave it out to train on what there is
-    logger=TensorBoardLogger(options.output, name="logs", version=""),
+    logger=loggers.TensorBoardLogger(options.output, name="logs", version=""),
     log_every_n_steps=5,
     callbacks=[
         lc.ViewAugmentation(policy, seed=options.seed),
         lc.OnlineLinearProbe(num_classes=data.num_classes),
         lc.OnlineKNN(num_classes=data.num_classes),
-        ModelCheckpoint(options.output, filename="simclr", enable_version_counter=False),
+        callbacks.ModelCheckpoint(options.output, filename="simclr", enable_version_counter=False),
     ],
 )
 
 
 def features(network: torch.nn.Module) -> list[torch.Tensor]:
     """Return the features of the training images, and of the judged images by either artist."""
-    groups = (data.images("train"), *data.artists("val"))
-    return [evaluation.encode(network, images, policy.plain) for images in groups]
+    return [evaluation.encode(network, group, policy.plain) for group in (data.images("train"), *data.artists("val"))]
 
 
 def score(train: torch.Tensor, noto: torch.Tensor, fluent: torch.Tensor) -> dict[str, float]:
@@ -66,20 +63,18 @@ trainer.fit(model, datamodule=data)
 trained = features(model)
 
 # The table, the pictures, and what to take away.
-pixels = (train_pixels, *test_pixels.chunk(2))
-results = {name: score(*of) for name, of in {"pixels": pixels, "random": random, "trained": trained}.items()}
+spaces = {"pixels": (train_pixels, *test_pixels.chunk(2)), "random": random, "trained": trained}
+results = {name: score(*of) for name, of in spaces.items()}
 noto, fluent = data.artists("val")
 queries = torch.arange(3, len(noto), len(noto) // 10)[:10]
 pairs = [(title, of[1][queries], of[2]) for title, of in {"before": random, "after": trained}.items()]
-L.seed_everything(options.seed, verbose=False)
-views = policy(noto[queries])
-evaluation.view_grid(noto[queries], views, mean=mean, std=std).savefig(options.output / "views.png")
+evaluation.view_grid(noto[queries], policy(noto[queries]), mean=mean, std=std).savefig(options.output / "views.png")
 evaluation.neighbour_strips(noto[queries], fluent, pairs).savefig(options.output / "neighbours.png")
 evaluation.image_map(torch.cat([noto, fluent]), torch.cat(trained[1:])).savefig(options.output / "map.png")
 torch.save(model.backbone.state_dict(), options.output / "backbone.pt")
 results |= {"seconds": round(time.perf_counter() - start, 1), "seed": options.seed}
 (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 print(f"\n{'features':10}{'k-NN':>8}{'linear':>8}{'recall@1':>10}   (in {options.output}: pictures and weights)")
-for name in ("pixels", "random", "trained"):
+for name in spaces:
     print(f"{name:10}{results[name]['knn']:8.3f}{results[name]['linear']:8.3f}{results[name]['recall@1']:10.3f}")
 print(f"{results['seconds']:.0f} s in all, seed {options.seed}")

@@ -42,12 +42,14 @@ def check_images(images: object, channels: int) -> Tensor:
     require(images.ndim == 4, "images", "have 4 dimensions", tuple(images.shape), mend)
     mend = f"Make the policy with `channels={images.shape[1]}`, or give images with {channels} channels"
     require(images.shape[1] == channels, "images", f"have {channels} channels", tuple(images.shape), mend)
+    mend = "Leave out empty batches"
+    require(images.numel() > 0, "images", "hold at least one image of at least one pixel", tuple(images.shape), mend)
     return images
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Return images as floats in 0..1: uint8 divided by 255, floats as they are."""
-    return images if images.is_floating_point() else images.float() / 255
+    """Return images as float32 in 0..1: uint8 divided by 255, floats as they are."""
+    return images.float() if images.is_floating_point() else images.float() / 255
 
 
 class FusedView(nn.Module):
@@ -96,10 +98,10 @@ class FusedView(nn.Module):
         size = int(cast("Any", self.operations[0]).size)
         draws = [self._operations()[0].draw(batch, height, width)]
         draws += [operation.draw(batch, size, size) for operation in self._operations()[1:]]
+        images = images.float() if images.is_floating_point() else images
         if wants_accelerator_form(self.form, images):
             return self._compute(images, draws)
-        dtype = images.dtype if images.is_floating_point() else torch.float32
-        views = torch.empty(batch, channels, size, size, dtype=dtype, device=images.device)
+        views = torch.empty(batch, channels, size, size, device=images.device)
         blocks = max(1, round(batch * channels * size * size * 4 / _BLOCK_BYTES))
         block = max(1, -(-batch // blocks))
         for start in range(0, batch, block):
@@ -124,7 +126,7 @@ class FusedView(nn.Module):
             mine = {name.removeprefix(prefix): value for name, value in plan.items() if name.startswith(prefix)}
             images = operation.compute_(images, mine)
         if self.normalizes:
-            images = torch.addcmul(plan["offset"].to(images.dtype), images, plan["factor"].to(images.dtype))
+            images = torch.addcmul(plan["offset"], images, plan["factor"])
         return torch.index_select(images, 0, plan["back"], out=out)
 
 

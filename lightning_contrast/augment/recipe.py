@@ -6,7 +6,14 @@ from typing import Literal, TypedDict
 
 from torch import nn
 
-from lightning_contrast._checks import check_choice, require
+from lightning_contrast._checks import (
+    check_at_least,
+    check_choice,
+    check_not_negative,
+    check_probability,
+    check_range,
+    require,
+)
 from lightning_contrast.augment.operation import Form
 from lightning_contrast.augment.policy import FusedView, ViewPolicy, statistics
 
@@ -45,7 +52,7 @@ class ViewRecipe:
         solarize_p: Probability of solarization.
         flip: Probability of mirroring.
         blur_kernel: Pixels of the blur's kernel, or None for as many as its sigma needs.
-        bicubic: Bicubic resampling in the place of bilinear.
+        bicubic: Bicubic resampling in the place of bilinear; its overshoots are cut to 0..1.
         gray_first: Grayscale before the jitter.
         additive_brightness: Brightness is added and not multiplied.
         clamp: Boxes that do not fit are cut and not drawn again.
@@ -64,6 +71,17 @@ class ViewRecipe:
     gray_first: bool = False
     additive_brightness: bool = False
     clamp: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers here, for the fused and the stock operations alike."""
+        check_at_least("size", self.size, 1)
+        check_range("scale", self.scale, 0.0, 1.0)
+        require(self.scale[0] > 0, "scale", "start above 0", self.scale, "Give the smallest share of the area")
+        for name, value in zip(("brightness", "contrast", "saturation"), self.jitter, strict=False):
+            check_not_negative(name, value)
+        require(0 <= self.jitter[3] <= 0.5, "hue", "lie in [0, 0.5]", self.jitter[3], "Give a smaller strength")
+        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip"):
+            check_probability(name, getattr(self, name))
 
 
 BLUR_SIGMA = (0.1, 2.0)  # of all published pipelines
@@ -100,6 +118,7 @@ def make_policy(
 
     check_choice("form", form, (None, "cpu", "accelerator"))
     check_choice("auto", auto, (None, "randaugment", "autoaugment", "trivialaugment"))
+    check_at_least("channels", channels, 1)
     mend = "Set `color=False`, which leaves out saturation, hue and grayscale"
     require(channels in (1, _RGB) or not color, "channels", "be 3 (or 1) for the colour operations", channels, mend)
     require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Leave `auto` out")

@@ -46,7 +46,12 @@ class StockView(nn.Module):
         )
         jitter = K.ColorJitter(*recipe.jitter, p=recipe.jitter_p)
         gray = [K.RandomGrayscale(p=recipe.gray_p)] if recipe.gray_p > 0 else []
-        operations = [*([front] if front is not None else []), crop, K.RandomHorizontalFlip(p=recipe.flip)]
+        operations = [
+            *([front] if front is not None else []),
+            crop,
+            nn.Hardtanh(0.0, 1.0),
+            K.RandomHorizontalFlip(p=recipe.flip),
+        ]
         operations += [*gray, jitter] if recipe.gray_first else [jitter, *gray]
         # reflection needs a border narrower than the image
         widest = max(1, min(recipe.blur_kernel or 17, 2 * recipe.size - 1))

@@ -113,7 +113,7 @@ class OnlineProbe(L.Callback):
         """Read the labels and expect their features."""
         self._expect(batch, "test")
 
-    def on_validation_batch_end(  # noqa: PLR0917  (Lightning's signature)
+    def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count the right predictions; the sanity check only looks whether features and labels are there."""
@@ -121,7 +121,7 @@ class OnlineProbe(L.Callback):
         if not trainer.sanity_checking:
             self._count(dataloader_idx, taken)
 
-    def on_test_batch_end(  # noqa: PLR0917  (Lightning's signature)
+    def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count the right predictions."""

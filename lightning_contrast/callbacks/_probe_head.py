@@ -1,5 +1,6 @@
 """The linear classifier of the online probe: its weights, its statistics and its step, the same on every rank."""
 
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +86,7 @@ class LinearHead(nn.Module):
 
     def _scale(self) -> Tensor:
         """Return 1 / std; constant features are worth nothing, not a division by their rounding errors."""
-        floor = 1e-6 * self.var.mean() + 1e-10 * self.mean.square() + 1e-30
+        floor = 1e-12 * self.var.mean() + 1e-10 * self.mean.square() + 1e-30
         return self.var.maximum(floor).rsqrt()
 
     def _start(self, features: Tensor, counts: Tensor) -> None:
@@ -104,6 +105,16 @@ class LinearHead(nn.Module):
         batch_var = (second - first.square()).clamp(min=0.0) / scale.square()
         self.var.add_(share * (batch_var + (1 - share) * shift.square() - self.var))
         self.mean.add_(share * shift)
+
+
+def default_lr(batch: int, width: int) -> float:
+    """Return the learning rate of SGD with momentum 0.9 that needs no tuning.
+
+    Args:
+        batch: Images of a step on all ranks, B: more images, less noise, longer steps.
+        width: F: the curvature of the loss grows with it.
+    """
+    return min(0.1, min(math.sqrt(batch), 16.0) / width)
 
 
 def to_cpu(value: T) -> T:

@@ -83,32 +83,35 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def map_batches(batch: Any, transform: Callable[[Any], Any]) -> Any:
+def map_batches(batch: Any, transform: Callable[[Any], Any], loaders: Any = None) -> Any:
     """Transform a batch, or each batch of the collection that a `CombinedLoader` gives.
 
     Args:
         batch: A batch of the contract, or a list, tuple or dict of batches; None where a loader has run out.
         transform: Gets one batch of the contract.
+        loaders: The loader that gave the batch, or the collection of loaders; None where it is not known, as in
+            evaluation, and what the batch looks like has to tell.
     """
     if batch is None:
         return None
-    if isinstance(batch, Mapping) and IMAGE_KEY not in batch:
-        return (
-            {key: map_batches(item, transform) for key, item in batch.items()} if _nested(batch) else transform(batch)
-        )
-    if isinstance(batch, list | tuple) and not hasattr(batch, "_replace") and batch:
-        first = next((item for item in batch if item is not None), None)
-        if isinstance(first, Mapping | list | tuple) and not is_views(first):
-            return type(batch)(map_batches(item, transform) for item in batch)
-    return transform(batch)
+    many = _many(batch) if loaders is None else isinstance(loaders, Mapping | list | tuple)
+    if not many:
+        return transform(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_batches(one, transform, loaders and loaders[key]) for key, one in batch.items()}
+    of_each = loaders or [None] * len(batch)
+    return type(batch)(map_batches(one, transform, of) for one, of in zip(batch, of_each, strict=True))
 
 
-def _nested(batch: Mapping[Any, Any]) -> bool:
-    """Tell a dict of batches from a batch that has its images under another key."""
-    items = [item for item in batch.values() if item is not None]
-    return all(
-        isinstance(item, Mapping | list | tuple) or (isinstance(item, Tensor) and item.ndim == 4) for item in items
-    )
+def _many(batch: Any) -> bool:
+    """Tell a collection of batches from one batch."""
+    if isinstance(batch, Mapping):
+        items = [item for item in batch.values() if item is not None]
+        return IMAGE_KEY not in batch and all(isinstance(item, Mapping | list | tuple) for item in items)
+    if not isinstance(batch, list | tuple) or hasattr(batch, "_replace"):
+        return False
+    first = next((item for item in batch if item is not None), None)
+    return isinstance(first, Mapping | list | tuple) and not is_views(first)
 
 
 def transform_images(batch: Any, transform: Callable[[Tensor], Images], owner: str) -> Any:

@@ -8,9 +8,9 @@ from torchmetrics import MeanMetric
 
 from lightning_contrast._checks import check_positive, require
 from lightning_contrast.callbacks._probe_base import Labels, OnlineProbe, Step
-from lightning_contrast.callbacks._probe_head import LinearHead, to_cpu
+from lightning_contrast.callbacks._probe_head import LinearHead, default_lr, to_cpu
+from lightning_contrast.distributed import world_size
 
-DEFAULT_LR = 0.1
 SGD_MOMENTUM = 0.9
 
 
@@ -36,7 +36,10 @@ class OnlineLinearProbe(OnlineProbe):
             ``"features"`` where a step returns one, else the submodule of that name.
         labels: None: where the batch contract has them; a str: key of a dict batch; an int: index into a tuple or
             list; a callable: gets the whole batch.
-        lr: Learning rate on the standardised features, absolute; None: 0.1.
+        lr: Learning rate on the standardised features, absolute. None: min(sqrt(B), 16) / F for a global batch B, at
+            most 0.1. The sum of the variances of F standardised features is F, which bounds the curvature of the loss;
+            on four kinds of frozen features with F from 6 to 2048 and B of 32 and 256 it was the best, or close to
+            it, of fixed rates, other multiples of 1 / F, and Adam.
         name: First part of the names that are logged; must differ between probes.
         tokens: A token sequence (B, N, D) becomes its "mean" or its first token, "cls".
     """
@@ -54,7 +57,7 @@ class OnlineLinearProbe(OnlineProbe):
         super().__init__(num_classes, features=features, labels=labels, name=name, tokens=tokens)
         if lr is not None:
             check_positive("lr", lr)
-        self.lr = DEFAULT_LR if lr is None else lr
+        self.lr = lr
         self.head: LinearHead | None = None
         self._optimizer: torch.optim.SGD | None = None
         self._pending: dict[str, Any] | None = None
@@ -115,9 +118,10 @@ class OnlineLinearProbe(OnlineProbe):
         """Return the classifier and its optimizer, built at their first use."""
         width, device = features.shape[1], features.device
         if self.head is None or self._optimizer is None or self.head.width != width:
+            lr = default_lr(len(features) * world_size(), width) if self.lr is None else self.lr
             with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never learn
                 self.head = LinearHead(width, self.num_classes, device)
-                self._optimizer = torch.optim.SGD(self.head.parameters(), lr=self.lr, momentum=SGD_MOMENTUM)
+                self._optimizer = torch.optim.SGD(self.head.parameters(), lr=lr, momentum=SGD_MOMENTUM)
                 if self._pending is not None:
                     self._restore(self.head, self._optimizer, self._pending)
                     self._pending = None

@@ -114,8 +114,9 @@ class ViewAugmentation(L.Callback):
         owner = type(self).__name__
         seed = self._seed_of_batch(trainer) if training else None
         make = self._views if training else self._plain
+        loaders = trainer.train_dataloader if training else None
         with torch.no_grad(), _views.seeded(seed, trainer.strategy.root_device):
-            batch = _views.map_batches(batch, lambda one: _views.transform_images(one, make, owner))
+            batch = _views.map_batches(batch, lambda one: _views.transform_images(one, make, owner), loaders)
         self._checked.add(training)
         return trainer.precision_plugin.convert_input(batch)  # which has seen the images only, perhaps as uint8
 

@@ -165,5 +165,5 @@ def msn_loss(
 @torch.no_grad()
 def _msn_targets(targets: Tensor, directions: Tensor, temperature: float, balance: bool) -> Tensor:
     """Return sharpened assignments: a power of a softmax is a softmax at a lower temperature."""
-    logits = normalize(targets) @ directions.T / temperature
-    return sinkhorn(logits, epsilon=1.0, iterations=3) if balance else logits.softmax(1)
+    chances = (normalize(targets) @ directions.T / temperature).log_softmax(1)
+    return sinkhorn(chances, epsilon=1.0, iterations=3) if balance else chances.exp()

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from lightning_contrast._checks import check_at_least, check_positive, require
 
-CHUNK_ELEMENTS = 1 << 24
-"""Similarities held at a time where no chunk size is given: 64 MiB in float32."""
+CHUNK_ELEMENTS = 1 << 25
+"""Similarities held at a time where no chunk size is given: 128 MiB in float32. Smaller products are slower."""
 
 GROUP = 4
 """Columns of a group of the tournament in `top_k`."""
@@ -38,7 +38,7 @@ def nearest_neighbours(
     check_at_least("k", k, 1)
     require(k <= len(bank), "k", f"be <= {len(bank)}, the number of rows in the bank", k, "Lower `k` or add rows")
     bank = F.normalize(bank.float(), dim=1)
-    rows = chunk_size or max(1, CHUNK_ELEMENTS // len(bank))
+    rows = max(1, CHUNK_ELEMENTS // len(bank)) if chunk_size is None else chunk_size
     check_at_least("chunk_size", rows, 1)
     similarities = bank.new_empty((len(queries), k))
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=bank.device)
@@ -68,7 +68,7 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         top = values.topk(k, dim=1)
         return top.values, top.indices
     whole = groups * GROUP
-    maxima = values[:, :whole].unflatten(1, (GROUP, groups)).amax(dim=1)  # columns g, g + groups, ... are a group
+    maxima = values[:, :whole].view(-1, GROUP, groups).amax(dim=1)  # columns g, g + groups, ... are a group
     winners = top_k(maxima, k)[1]
     columns = (winners.unsqueeze(1) + torch.arange(0, whole, groups).view(1, GROUP, 1)).flatten(1)
     rest = torch.arange(whole, values.shape[1]).expand(len(values), -1)

@@ -25,8 +25,8 @@ class FeatureQueue(nn.Module):
 
     Differs from it: unfilled rows are marked in ``mask`` instead of holding random vectors; a push that reaches the end
     goes on at the start, so that the size need not be a multiple of the batch; a key with a value that is not finite is
-    marked as unfilled; int8 rows carry a scale of their own (65,536 x 128 takes 8.7 MB instead of 33.6 MB and turns
-    each cosine similarity by about 2e-4).
+    marked as unfilled; int8 rows carry a scale of their own (65,536 x 128 takes 8.7 MB instead of 33.6 MB; for random
+    unit rows a cosine similarity moves by 6e-4 on average and the InfoNCE loss by less than 2e-5 nats).
 
     Args:
         size: Number of rows K, >= 1.

@@ -44,17 +44,17 @@ def one_by_one(images, draw, *, gray_first=False, additive=False):
 @pytest.mark.parametrize("additive", [False, True])
 def test_equals_torchvision_in_every_order(emoji, additive, gray_first):
     torch.manual_seed(0)
-    images = emoji[:300].double() / 255
+    images = emoji[::13].double() / 255
     operation = FusedColorJitter(
         0.8, 0.8, 0.8, 0.2, p=0.8, grayscale=0.2, additive_brightness=additive, gray_first=gray_first
     )
-    draw = operation.draw(300, 32, 32)
-    assert len({tuple(order) for order in draw["order"].tolist()}) == 24
+    draw = operation.draw(len(images), 32, 32)
+    assert len({tuple(order) for order in draw["order"].tolist()}) > 20
     reference = one_by_one(images, draw, additive=additive, gray_first=gray_first)
     # torchvision's luma is rounded to four digits: 0.2989, which the hue, being steep at grey pixels, can amplify
     difference = (run(operation, images, draw) - reference).abs()
     assert difference.mean() < 1e-4
-    assert difference.flatten().quantile(0.999) < 2e-3 if difference.numel() < 16e6 else True
+    assert difference.flatten().quantile(0.999) < 2e-3
 
 
 def test_subsets_of_the_operations(emoji):

@@ -9,7 +9,7 @@ from lightning_contrast import augment
 from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
 
 QUANTILES = torch.tensor([0.05, 0.1, 0.25, 0.5, 0.75, 0.9])
-ROUNDS = 3
+ROUNDS = 2
 
 
 def statistics(views: Tensor) -> Tensor:
@@ -43,13 +43,14 @@ PAIRS = {
     "blur": (FusedGaussianBlur(0.5, kernel_size=9), v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.5)),
     "solarize": (FusedSolarize(0.2), v2.RandomSolarize(0.5, 0.2)),
 }
+FAST = {"crop", "brightness", "contrast", "saturation", "grayscale", "solarize"}  # in torchvision
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_operation(emoji, name):
-    """Within 0.02 of the reference in mean and standard deviation, 0.035 in the quantiles (4,500 draws each)."""
+    """Within 0.02 of the reference in mean and standard deviation, 0.035 in the quantiles (1,000 to 3,000 draws each)."""
     ours, theirs = PAIRS[name]
-    images = emoji.float() / 255
+    images = emoji[:: 1 if name in FAST else 3].float() / 255
     torch.manual_seed(0)
     fused = torch.cat([ours(images) for _ in range(ROUNDS)])
     reference = torch.cat([each(theirs, images) for _ in range(ROUNDS)])
@@ -58,9 +59,9 @@ def test_operation(emoji, name):
     assert difference[:, 2:].max() < 0.035
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_whole_policy(emoji, fused):
-    """All of SimCLR's operations, within 0.02 and 0.04; stock Kornia too, whose order of colours is per batch."""
+@pytest.fixture(scope="module")
+def reference(emoji) -> Tensor:
+    """The statistics of SimCLR's views as torchvision makes them."""
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(32, interpolation=v2.InterpolationMode.BICUBIC),
@@ -71,11 +72,17 @@ def test_whole_policy(emoji, fused):
             v2.ToDtype(torch.float32, scale=True),
         ]
     )
+    torch.manual_seed(1)
+    return statistics(each(transform, emoji))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_whole_policy(emoji, reference, fused):
+    """All of SimCLR's operations, within 0.02 and 0.04; stock Kornia too, whose order of colours is per batch."""
     torch.manual_seed(0)
     policy = augment.simclr_views(32, fused=fused)
-    parts = emoji.split(64 if not fused else 1558)
-    views = torch.cat([view for part in parts for _ in range(2) for view in policy(part)])
-    reference = torch.cat([each(transform, emoji) for _ in range(ROUNDS)])
-    difference = (statistics(views) - statistics(reference)).abs()
+    parts = emoji.split(1558 if fused else 64)
+    views = torch.cat([view for part in parts for view in policy(part)])
+    difference = (statistics(views) - reference).abs()
     assert difference[:, :2].max() < 0.02
     assert difference[:, 2:].max() < 0.04

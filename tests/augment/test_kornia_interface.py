@@ -10,7 +10,10 @@ def test_in_a_sequential(emoji):
     images = emoji[:16] / 255
     before = images.clone()
     sequence = K.AugmentationSequential(
-        FusedResizedCrop(24), FusedColorJitter(0.4, 0.4, 0.4, 0.1, grayscale=0.2), FusedGaussianBlur(0.5), FusedSolarize(0.2)
+        FusedResizedCrop(24),
+        FusedColorJitter(0.4, 0.4, 0.4, 0.1, grayscale=0.2),
+        FusedGaussianBlur(0.5),
+        FusedSolarize(0.2),
     )
     torch.manual_seed(0)
     views = sequence(images)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
 
 from lightning_contrast import augment
 from lightning_contrast.augment import policies
@@ -120,13 +121,13 @@ def test_views_of_every_policy(emoji, name, fused):
     torch.manual_seed(0)
     views = policy(images)
     assert torch.equal(images, before)
-    local = [(len(images), 3, 12 if name != "none" else 24, 12)] * (len(views) - 2)
+    local = [(len(images), 3, 12, 12)] * (len(views) - 2)
     assert [tuple(view.shape) for view in views] == [(len(images), 3, 24, 24)] * 2 + local
     for view in views:
         assert view.dtype == torch.float32
         assert view.is_contiguous()
-        assert view.min() >= 0
-        assert view.max() <= 1
+        assert view.min() >= -1e-5  # blurs sum to 1 up to rounding
+        assert view.max() <= 1 + 1e-5
     difference = (views[0] - views[1]).abs().mean((1, 2, 3))
     assert (difference > 1e-3).all()
 
@@ -214,15 +215,17 @@ def test_random_numbers_come_from_the_global_generator(emoji, name, form):
     assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
 
 
-def test_flip_crop_and_grayscale_rates(emoji):
+def test_flip_crop_and_grayscale_rates():
     """Counted on the views themselves: a ramp tells flips and crops, the channels tell grey."""
     torch.manual_seed(0)
     ramp = torch.linspace(0, 1, 32).expand(2000, 3, 32, 32)
     (view, _) = augment.simclr_views(32, strength=0.0, blur=0.0)(ramp)
     row = view[:, 0, 16]
     assert (row[:, 0] > row[:, -1]).float().mean().item() == pytest.approx(0.5, abs=0.03)
-    width = (row.amax(1) - row.amin(1)).clamp(max=1)  # of the crop, as a share of the image
-    assert width.mean().item() == pytest.approx(0.71, abs=0.03)
+    reference = v2.RandomResizedCrop(32, interpolation=v2.InterpolationMode.BICUBIC)
+    expected = torch.stack([reference(image) for image in ramp[:400]])[:, 0, 16]
+    widths = [(rows.amax(1) - rows.amin(1)).quantile(torch.tensor([0.1, 0.5, 0.9])) for rows in (row, expected)]
+    torch.testing.assert_close(*widths, atol=0.05, rtol=0)
     colourful = torch.rand(2000, 3, 1, 1).expand(-1, -1, 32, 32)
     gray = [view.std(1).amax((1, 2)) < 1e-4 for view in augment.simclr_cifar_views()(colourful)]
     assert torch.cat(gray).float().mean().item() == pytest.approx(0.2, abs=0.02)
@@ -315,7 +318,7 @@ def test_automatic_augmentation_in_front(emoji, auto, fused):
     for view, same, other in zip(views, again, without, strict=True):
         assert torch.equal(view, same)
         assert not torch.equal(view, other)
-        assert 0 <= view.min() <= view.max() <= 1
+        assert -1e-5 <= view.min() <= view.max() <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("channels", [1, 2, 13])
@@ -391,7 +394,7 @@ def test_unknown_option():
         (torch.zeros(2, 3, 8, 8, dtype=torch.bool), TypeError, "uint8"),
         (torch.zeros(3, 8, 8), ValueError, r"4 dimensions.*image\[None\]"),
         (torch.zeros(2, 1, 8, 8), ValueError, "have 3 channels.*channels=1"),
-        (torch.zeros(0, 3, 8, 8), ValueError, "at least one image"),
+        (torch.zeros(0, 3, 8, 8), ValueError, "hold at least one image"),
         ([torch.zeros(3, 8, 8)], TypeError, "`images` must be a tensor"),
     ],
 )

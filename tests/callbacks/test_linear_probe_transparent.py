@@ -29,7 +29,7 @@ def trainers():
 
 
 def random_state():
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
 
 
 @pytest.mark.parametrize("library", ["lightning", "pytorch_lightning"])

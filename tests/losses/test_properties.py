@@ -42,7 +42,7 @@ def _dense_rows(q: Tensor, k: Tensor, t: float) -> Tensor:
     return F.cross_entropy(F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / t, torch.arange(len(q)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(ROWS, DIMS, TILES, TEMPERATURES, DTYPES, SEEDS)
 def test_nt_xent(rows, dim, tile, temperature, dtype, seed) -> None:
     tensors = [_normal(seed + i, rows, dim, dtype=dtype) for i in range(2)]
@@ -54,7 +54,7 @@ def test_nt_xent(rows, dim, tile, temperature, dtype, seed) -> None:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(ROWS, ROWS, DIMS, TILES, TEMPERATURES, DTYPES, SEEDS, st.booleans())
 def test_info_nce(rows, count, dim, tile, temperature, dtype, seed, masked) -> None:
     q, k = (_normal(seed + i, rows, dim, dtype=dtype) for i in range(2))
@@ -81,7 +81,7 @@ def test_info_nce(rows, count, dim, tile, temperature, dtype, seed, masked) -> N
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(ROWS, DIMS, TILES, TEMPERATURES, DTYPES, SEEDS, st.integers(1, 5))
 def test_sup_con(rows, dim, tile, temperature, dtype, seed, classes) -> None:
     tensors = [_normal(seed + i, rows, dim, dtype=dtype) for i in range(2)]
@@ -99,7 +99,7 @@ def test_sup_con(rows, dim, tile, temperature, dtype, seed, classes) -> None:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(ROWS, DIMS, TILES, TEMPERATURES, DTYPES, SEEDS, st.floats(-12, 3))
 def test_clip_and_siglip(rows, dim, tile, temperature, dtype, seed, bias) -> None:
     tensors = [_normal(seed + i, rows, dim, dtype=dtype) for i in range(2)]

@@ -1,15 +1,51 @@
 """Two and three ranks give the loss and the gradient of one process that holds the joined batch."""
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_contrast import distributed
+from lightning_contrast import distributed, losses
 from tests.launch import run_processes
 from tests.losses.cases import CASES, DIM, Case, make_inputs
 
+# Losses without an oracle in loops: their values are those of the authors' programs, in test_official.
+_VIEWS = {"temperature": 0.1, "epsilon": 0.05, "iterations": 3}
+_DINO = {"student_temperature": 0.1, "teacher_temperature": 0.07}
+
+
+def _msn(anchors: Tensor, targets: Tensor, prototypes: Tensor, sinkhorn: bool) -> Tensor:
+    options = {"temperature": 0.1, "target_sharpen_temperature": 0.25, "me_max_weight": 1.0, "sinkhorn": sinkhorn}
+    return losses.msn_loss(anchors, targets, prototypes, **options)
+
+
+def _case(loss: Callable[..., Tensor], inputs: int, shared: int = 0) -> Case:
+    return Case(loss, loss, inputs=inputs, shared=shared, tiled=False)
+
+
+MORE = {
+    "barlow": _case(lambda a, b: losses.barlow_twins_loss(a, b, off_diagonal_weight=0.0051), 2),
+    "vicreg": _case(losses.vicreg_loss, 2),
+    "koleo": _case(losses.koleo_loss, 1),
+    "ijepa": _case(losses.ijepa_loss, 2),
+    "swav": _case(lambda *x: losses.swav_loss(x, **_VIEWS), 3),
+    "dino": _case(lambda a, b, c, d, e: losses.dino_loss([a, b, c], [d, e], None, **_DINO), 5),
+    "dino, centre": _case(lambda a, b, c, d: losses.dino_loss([a, b], [c, d], a.new_ones(1, DIM), **_DINO), 4),
+    "dino, sinkhorn": _case(
+        lambda a, b, c, d: losses.dino_loss([a, b], [c, d], None, centering="sinkhorn", **_DINO), 4
+    ),
+    "ibot": _case(
+        lambda s, t: losses.ibot_patch_loss(
+            s.unflatten(0, (-1, 1)), t.unflatten(0, (-1, 1)), None, t[:, :1] > 0, **_DINO
+        ),
+        2,
+    ),
+    "msn": _case(lambda a, t, p: _msn(a, t, p, sinkhorn=False), 2, shared=1),
+    "msn, sinkhorn": _case(lambda a, t, p: _msn(a, t, p, sinkhorn=True), 2, shared=1),
+}
+ALL = {**CASES, **MORE}
 SPLITS = {"equal": [4, 4], "unequal": [5, 3], "three": [2, 1, 5]}
 
 
@@ -45,12 +81,12 @@ def test_ranks_equal_one_process(split: str) -> None:
     def work(rank: int) -> dict[str, tuple[Tensor, list[Tensor]]]:
         rows = slice(ends[rank] - sizes[rank], ends[rank])
         found = {}
-        for name, case in CASES.items():
+        for name, case in ALL.items():
             loss, grads = _run(case, make_inputs(case, 8), rows, **({"tile_size": 3} if case.tiled else {}))
             found[name] = loss, [distributed.all_reduce_mean(grad) for grad in grads]
         return found
 
-    expected = {name: _run(case, make_inputs(case, 8), slice(0, 8)) for name, case in CASES.items()}
+    expected = {name: _run(case, make_inputs(case, 8), slice(0, 8)) for name, case in ALL.items()}
     for found in run_processes(work, len(sizes)):
         for name, (loss, grads) in found.items():
             torch.testing.assert_close(
@@ -62,8 +98,6 @@ def test_ranks_equal_one_process(split: str) -> None:
 
 @pytest.mark.dist
 def test_a_global_batch_too_small_is_an_error_on_every_rank() -> None:
-    from lightning_contrast import losses
-
     def work(rank: int) -> str:
         z = torch.randn(1 - rank, 4)  # one pair in all
         with pytest.raises(ValueError, match="batch of at least 2") as error:

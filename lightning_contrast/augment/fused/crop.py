@@ -124,10 +124,11 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         dtype = images.dtype if images.is_floating_point() else torch.float32
         top, left, height, width = plan["box"].to(dtype).unbind(1)
         style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
-        rows = resize_weights(top, height, images.shape[-2], self.size, **style)
-        columns = resize_weights(left, width, images.shape[-1], self.size, flip=plan["flip"], **style)
+        tallest, widest = (max(box[i] for box in plan["boxes"]) for i in (2, 3))
+        rows = resize_weights(top, height, images.shape[-2], self.size, longest=tallest, **style)
+        columns = resize_weights(left, width, images.shape[-1], self.size, flip=plan["flip"], longest=widest, **style)
         if not images.is_floating_point():
-            columns = columns / 255
+            columns = columns.div_(255)
         views = apply_weights(images.to(dtype), rows, columns)
         return views.clamp_(0, 1) if interpolation == "bicubic" else views
 

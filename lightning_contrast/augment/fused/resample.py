@@ -1,5 +1,6 @@
 """Crop, resize and flip as two matrix products per image: no loop over images, no gather, exact antialiasing."""
 
+import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -19,13 +20,28 @@ def _cubic_(distance: Tensor, a: float) -> Tensor:
     return (1 - u).mul_(u).mul_(u).mul_(a).add_(inner)
 
 
-def _filtered_weights(centre: Tensor, pixel: Tensor, scale: Tensor, inside: Tensor, cubic: bool) -> Tensor:
-    """Return Pillow's antialiased weights: the kernel is stretched by the scale where it shrinks, then normalised."""
-    stretch = scale.clamp(min=1.0)
-    far = torch.full_like(pixel, torch.finfo(pixel.dtype).max / 4)  # pixels beyond the crop get no weight
-    distance = torch.where(inside, (pixel + 0.5) / stretch, far) - centre / stretch
-    kernel = _cubic_(distance.clamp_(-2, 2), -0.5) if cubic else distance.abs_().neg_().add_(1).clamp_(min=0)
-    return kernel.div_(kernel.sum(-1, keepdim=True))
+def _filtered_weights(
+    centre: Tensor, start: Tensor, length: Tensor, size_in: int, longest: int, interpolation: Interpolation
+) -> Tensor:
+    """Return Pillow's antialiased weights: the kernel is stretched by the scale where it shrinks, then normalised.
+
+    Only the taps under the kernel are computed, then written into a matrix of zeros.
+    """
+    size_out = centre.shape[1]
+    reach = 2 if interpolation == "bicubic" else 1
+    taps = min(longest, math.ceil(2 * reach * max(1.0, longest / size_out)) + 1)
+    stretch = (length / size_out).clamp_(min=1.0)
+    first = torch.minimum((centre - reach * stretch + 0.5).floor_().clamp_(min=0), (length - taps).clamp_(min=0))
+    pixel = first + torch.arange(taps, dtype=centre.dtype, device=centre.device)
+    distance = (pixel + 0.5 - centre).div_(stretch)
+    kernel = _cubic_(distance, -0.5) if reach == 2 else distance.abs_().neg_().add_(1).clamp_(min=0)
+    inside = pixel < length
+    kernel.mul_(inside)
+    kernel.div_(kernel.sum(-1, keepdim=True))
+    # what lies beyond a crop that is shorter than the taps goes, as zeros, into a column that is cut off
+    column = torch.where(inside, pixel + start, size_in).long()
+    weights = centre.new_zeros(len(start), size_out, size_in + 1)
+    return weights.scatter_(2, column, kernel)[..., :size_in]
 
 
 def _point_weights(centre: Tensor, pixel: Tensor, length: Tensor, interpolation: Interpolation) -> Tensor:
@@ -55,6 +71,7 @@ def resize_weights(
     interpolation: Interpolation = "bilinear",
     antialias: bool = True,
     flip: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Return for each image the matrix that crops and resizes one of its axes.
 
@@ -69,20 +86,19 @@ def resize_weights(
         interpolation: Kernel; antialiased bicubic uses a = -0.5 as Pillow does, point-sampled bicubic a = -0.75.
         antialias: Widen the kernel where the crop shrinks; has no meaning for ``"nearest"``.
         flip: Images to mirror along this axis, bool ``(B,)``.
+        longest: The largest of ``length`` where it is known on the host: saves work.
 
     Returns:
         Weights ``(B, size_out, size_in)``; each row sums to 1.
     """
     start, length = start[:, None, None], length[:, None, None]
-    scale = length / size_out
     out = torch.arange(size_out, dtype=start.dtype, device=start.device)[None, :, None]
     if flip is not None:
         out = torch.where(flip[:, None, None], size_out - 1 - out, out)
-    centre = (out + 0.5) * scale
-    pixel = torch.arange(size_in, dtype=start.dtype, device=start.device)[None, None, :] - start
+    centre = (out + 0.5) * (length / size_out)
     if antialias and interpolation != "nearest":
-        inside = (pixel >= 0) & (pixel < length)
-        return _filtered_weights(centre, pixel, scale, inside, interpolation == "bicubic")
+        return _filtered_weights(centre, start, length, size_in, longest or size_in, interpolation)
+    pixel = torch.arange(size_in, dtype=start.dtype, device=start.device)[None, None, :] - start
     return _point_weights(centre, pixel, length, interpolation)
 
 

@@ -1,0 +1,162 @@
+"""The online k-NN: its bank, its vote, its ranks."""
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_contrast.callbacks import OnlineKNN
+from tests.callbacks.probe_modules import CLASSES, classifier, images_and_labels, labelled, quiet_fit
+from tests.callbacks.strategies import fit_ranks
+from tests.launch import run_processes
+
+
+class Frozen(classifier()):
+    """Its features are the same at every moment of a run, so that a bank is known without one."""
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": self(batch[0]).sum() * 0, "features": colours(batch[0])}
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"features": colours(batch[0])}
+
+    test_step = validation_step
+
+
+def colours(images):
+    return images.flatten(1)[:, :6] - 0.5  # of few pixels, so that many neighbours are wrong
+
+
+def top1_by_hand(bank, bank_labels, queries, labels, k, temperature):
+    right = 0
+    for query, label in zip(queries.double(), labels.tolist(), strict=True):
+        cosines = [float(query @ row / (query.norm() * row.norm())) for row in bank.double()]
+        nearest = sorted(range(len(bank)), key=lambda i: -cosines[i])[:k]
+        votes = dict.fromkeys(range(CLASSES), 0.0)
+        for i in nearest:
+            votes[int(bank_labels[i])] += torch.tensor(cosines[i] / temperature).exp().item()
+        right += max(votes, key=votes.get) == label
+    return right / len(labels)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.07), (40, 0.5)])
+def test_it_logs_the_published_vote_over_the_features_of_the_last_epoch(k, temperature):
+    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, k=k, temperature=temperature)], labelled())
+    bank, bank_labels = images_and_labels(48)
+    queries, labels = images_and_labels(24, seed=5)
+    expected = top1_by_hand(
+        colours(bank.float() / 255), bank_labels, colours(queries.float() / 255), labels, k, temperature
+    )
+    assert run.callback_metrics["knn/top1"].item() == pytest.approx(expected)
+    assert 0.4 < expected < 1
+
+
+class Keeps(OnlineKNN):
+    """Notes the bank of each validation."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.banks = []
+
+    def predict(self, features):
+        self.banks.append(self._bank)
+        return super().predict(features)
+
+
+def test_the_bank_holds_one_epoch_and_no_more_than_its_size():
+    images, labels = images_and_labels(48)
+    probe = Keeps(CLASSES)
+    quiet_fit(Frozen(), [probe], labelled(), max_epochs=3)
+    assert [len(bank[1]) for bank in probe.banks[::3]] == [48, 48, 48]
+    assert torch.equal(probe.banks[0][1], labels)
+    small = Keeps(CLASSES, bank_size=20)
+    quiet_fit(Frozen(), [small], labelled())
+    features, kept = small.banks[0]
+    assert torch.equal(kept, labels[-16:])  # whole batches of 8, the newest
+    expected = torch.nn.functional.normalize(colours(images[-16:].float() / 255), dim=1)
+    torch.testing.assert_close(features, expected, atol=1e-3, rtol=0)  # half precision
+
+
+def test_in_the_middle_of_an_epoch_the_rest_is_an_epoch_old():
+    probe = Keeps(CLASSES)
+    quiet_fit(Frozen(), [probe], labelled(), val_check_interval=2, num_sanity_val_steps=0)
+    assert [len(bank[1]) for bank in probe.banks[::3]] == [16, 32, 48, 48, 48, 48]
+
+
+def test_memory_is_half_precision_while_training_and_given_back_after_validation():
+    probe = OnlineKNN(CLASSES)
+    quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
+    assert {chunk.dtype for chunk, _ in probe._chunks} == {torch.float16}
+    assert probe._bank is None
+    assert probe._rows == 48
+
+
+def test_images_without_label_and_broken_features_do_not_vote():
+    images, labels = images_and_labels(48)
+    some = torch.where(torch.arange(48) % 2 == 0, labels, -1)
+
+    class Sick(Frozen):
+        def training_step(self, batch, batch_idx):
+            output = super().training_step(batch, batch_idx)
+            output["features"][0] = float("inf")
+            return output
+
+    data = DataLoader(list(zip(images.float() / 255, some, strict=True)), batch_size=8)
+    probe = Keeps(CLASSES)
+    with pytest.warns(UserWarning, match="Keeps: the features 'backbone' of 1 of 8 images are NaN or infinite"):
+        quiet_fit(Sick(), [probe], data, max_epochs=1)
+    features, kept = probe.banks[0]
+    assert torch.equal(kept, labels[(torch.arange(48) % 2 == 0) & (torch.arange(48) % 8 != 0)])
+    assert features.isfinite().all()
+
+
+def test_fewer_features_than_neighbours_vote_all():
+    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, k=200)], labelled(16), max_epochs=1)
+    assert "knn/top1" in run.callback_metrics
+
+
+def test_test_and_a_second_fit():
+    probe, module = Keeps(CLASSES), Frozen()
+    trainer = quiet_fit(module, [probe], labelled(), max_epochs=1)
+    trainer.test(module, labelled(24, seed=5), verbose=False)
+    assert trainer.callback_metrics.keys() == {"knn/test_top1"}
+    trainer.fit_loop.max_epochs = 2
+    probe.banks.clear()
+    quiet_fit(module, [], labelled(24), trainer=trainer)
+    assert [len(bank[1]) for bank in probe.banks[::3]] == [24]
+
+
+class Loaders(L.LightningDataModule):
+    def train_dataloader(self):
+        return labelled()
+
+    def val_dataloader(self):
+        return labelled(24, seed=5)
+
+
+@pytest.mark.dist
+def test_two_ranks_share_one_bank():
+    def on_rank(rank):
+        probe = Keeps(CLASSES, k=7)
+        run = fit_ranks(Frozen(), [probe], Loaders(), "ddp", max_epochs=1)
+        return run.callback_metrics["knn/top1"].item(), probe.banks[0][1].bincount().tolist()
+
+    one = Keeps(CLASSES, k=7)
+    whole = quiet_fit(Frozen(), [one], labelled(), max_epochs=1).callback_metrics["knn/top1"].item()
+    for top1, counts in run_processes(on_rank, 2, init=False):
+        assert top1 == pytest.approx(whole)
+        assert counts == one.banks[0][1].bincount().tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "`k` must be >= 1"),
+        ({"temperature": 0.0}, "`temperature` must be > 0"),
+        ({"bank_size": 3}, "`bank_size` must be >= 20, got 3. Raise `bank_size` to at least `k`"),
+        ({"num_classes": 0}, "`num_classes` must be >= 2"),
+    ],
+)
+def test_arguments_are_checked_when_they_are_given(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OnlineKNN(**({"num_classes": 3} | arguments))

@@ -1,0 +1,88 @@
+"""Every example and notebook runs as a user would start it, with small settings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def run(path, *arguments, cwd):
+    command = [sys.executable, "-W", "ignore", str(path), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=500, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_fits_on_a_page(path):
+    assert len(path.read_text().splitlines()) <= 80
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    out = run(ROOT / "examples" / "quickstart.py", "--epochs", "2", "--output", "out", cwd=tmp_path)
+    assert "recall@1" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results) == {"pixels", "random", "trained", "seconds", "seed"}
+    for name in ("pixels", "random", "trained"):
+        assert set(results[name]) == {"knn", "linear", "recall@1"}
+        assert all(0 <= value <= 1 for value in results[name].values())
+    assert results["pixels"]["knn"] == pytest.approx(0.569, abs=0.002)  # no training in it: the same everywhere
+    for picture in ("views.png", "neighbours.png", "map.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    import torch
+
+    import lightning_contrast as lc
+
+    weights = torch.load(tmp_path / "out" / "backbone.pt", weights_only=True)
+    lc.nn.build_backbone("small_convnet").module.load_state_dict(weights)
+    again = lc.SimCLR.load_from_checkpoint(tmp_path / "out" / "simclr.ckpt", weights_only=True)
+    assert all(torch.equal(again.backbone.state_dict()[name], value) for name, value in weights.items())
+    assert any((tmp_path / "out" / "logs").glob("events*"))
+
+
+@pytest.mark.slow
+def test_probe_your_trainer(tmp_path):
+    out = run(ROOT / "examples" / "probe_your_trainer.py", "--epochs", "2", cwd=tmp_path)
+    assert "bit-identical with and without the probes: True" in out
+    assert "linear_probe/top1" in out
+
+
+@pytest.mark.slow
+def test_subclass_a_method(tmp_path):
+    out = run(ROOT / "examples" / "subclass_a_method.py", "--epochs", "2", cwd=tmp_path)
+    assert "temperature 0.1" in out  # near its end, 0.1
+    assert "k-NN top-1" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore")  # of the notebook machinery, not of ours
+def test_notebook_runs_with_small_settings(path, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    os.environ["LIGHTNING_CONTRAST_NOTEBOOK_EPOCHS"] = "1"
+    try:
+        NotebookClient(notebook, timeout=500, resources={"metadata": {"path": tmp_path}}).execute()
+    finally:
+        del os.environ["LIGHTNING_CONTRAST_NOTEBOOK_EPOCHS"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_has_a_badge_installs_first_and_keeps_its_pictures(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert "colab.research.google.com" in "".join(cells[0]["source"])
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert "pip install" in "".join(code[0]["source"])
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output["output_type"] == "error" for output in outputs)
