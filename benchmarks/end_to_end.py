@@ -79,7 +79,7 @@ def ours(backbone, epochs):
 
 
 def lightly(backbone, epochs, workers):
-    """lightly's transform in workers, its loss and its head."""
+    """Lightly's transform in workers, its loss and its head."""
     from lightly.transforms import SimCLRTransform
 
     transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)

@@ -15,9 +15,8 @@ class Autoencoder(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 64)
-        )
+        convolutions = nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()
+        self.encoder = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2048, 64))
         self.decoder = nn.Sequential(nn.Linear(64, 3 * 32 * 32), nn.Sigmoid(), nn.Unflatten(1, (3, 32, 32)))
 
     def training_step(self, batch, batch_idx):

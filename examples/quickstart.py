@@ -16,6 +16,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=250)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--fold", type=int, help="judge on this fold (1-4) of the training things, to choose settings")
+parser.add_argument("--stock", action="store_true", help="make the views with Kornia's own operations")
 parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
 options, start = parser.parse_args(), time.perf_counter()
 
@@ -23,7 +24,7 @@ options, start = parser.parse_args(), time.perf_counter()
 L.seed_everything(options.seed)
 data = lc.data.EmojiDataModule(batch_size=256, seed=options.seed, validation_fold=options.fold)
 mean, std = lc.data.estimate_mean_std(data)
-policy = lc.augment.simclr_cifar_views(32, mean=mean, std=std)
+policy = lc.augment.simclr_cifar_views(32, mean=mean, std=std, fused=not options.stock)
 model = lc.SimCLR(
     "small_convnet", temperature=0.1, optimizer="adamw", lr=2e-3, weight_decay=1e-4, warmup_epochs=options.epochs // 60
 )
@@ -62,7 +63,6 @@ random = features(model)
 trainer.fit(model, datamodule=data)
 trained = features(model)
 
-# The table, the pictures, and what to take away.
 spaces = {"pixels": (train_pixels, *test_pixels.chunk(2)), "random": random, "trained": trained}
 results = {name: score(*of) for name, of in spaces.items()}
 noto, fluent = data.artists("val")
@@ -76,5 +76,5 @@ results |= {"seconds": round(time.perf_counter() - start, 1), "seed": options.se
 (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 print(f"\n{'features':10}{'k-NN':>8}{'linear':>8}{'recall@1':>10}   (in {options.output}: pictures and weights)")
 for name in spaces:
-    print(f"{name:10}{results[name]['knn']:8.3f}{results[name]['linear']:8.3f}{results[name]['recall@1']:10.3f}")
+    print(f"{name:10}" + "{knn:8.3f}{linear:8.3f}{recall@1:10.3f}".format(**results[name]))
 print(f"{results['seconds']:.0f} s in all, seed {options.seed}")

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from lightning_contrast import metrics as metrics
     from lightning_contrast import nn as nn
     from lightning_contrast import optim as optim
+    from lightning_contrast.callbacks import GradientCache as GradientCache
+    from lightning_contrast.callbacks import MomentumUpdate as MomentumUpdate
     from lightning_contrast.callbacks import OnlineKNN as OnlineKNN
     from lightning_contrast.callbacks import OnlineLinearProbe as OnlineLinearProbe
+    from lightning_contrast.callbacks import QueueUpdate as QueueUpdate
+    from lightning_contrast.callbacks import StepSeed as StepSeed
     from lightning_contrast.callbacks import ViewAugmentation as ViewAugmentation
     from lightning_contrast.methods import *  # noqa: F403
 

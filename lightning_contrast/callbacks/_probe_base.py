@@ -8,10 +8,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.callbacks._features import FeatureTap
+from lightning_contrast.callbacks._probe_share import Share
 from lightning_contrast.contracts import split_batch
 
 Labels: TypeAlias = str | int | Callable[[Any], Tensor] | None
@@ -55,7 +55,7 @@ class OnlineProbe(L.Callback):
         self._tap = FeatureTap(features, tokens)
         self._batch_labels: Tensor | None = None
         self._seen: set[str] = set()
-        self._scores: dict[int, MeanMetric] = {}
+        self._scores: dict[int, Share] = {}
         self._warned = False
 
     @abstractmethod
@@ -189,9 +189,7 @@ class OnlineProbe(L.Callback):
 
     def _begin(self, pl_module: Any, batches: Sequence[int | float]) -> None:
         """Begin new counts, made anew each time: the last ones may be inference tensors."""
-        self._scores = {
-            i: MeanMetric(nan_strategy="disable").to(pl_module.device) for i, number in enumerate(batches) if number
-        }
+        self._scores = {i: Share().to(pl_module.device) for i, number in enumerate(batches) if number}
 
     def _count(self, dataloader_idx: int, step: Step) -> None:
         predicted = self.predict(step.features)
@@ -199,7 +197,7 @@ class OnlineProbe(L.Callback):
             self._scores.clear()  # the same on every rank: what has been learned is
         elif dataloader_idx in self._scores:
             score = self._scores[dataloader_idx].to(step.features.device)
-            score.update((predicted == step.labels).float(), step.valid.float())
+            score.update(predicted == step.labels, step.valid)
 
     def _log_scores(self, pl_module: Any, key: str) -> None:
         scores, self._scores = self._scores, {}

@@ -9,6 +9,7 @@ from torchmetrics import MeanMetric
 from lightning_contrast._checks import check_positive, require
 from lightning_contrast.callbacks._probe_base import Labels, OnlineProbe, Step
 from lightning_contrast.callbacks._probe_head import LinearHead, default_lr, to_cpu
+from lightning_contrast.callbacks._probe_share import Share
 from lightning_contrast.distributed import world_size
 
 SGD_MOMENTUM = 0.9
@@ -61,7 +62,7 @@ class OnlineLinearProbe(OnlineProbe):
         self.head: LinearHead | None = None
         self._optimizer: torch.optim.SGD | None = None
         self._pending: dict[str, Any] | None = None
-        self._train_top1: MeanMetric | None = None
+        self._train_top1: Share | None = None
         self._train_loss: MeanMetric | None = None
 
     @property
@@ -71,7 +72,7 @@ class OnlineLinearProbe(OnlineProbe):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count anew."""
-        self._train_top1 = MeanMetric(nan_strategy="disable").to(pl_module.device)
+        self._train_top1 = Share().to(pl_module.device)
         self._train_loss = MeanMetric(nan_strategy="disable").to(pl_module.device)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -86,8 +87,7 @@ class OnlineLinearProbe(OnlineProbe):
         logits, loss = head.gradient(step.features, step.labels, step.valid, step.finite)
         optimizer.step()
         if self._train_top1 is not None and self._train_loss is not None:
-            correct = logits.argmax(dim=1) == step.labels
-            self._train_top1.update(correct.float(), step.valid.float())
+            self._train_top1.update(logits.argmax(dim=1) == step.labels, step.valid)
             self._train_loss.update(loss)
 
     def predict(self, features: Tensor) -> Tensor | None:

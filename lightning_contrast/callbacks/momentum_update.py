@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_contrast._checks import check_choice, check_probability, fail
+from lightning_contrast.callbacks._defaults import drop_if_foreign
 from lightning_contrast.callbacks._ema import Averager, Pairs, check_pairs
 from lightning_contrast.callbacks._steps import StepWatch, batches_done, has_gradients, total_steps
 from lightning_contrast.nn.ema import BUFFER_RULES, BufferRule
@@ -92,7 +93,7 @@ class MomentumUpdate(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that has nothing to move, and a schedule for a run without an end."""
-        if stage != "fit":
+        if drop_if_foreign(self, trainer, pl_module) or stage != "fit":
             return
         if not hasattr(pl_module, "momentum_pairs") and not hasattr(pl_module, "step_states"):
             mend = "Return [(online_module, momentum_module), ...] from it, or leave `MomentumUpdate` out"

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import fail
+from lightning_contrast.callbacks._defaults import drop_if_foreign
 from lightning_contrast.nn.memory_bank import MemoryBank
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
@@ -32,7 +33,7 @@ class QueueUpdate(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the queues and keep their buffers out of DDP, which would broadcast them at every forward pass."""
-        if stage != "fit":
+        if drop_if_foreign(self, trainer, pl_module) or stage != "fit":
             return
         names = {id(module): name for name, module in pl_module.named_modules()}
         ignored: list[str] = list(getattr(pl_module, _IGNORED_BY_DDP, []))

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader
 
 Loader = Callable[[str], Any]
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class ImageFolderDataModule(L.LightningDataModule):
+class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     """Serves folders of images.
 
     ``train_dir/<class>/...`` gives the labels; a folder that holds images and no class folders has none, and its
@@ -117,7 +118,7 @@ class ImageFolderDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return shuffled batches of the training folder, with exact resume in mid-epoch."""
-        return self._loader("train", train=True)
+        return self._remember(self._loader("train", train=True))
 
     def val_dataloader(self) -> ResumableLoader:
         """Return the validation folder in order."""

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_choice
+from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import MemoryImages, ResumableLoader, as_is, check_loading, make_loader
 
 Split = Literal["train", "val", "test"]
 SPLITS = ("train", "val", "test")
 
 
-class InMemoryDataModule(L.LightningDataModule):
+class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
     """Serves splits of uint8 images from memory, without workers and without Python per image.
 
     A subclass says in `read` how to get the splits; each is read once and kept. Batches are ``(images, labels)``:
@@ -74,7 +75,7 @@ class InMemoryDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return shuffled batches of the training split, with exact resume in mid-epoch."""
-        return self._loader("train", train=True)
+        return self._remember(self._loader("train", train=True))
 
     def val_dataloader(self) -> ResumableLoader:
         """Return the validation split in order."""

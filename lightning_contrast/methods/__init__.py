@@ -5,7 +5,19 @@ from typing import TYPE_CHECKING
 from lightning_contrast._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_contrast.methods.align_uniform import AlignUniform as AlignUniform
     from lightning_contrast.methods.base import ContrastiveModule as ContrastiveModule
+    from lightning_contrast.methods.byol import BYOL as BYOL
+    from lightning_contrast.methods.mochi import MoCHi as MoCHi
+    from lightning_contrast.methods.moco import MoCo as MoCo
+    from lightning_contrast.methods.moco_v3 import MoCoV3 as MoCoV3
+    from lightning_contrast.methods.nnclr import NNCLR as NNCLR
+    from lightning_contrast.methods.npid import NPID as NPID
+    from lightning_contrast.methods.siamese import SiameseMargin as SiameseMargin
     from lightning_contrast.methods.simclr import SimCLR as SimCLR
+    from lightning_contrast.methods.simsiam import SimSiam as SimSiam
+    from lightning_contrast.methods.spectral import SpectralContrastive as SpectralContrastive
+    from lightning_contrast.methods.supcon import SupCon as SupCon
+    from lightning_contrast.methods.triplet import Triplet as Triplet
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

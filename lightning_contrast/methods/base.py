@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive, require
+from lightning_contrast.callbacks._defaults import missing, owned
 from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.methods._plan import caller, global_batch_size, planned_steps, unsaved_arguments
 from lightning_contrast.nn import build_backbone, check_image_size
@@ -93,7 +95,7 @@ class ContrastiveModule(L.LightningModule):
         return self(self.images(batch))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups: norms and biases carry no weight decay."""
+        """Return the optimizer's groups: norms and biases carry no weight decay; ``"fixed_lr"`` skips the schedule."""
         return optim.parameter_groups(self, self.weight_decay)
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
@@ -109,7 +111,9 @@ class ContrastiveModule(L.LightningModule):
             lr = optim.scaled_lr(self.base_lr, global_batch, rule=self.lr_rule)
             rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
         optimizer = optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr)
-        schedule = LambdaLR(optimizer, lambda step: self.lr_factor(step, warmup_steps, total_steps))
+        factor = partial(self.lr_factor, warmup_steps=warmup_steps, total_steps=total_steps)
+        factors = [optim.constant if group.get("fixed_lr") else factor for group in optimizer.param_groups]
+        schedule = LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -126,9 +130,9 @@ class ContrastiveModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Bring the default plug-ins of which the Trainer has none: the user's own always win."""
         if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
-            self._default_callbacks = self.default_callbacks()
-        present = self.trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it in its connector
-        return [c for c in self._default_callbacks if not any(isinstance(other, type(c)) for other in present)]
+            self._default_callbacks = owned(self.default_callbacks(), self)
+        present: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer's connector
+        return missing(self._default_callbacks, present, self)
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""

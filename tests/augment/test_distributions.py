@@ -48,7 +48,7 @@ FAST = {"crop", "brightness", "contrast", "saturation", "grayscale", "solarize"}
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_operation(emoji, name):
-    """Within 0.02 of the reference in mean and standard deviation, 0.035 in the quantiles (1,000 to 3,000 draws each)."""
+    """Within 0.02 of the reference in mean and standard deviation, 0.035 in the quantiles (1,000 or 3,000 draws)."""
     ours, theirs = PAIRS[name]
     images = emoji[:: 1 if name in FAST else 3].float() / 255
     torch.manual_seed(0)

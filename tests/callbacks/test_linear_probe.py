@@ -171,7 +171,7 @@ def test_the_learning_rate_goes_with_the_batch_and_the_width(batch, width, lr):
     assert OnlineLinearProbe(CLASSES, lr=2.5).lr == 2.5
 
 
-def ill_conditioned(width, batch=32, steps=300):
+def ill_conditioned(width, batch=32, steps=150):
     """Correlated features of very different scales, three directions of which tell the class."""
     g = torch.Generator().manual_seed(4)
     mixing = torch.randn(24, width, generator=g) * torch.logspace(0, -1.5, 24).unsqueeze(1)
@@ -191,7 +191,7 @@ def test_no_learning_rate_needs_tuning(width):
         if probe.head is not None:
             right.append((probe.predict(features) == labels).float().mean().item())
         probe.learn(Step(features, labels, everywhere, everywhere))
-    assert sum(right[-50:]) / 50 > 0.9  # the best classifier of the sources is right in 99 %
+    assert sum(right[-30:]) / 30 > 0.9  # the best classifier of the sources is right in 99 %
 
 
 def test_logged_values_are_those_of_the_steps():

@@ -259,6 +259,23 @@ def test_a_stopped_and_resumed_run_sees_what_an_uninterrupted_one_sees(
 
 
 @MOVED
+def test_a_module_that_asks_for_the_number_of_steps_resumes_exactly(tiny, recorder, make_trainer, tmp_path):
+    """Asking for it in `configure_optimizers` makes Lightning set the loader up before it has read the checkpoint."""
+
+    class Asks(recorder):
+        def configure_optimizers(self):
+            assert self.trainer.estimated_stepping_batches == 15
+            return super().configure_optimizers()
+
+    whole, callback = Asks(), ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)
+    make_trainer(callbacks=[callback], max_epochs=3).fit(whole, datamodule=tiny())
+    second, again = Asks(), ModelCheckpoint(tmp_path / "again", every_n_train_steps=7, save_top_k=-1)
+    path = next(tmp_path.glob("*step=7.ckpt"))
+    make_trainer(callbacks=[again], max_epochs=3).fit(second, datamodule=tiny(), ckpt_path=path, weights_only=True)
+    assert second.seen == whole.seen[7:]
+
+
+@MOVED
 def test_a_checkpoint_of_mid_epoch_validation_resumes_exactly(tiny, recorder, make_trainer, tmp_path):
     """The checkpoint is written after the probe's own pass over the training loader."""
     settings = {"max_epochs": 2, "val_check_interval": 2}

@@ -1,0 +1,162 @@
+"""MoCHi: MoCo v2 with synthetic negatives, mixed of the hardest in the queue.
+
+Paper: https://arxiv.org/abs/2010.01028; there is no public program.
+Differs from MoCo's program as `MoCo` does.
+"""
+
+import copy
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_contrast import distributed
+from lightning_contrast._checks import check_at_least, check_positive, check_probability
+from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
+from lightning_contrast.losses import info_nce, mochi_negatives
+from lightning_contrast.methods._shuffle import Shuffle
+from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
+from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.optim import OptimizerLike
+
+
+class MoCHi(ContrastiveModule):
+    """Contrast a query with its key, a queue of past keys, and mixes of those that are most similar to it.
+
+    A batch holds two views (B, C, h, w); `forward` gives features (B, F).
+
+    Args:
+        backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
+        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
+        feature_dim: F, where a module does not say it itself (``num_features``).
+        backbone_kwargs: Further arguments of `timm.create_model`.
+        projection_dim: D, the width of the projection, also of a ``projector`` of your own.
+        projector: A module (B, F) -> (B, D) in the place of the head; the momentum network gets a copy.
+        momentum: Share of the momentum network that each step keeps, in [0, 1].
+        queue_size: Number K of past keys, at least those of one step on all ranks.
+        queue_dtype: "float32", "float16" or "int8".
+        temperature: Divisor of the cosine similarities, > 0.
+        hardest: Negatives of each query that the synthetic ones are mixed of, >= 2; N in the paper.
+        pair_mixes: Mixes of two of them, >= 0; s in the paper.
+        query_mixes: Mixes of one of them with the query, >= 0; s' in the paper.
+        start_epoch: First epoch (from 0) with synthetic negatives, >= 1: before, the queue is empty.
+        shuffle: See `MoCo`.
+        batchnorm_splits: See `MoCo`.
+        optimizer: "sgd" as in the paper, "adamw", "lars", "lamb", or a callable.
+        lr: Learning rate, absolute; None is the paper's 0.03 x global batch / 256.
+        weight_decay: Of all parameters but norms and biases.
+        warmup_epochs: Epochs of linear warm-up; the paper has none.
+    """
+
+    base_lr: ClassVar[float] = 0.03
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        small_images: bool = False,
+        feature_dim: int | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        projection_dim: int = 128,
+        projector: nn.Module | None = None,
+        momentum: float = 0.999,
+        queue_size: int = 65536,
+        queue_dtype: QueueDtype = "float32",
+        temperature: float = 0.2,
+        hardest: int = 1024,
+        pair_mixes: int = 1024,
+        query_mixes: int = 128,
+        start_epoch: int = 10,
+        shuffle: bool = True,
+        batchnorm_splits: int = 1,
+        optimizer: OptimizerLike = "sgd",
+        lr: float | None = None,
+        weight_decay: float = 1e-4,
+        warmup_epochs: int = 0,
+    ) -> None:
+        super().__init__(
+            backbone,
+            small_images=small_images,
+            feature_dim=feature_dim,
+            backbone_kwargs=backbone_kwargs,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+        )
+        check_probability("momentum", momentum)
+        check_at_least("queue_size", queue_size, 2)
+        check_positive("temperature", temperature)
+        check_at_least("hardest", hardest, 2)
+        check_at_least("pair_mixes", pair_mixes, 0)
+        check_at_least("query_mixes", query_mixes, 0)
+        check_at_least("start_epoch", start_epoch, 1)
+        check_at_least("batchnorm_splits", batchnorm_splits, 1)
+        self.momentum, self.temperature, self.start_epoch = momentum, temperature, start_epoch
+        self.hardest, self.pair_mixes, self.query_mixes = hardest, pair_mixes, query_mixes
+        self.shuffle, self.batchnorm_splits = shuffle, batchnorm_splits
+        if batchnorm_splits > 1:
+            self.backbone = convert_split_batchnorm(self.backbone, batchnorm_splits)
+        self.projector = projector or moco_head(self.feature_dim, None, projection_dim, layers=2)
+        self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype)
+        self.save_hyperparameters()
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the InfoNCE loss of a batch of two views, and the keys for the queue."""
+        view_q, view_k = self.views(batch, count=2)
+        features = self.backbone(view_q)  # (B, F)
+        query = self.projector(features)  # (B, D)
+        keys = self._keys(view_k)  # (B, D)
+        mixes = self._mixes(query) if self.current_epoch >= self.start_epoch else None  # (B, s + s', D)
+        loss = info_nce(
+            query,
+            keys,
+            self.queue.features,
+            temperature=self.temperature,
+            negatives_mask=self.queue.mask,
+            extra_negatives=mixes,
+        )
+        self.log("train/loss", loss, batch_size=len(view_q))
+        return {"loss": loss, "features": features.detach(), "keys": keys}
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return the encoder's parts with those that follow them."""
+        return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
+
+    def queues(self) -> dict[str, nn.Module]:
+        """Return the queue of past keys."""
+        return {"keys": self.queue}
+
+    def default_callbacks(self) -> list[L.Callback]:
+        """Return what moves the momentum network and feeds the queue."""
+        return [MomentumUpdate(self.momentum, schedule="constant"), QueueUpdate()]
+
+    def on_fit_start(self) -> None:
+        """Warn of BatchNorm statistics of several ranks only where shuffling does not need them."""
+        if not self.shuffle:
+            super().on_fit_start()
+
+    def _mixes(self, query: Tensor) -> Tensor:
+        """Return the synthetic negatives of each query, (B, s + s', D)."""
+        return mochi_negatives(
+            query,
+            self.queue.features,
+            hardest=self.hardest,
+            pair_mixes=self.pair_mixes,
+            query_mixes=self.query_mixes,
+            negatives_mask=self.queue.mask,
+        )
+
+    @torch.no_grad()
+    def _keys(self, view: Tensor) -> Tensor:
+        """Return the keys of a view, (B, D), of length 1."""
+        shuffles = self.shuffle and (self.batchnorm_splits > 1 or distributed.is_distributed())
+        shuffle = Shuffle(len(view), view.device) if shuffles else None
+        view = view if shuffle is None else shuffle(view)
+        keys = F.normalize(self.momentum_projector(self.momentum_backbone(view)), dim=1)
+        return keys if shuffle is None else shuffle.undo(keys)

@@ -1,0 +1,111 @@
+"""NNCLR: the positive of a view is the nearest neighbour of the other view among past projections.
+
+Paper: https://arxiv.org/abs/2104.14548; there is no public program.
+Differs from it: the queue starts empty and not random; until it holds something, a projection is its own neighbour.
+Cross entropy is taken over the predictions for each neighbour, not over the neighbours for each prediction as well.
+"""
+
+from typing import Any, ClassVar
+
+import lightning as L
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_contrast._checks import check_at_least, check_positive
+from lightning_contrast.callbacks import QueueUpdate
+from lightning_contrast.losses import info_nce
+from lightning_contrast.methods._mining import nearest_neighbours
+from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.nn import FeatureQueue, Norm, nnclr_predictor, nnclr_projector
+from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.optim import OptimizerLike
+
+
+class NNCLR(ContrastiveModule):
+    """Contrast the nearest neighbours of one view's projections with the other view's predictions.
+
+    A batch holds two views (B, C, h, w); `forward` gives features (B, F).
+
+    Args:
+        backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
+        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
+        feature_dim: F, where a module does not say it itself (``num_features``).
+        backbone_kwargs: Further arguments of `timm.create_model`.
+        hidden_dim: Width of the projector's hidden layers.
+        predictor_dim: Width of the predictor's hidden layer.
+        projection_dim: D, the width of projection and prediction, also of a ``projector`` of your own.
+        head_norm: Norm of the heads' layers, "batch", "layer" or None.
+        projector: A module (B, F) -> (B, D) in the place of the head.
+        predictor: A module (B, D) -> (B, D) in the place of the predictor.
+        queue_size: Number K of past projections, at least those of one step on all ranks.
+        queue_dtype: "float32", "float16" or "int8".
+        temperature: Divisor of the cosine similarities, > 0.
+        optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
+        lr: Learning rate after the warm-up, absolute; None is the paper's 0.3 x global batch / 256.
+        weight_decay: Of all parameters but norms and biases.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0.
+    """
+
+    base_lr: ClassVar[float] = 0.3
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        small_images: bool = False,
+        feature_dim: int | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        hidden_dim: int = 2048,
+        predictor_dim: int = 4096,
+        projection_dim: int = 256,
+        head_norm: Norm = "batch",
+        projector: nn.Module | None = None,
+        predictor: nn.Module | None = None,
+        queue_size: int = 98304,
+        queue_dtype: QueueDtype = "float32",
+        temperature: float = 0.1,
+        optimizer: OptimizerLike = "lars",
+        lr: float | None = None,
+        weight_decay: float = 1e-6,
+        warmup_epochs: int = 10,
+    ) -> None:
+        super().__init__(
+            backbone,
+            small_images=small_images,
+            feature_dim=feature_dim,
+            backbone_kwargs=backbone_kwargs,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+        )
+        check_positive("temperature", temperature)
+        check_at_least("queue_size", queue_size, 1)
+        self.temperature = temperature
+        self.projector = projector or nnclr_projector(self.feature_dim, hidden_dim, projection_dim, norm=head_norm)
+        self.predictor = predictor or nnclr_predictor(projection_dim, predictor_dim, projection_dim, norm=head_norm)
+        self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype)
+        self.save_hyperparameters()
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the mean of both directions' InfoNCE losses, and the first view's projections for the queue."""
+        view_a, view_b = self.views(batch, count=2)
+        features = self.backbone(view_a)  # (B, F)
+        projection_a = self.projector(features)  # (B, D)
+        projection_b = self.projector(self.backbone(view_b))  # (B, D)
+        prediction_a, prediction_b = self.predictor(projection_a), self.predictor(projection_b)  # (B, D) each
+        neighbour_a = nearest_neighbours(projection_a, self.queue.features, self.queue.mask)  # (B, D), no gradient
+        neighbour_b = nearest_neighbours(projection_b, self.queue.features, self.queue.mask)
+        loss_a = info_nce(neighbour_a, prediction_b, temperature=self.temperature)
+        loss_b = info_nce(neighbour_b, prediction_a, temperature=self.temperature)
+        loss = (loss_a + loss_b) / 2
+        self.log("train/loss", loss, batch_size=len(view_a))
+        return {"loss": loss, "features": features.detach(), "keys": F.normalize(projection_a.detach(), dim=1)}
+
+    def queues(self) -> dict[str, nn.Module]:
+        """Return the queue of past projections."""
+        return {"keys": self.queue}
+
+    def default_callbacks(self) -> list[L.Callback]:
+        """Return what feeds the queue."""
+        return [QueueUpdate()]
