@@ -13,7 +13,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 def page() -> str:
     """Return the page: one section a benchmark, with its command, date and machine."""
-    parts = ["# Benchmarks\n", "Written by `make bench` from `benchmarks/results/`. Peers and we ran in turn, in one run.\n"]
+    parts = [
+        "# Benchmarks\n",
+        "Written by `make bench` from `benchmarks/results/`. Peers and we ran in turn, in one run.\n",
+    ]
     for name in NAMES:
         path = RESULTS / f"{name}.json"
         if not path.exists():

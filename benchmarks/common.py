@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,10 +78,18 @@ def peak_memory_mib(module: str, *arguments: str) -> float:
 
 
 def memory_growth_mib(call: Callable[[], object]) -> float:
-    """Return by how many MiB ``call`` raises the peak resident memory of this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return by how many MiB ``call`` raises the peak resident memory of this program.
+
+    Read from the kernel's high-water mark: `resource.getrusage` would count what the parent held before the exec.
+    """
+    before = _high_water_mib()
     call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _high_water_mib() - before
+
+
+def _high_water_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def report(name: str, rows: list[dict[str, Any]], notes: str = "") -> None:

@@ -7,12 +7,11 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import alternate, peak_memory_mib, report
+from benchmarks.common import alternate, memory_growth_mib, peak_memory_mib, report
 from lightning_contrast import losses
 
 DIM, TEMPERATURE, THREADS = 128, 0.1, 2
@@ -85,18 +84,6 @@ FORMS: dict[str, Callable[[int], Step]] = {
 SIZES = {256: list(FORMS), 8192: list(FORMS)[:-1], 32768: ["lightning_contrast"]}
 
 
-def _peak_mib() -> float:
-    """Return the peak resident memory of this program; getrusage would count what its parent held before exec."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def _growth_mib(step: Step) -> float:
-    before = _peak_mib()
-    step()
-    return _peak_mib() - before
-
-
 def main() -> None:
     rows = []
     for pairs, names in SIZES.items():
@@ -118,6 +105,6 @@ if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     if len(sys.argv) > 1:
         _ours(64)()  # what a first backward allocates once is not the loss's
-        print(_growth_mib(FORMS[sys.argv[1]](int(sys.argv[2]))))
+        print(memory_growth_mib(FORMS[sys.argv[1]](int(sys.argv[2]))))
     else:
         main()

@@ -1,7 +1,7 @@
 """What every method would otherwise repeat word for word; never an algorithm."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, ClassVar
@@ -111,9 +111,9 @@ class ContrastiveModule(L.LightningModule):
             lr = optim.scaled_lr(self.base_lr, global_batch, rule=self.lr_rule)
             rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
         optimizer = optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr)
-        factor = partial(self.lr_factor, warmup_steps=warmup_steps, total_steps=total_steps)
-        factors = [optim.constant if group.get("fixed_lr") else factor for group in optimizer.param_groups]
-        schedule = LambdaLR(optimizer, factors)
+        factor: Callable[[int], float] = partial(self.lr_factor, warmup_steps=warmup_steps, total_steps=total_steps)
+        fixed = [group.get("fixed_lr", False) for group in optimizer.param_groups]
+        schedule = LambdaLR(optimizer, [optim.constant if keeps else factor for keeps in fixed])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:

@@ -104,5 +104,4 @@ class SimSiam(ContrastiveModule):
 def _spread(projection: Tensor) -> Tensor:
     """Return the mean deviation over the batch of the normalised dimensions of (B, D), times sqrt(D)."""
     unit = F.normalize(projection.detach().float(), dim=1)
-    deviation: Tensor = unit.std(0, correction=0).mean()
-    return deviation * projection.shape[1] ** 0.5
+    return unit.std(0, correction=0).mean() * float(projection.shape[1] ** 0.5)

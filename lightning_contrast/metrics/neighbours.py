@@ -11,6 +11,8 @@ CHUNK_ELEMENTS = 1 << 25
 
 GROUP = 4
 """Columns of a group of the tournament in `top_k`."""
+ROWS = 64
+"""Rows of a tournament: so few that its maxima stay in the processor's cache."""
 
 
 def nearest_neighbours(
@@ -63,17 +65,25 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Values (R, k) and column numbers (R, k).
     """
-    groups = values.shape[1] // GROUP
-    if values.device.type != "cpu" or groups < 2 * k:
+    if values.device.type != "cpu" or values.shape[1] < GROUP * 2 * k:
         top = values.topk(k, dim=1)
+        return top.values, top.indices
+    rounds = [_tournament(rows, k, in_order=True) for rows in torch.split(values, ROWS)]
+    return torch.cat([top for top, _ in rounds]), torch.cat([columns for _, columns in rounds])
+
+
+def _tournament(values: Tensor, k: int, *, in_order: bool) -> tuple[Tensor, Tensor]:
+    groups = values.shape[1] // GROUP
+    if groups < 2 * k:
+        top = values.topk(k, dim=1, sorted=in_order)
         return top.values, top.indices
     whole = groups * GROUP
     maxima = values[:, :whole].view(-1, GROUP, groups).amax(dim=1)  # columns g, g + groups, ... are a group
-    winners = top_k(maxima, k)[1]
+    _, winners = _tournament(maxima, k, in_order=False)
     columns = (winners.unsqueeze(1) + torch.arange(0, whole, groups).view(1, GROUP, 1)).flatten(1)
     rest = torch.arange(whole, values.shape[1]).expand(len(values), -1)
     columns = torch.cat([columns, rest], dim=1)
-    top = values.gather(1, columns).topk(k, dim=1)
+    top = values.gather(1, columns).topk(k, dim=1, sorted=in_order)
     return top.values, columns.gather(1, top.indices)
 
 

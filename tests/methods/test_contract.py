@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
-from lightning_contrast.contracts import HasMomentumPairs
+from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate, StepSeed
+from lightning_contrast.contracts import HasMomentumPairs, HasQueues
 from tests.launch import run_processes
-from tests.methods.cases import CASES, Case, TinyBackbone, make
+from tests.methods.cases import CASES, Case, TinyBackbone, fill_queue, make
 
 BATCH, BATCHES, PIXELS = 8, 4, 16
 methods = pytest.mark.parametrize("name", CASES)
@@ -44,6 +45,10 @@ class Data(lc.data.EmojiDataModule):
         return images[: BATCH * BATCHES, :, ::2, ::2].contiguous(), labels[: BATCH * BATCHES]
 
 
+def data(name):
+    return Data(BATCH, indices=CASES[name].indices)
+
+
 def trainer(tmp_path, case, *, callbacks=(), epochs=2, **kwargs):
     settings = {
         "max_epochs": epochs,
@@ -56,7 +61,7 @@ def trainer(tmp_path, case, *, callbacks=(), epochs=2, **kwargs):
         "num_sanity_val_steps": 0,
     }
     views = lc.ViewAugmentation(Policy(case.views), seed=3)
-    return L.Trainer(**(settings | kwargs), callbacks=[views, *callbacks])
+    return L.Trainer(**(settings | kwargs), callbacks=[views, StepSeed(3), *callbacks])
 
 
 def state(module):
@@ -72,7 +77,13 @@ def assert_equal_states(a, b):
 def step_batch(case: Case, dtype=torch.float32, size=BATCH):
     generator = torch.Generator().manual_seed(5)
     views = [torch.rand(size, 3, PIXELS, PIXELS, generator=generator, dtype=dtype) for _ in range(case.views)]
-    return [views, torch.arange(size) % 3]
+    labels = torch.arange(size) % 3
+    return [views, labels, torch.arange(size) * 3] if case.indices else [views, labels]
+
+
+def rows_of(batch, rows):
+    views, *rest = batch
+    return [[view[rows] for view in views], *(item[rows] for item in rest)]
 
 
 def run_step(module, batch):
@@ -83,7 +94,7 @@ def run_step(module, batch):
 
 @methods
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(name):
-    module = make(name)
+    module = fill_queue(make(name))
     run_step(module, step_batch(CASES[name]))["loss"].backward()
     for parameter_name, parameter in module.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
@@ -109,11 +120,71 @@ def test_momentum_modules_start_equal_and_frozen(name):
         assert not any(parameter.requires_grad for parameter in momentum.parameters())
 
 
+class Watch(L.Callback):
+    """Compares queues and momentum modules around each step, before the module's own plug-ins act at its end."""
+
+    def __init__(self):
+        self.seen = []
+
+    def held(self, module):
+        queues = module.queues().values() if isinstance(module, HasQueues) else []
+        pairs = module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
+        return [state(queue) for queue in queues], [weights(momentum) for _, momentum in pairs]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = self.held(pl_module)
+        self.seen.append(self.before)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for old, new in zip(self.before, self.held(pl_module), strict=True):
+            for a, b in zip(old, new, strict=True):
+                assert_equal_states(a, b)  # a key is never in the queue of its own step
+
+
+def weights(module):
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+stateful = pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.stateful])
+
+
+@stateful
+def test_only_the_plug_ins_change_queues_and_momentum_networks_and_they_do(name, tmp_path):
+    module, watch = make(name), Watch()
+    trainer(tmp_path, CASES[name], epochs=1, callbacks=[watch], limit_val_batches=0).fit(module, data(name))
+    for kind, after in zip(watch.seen[0], watch.held(module), strict=True):
+        for a, b in zip(kind, after, strict=True):
+            assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+@stateful
+def test_a_users_plug_in_wins(name, tmp_path):
+    class Never(MomentumUpdate):
+        pass
+
+    module = make(name)
+    own = [kind(*start) for kind, start in ((Never, (1.0, 1.0)), (QueueUpdate, ())) if needs(module, kind)]
+    fit = trainer(tmp_path, CASES[name], epochs=1, callbacks=own, limit_val_batches=0)
+    before = [weights(momentum) for _, momentum in pairs_of(module)]
+    fit.fit(module, data(name))
+    assert [c for c in fit.callbacks if isinstance(c, MomentumUpdate | QueueUpdate)] == own
+    for old, (_, momentum) in zip(before, pairs_of(module), strict=True):
+        assert_equal_states(old, weights(momentum))
+
+
+def pairs_of(module):
+    return module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
+
+
+def needs(module, kind):
+    return bool(pairs_of(module)) if issubclass(kind, MomentumUpdate) else isinstance(module, HasQueues)
+
+
 @methods
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
 def test_optimizer_holds_exactly_the_trainable_parameters(name, optimizer, tmp_path):
     module = make(name, optimizer=optimizer)
-    trainer(tmp_path, CASES[name], epochs=1, limit_train_batches=1, limit_val_batches=0).fit(module, Data(BATCH))
+    trainer(tmp_path, CASES[name], epochs=1, limit_train_batches=1, limit_val_batches=0).fit(module, data(name))
     groups = module.trainer.optimizers[0].param_groups
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(held) == len(set(held))
@@ -132,7 +203,7 @@ def test_resume_equals_the_uninterrupted_run(name, stop, tmp_path):
         every = {"every_n_epochs": 1} if stop == "epoch end" else {"every_n_train_steps": BATCHES + 2}
         saved = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, **every)
         run = trainer(tmp_path, case, callbacks=[lc.OnlineLinearProbe(num_classes=9), saved], epochs=3)
-        run.fit(module, Data(BATCH), **kwargs)
+        run.fit(module, data(name), **kwargs)
         return run
 
     whole = make(name)
@@ -171,7 +242,7 @@ def flat(value, prefix=""):
 def test_checkpoint_loads_with_weights_only_and_without_modules_in_it(name, tmp_path):
     module = make(name)
     fit = trainer(tmp_path, CASES[name], epochs=1)
-    fit.fit(module, Data(BATCH))
+    fit.fit(module, data(name))
     fit.save_checkpoint(tmp_path / "one.ckpt")
     loaded = torch.load(tmp_path / "one.ckpt", weights_only=True)
     assert "backbone" not in loaded["hyper_parameters"]
@@ -186,11 +257,11 @@ def test_checkpoint_loads_with_weights_only_and_without_modules_in_it(name, tmp_
 def test_second_fit_goes_on(name, tmp_path):
     module = make(name)
     fit = trainer(tmp_path, CASES[name], epochs=1)
-    fit.fit(module, Data(BATCH))
+    fit.fit(module, data(name))
     before = state(module)
     fit.fit_loop.max_epochs = 2
-    fit.fit(module, Data(BATCH))
-    fit.validate(module, Data(BATCH), verbose=False)
+    fit.fit(module, data(name))
+    fit.validate(module, data(name), verbose=False)
     assert fit.global_step == 2 * BATCHES
     assert any(not torch.equal(before[key], value) for key, value in state(module).items())
 
@@ -200,7 +271,7 @@ def test_bf16_and_accumulation(name, tmp_path):
     module = make(name)
     before = state(module)
     fit = trainer(tmp_path, CASES[name], epochs=1, precision="bf16-mixed", accumulate_grad_batches=2)
-    fit.fit(module, Data(BATCH))
+    fit.fit(module, data(name))
     assert fit.global_step == BATCHES // 2
     assert torch.isfinite(fit.callback_metrics["train/loss"])
     assert any(not torch.equal(before[key], value) for key, value in state(module).items())
@@ -209,7 +280,7 @@ def test_bf16_and_accumulation(name, tmp_path):
 @methods
 def test_deepcopy_and_pickle(name, tmp_path):
     module = make(name)
-    trainer(tmp_path, CASES[name], epochs=1).fit(module, Data(BATCH))
+    trainer(tmp_path, CASES[name], epochs=1).fit(module, data(name))
     module.trainer = None
     assert_equal_states(state(module), state(copy.deepcopy(module)))
     if CASES[name].make.__name__ != "<lambda>":
@@ -222,10 +293,9 @@ def gradients(module, batch):
 
 
 def rank_gradients(rank, name, world_size):
-    module = make(name, norm=False).double()
-    views, labels = step_batch(CASES[name], torch.float64)
+    module = fill_queue(make(name, norm=False).double())
     rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-    grads = gradients(module, [[view[rows] for view in views], labels[rows]])
+    grads = gradients(module, rows_of(step_batch(CASES[name], torch.float64), rows))
     for gradient in grads.values():  # what DDP does
         torch.distributed.all_reduce(gradient)
         gradient /= world_size
@@ -235,7 +305,7 @@ def rank_gradients(rank, name, world_size):
 @methods
 @pytest.mark.dist
 def test_two_ranks_give_the_gradient_of_one(name):
-    module = make(name, norm=False).double()
+    module = fill_queue(make(name, norm=False).double())
     alone = gradients(module, step_batch(CASES[name], torch.float64))
     for grads in run_processes(rank_gradients, 2, name, 2):
         assert grads.keys() == alone.keys()
@@ -256,9 +326,8 @@ def as_is(batch):
 
 
 def ddp_fit(rank, name, world_size):
-    views, labels = step_batch(CASES[name], torch.float64)
     rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-    share = [[view[rows] for view in views], labels[rows]]
+    share = rows_of(step_batch(CASES[name], torch.float64), rows)
     return plain_fit(make(name, norm=False), [share] * 2, devices=world_size, strategy="ddp")
 
 
