@@ -27,7 +27,8 @@ def page() -> str:
         parts += [
             f"## {name}\n",
             f"{record['notes']}\n",
-            f"`{record['command']}`, {machine['date']}, {machine['processor']}, {machine['threads']} threads, {versions}\n",
+            f"`{record['command']}`, {machine['date']}, {machine['processor']}, {machine['threads']} threads\n",
+            f"{versions}\n",
         ]
         columns = list(record["rows"][0])
         lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

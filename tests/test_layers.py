@@ -14,7 +14,8 @@ LAYERS = [
     {"callbacks", "data"},
     {"methods"},
     {"evaluation", "testing", "continuing"},
-    {"cli", "__init__", "__main__"},
+    {"cli"},
+    {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_LIGHTNING = {"_checks", "contracts", "distributed", "losses", "nn", "optim", "augment", "metrics"}

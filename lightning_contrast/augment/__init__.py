@@ -5,6 +5,7 @@ sees them. Kornia is imported when the first policy is made. The fused operation
 `lightning_contrast.augment.fused`.
 """
 
+from lightning_contrast.augment.build import make_policy
 from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, msn_views, swav_views
 from lightning_contrast.augment.policies import (
     barlow_twins_views,
@@ -19,7 +20,7 @@ from lightning_contrast.augment.policies import (
     vicreg_views,
 )
 from lightning_contrast.augment.policy import ViewPolicy
-from lightning_contrast.augment.recipe import ViewRecipe, make_policy
+from lightning_contrast.augment.recipe import ViewRecipe
 
 __all__ = [
     "ViewPolicy",

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Unpack
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_probability
+from lightning_contrast.augment.build import make_policy
 from lightning_contrast.augment.policy import ViewPolicy
-from lightning_contrast.augment.recipe import ViewOptions, ViewRecipe, make_policy
+from lightning_contrast.augment.recipe import ViewOptions, ViewRecipe
 
 Statistics = Sequence[float] | None
 

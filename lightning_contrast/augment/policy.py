@@ -20,7 +20,7 @@ from lightning_contrast.augment.operation import (
     wants_accelerator_form,
 )
 
-_BLOCK_BYTES = 1 << 22  # of float32 views: what the operations touch again and again stays in the processor's cache
+_BLOCK_BYTES = 1 << 23  # of float32 views: smaller blocks pay more starts of operations, larger ones leave the cache
 
 
 def check_images(images: object, channels: int) -> Tensor:
@@ -68,7 +68,7 @@ class FusedView(nn.Module):
     """One random view of each image by fused operations.
 
     All random numbers are drawn first, on the host; what the device needs of them goes there in one copy. On a CPU
-    the operations run block by block, so that the pixels of a block stay in the processor's cache.
+    the operations run on blocks of images, so that memory stays bounded and near the processor.
 
     Args:
         crop: Makes the view's pixels from the image; has a ``size``.

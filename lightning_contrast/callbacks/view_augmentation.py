@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast.augment.policy import ViewPolicy  # named for configuration files: functions return it
 from lightning_contrast.callbacks import _views
 
 CHECKPOINT_KEY = "input_spec"
@@ -60,7 +61,7 @@ class ViewAugmentation(L.Callback):
         TypeError: If the policy cannot be called or lacks ``plain`` where that is needed.
     """
 
-    def __init__(self, policy: Policy, seed: int | None = None, evaluate: bool = True) -> None:
+    def __init__(self, policy: Policy | ViewPolicy, seed: int | None = None, evaluate: bool = True) -> None:
         if not callable(policy):
             mend = "Give for example `augment.simclr_views(32)`"
             fail("policy", "be callable with a batch of images", type(policy).__name__, mend, TypeError)

@@ -67,7 +67,9 @@ QUEUE = {"queue_size": 24, "projection_dim": 8}
 MIXES = {"hardest": 8, "pair_mixes": 6, "query_mixes": 4, "start_epoch": 1}
 CASES |= {
     "MoCo": Case(lc.MoCo, settings=QUEUE),
-    "MoCo symmetric": Case(lc.MoCo, settings=QUEUE | {"symmetric": True, "head_layers": 1, "negatives": "heated"}),
+    "MoCo symmetric": Case(  # a queue of whole steps: ranks interleave the two views of a step
+        lc.MoCo, settings=QUEUE | {"queue_size": 32, "symmetric": True, "head_layers": 1, "negatives": "heated"}
+    ),
     "MoCo split": Case(lc.MoCo, settings=QUEUE | {"batchnorm_splits": 2}),
     "MoCoV3": Case(lc.MoCoV3, plain={"head_norm": None}, settings=HEADS),
     "BYOL": Case(lc.BYOL, plain={"head_norm": None}, settings=HEADS),

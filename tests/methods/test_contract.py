@@ -108,7 +108,7 @@ def test_step_output(name):
     assert out["loss"].ndim == 0
     assert out["features"].shape == (BATCH, module.feature_dim)
     assert not out["features"].requires_grad
-    assert module(torch.rand(5, 3, PIXELS, PIXELS)).shape == (5, module.feature_dim)
+    assert module(torch.rand(6, 3, PIXELS, PIXELS)).shape == (6, module.feature_dim)
 
 
 @methods

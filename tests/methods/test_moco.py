@@ -137,6 +137,7 @@ class Plain(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 @pytest.mark.parametrize("second", ["SimCLR", "BYOL", "MoCo", "plain"])
 def test_a_trainer_that_goes_on_to_another_module_leaves_the_plug_ins_of_the_first_behind(second, tmp_path):
     first = make("MoCo")

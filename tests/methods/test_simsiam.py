@@ -45,13 +45,13 @@ def test_the_predictor_keeps_its_rate(fixed, tmp_path):
         rates |= {id(parameter): group["lr"] for parameter in group["params"]}
     predictor = {rates[id(parameter)] for parameter in module.predictor.parameters()}
     encoder = {rates[id(parameter)] for parameter in module.backbone.parameters()}
-    assert encoder == {pytest.approx(0, abs=1e-9)}  # the cosine has come to its end
+    assert max(encoder) == pytest.approx(0, abs=1e-9), "the cosine has come to its end"
     assert predictor == ({0.1} if fixed else encoder)
 
 
 def test_logs_the_spread_of_projections_that_shows_a_collapse():
     module, logged = make("SimSiam"), {}
-    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    module.log = lambda name, value, **_: logged.update({name: value.item()})
     batch = step_batch(CASE)
     module.training_step(batch, 0)
     with torch.no_grad():
