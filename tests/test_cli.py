@@ -11,6 +11,9 @@ import lightning_contrast as lc
 from lightning_contrast.callbacks import StepSeed
 from lightning_contrast.cli import main
 
+# Lightning 2.6 calls jsonargparse in ways that 4.49 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]

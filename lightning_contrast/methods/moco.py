@@ -117,7 +117,7 @@ class MoCo(ContrastiveModule):
         if self.symmetric:
             other_keys = self._keys(view_q)  # (B, D)
             loss = loss + self._loss(self.projector(self.backbone(view_k)), other_keys)
-            keys = torch.cat([keys, other_keys])  # (2B, D)
+            keys = torch.stack([keys, other_keys], dim=1).flatten(0, 1)  # (2B, D): by image, as several ranks would
         self.log("train/loss", loss, batch_size=len(view_q))
         return {"loss": loss, "features": features.detach(), "keys": keys}
 

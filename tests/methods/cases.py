@@ -67,16 +67,18 @@ QUEUE = {"queue_size": 24, "projection_dim": 8}
 MIXES = {"hardest": 8, "pair_mixes": 6, "query_mixes": 4, "start_epoch": 1}
 CASES |= {
     "MoCo": Case(lc.MoCo, settings=QUEUE),
-    "MoCo symmetric": Case(  # a queue of whole steps: ranks interleave the two views of a step
-        lc.MoCo, settings=QUEUE | {"queue_size": 32, "symmetric": True, "head_layers": 1, "negatives": "heated"}
-    ),
+    "MoCo symmetric": Case(lc.MoCo, settings=QUEUE | {"symmetric": True, "head_layers": 1, "negatives": "heated"}),
     "MoCo split": Case(lc.MoCo, settings=QUEUE | {"batchnorm_splits": 2}),
     "MoCoV3": Case(lc.MoCoV3, plain={"head_norm": None}, settings=HEADS),
     "BYOL": Case(lc.BYOL, plain={"head_norm": None}, settings=HEADS),
     "SimSiam": Case(lc.SimSiam, plain={"head_norm": None}, settings={"projection_dim": 8, "predictor_dim": 4}),
     "NPID": Case(lc.NPID, views=1, indices=True, settings={"num_samples": 32, "projection_dim": 8, "noise": 0}),
     "NPID noise": Case(
-        lc.NPID, plain={"noise": 0}, views=1, indices=True, settings={"num_samples": 32, "projection_dim": 8, "noise": 5}
+        lc.NPID,
+        plain={"noise": 0},
+        views=1,
+        indices=True,
+        settings={"num_samples": 32, "projection_dim": 8, "noise": 5},
     ),
     "NNCLR": Case(lc.NNCLR, plain={"head_norm": None}, settings=HEADS | {"queue_size": 24, "predictor_dim": 12}),
     "SupCon": Case(lc.SupCon, settings={"projection_dim": 8}),
@@ -93,7 +95,9 @@ def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
     torch.manual_seed(0)
     case = CASES[name]
-    settings = {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings | ({} if norm else case.plain) | kwargs
+    settings = (
+        {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings | ({} if norm else case.plain) | kwargs
+    )
     return case.make(TinyBackbone(norm), **settings)
 
 

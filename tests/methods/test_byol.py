@@ -53,7 +53,9 @@ def test_paper_defaults(tmp_path):
 def test_target_network_keeps_batch_statistics_of_its_own(tmp_path):
     module = make("BYOL", momentum=1.0)
     trainer(tmp_path, CASE, epochs=1, limit_val_batches=0).fit(module, Data(BATCH))
-    online, target = (next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)) for net in module.momentum_pairs()[0])
+    online, target = (
+        next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)) for net in module.momentum_pairs()[0]
+    )
     assert (target.running_mean != 0).any()
     assert not torch.equal(online.running_mean, target.running_mean)
 
