@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_notebook_runs_with_small_settings(path, tmp_path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_has_a_badge_installs_first_and_keeps_its_pictures(path):
     cells = json.loads(path.read_text())["cells"]
-    assert "colab.research.google.com" in "".join(cells[0]["source"])
+    badge = "".join(cells[0]["source"])
+    repository = re.search(r"^url = https://github.com/(.*)$", (ROOT / "setup.cfg").read_text(), flags=re.M)[1]
+    assert f"colab.research.google.com/github/{repository}/blob/main/notebooks/{path.name}" in badge
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert "pip install" in "".join(code[0]["source"])
     outputs = [output for cell in code for output in cell["outputs"]]
