@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_contrast import optim
@@ -17,6 +16,7 @@ from lightning_contrast._checks import check_not_negative, check_positive, requi
 from lightning_contrast.callbacks._defaults import missing, owned
 from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.methods._plan import caller, global_batch_size, planned_steps, unsaved_arguments
+from lightning_contrast.methods._ranks import has_local_batchnorm, shard_submodules
 from lightning_contrast.nn import build_backbone, check_image_size
 
 
@@ -118,9 +118,7 @@ class ContrastiveModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Warn once where several ranks keep BatchNorm statistics of their own."""
-        local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules())
-        local = local and not any(isinstance(m, nn.SyncBatchNorm) for m in self.modules())
-        if self.trainer.world_size > 1 and local:
+        if self.trainer.world_size > 1 and has_local_batchnorm(self):
             rank_zero_warn("BatchNorm statistics differ between ranks; set `sync_batchnorm=True` on the Trainer.")
 
     def default_callbacks(self) -> list[L.Callback]:
@@ -136,16 +134,8 @@ class ContrastiveModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
-        if self.device_mesh is None:
-            return
-        tensor_parallel = self.device_mesh["tensor_parallel"].size()
-        mend = "Use `ModelParallelStrategy(tensor_parallel_size=1)`"
-        require(tensor_parallel == 1, "tensor_parallel_size", "be 1", tensor_parallel, mend)
-        for name, child in self.named_children():
-            if any(True for _ in child.parameters()) and not isinstance(child, FSDPModule):
-                fully_shard(child, mesh=self.device_mesh["data_parallel"])
-                for method in self.sharded_methods.get(name, ()):
-                    register_fsdp_forward_method(child, method)
+        if self.device_mesh is not None:
+            shard_submodules(self, self.device_mesh, self.sharded_methods)
 
     def save_hyperparameters(
         self,

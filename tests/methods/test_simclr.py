@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
 from lightning_contrast.optim import LARS
+from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
-from tests.methods.test_contract import BATCH, BATCHES, Data, run_step, step_batch, trainer
+from tests.methods.test_contract import BATCH, BATCHES, Data, as_is, run_step, step_batch, trainer
 
 CASE = CASES["SimCLR"]
 
@@ -221,3 +223,34 @@ def test_a_member_of_each_family_takes_a_step(backbone, arguments):
     assert out["features"].shape == (4, module.feature_dim)
     out["loss"].backward()
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+def fsdp2_fit(rank, world_size):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.tensor import DTensor
+
+    (view_a, view_b), labels = step_batch(CASE)
+    rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    share = [[view_a[rows], view_b[rows]], labels[rows]]
+    module = make("SimCLR", norm=False)
+    strategy = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"accelerator": "cpu", "devices": world_size, "logger": False, "use_distributed_sampler": False}
+    fit = L.Trainer(max_epochs=2, strategy=strategy, limit_val_batches=0, **settings, **quiet)
+    fit.fit(module, DataLoader([share] * 2, batch_size=None, collate_fn=as_is))
+    assert all(isinstance(p, DTensor) for p in module.parameters())
+    assert any(p.to_local().numel() < p.numel() for p in module.parameters()), "nothing is sharded"
+    return {name: p.full_tensor().detach() for name, p in module.named_parameters()}
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # of the flattened features
+def test_fsdp2_shards_and_equals_one_process():
+    module = make("SimCLR", norm=False)
+    fit = trainer(".", CASE, epochs=2, limit_val_batches=0)
+    fit.callbacks = [c for c in fit.callbacks if not isinstance(c, lc.ViewAugmentation)]
+    fit.fit(module, DataLoader([step_batch(CASE)] * 2, batch_size=None, collate_fn=as_is))
+    for weights in run_processes(fsdp2_fit, 2, 2, init=False):
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-3, atol=1e-4)
