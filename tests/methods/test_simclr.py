@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -254,3 +255,42 @@ def test_fsdp2_shards_and_equals_one_process():
     for weights in run_processes(fsdp2_fit, 2, 2, init=False):
         for name, parameter in module.named_parameters():
             torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+class StatefulBatches:
+    """Somebody's own loader with a state, as torchdata's is, that yields views."""
+
+    batch_size = BATCH
+
+    def __init__(self):
+        self.position, self.served = 0, []
+
+    def __len__(self):
+        return BATCHES
+
+    def __iter__(self):
+        while self.position < BATCHES:
+            self.position += 1
+            self.served.append(self.position)
+            yield step_batch(CASE)
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The dirpath has changed")
+def test_a_foreign_loader_gets_its_state_back_although_the_schedule_asked_for_its_length(tmp_path):
+    def fit(folder, **kwargs):
+        saved = ModelCheckpoint(tmp_path / folder, filename="{step}", save_top_k=-1, every_n_train_steps=2)
+        run = trainer(tmp_path, CASE, epochs=1, callbacks=[saved], limit_val_batches=0)
+        run.callbacks = [c for c in run.callbacks if not isinstance(c, lc.ViewAugmentation)]
+        loader = StatefulBatches()
+        run.fit(make("SimCLR", lr=None), loader, **kwargs)
+        return loader.served
+
+    assert fit("whole") == [1, 2, 3, 4]
+    assert fit("resumed", ckpt_path=tmp_path / "whole" / "step=2.ckpt", weights_only=True) == [3, 4]
