@@ -116,14 +116,14 @@ def main():
     rows = []
     for backbone in options.backbones:
         small = backbone == "small_convnet"
-        batches = None if small else 3  # a ResNet-18 with a stride-1 stem takes a minute for an epoch here
+        batches = None if small else 2  # a ResNet-18 with a stride-1 stem takes a minute for an epoch here
         candidates = {
             "ours": partial(ours, backbone, 6 if small else 2, batches),
             "lightly, 2 workers": partial(lightly, backbone, 3 if small else 2, 2, batches),
-            "the bare step": partial(bare_step, backbone, 20 if small else 3),
+            "the bare step": partial(bare_step, backbone, 20 if small else 2),
         }
         rates = {name: [] for name in candidates}
-        for _ in range(options.repeats if small else 1):
+        for _ in range(options.repeats):
             for name, call in candidates.items():
                 rates[name].append(call())
         medians = {name: sorted(values)[len(values) // 2] for name, values in rates.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import lightning as L
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -25,9 +26,21 @@ def shard_submodules(module: nn.Module, mesh: DeviceMesh, methods: Mapping[str, 
     require(tensor_parallel == 1, "tensor_parallel_size", "be 1", tensor_parallel, mend)
     for name, child in module.named_children():
         if any(True for _ in child.parameters()) and not isinstance(child, FSDPModule):
+            for weight in child.parameters():
+                weight.data = weight.data.contiguous()  # FSDP2 refuses channels-last weights
             fully_shard(child, mesh=mesh["data_parallel"])
             for method in methods.get(name, ()):
                 register_fsdp_forward_method(child, method)
+
+
+def outermost(module: L.LightningModule) -> nn.Module:
+    """Return what the strategy has wrapped around a module: FSDP1 keeps there what shapes it has flattened.
+
+    Args:
+        module: The LightningModule, of a fit or without a Trainer.
+    """
+    strategy = module.trainer.strategy if module._trainer is not None else None
+    return module if strategy is None or strategy.model is None else strategy.model
 
 
 def has_local_batchnorm(module: nn.Module) -> bool:

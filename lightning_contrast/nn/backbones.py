@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast.nn.small_vit import SMALL_VIT, small_vit
 from lightning_contrast.nn.stems import use_small_stem, widen_stem
 
 SMALL_CONVNET = "small_convnet"
@@ -34,15 +35,16 @@ def build_backbone(
 
     Args:
         backbone: A timm name; ``"resnet50x2"`` and its like (18, 34, 50, 101 or 152 layers) for SimCLR's ResNets with
-            a multiple of all channels; ``"small_convnet"`` for `SmallConvNet`; or a module, which is used as it is
-            and not copied.
+            a multiple of all channels; ``"small_convnet"`` for `SmallConvNet` and ``"small_vit"`` for `small_vit`; or
+            a module, which is used as it is and not copied.
         small_images: Give the network a 3x3 stride-1 stem without max-pool, in place, so that images of about 32
             pixels keep their resolution (see `use_small_stem`).
         feature_dim: Width of the features; None reads it from the module.
         backbone_kwargs: Further arguments of the constructor that ``backbone`` names, such as ``in_chans``.
 
     Returns:
-        The module and the width of its features.
+        The module and the width of its features. Convolutions of a network built from a name are kept channels-last,
+        values as ever: a ResNet-18 with the small stem is about half as fast again on a CPU.
 
     Raises:
         ValueError: If the name is unknown, the stem cannot be made small, or the width cannot be read.
@@ -64,6 +66,8 @@ def build_backbone(
         feature_dim = read_feature_dim(module)
     if small_images:
         use_small_stem(module)
+    if isinstance(backbone, str) and not hasattr(module, "patch_embed"):
+        module.to(memory_format=torch.channels_last)  # convolutions run faster
     return Backbone(module, feature_dim)
 
 
@@ -170,13 +174,15 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     if name == SMALL_CONVNET:
         kwargs = {("channels" if key == "in_chans" else key): value for key, value in kwargs.items()}
         return SmallConvNet(**kwargs)
+    if name == SMALL_VIT:
+        return small_vit(**kwargs)
     wide = _WIDE_NAME.fullmatch(name)
     if wide is not None:
         return _wide_resnet(int(wide[1]), int(wide[2]), kwargs)
     import timm
 
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
-        known = [*timm.list_models(), SMALL_CONVNET, "resnet18x2", "resnet50x2", "resnet50x4"]
+        known = [*timm.list_models(), SMALL_CONVNET, SMALL_VIT, "resnet18x2", "resnet50x2", "resnet50x4"]
         near = get_close_matches(name, known, n=3)
         mend = f"Did you mean {' or '.join(map(repr, near))}" if near else "See timm.list_models() for the names"
         fail("backbone", "be a name that timm knows, or a module", name, mend)
