@@ -21,6 +21,7 @@ class QueueUpdate(Callback):
     key is never its own negative. The keys of all ranks are gathered in rank order, so every rank has the same queue.
     For ``{"keys": queue}`` the step output has ``"keys"`` (B, D); ``"keys_labels"`` (B,) where the queue keeps labels;
     ``"indices"`` (B,) where it is a `MemoryBank`. The queues must exist when the fit begins: make them in ``__init__``.
+    A module that gives several keys for each image has their number as ``keys_per_image``.
 
     A training step that returned nothing feeds nothing. The keys of a step that the gradient scaler skipped do enter,
     because they are sound embeddings; keys with values that are not finite are marked as unfilled by the queue.
@@ -28,7 +29,7 @@ class QueueUpdate(Callback):
     Raises:
         TypeError: If the module has no ``queues``, or its training step does not return a dict.
         ValueError: If a queue is no submodule of the module, the step output lacks what a queue is fed with, or more
-            keys come at once than the queue has rows.
+            keys come at once than the queue has rows: before the first step where the loader tells its batch size.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -43,6 +44,17 @@ class QueueUpdate(Callback):
                 fail("queues", "give submodules of the module", name, mend)
             ignored += [f"{names[id(queue)]}.{buffer}" for buffer, _ in queue.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, sorted(set(ignored)))  # type: ignore[no-untyped-call]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a queue that is smaller than a batch of all ranks, where the loader tells its batch size."""
+        images = _batch_size(trainer.train_dataloader)
+        if images is None:
+            return
+        keys = images * trainer.world_size * getattr(pl_module, "keys_per_image", 1)
+        for queue in _queues(pl_module).values():
+            size = getattr(queue, "size", None)
+            if isinstance(size, int) and keys > size:
+                raise ValueError(f"Cannot push {keys} keys into a queue of size {size}; raise `queue_size`.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,6 +73,15 @@ class QueueUpdate(Callback):
                 queue.push(keys, distributed.gather(_output(outputs, f"{name}_labels")))  # type: ignore[operator]
             else:
                 queue.push(keys)  # type: ignore[operator]  # any module with this method will do
+
+
+def _batch_size(loader: Any) -> int | None:
+    """Return the images of this rank in the largest batch of a loader, or None where it does not tell."""
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if not isinstance(size, int):
+        return None
+    sampler: Any = getattr(loader, "sampler", None)
+    return min(size, len(sampler)) if hasattr(sampler, "__len__") else size  # a set may be smaller than a batch
 
 
 def _queues(pl_module: LightningModule) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from lightning_contrast.losses.geometric import (
     uniformity,
 )
 from lightning_contrast.losses.image_text import clip_loss, siglip_loss
-from lightning_contrast.losses.masked import ijepa_loss
+from lightning_contrast.losses.masked import ijepa_loss, masked_patch_loss
 from lightning_contrast.losses.negatives import Negatives
 from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
 from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
@@ -33,6 +33,7 @@ __all__ = [
     "info_nce",
     "koleo_loss",
     "margin_contrastive_loss",
+    "masked_patch_loss",
     "mochi_negatives",
     "moco_v3_loss",
     "msn_loss",

@@ -13,7 +13,7 @@ from lightning_contrast.losses._prepare import check_matrix, full_precision, glo
 
 @full_precision
 @torch.no_grad()
-def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int, mask: Tensor | None = None) -> Tensor:
     """Return soft assignments that use all prototypes about equally.
 
     Implements the Sinkhorn-Knopp iteration of SwAV (https://arxiv.org/abs/2006.09882), over the rows of all ranks.
@@ -23,21 +23,26 @@ def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
         scores: Similarities of samples to prototypes, ``(B, K)``; ranks may hold different numbers of samples.
         epsilon: Divisor of the scores, > 0; 0.05 in SwAV; the teacher's temperature in DINOv2.
         iterations: Number of normalisations of prototypes and samples, >= 1; 3 in SwAV.
+        mask: Which samples there are, ``(B,)`` bool, at least one of all ranks; None is all. The others change
+            nothing. They are not counted on the host, so the shapes of a step can stay fixed.
 
     Returns:
         Assignments, ``(B, K)``: each row sums to 1, each column over all ranks to about (samples / K).
 
     Raises:
-        ValueError: If the shape is wrong, there are fewer than 2 prototypes, or a number is out of its range.
+        ValueError: If a shape is wrong, there are fewer than 2 prototypes, or a number is out of its range.
         TypeError: If the scores are not floating point.
     """
     check_matrix("scores", scores)
     _check_prototypes(scores.shape[1])
     check_positive("epsilon", epsilon, "SwAV uses 0.05")
     check_at_least("iterations", iterations, 1)
+    if mask is not None:
+        require(mask.shape == scores.shape[:1], "mask", f"be ({len(scores)},)", tuple(mask.shape), "Mask whole samples")
     logits = scores / epsilon  # (B, K)
     for _ in range(iterations):
-        by_prototype = logits.logsumexp(0, keepdim=True)  # (1, K)
+        counted = logits if mask is None else logits.masked_fill(~mask[:, None], -math.inf)
+        by_prototype = counted.logsumexp(0, keepdim=True)  # (1, K)
         everyone = distributed.gather(by_prototype, [1] * distributed.world_size())  # (ranks, K)
         logits = logits - everyone.logsumexp(0)
         logits = logits - logits.logsumexp(1, keepdim=True)
@@ -57,6 +62,7 @@ def swav_loss(
     iterations: int,
     global_views: int = 2,
     queue_scores: Sequence[Tensor] | None = None,
+    queue_mask: Tensor | None = None,
 ) -> Tensor:
     """Return SwAV's loss: each view predicts the codes of the global views.
 
@@ -71,6 +77,7 @@ def swav_loss(
         global_views: Number of views that give codes, >= 1, at most the number of views.
         queue_scores: Scores of past embeddings that only take part in making the codes, one ``(Q, K)`` for each global
             view; this rank's share of a queue that all ranks hold.
+        queue_mask: Which of them take part, ``(Q,)`` bool; None is all.
 
     Returns:
         The mean over global views, other views and the images of all ranks, a scalar in nats.
@@ -87,9 +94,12 @@ def swav_loss(
     predictions = [(view / temperature).log_softmax(1) for view in scores]
     losses = []
     for index in range(global_views):
-        view = scores[index].detach()
-        pool = view if queue_scores is None else torch.cat([queue_scores[index].detach().to(view.dtype), view])
-        codes = sinkhorn(pool, epsilon=epsilon, iterations=iterations)[len(pool) - len(view) :]
+        view = pool = scores[index].detach()
+        mask = None
+        if queue_scores is not None:
+            pool = torch.cat([queue_scores[index].detach().to(view.dtype), view])
+            mask = None if queue_mask is None else torch.cat([queue_mask, queue_mask.new_ones(len(view))])
+        codes = sinkhorn(pool, epsilon=epsilon, iterations=iterations, mask=mask)[len(pool) - len(view) :]
         losses += [-(codes * p).sum(1) for other, p in enumerate(predictions) if other != index]
     return global_mean(torch.stack(losses).mean(0))
 
@@ -158,7 +168,8 @@ def msn_loss(
     # The entropy is that of the mean over all ranks' anchors.
     count = distributed.all_reduce_sum(anchors.new_tensor(float(len(anchors))))
     mean = distributed.all_reduce_sum_with_gradient(predictions.exp().sum(0)) / count  # (K,)
-    entropy = -torch.special.xlogy(mean, mean).sum()
+    # A prototype whose mean underflows to 0 adds 0; its logarithm would make the gradient NaN.
+    entropy = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
     return torch.as_tensor(cross_entropy + me_max_weight * (math.log(len(prototypes)) - entropy))
 
 

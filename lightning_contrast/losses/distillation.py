@@ -16,21 +16,30 @@ SINKHORN_ITERATIONS = 3  # of DINOv2
 
 
 @torch.no_grad()
-def _teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: float, centering: str) -> Tensor:
-    """Return the teacher's distribution ``(B, K)`` over the prototypes."""
+def teacher_probabilities(logits: Tensor, center: Tensor | None, temperature: float, centering: str) -> Tensor:
+    """Return the teacher's distributions over the prototypes, ``(B, K)``, without gradient.
+
+    Args:
+        logits: The teacher's, ``(B, K)``.
+        center: Their running mean, up to leading ones ``(K,)``; None is zero. Not used by ``"sinkhorn"``.
+        temperature: Divisor of the logits, > 0.
+        centering: ``"mean"`` or ``"sinkhorn"``, which balances the rows of all ranks.
+    """
     if centering == "sinkhorn":
         return sinkhorn(logits, epsilon=temperature, iterations=SINKHORN_ITERATIONS)
     moved = logits if center is None else logits - center.reshape(1, -1)
     return (moved / temperature).softmax(1)
 
 
-def _check_teacher(student_temperature: float, teacher_temperature: float, centering: str) -> None:
+def check_teacher(student_temperature: float, teacher_temperature: float, centering: str) -> None:
+    """Check both temperatures and the kind of centring."""
     check_positive("student_temperature", student_temperature, "DINO uses 0.1")
     check_positive("teacher_temperature", teacher_temperature, "DINO uses 0.04 to 0.07")
     check_choice("centering", centering, ("mean", "sinkhorn"))
 
 
-def _check_center(center: Tensor | None, width: int) -> None:
+def check_center(center: Tensor | None, width: int) -> None:
+    """Check that a centre, if there is one, has a number for each of ``width`` prototypes."""
     if center is not None and center.numel() != width:
         fail("center", f"have {width} numbers", tuple(center.shape), "Give one for each prototype")
 
@@ -57,7 +66,8 @@ def dino_loss(
         center: Running mean of the teacher's logits, ``(K,)`` or ``(1, K)``; None is zero.
         student_temperature: Divisor of the student's logits; unitless, > 0; 0.1 in the paper.
         teacher_temperature: Divisor of the teacher's logits; unitless, > 0; 0.04 in the paper.
-        centering: ``"mean"`` subtracts the centre, ``"sinkhorn"`` balances the targets over all ranks instead.
+        centering: ``"mean"`` subtracts the centre; ``"sinkhorn"`` balances the targets over the teacher's views and all
+            ranks together instead.
 
     Returns:
         The mean over all pairs of different views and the images of all ranks, a scalar in nats.
@@ -66,17 +76,17 @@ def dino_loss(
         ValueError: If shapes do not fit or a number is out of its range.
         TypeError: If the logits are not floating point.
     """
-    _check_teacher(student_temperature, teacher_temperature, centering)
+    check_teacher(student_temperature, teacher_temperature, centering)
     check_views("teacher", teacher, 1)
     check_views("student", student, max(2, len(teacher)))
     if teacher[0].shape != student[0].shape:
         shapes = tuple(teacher[0].shape), tuple(student[0].shape)
         fail("teacher", "have the student's shape", shapes, "Give logits of the same images and prototypes")
-    _check_center(center, student[0].shape[1])
+    check_center(center, student[0].shape[1])
     predictions = [(view / student_temperature).log_softmax(1) for view in student]
+    targets = teacher_probabilities(torch.cat(list(teacher)), center, teacher_temperature, centering)
     terms = []
-    for index, view in enumerate(teacher):
-        target = _teacher_probabilities(view, center, teacher_temperature, centering)
+    for index, target in enumerate(targets.chunk(len(teacher))):
         terms += [-(target * p).sum(1) for other, p in enumerate(predictions) if other != index]
     return global_mean(torch.stack(terms).mean(0))
 
@@ -111,7 +121,7 @@ def ibot_patch_loss(
         ValueError: If shapes do not fit or a number is out of its range.
         TypeError: If the logits are not floating point.
     """
-    _check_teacher(student_temperature, teacher_temperature, "mean")
+    check_teacher(student_temperature, teacher_temperature, "mean")
     check_floating("student", student)
     check_floating("teacher", teacher)
     if student.ndim != 3 or student.shape != teacher.shape:
@@ -119,9 +129,9 @@ def ibot_patch_loss(
         fail("student", "have the teacher's shape (B, N, K)", shapes, "Give the logits of all patches of both")
     if mask.shape != student.shape[:2]:
         fail("mask", f"have shape {tuple(student.shape[:2])}", tuple(mask.shape), "Give one value for each patch")
-    _check_center(center, student.shape[2])
+    check_center(center, student.shape[2])
     flat = teacher.detach().flatten(0, 1)
-    target = _teacher_probabilities(flat, center, teacher_temperature, "mean").view_as(teacher)
+    target = teacher_probabilities(flat, center, teacher_temperature, "mean").view_as(teacher)
     losses = -(target * (student / student_temperature).log_softmax(2)).sum(2)  # (B, N)
     weights = mask.to(losses.dtype)
     return global_mean((losses * weights).sum(1) / weights.sum(1).clamp_min(1))

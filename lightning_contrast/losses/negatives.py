@@ -14,8 +14,9 @@ With the cosine similarity ``p`` of an anchor to its positive, ``n`` to its nega
   the similar negatives only, keeps the order of similarities for every ``heat``, and lets the sum grow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +73,10 @@ def check_share(name: str, value: float, mend: str) -> None:
     require(0 <= value < 1, name, "lie in [0, 1)", value, mend)
 
 
-def as_negatives(handling: Negatives | str) -> Negatives:
-    """Return the handling of a name with its default numbers, or the handling itself."""
+def as_negatives(handling: Negatives | str | Mapping[str, Any]) -> Negatives:
+    """Return the handling that a name with default numbers, a handling or the dict of its fields stands for."""
+    if isinstance(handling, Mapping):  # as a checkpoint keeps it
+        return Negatives(**handling)
     return handling if isinstance(handling, Negatives) else Negatives(handling)
 
 
@@ -139,10 +142,12 @@ def anchor_losses(field: Field, handling: Negatives) -> Tensor:
         ``(N,)`` in nats.
     """
     positive = field.positive * field.scale
-    if handling.kind == "decoupled":
-        return field.lse(field.scale) - positive
-    if handling.kind == "decoupled_weighted":
-        return field.lse(field.scale) - _positive_weights(field.positive, handling.sigma) * positive
+    if handling.kind in ("decoupled", "decoupled_weighted"):
+        negative = field.lse(field.scale)
+        if handling.kind == "decoupled_weighted":
+            positive = _positive_weights(field.positive, handling.sigma) * positive
+        # An anchor without negatives, as before the first keys are in a queue, has nothing to be told from.
+        return torch.where(negative.isneginf(), 0.0, negative - positive)
     if handling.kind in ("debiased", "hard"):
         negative = _corrected(field, positive, handling)
     elif handling.kind == "top_k":

@@ -1,11 +1,9 @@
-"""What a method reads from its Trainer and from its own constructor: steps, batch size, arguments worth saving."""
+"""What a method reads from its Trainer: steps and batch size."""
 
 import math
-from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.parsing import collect_init_args
 
 from lightning_contrast._checks import fail, require
 from lightning_contrast.optim import check_warmup
@@ -71,29 +69,3 @@ def _set_up_again_on_resume(trainer: L.Trainer) -> None:
     """
     if trainer.ckpt_path is not None:
         trainer.fit_loop._combined_loader = None
-
-
-def caller(frame: FrameType | None) -> FrameType | None:
-    """Return the frame that called the given one."""
-    return frame.f_back if frame is not None else None
-
-
-def unsaved_arguments(frame: FrameType | None) -> list[str]:
-    """Return the names of the constructor arguments that ``weights_only=True`` could not load.
-
-    Args:
-        frame: The frame of a constructor; those of the subclasses that called it are looked at too.
-    """
-    if frame is None:
-        return []
-    levels = collect_init_args(frame, [], classes=(L.LightningModule,))
-    return [name for arguments in levels for name, value in arguments.items() if not _is_plain(value)]
-
-
-def _is_plain(value: object) -> bool:
-    """Tell numbers, text, None and containers of them from modules, callables and the like."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, bool | int | float | str)

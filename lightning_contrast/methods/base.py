@@ -15,8 +15,9 @@ from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive, require
 from lightning_contrast.callbacks._defaults import missing, owned
 from lightning_contrast.contracts import require_views, split_batch
-from lightning_contrast.methods._plan import caller, global_batch_size, planned_steps, unsaved_arguments
-from lightning_contrast.methods._ranks import has_local_batchnorm, shard_submodules
+from lightning_contrast.methods._plan import global_batch_size, planned_steps
+from lightning_contrast.methods._ranks import has_local_batchnorm, outermost, shard_submodules
+from lightning_contrast.methods._saved import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.nn import build_backbone, check_image_size
 
 
@@ -96,7 +97,7 @@ class ContrastiveModule(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups: norms and biases carry no weight decay; ``"fixed_lr"`` skips the schedule."""
-        return optim.parameter_groups(self, self.weight_decay)
+        return optim.parameter_groups(outermost(self), self.weight_decay)
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the learning rate at an optimizer step as a share of its peak: warm-up, then cosine to 0."""
@@ -112,9 +113,8 @@ class ContrastiveModule(L.LightningModule):
             rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
         optimizer = optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr)
         factor: Callable[[int], float] = partial(self.lr_factor, warmup_steps=warmup_steps, total_steps=total_steps)
-        fixed = [group.get("fixed_lr", False) for group in optimizer.param_groups]
-        schedule = LambdaLR(optimizer, [optim.constant if keeps else factor for keeps in fixed])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        factors = [optim.constant if group.get("fixed_lr", False) else factor for group in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
 
     def on_fit_start(self) -> None:
         """Warn once where several ranks keep BatchNorm statistics of their own."""
@@ -129,8 +129,7 @@ class ContrastiveModule(L.LightningModule):
         """Bring the default plug-ins of which the Trainer has none: the user's own always win."""
         if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
             self._default_callbacks = owned(self.default_callbacks(), self)
-        present: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set in Trainer's connector
-        return missing(self._default_callbacks, present, self)
+        return missing(self._default_callbacks, self.trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
@@ -144,7 +143,8 @@ class ContrastiveModule(L.LightningModule):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Save the constructor's plain arguments; modules and callables would make a checkpoint unloadable."""
+        """Save the constructor's plain arguments, dataclasses as dicts; modules would make a checkpoint unloadable."""
         frame = frame or caller(inspect.currentframe())
-        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
-        super().save_hyperparameters(*args, ignore=ignored + unsaved_arguments(frame), frame=frame, logger=logger)
+        ignored = ([ignore] if isinstance(ignore, str) else list(ignore or ())) + unsaved_arguments(frame)
+        super().save_hyperparameters(*args, ignore=ignored, frame=frame, logger=logger)
+        self.hparams.update(settings_as_dicts(frame))

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_at_least, check_positive, check_probability
+from lightning_contrast._checks import check_at_least, check_probability
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import info_nce, mochi_negatives
 from lightning_contrast.methods._shuffle import Shuffle
+from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
 from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -38,7 +40,8 @@ class MoCHi(ContrastiveModule):
         momentum: Share of the momentum network that each step keeps, in [0, 1].
         queue_size: Number K of past keys, at least those of one step on all ranks.
         queue_dtype: "float32", "float16" or "int8".
-        temperature: Divisor of the cosine similarities, > 0.
+        temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
+            `nn.ScheduledTemperature`, or a function of the optimizer step.
         hardest: Negatives of each query that the synthetic ones are mixed of, >= 2; N in the paper.
         pair_mixes: Mixes of two of them, >= 0; s in the paper.
         query_mixes: Mixes of one of them with the query, >= 0; s' in the paper.
@@ -65,7 +68,7 @@ class MoCHi(ContrastiveModule):
         momentum: float = 0.999,
         queue_size: int = 65536,
         queue_dtype: QueueDtype = "float32",
-        temperature: float = 0.2,
+        temperature: Temperature = 0.2,
         hardest: int = 1024,
         pair_mixes: int = 1024,
         query_mixes: int = 128,
@@ -89,13 +92,12 @@ class MoCHi(ContrastiveModule):
         )
         check_probability("momentum", momentum)
         check_at_least("queue_size", queue_size, 2)
-        check_positive("temperature", temperature)
         check_at_least("hardest", hardest, 2)
         check_at_least("pair_mixes", pair_mixes, 0)
         check_at_least("query_mixes", query_mixes, 0)
         check_at_least("start_epoch", start_epoch, 1)
         check_at_least("batchnorm_splits", batchnorm_splits, 1)
-        self.momentum, self.temperature, self.start_epoch = momentum, temperature, start_epoch
+        self.momentum, self.temperature, self.start_epoch = momentum, check_temperature(temperature), start_epoch
         self.hardest, self.pair_mixes, self.query_mixes = hardest, pair_mixes, query_mixes
         self.shuffle, self.batchnorm_splits = shuffle, batchnorm_splits
         if batchnorm_splits > 1:
@@ -117,7 +119,7 @@ class MoCHi(ContrastiveModule):
             query,
             keys,
             self.queue.features,
-            temperature=self.temperature,
+            temperature=temperature_of(self),
             negatives_mask=self.queue.mask,
             extra_negatives=mixes,
         )

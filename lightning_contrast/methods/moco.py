@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_at_least, check_choice, check_positive, check_probability
+from lightning_contrast._checks import check_at_least, check_choice, check_probability
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import Negatives, info_nce
 from lightning_contrast.losses.negatives import as_negatives
+from lightning_contrast.methods._batch import SameImages, check_mask_same, groups_of, marks_of
 from lightning_contrast.methods._shuffle import Shuffle
+from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
 from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
 
 
@@ -43,8 +46,11 @@ class MoCo(ContrastiveModule):
         momentum: Share of the momentum network that each step keeps, in [0, 1].
         queue_size: Number K of past keys, at least those of one step on all ranks.
         queue_dtype: "float32", "float16" or "int8".
-        temperature: Divisor of the cosine similarities, > 0; None is the paper's 0.07 (v1) or 0.2 (v2).
+        temperature: Divisor of the cosine similarities, > 0; None is the paper's 0.07 (v1) or 0.2 (v2). A number,
+            `nn.LearnedTemperature`, `nn.ScheduledTemperature`, or a function of the optimizer step.
         negatives: How the queue's keys count: a `losses.Negatives`, or the name of one.
+        mask_same: Which keys are known to show the same and do not count as negatives: those of images with the same
+            "label" or "index" in the batch; None: all count. A label below 0 is unknown.
         symmetric: Both views are queries and keys; the two losses are added and both keys enter the queue.
         shuffle: Exchange the images of all ranks before the keys are made, so that queries and keys do not share
             BatchNorm statistics. On one process it needs ``batchnorm_splits`` to have an effect.
@@ -70,8 +76,9 @@ class MoCo(ContrastiveModule):
         momentum: float = 0.999,
         queue_size: int = 65536,
         queue_dtype: QueueDtype = "float32",
-        temperature: float | None = None,
+        temperature: Temperature | None = None,
         negatives: Negatives | str = "uniform",
+        mask_same: SameImages | None = None,
         symmetric: bool = False,
         shuffle: bool = True,
         batchnorm_splits: int = 1,
@@ -96,16 +103,16 @@ class MoCo(ContrastiveModule):
         check_at_least("batchnorm_splits", batchnorm_splits, 1)
         if temperature is None:
             temperature = 0.07 if head_layers == 1 else 0.2
-        check_positive("temperature", temperature)
-        self.head_layers, self.momentum, self.temperature = head_layers, momentum, temperature
-        self.negatives, self.symmetric = as_negatives(negatives), symmetric
+        self.head_layers, self.momentum, self.temperature = head_layers, momentum, check_temperature(temperature)
+        self.negatives, self.mask_same = as_negatives(negatives), check_mask_same(mask_same)
+        self.symmetric, self.keys_per_image = symmetric, 1 + symmetric
         self.shuffle, self.batchnorm_splits = shuffle, batchnorm_splits
         if batchnorm_splits > 1:
             self.backbone = convert_split_batchnorm(self.backbone, batchnorm_splits)
         self.projector = projector or moco_head(self.feature_dim, None, projection_dim, layers=head_layers)
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype)
+        self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype, labels=mask_same is not None)
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -113,13 +120,18 @@ class MoCo(ContrastiveModule):
         view_q, view_k = self.views(batch, count=2)
         features = self.backbone(view_q)  # (B, F)
         keys = self._keys(view_k)  # (B, D)
-        loss = self._loss(self.projector(features), keys)
+        temperature, groups = temperature_of(self), groups_of(batch, self.mask_same, "MoCo")  # groups (B,)
+        loss = self._loss(self.projector(features), keys, temperature, groups)
         if self.symmetric:
             other_keys = self._keys(view_q)  # (B, D)
-            loss = loss + self._loss(self.projector(self.backbone(view_k)), other_keys)
+            loss = loss + self._loss(self.projector(self.backbone(view_k)), other_keys, temperature, groups)
             keys = torch.stack([keys, other_keys], dim=1).flatten(0, 1)  # (2B, D): by image, as several ranks would
         self.log("train/loss", loss, batch_size=len(view_q))
-        return {"loss": loss, "features": features.detach(), "keys": keys}
+        outputs = {"loss": loss, "features": features.detach(), "keys": keys}
+        if self.mask_same is not None:
+            marks = marks_of(batch, self.mask_same, "MoCo")  # (B,)
+            outputs["keys_labels"] = marks.repeat_interleave(self.keys_per_image)
+        return outputs
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return the encoder's parts with those that follow them."""
@@ -156,13 +168,15 @@ class MoCo(ContrastiveModule):
         """Tell whether shuffling changes anything: without parts, one process normalises the whole batch at once."""
         return self.shuffle and (self.batchnorm_splits > 1 or distributed.is_distributed())
 
-    def _loss(self, query: Tensor, keys: Tensor) -> Tensor:
+    def _loss(self, query: Tensor, keys: Tensor, temperature: float | Tensor, groups: Tensor | None) -> Tensor:
         """Return the loss of queries (B, D) with their keys (B, D) and the queue."""
         return info_nce(
             query,
             keys,
             self.queue.features,
-            temperature=self.temperature,
+            temperature=temperature,
             negatives_mask=self.queue.mask,
             handling=self.negatives,
+            groups=groups,
+            negatives_groups=self.queue.labels,
         )

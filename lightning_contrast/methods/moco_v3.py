@@ -14,11 +14,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_positive, check_probability
+from lightning_contrast._checks import check_probability
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import moco_v3_loss
+from lightning_contrast.methods._temperature import temperature_of, with_constant_factor
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import Norm, build_backbone, moco_v3_predictor, moco_v3_projector
+from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -40,7 +42,9 @@ class MoCoV3(ContrastiveModule):
         predictor: A module (B, D) -> (B, D) in the place of the predictor.
         freeze_patches: A ViT's patch projection keeps its random start, which makes the training stable.
         momentum: Share of the momentum network that the first step keeps, in [0, 1]; it rises to 1 as a cosine.
-        temperature: Divisor of the cosine similarities, > 0; None is 1 (ResNet) or 0.2 (ViT).
+        temperature: Divisor of the cosine similarities, > 0; None is 1 (ResNet) or 0.2 (ViT). A number,
+            `nn.LearnedTemperature`, which takes the loss's factor of twice the temperature for a constant,
+            `nn.ScheduledTemperature`, or a function of the optimizer step.
         optimizer: "sgd", "adamw", "lars", "lamb", or a callable; None is "lars" (ResNet) or "adamw" (ViT).
         lr: Learning rate after the warm-up, absolute; None is 0.6 (ResNet, 100 epochs) or 1.5e-4 (ViT) x global
             batch / 256.
@@ -65,7 +69,7 @@ class MoCoV3(ContrastiveModule):
         predictor: nn.Module | None = None,
         freeze_patches: bool = True,
         momentum: float = 0.99,
-        temperature: float | None = None,
+        temperature: Temperature | None = None,
         optimizer: OptimizerLike | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
@@ -86,8 +90,7 @@ class MoCoV3(ContrastiveModule):
             weight_decay=weight_decay if weight_decay is not None else (0.1 if vit else 1e-6),
             warmup_epochs=warmup_epochs if warmup_epochs is not None else (40 if vit else 10),
         )
-        self.temperature = temperature if temperature is not None else (0.2 if vit else 1.0)
-        check_positive("temperature", self.temperature)
+        self.temperature = check_temperature(temperature if temperature is not None else (0.2 if vit else 1.0))
         check_probability("momentum", momentum)
         self.vit, self.momentum = vit, momentum
         if vit:
@@ -113,7 +116,9 @@ class MoCoV3(ContrastiveModule):
         with torch.no_grad():
             key_a = self.momentum_projector(self.momentum_backbone(view_a))  # (B, D)
             key_b = self.momentum_projector(self.momentum_backbone(view_b))  # (B, D)
-        loss = moco_v3_loss(query_a, query_b, key_a, key_b, temperature=self.temperature)
+        temperature = temperature_of(self)
+        loss = moco_v3_loss(query_a, query_b, key_a, key_b, temperature=temperature)
+        loss = with_constant_factor(loss, temperature)
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features.detach()}
 

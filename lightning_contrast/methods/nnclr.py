@@ -11,13 +11,15 @@ import lightning as L
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_positive
+from lightning_contrast._checks import check_at_least
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
 from lightning_contrast.methods._mining import nearest_neighbours
+from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import FeatureQueue, Norm, nnclr_predictor, nnclr_projector
 from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -39,7 +41,8 @@ class NNCLR(ContrastiveModule):
         predictor: A module (B, D) -> (B, D) in the place of the predictor.
         queue_size: Number K of past projections, at least those of one step on all ranks.
         queue_dtype: "float32", "float16" or "int8".
-        temperature: Divisor of the cosine similarities, > 0.
+        temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
+            `nn.ScheduledTemperature`, or a function of the optimizer step.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Learning rate after the warm-up, absolute; None is the paper's 0.3 x global batch / 256.
         weight_decay: Of all parameters but norms and biases.
@@ -63,7 +66,7 @@ class NNCLR(ContrastiveModule):
         predictor: nn.Module | None = None,
         queue_size: int = 98304,
         queue_dtype: QueueDtype = "float32",
-        temperature: float = 0.1,
+        temperature: Temperature = 0.1,
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1e-6,
@@ -79,9 +82,8 @@ class NNCLR(ContrastiveModule):
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
         )
-        check_positive("temperature", temperature)
         check_at_least("queue_size", queue_size, 1)
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
         self.projector = projector or nnclr_projector(self.feature_dim, hidden_dim, projection_dim, norm=head_norm)
         self.predictor = predictor or nnclr_predictor(projection_dim, predictor_dim, projection_dim, norm=head_norm)
         self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype)
@@ -96,8 +98,9 @@ class NNCLR(ContrastiveModule):
         prediction_a, prediction_b = self.predictor(projection_a), self.predictor(projection_b)  # (B, D) each
         neighbour_a = nearest_neighbours(projection_a, self.queue.features, self.queue.mask)  # (B, D), no gradient
         neighbour_b = nearest_neighbours(projection_b, self.queue.features, self.queue.mask)
-        loss_a = info_nce(neighbour_a, prediction_b, temperature=self.temperature)
-        loss_b = info_nce(neighbour_b, prediction_a, temperature=self.temperature)
+        temperature = temperature_of(self)
+        loss_a = info_nce(neighbour_a, prediction_b, temperature=temperature)
+        loss_b = info_nce(neighbour_b, prediction_a, temperature=temperature)
         loss = (loss_a + loss_b) / 2
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features.detach(), "keys": F.normalize(projection_a.detach(), dim=1)}

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_at_least, check_positive, check_probability
+from lightning_contrast._checks import check_at_least, check_probability, require
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
 from lightning_contrast.losses._prepare import full_precision, global_mean
 from lightning_contrast.methods._batch import require_indices
+from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import MemoryBank, moco_head
+from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
 
 _EPSILON = 1e-7  # of the program
@@ -42,7 +44,8 @@ class NPID(ContrastiveModule):
         projector: A module (B, F) -> (B, D) in the place of that layer.
         noise: Random images that each image is told from by noise-contrastive estimation; 0: from all others by a
             softmax, as the program has it on CIFAR-10.
-        temperature: Divisor of the similarities, > 0; the program has 0.07 on ImageNet and 0.1 on CIFAR-10.
+        temperature: Divisor of the similarities, > 0; the program has 0.07 on ImageNet and 0.1 on CIFAR-10. With
+            ``noise=0`` also `nn.LearnedTemperature`, `nn.ScheduledTemperature`, or a function of the optimizer step.
         momentum: Share of a bank row that is kept when its image was seen, in [0, 1].
         optimizer: "sgd" as in the program, "adamw", "lars", "lamb", or a callable.
         lr: Learning rate, absolute; None is the program's 0.03 x global batch / 256.
@@ -64,7 +67,7 @@ class NPID(ContrastiveModule):
         projection_dim: int = 128,
         projector: nn.Module | None = None,
         noise: int = 4096,
-        temperature: float = 0.07,
+        temperature: Temperature = 0.07,
         momentum: float = 0.5,
         optimizer: OptimizerLike = "sgd",
         lr: float | None = None,
@@ -83,9 +86,10 @@ class NPID(ContrastiveModule):
         )
         check_at_least("num_samples", num_samples, 2)
         check_at_least("noise", noise, 0)
-        check_positive("temperature", temperature)
         check_probability("momentum", momentum)
-        self.noise, self.temperature = noise, temperature
+        self.noise, self.temperature = noise, check_temperature(temperature)
+        fixed, mend = isinstance(temperature, int | float), "Set `noise=0`: Z of the noise estimate is taken once"
+        require(fixed or noise == 0, "temperature", "be a number with `noise`", type(temperature).__name__, mend)
         self.projector = projector or moco_head(self.feature_dim, None, projection_dim, layers=1)
         self.bank = MemoryBank(num_samples, projection_dim, momentum)
         # Z of the paper, taken once from the first batch; 0 until then.
@@ -126,7 +130,7 @@ class NPID(ContrastiveModule):
             projection,
             bank[indices].to(projection.dtype),
             bank,
-            temperature=self.temperature,
+            temperature=temperature_of(self),
             groups=indices,
             negatives_groups=rows,
         )
@@ -135,7 +139,7 @@ class NPID(ContrastiveModule):
         """Return the noise-contrastive estimate of (B, D) with random images."""
         drawn = torch.randint(len(self.bank.features), (len(indices), self.noise), device=indices.device)
         rows = self.bank.features[torch.cat([indices[:, None], drawn], dim=1)]  # (B, 1 + K, D)
-        odds = unnormalised_odds(projection, rows, self.temperature)  # (B, 1 + K)
+        odds = unnormalised_odds(projection, rows, temperature_of(self))  # (B, 1 + K)
         with torch.no_grad():
             size = len(self.bank.features)
             first = size * distributed.all_reduce_mean(odds.mean())
@@ -144,7 +148,7 @@ class NPID(ContrastiveModule):
 
 
 @full_precision
-def unnormalised_odds(projection: Tensor, rows: Tensor, temperature: float) -> Tensor:
+def unnormalised_odds(projection: Tensor, rows: Tensor, temperature: float | Tensor) -> Tensor:
     """Return ``exp(cos / temperature)``, (B, 1 + K), of projections (B, D) with rows (B, 1 + K, D)."""
     rows = F.normalize(rows.to(projection.dtype), dim=2)
     return ((rows @ projection.unsqueeze(2)).squeeze(2) / temperature).exp()

@@ -12,10 +12,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_choice, check_positive, require
-from lightning_contrast.losses import nt_xent
+from lightning_contrast._checks import check_choice, require
+from lightning_contrast.losses import Negatives, nt_xent
+from lightning_contrast.losses.negatives import as_negatives
+from lightning_contrast.methods._batch import SameImages, check_mask_same, groups_of
+from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import Norm, hidden_layers, simclr_head
+from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -35,7 +39,11 @@ class SimCLR(ContrastiveModule):
             first layer, from which SimCLR v2 fine-tunes (3-layer heads only).
         projection_dim: D, the width of the projection.
         projector: A module (B, F) -> (B, D) in the place of the head.
-        temperature: Divisor of the cosine similarities, > 0; the paper has 0.1 on ImageNet and 0.5 on CIFAR-10.
+        temperature: Divisor of the cosine similarities, > 0; the paper has 0.1 on ImageNet and 0.5 on CIFAR-10. A
+            number, `nn.LearnedTemperature`, `nn.ScheduledTemperature`, or a function of the optimizer step.
+        negatives: How the other images count: a `losses.Negatives`, or the name of one.
+        mask_same: Which other images are known to show the same and do not count as negatives: those with the same
+            "label" or "index" in the batch; None: all count. A label below 0 is unknown.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Learning rate after the warm-up, absolute; None is the paper's 0.3 x global batch / 256.
         weight_decay: Of all parameters but norms and biases.
@@ -56,7 +64,9 @@ class SimCLR(ContrastiveModule):
         evaluation_layer: int = 0,
         projection_dim: int = 128,
         projector: nn.Module | None = None,
-        temperature: float = 0.1,
+        temperature: Temperature = 0.1,
+        negatives: Negatives | str = "uniform",
+        mask_same: SameImages | None = None,
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1e-6,
@@ -72,13 +82,13 @@ class SimCLR(ContrastiveModule):
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
         )
-        check_positive("temperature", temperature)
         check_choice("head_layers", head_layers, (2, 3))
         check_choice("evaluation_layer", evaluation_layer, (0, 1))
         tappable = evaluation_layer == 0 or (head_layers == 3 and projector is None)
         mend = "Set `head_layers=3` and no `projector`, or `evaluation_layer=0`"
         require(tappable, "evaluation_layer", "be 0 without SimCLR v2's own head", evaluation_layer, mend)
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
+        self.negatives, self.mask_same = as_negatives(negatives), check_mask_same(mask_same)
         head = projector or simclr_head(self.feature_dim, None, projection_dim, layers=head_layers, norm=head_norm)
         self.tap: nn.Module = nn.Identity()
         if evaluation_layer == 1:
@@ -96,6 +106,12 @@ class SimCLR(ContrastiveModule):
         view_a, view_b = self.views(batch, count=2)
         features = self(torch.cat([view_a, view_b]))  # (2B, F): BatchNorm sees both views, as in the program
         projection_a, projection_b = self.projector(features).chunk(2)  # (B, D) each
-        loss = nt_xent(projection_a, projection_b, temperature=self.temperature)
+        loss = nt_xent(
+            projection_a,
+            projection_b,
+            temperature=temperature_of(self),
+            handling=self.negatives,
+            groups=groups_of(batch, self.mask_same, "SimCLR"),  # (B,)
+        )
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features[: len(view_a)].detach()}

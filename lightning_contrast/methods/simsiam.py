@@ -93,12 +93,13 @@ class SimSiam(ContrastiveModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the encoder's groups and the predictor's, which keep their learning rate."""
+        groups = super().parameter_groups()
         if not self.fix_predictor_lr:
-            return super().parameter_groups()
-        encoder = nn.ModuleList([self.backbone, self.projector])
-        groups = optim.parameter_groups(encoder, self.weight_decay)
-        predictor = optim.parameter_groups(self.predictor, self.weight_decay)
-        return groups + [group | {"fixed_lr": True} for group in predictor]
+            return groups
+        predictor = set(self.predictor.parameters())
+        encoder = [group | {"params": [p for p in group["params"] if p not in predictor]} for group in groups]
+        fixed = [group | {"params": [p for p in group["params"] if p in predictor]} for group in groups]
+        return encoder + [group | {"fixed_lr": True} for group in fixed]
 
 
 def _spread(projection: Tensor) -> Tensor:

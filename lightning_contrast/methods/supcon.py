@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_positive
 from lightning_contrast.losses import sup_con
 from lightning_contrast.methods._batch import require_labels
+from lightning_contrast.methods._temperature import temperature_of, with_constant_factor
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import supcon_head
+from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, warmup_cosine
 
 
@@ -31,9 +33,10 @@ class SupCon(ContrastiveModule):
         backbone_kwargs: Further arguments of `timm.create_model`.
         projection_dim: D, the width of the projection.
         projector: A module (B, F) -> (B, D) in the place of the head.
-        temperature: Divisor of the cosine similarities, > 0.
+        temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
+            `nn.ScheduledTemperature`, or a function of the optimizer step.
         base_temperature: The loss is multiplied by ``temperature / base_temperature`` as in the program, > 0; None:
-            by 1.
+            by 1. A learned temperature takes this factor for a constant.
         optimizer: "sgd" as in the program, "adamw", "lars", "lamb", or a callable.
         lr: Learning rate after the warm-up, absolute; None is the program's 0.5 for 1,024 images, scaled.
         weight_decay: Of all parameters but norms and biases.
@@ -51,7 +54,7 @@ class SupCon(ContrastiveModule):
         backbone_kwargs: dict[str, Any] | None = None,
         projection_dim: int = 128,
         projector: nn.Module | None = None,
-        temperature: float = 0.1,
+        temperature: Temperature = 0.1,
         base_temperature: float | None = 0.07,
         optimizer: OptimizerLike = "sgd",
         lr: float | None = None,
@@ -68,10 +71,9 @@ class SupCon(ContrastiveModule):
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
         )
-        check_positive("temperature", temperature)
         if base_temperature is not None:
             check_positive("base_temperature", base_temperature)
-        self.temperature, self.base_temperature = temperature, base_temperature
+        self.temperature, self.base_temperature = check_temperature(temperature), base_temperature
         self.projector = projector or supcon_head(self.feature_dim, None, projection_dim)
         self.save_hyperparameters()
 
@@ -81,13 +83,10 @@ class SupCon(ContrastiveModule):
         labels = require_labels(batch, "SupCon")  # (B,)
         features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F): BatchNorm sees both views, as in the program
         projection_a, projection_b = self.projector(features).chunk(2)  # (B, D) each
-        loss = sup_con(
-            projection_a,
-            projection_b,
-            labels,
-            temperature=self.temperature,
-            base_temperature=self.base_temperature,
-        )
+        temperature, base = temperature_of(self), self.base_temperature
+        loss = sup_con(projection_a, projection_b, labels, temperature=temperature, base_temperature=base)
+        if base is not None:
+            loss = with_constant_factor(loss, temperature)
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features[: len(view_a)].detach()}
 

@@ -235,6 +235,66 @@ def test_bad_modules_are_refused(make, error, words):
         fit(make(), [QueueUpdate()], DataLoader(Indexed(), batch_size=4))
 
 
+@pytest.mark.parametrize(("size", "keys_per_image", "accumulate", "keys"), [(3, 1, 1, 4), (7, 2, 1, 8), (3, 1, 4, 4)])
+def test_a_queue_smaller_than_a_batch_is_refused_before_the_first_step(size, keys_per_image, accumulate, keys):
+    module = Queued(size)
+    module.keys_per_image = keys_per_image
+    with pytest.raises(ValueError, match=rf"Cannot push {keys} keys into a queue of size {size}; raise `queue_size`"):
+        fit(module, [QueueUpdate()], accumulate_grad_batches=accumulate)
+    assert not module.given
+
+
+def test_accumulation_and_a_size_that_is_no_multiple_are_fine():
+    module = Queued(size=5)
+    fit(module, [QueueUpdate()], accumulate_grad_batches=4)
+    assert module.queue.mask.all()
+
+
+class Unsized:
+    """Batches without a batch size; the last has more keys than the queue has rows."""
+
+    def __iter__(self):
+        rows = torch.randn(9, 6)
+        yield from ([rows[:2]], [rows[2:]])
+
+
+class Batches(torch.utils.data.Sampler):
+    """Somebody's own sampler of batches, of 4 images each."""
+
+    batch_size = 4
+
+    def __iter__(self):
+        return iter([[0, 1, 2, 3]])
+
+    def __len__(self):
+        return 1
+
+
+def test_a_loader_that_does_not_tell_its_batch_size_errs_at_the_push():
+    module = Queued(size=5)
+    with pytest.raises(ValueError, match="Cannot push 7 keys into a queue of size 5; raise `queue_size`"):
+        fit(module, [QueueUpdate()], Unsized(), max_steps=2)
+    assert len(module.given) == 2
+
+
+def test_a_batch_sampler_tells_its_batch_size():
+    module = Queued(size=3)
+    with pytest.raises(ValueError, match="Cannot push 4 keys into a queue of size 3"):
+        fit(
+            module,
+            [QueueUpdate()],
+            DataLoader(Indexed(), batch_sampler=Batches()),
+            use_distributed_sampler=False,
+        )
+    assert not module.given
+
+
+def test_a_set_smaller_than_a_batch_gives_no_more_keys_than_it_has():
+    module = Queued(size=32)
+    fit(module, [QueueUpdate()], DataLoader(Indexed(), batch_size=128))
+    assert module.queue.mask.all()
+
+
 # --- several ranks
 
 
@@ -291,14 +351,16 @@ def test_every_rank_has_the_keys_of_all_in_rank_order(tmp_path, name, precision)
 
 
 def too_many(rank):
+    module = Queued(size=7)
     try:
-        fit_ranks(Queued(size=7), [QueueUpdate()], loader(8), "ddp")
+        fit_ranks(module, [QueueUpdate()], loader(8), "ddp")
     except ValueError as error:
-        return str(error)
-    return "no error"
+        return str(error), len(module.given)
+    return "no error", len(module.given)
 
 
 @pytest.mark.dist
 def test_the_global_batch_must_fit():
-    for message in run_processes(too_many, 2, init=False):
+    for message, steps in run_processes(too_many, 2, init=False):
         assert message == "Cannot push 8 keys into a queue of size 7; raise `queue_size`."
+        assert steps == 0

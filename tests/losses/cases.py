@@ -13,6 +13,7 @@ from lightning_contrast.losses import Negatives
 from tests.losses import oracles
 
 QUEUE, DIM = 7, 5
+QUEUE_GROUPS = (0, -1, 7, 0, 1, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def _handled(handling: Negatives | str, anchor: Callable[..., Tensor], t: float)
             lambda q, k: oracles.info_nce(q, k, None, tt, anchor),
         ),
         f"info_nce queue {name}": Case(
-            _number(losses.info_nce, t, handling=handling),
-            lambda q, k, n: oracles.info_nce(q, k, n, tt, anchor),
+            _temperature(losses.info_nce, handling=handling),
+            lambda q, k, n, t: oracles.info_nce(q, k, n, t, anchor),
             shared=1,
+            learned=(t,),
         ),
         f"clip {name}": Case(
             lambda a, b, s, tile_size=None: losses.clip_loss(
@@ -113,6 +115,23 @@ CASES: dict[str, Case] = {
     "sup_con": Case(
         lambda a, b, g, tile_size=None: losses.sup_con(a, b, g, temperature=0.1, tile_size=tile_size),
         lambda a, b, g: oracles.sup_con(a, b, _int(g), _f64(0.1)),
+        groups=1,
+    ),
+    "sup_con, learned": Case(
+        lambda a, b, t, g, tile_size=None: losses.sup_con(
+            a, b, g, temperature=t, base_temperature=0.07, tile_size=tile_size
+        ),
+        lambda a, b, t, g: t / 0.07 * oracles.sup_con(a, b, _int(g), t),
+        learned=(0.2,),
+        groups=1,
+    ),
+    "info_nce, queue with groups, learned": Case(
+        lambda q, k, n, t, g, tile_size=None: losses.info_nce(
+            q, k, n, temperature=t, groups=g, negatives_groups=torch.tensor(QUEUE_GROUPS), tile_size=tile_size
+        ),
+        lambda q, k, n, t, g: oracles.info_nce(q, k, n, t, groups=(_int(g), QUEUE_GROUPS)),
+        shared=1,
+        learned=(0.2,),
         groups=1,
     ),
     "clip": Case(

@@ -46,7 +46,7 @@ def test_masked_rows_of_a_queue_do_not_exist(kind: str) -> None:
     assert torch.equal(found[3][~mask], torch.zeros_like(found[3][~mask]))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("decoupled")])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.5, 0.001])
 def test_an_empty_queue_gives_no_loss_and_no_gradient(kind: str, temperature: float) -> None:
     tensors = [_rows(4), _rows(4, 1), _rows(8, 2)]
@@ -56,6 +56,15 @@ def test_an_empty_queue_gives_no_loss_and_no_gradient(kind: str, temperature: fl
         lambda *x: losses.info_nce(*x, temperature=temperature, negatives_mask=mask, handling=handling), tensors
     )
     for value in found:
+        torch.testing.assert_close(value, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_anchor_whose_group_is_the_whole_batch_counts_nothing(kind: str) -> None:
+    views, one_group = [_rows(4), _rows(4, 1)], torch.zeros(4, dtype=torch.int64)
+    for value in value_and_gradients(
+        lambda a, b: losses.nt_xent(a, b, temperature=0.5, handling=HANDLINGS[kind], groups=one_group), views
+    ):
         torch.testing.assert_close(value, torch.zeros_like(value))
 
 
@@ -173,6 +182,12 @@ def test_extra_negatives_of_each_query() -> None:
     _assert_same(
         value_and_gradients(lambda *x: losses.info_nce(*x, temperature=0.3, extra_negatives=extra), tensors),
         value_and_gradients(lambda *x: oracles.info_nce(*x, t, extra=extra), tensors),
+    )
+    _assert_same(
+        value_and_gradients(
+            lambda q, k, n, t: losses.info_nce(q, k, n, temperature=t, extra_negatives=extra), [*tensors, t]
+        ),
+        value_and_gradients(lambda q, k, n, t: oracles.info_nce(q, k, n, t, extra=extra), [*tensors, t]),
     )
     _assert_same(
         value_and_gradients(lambda *x: losses.info_nce(*x, temperature=0.3, extra_negatives=extra), tensors[:2]),

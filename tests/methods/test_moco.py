@@ -173,6 +173,8 @@ def test_queue_smaller_than_the_batch_says_so(tmp_path):
     fit = trainer(tmp_path, CASE, epochs=1, limit_val_batches=0)
     with pytest.raises(ValueError, match=rf"Cannot push {BATCH} keys into a queue of size 4; raise `queue_size`"):
         fit.fit(make("MoCo", queue_size=4), Data(BATCH))
+    with pytest.raises(ValueError, match=rf"Cannot push {2 * BATCH} keys into a queue of size {2 * BATCH - 1}"):
+        fit.fit(make("MoCo", queue_size=2 * BATCH - 1, symmetric=True), Data(BATCH))
 
 
 @pytest.mark.parametrize(

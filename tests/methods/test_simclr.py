@@ -233,7 +233,7 @@ def fsdp2_fit(rank, world_size):
     (view_a, view_b), labels = step_batch(CASE)
     rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
     share = [[view_a[rows], view_b[rows]], labels[rows]]
-    module = make("SimCLR", norm=False)
+    module = make("SimCLR", norm=False).to(memory_format=torch.channels_last)  # as backbones of ours are
     strategy = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"accelerator": "cpu", "devices": world_size, "logger": False, "use_distributed_sampler": False}
@@ -294,3 +294,15 @@ def test_a_foreign_loader_gets_its_state_back_although_the_schedule_asked_for_it
 
     assert fit("whole") == [1, 2, 3, 4]
     assert fit("resumed", ckpt_path=tmp_path / "whole" / "step=2.ckpt", weights_only=True) == [3, 4]
+
+
+def test_checkpoint_brings_negatives_and_the_schedule_of_the_temperature_back(tmp_path):
+    negatives, schedule = lc.losses.Negatives("hard", beta=0.5), lc.nn.ScheduledTemperature(0.5, 0.1, steps=9)
+    module = lc.SimCLR("small_convnet", negatives=negatives, temperature=schedule)
+    fit = L.Trainer(accelerator="cpu", logger=False, max_epochs=1, default_root_dir=tmp_path)
+    fit.strategy.connect(module)
+    fit.save_checkpoint(tmp_path / "simclr.ckpt")
+    saved = torch.load(tmp_path / "simclr.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["negatives"]["beta"] == 0.5
+    loaded = lc.SimCLR.load_from_checkpoint(tmp_path / "simclr.ckpt", weights_only=True)
+    assert (loaded.negatives, loaded.temperature) == (negatives, schedule)

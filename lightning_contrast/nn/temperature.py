@@ -1,0 +1,143 @@
+"""Temperatures that move: learned beside the network, or scheduled over the steps of a run."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightning_contrast._checks import check_at_least, check_positive, fail, require
+
+Temperature: TypeAlias = float | nn.Module | Callable[[int], float]
+"""A number, a module that returns one when it is called without arguments, or a function of the optimizer step."""
+
+
+class LearnedTemperature(nn.Module):
+    """A temperature that is trained with the network, as CLIP's.
+
+    Kept as its logarithm, a parameter with one dimension, which carries no weight decay
+    (https://arxiv.org/abs/2103.00020, section 2.5). A call returns ``exp(log_temperature)``, shape (1,), held between
+    the bounds; a parameter that overshot a bound still gets the gradients that lead back.
+
+    Differs from it: the bounds act on the value, not on the parameter after the step, so that it is the same under
+    every strategy; CLIP's scale is 1 / temperature, at most 100, and starts at 1 / 0.07.
+
+    Args:
+        init: Temperature at the start, in [minimum, maximum].
+        minimum: Lower bound, > 0.
+        maximum: Upper bound.
+
+    Raises:
+        ValueError: If a bound is not above 0 or ``init`` lies outside the bounds.
+
+    Example:
+        >>> round(LearnedTemperature(0.1)().item(), 6)
+        0.1
+    """
+
+    def __init__(self, init: float = 0.07, minimum: float = 0.01, maximum: float = 1.0) -> None:
+        super().__init__()
+        check_positive("minimum", minimum)
+        require(minimum <= init <= maximum, "init", f"lie in [{minimum}, {maximum}]", init, "Move a bound or the start")
+        self.init, self.minimum, self.maximum = init, minimum, maximum
+        self.log_temperature = nn.Parameter(torch.full((1,), math.log(init)))
+
+    def forward(self) -> Tensor:
+        """Return the temperature, (1,)."""
+        low, high = math.log(self.minimum), math.log(self.maximum)
+        return cast("Tensor", _Bounded.apply(self.log_temperature, low, high)).exp()
+
+    def extra_repr(self) -> str:
+        """Return what ``repr`` shows between the parentheses."""
+        return f"init={self.init}, minimum={self.minimum}, maximum={self.maximum}"
+
+
+class _Bounded(torch.autograd.Function):
+    """Clamp, with gradient where a descent step leads back: `torch.clamp` would never let go of a bound."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        low, high = ctx.bounds
+        outwards = ((x > high) & (grad < 0)) | ((x < low) & (grad > 0))
+        return grad.masked_fill(outwards, 0.0), None, None
+
+
+@dataclass(frozen=True)
+class ScheduledTemperature:
+    """A temperature that goes from one value to another along a cosine, a function of the optimizer step alone.
+
+    ``end + (start - end) (1 + cos(2 pi cycles k / K)) / 2`` at step k of K: half a cycle falls or rises once, whole
+    cycles swing, as in https://arxiv.org/abs/2303.13664, between ``start`` and ``end``.
+
+    Args:
+        start: Temperature at step 0, > 0.
+        end: Temperature half a cycle later, > 0.
+        steps: Optimizer steps K of the schedule, >= 1; None: those of the run, as the Trainer plans them. After the
+            last one the temperature stays.
+        cycles: Cycles in those steps, > 0.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    Example:
+        >>> schedule = ScheduledTemperature(0.5, 0.1, steps=100)
+        >>> [round(schedule(step), 6) for step in (0, 50, 100, 101)]
+        [0.5, 0.3, 0.1, 0.1]
+    """
+
+    start: float
+    end: float
+    steps: int | None = None
+    cycles: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_positive("start", self.start)
+        check_positive("end", self.end)
+        check_positive("cycles", self.cycles)
+        if self.steps is not None:
+            check_at_least("steps", self.steps, 1)
+
+    def __call__(self, step: int, total_steps: float | None = None) -> float:
+        """Return the temperature at an optimizer step.
+
+        Args:
+            step: Step, >= 0.
+            total_steps: Length of the run in steps, > 0; used where the schedule has no length of its own.
+
+        Raises:
+            ValueError: If the length is given nowhere.
+        """
+        length = self.steps if self.steps is not None else total_steps
+        if length is None:
+            fail("steps", "be given outside of a run", None, "Set `steps`, or give `total_steps`")
+        check_positive("total_steps", length)
+        progress = min(step / length, 1.0)
+        return self.end + (self.start - self.end) * (1 + math.cos(2 * math.pi * self.cycles * progress)) / 2
+
+
+def check_temperature(temperature: Temperature | Mapping[str, Any]) -> Temperature:
+    """Check a temperature in any of its forms and return it.
+
+    Raises:
+        ValueError: If it is a number and not above 0.
+        TypeError: If it is no number, module or function.
+    """
+    if isinstance(temperature, Mapping):  # as a checkpoint keeps it
+        return ScheduledTemperature(**temperature)
+    if isinstance(temperature, int | float) and not isinstance(temperature, bool):
+        check_positive("temperature", temperature)
+    elif not callable(temperature):
+        mend = "Give `nn.LearnedTemperature()`, `nn.ScheduledTemperature(start, end)` or a function of the step"
+        fail("temperature", "be a number, a module or a function", type(temperature).__name__, mend, TypeError)
+    return temperature
