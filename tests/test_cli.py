@@ -19,6 +19,8 @@ QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--tra
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 # Widths that a test cannot wait for; everything else is built as the recipe has it.
 SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 8, "projection_dim": 8, "queue_size": 64}
+SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8}
+SMALL_BACKBONES = ("small_convnet", "small_vit")
 
 
 def method_names():
@@ -29,7 +31,9 @@ def small(path, tmp_path):
     """Write the recipe with narrow heads and a small backbone."""
     recipe = yaml.safe_load(path.read_text())
     arguments = recipe["model"]["init_args"]
-    if arguments["backbone"] != "small_convnet":
+    if arguments["backbone"].startswith("vit_"):
+        arguments["backbone"] = "vit_tiny_patch16_224"
+    elif arguments["backbone"] not in SMALL_BACKBONES:
         arguments["backbone"] = SMALL["backbone"]
     for name in set(SMALL) & set(arguments) - {"backbone"}:
         arguments[name] = SMALL[name]
@@ -51,7 +55,9 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     policy = recipe["trainer"]["callbacks"][0]["init_args"]["policy"]["init_args"]
     size = policy["size"] if "size" in policy else policy["recipes"][0]["size"]
     views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
-    assert [view.shape for view in views] == [(2, 3, size, size)] * (1 if type(cli.model) is lc.NPID else 2)
+    count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA) else 2
+    assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count
+    assert all(view.shape[2] < size for view in views[count:])  # local ones
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)
 
 

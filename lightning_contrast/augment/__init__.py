@@ -6,7 +6,7 @@ sees them. Kornia is imported when the first policy is made. The fused operation
 """
 
 from lightning_contrast.augment.build import make_policy
-from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, msn_views, swav_views
+from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, ijepa_views, msn_views, swav_views
 from lightning_contrast.augment.policies import (
     barlow_twins_views,
     byol_views,
@@ -29,6 +29,7 @@ __all__ = [
     "byol_views",
     "dino_views",
     "dinov2_views",
+    "ijepa_views",
     "make_policy",
     "moco_v1_views",
     "moco_v2_views",

@@ -1,4 +1,4 @@
-"""The published policies with views of several sizes: global ones first, then local ones."""
+"""The published policies with views of several sizes, global ones first, then local ones; and that with one view."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -174,3 +174,29 @@ def msn_views(
     random = ViewRecipe(size, global_scale, (0.4, 0.4, 0.4, 0.1), blur_p=0.5)
     focal = replace(random, size=local_size_of(size, local_size), scale=local_scale)
     return make_policy([random] * 2 + [focal] * local_views, mean, std, **options)
+
+
+def ijepa_views(
+    size: int = 224,
+    mean: Statistics = None,
+    std: Statistics = None,
+    *,
+    scale: Range = (0.3, 1.0),
+    flip: float = 0.0,
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return I-JEPA's single view: a crop and nothing else.
+
+    Crop 0.3..1 at 224, no flip, no colours, no blur.
+
+    Source: https://arxiv.org/abs/2301.08243 and https://github.com/facebookresearch/ijepa.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        scale: Range of the area's share of the crop.
+        flip: Probability of mirroring, in [0, 1].
+        **options: See `ViewOptions`.
+    """
+    return make_policy([ViewRecipe(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip)], mean, std, **options)

@@ -1,6 +1,15 @@
 """Parts with parameters or buffers: backbones, heads, BatchNorm in splits."""
 
+from lightning_contrast.losses import sinkhorn
 from lightning_contrast.nn.backbones import Backbone, SmallConvNet, build_backbone, check_image_size, read_feature_dim
+from lightning_contrast.nn.center import Center
+from lightning_contrast.nn.distillation_heads import (
+    DistillationHead,
+    PatchDistillationHead,
+    dino_head,
+    ibot_head,
+    msn_head,
+)
 from lightning_contrast.nn.ema import ema_update
 from lightning_contrast.nn.feature_queue import FeatureQueue
 from lightning_contrast.nn.heads import (
@@ -19,36 +28,69 @@ from lightning_contrast.nn.heads import (
     supcon_head,
     vicreg_expander,
 )
+from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
+from lightning_contrast.nn.jepa_predictor import JepaPredictor, sincos_positions
+from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
+from lightning_contrast.nn.prototypes import Prototypes
+from lightning_contrast.nn.small_vit import small_vit
 from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_split_batchnorm
 from lightning_contrast.nn.stems import use_small_stem
+from lightning_contrast.nn.temperature import LearnedTemperature, ScheduledTemperature
+from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_masked_backbone, select_patches
+from lightning_contrast.nn.weight_norm import WeightNormLinear
 
 __all__ = [
     "Backbone",
+    "Center",
+    "DistillationHead",
     "FeatureQueue",
+    "JepaMaskSampler",
+    "JepaMasks",
+    "JepaPredictor",
+    "LearnedTemperature",
+    "MaskedPatches",
+    "MaskedViT",
     "MemoryBank",
     "Norm",
+    "PatchDistillationHead",
+    "Prototypes",
+    "ScheduledTemperature",
     "SmallConvNet",
     "SplitBatchNorm2d",
+    "Tokens",
+    "WeightNormLinear",
     "barlow_projector",
     "build_backbone",
+    "build_masked_backbone",
     "byol_mlp",
     "check_image_size",
+    "check_mask_ratios",
     "convert_split_batchnorm",
     "debiased_head",
+    "dino_head",
+    "dinov2_masks",
     "ema_update",
     "hidden_layers",
+    "ibot_head",
+    "ibot_masks",
+    "masked_patches",
     "mlp_head",
     "moco_head",
     "moco_v3_predictor",
     "moco_v3_projector",
+    "msn_head",
     "nnclr_predictor",
     "nnclr_projector",
     "read_feature_dim",
+    "select_patches",
     "simclr_head",
     "simsiam_predictor",
     "simsiam_projector",
+    "sincos_positions",
+    "sinkhorn",
+    "small_vit",
     "spectral_head",
     "supcon_head",
     "use_small_stem",

@@ -1,6 +1,7 @@
 """Optimizers, parameter groups and schedules."""
 
 from lightning_contrast.optim.build import OptimizerLike, build_optimizer, check_optimizer
+from lightning_contrast.optim.clipping import clip_each_gradient
 from lightning_contrast.optim.groups import parameter_groups
 from lightning_contrast.optim.lars import LARS
 from lightning_contrast.optim.schedules import (
@@ -20,6 +21,7 @@ __all__ = [
     "build_optimizer",
     "check_optimizer",
     "check_warmup",
+    "clip_each_gradient",
     "constant",
     "cosine_by_epoch",
     "momentum_schedule",

@@ -50,7 +50,7 @@ def trust_ratios(
     buckets: dict[tuple[torch.device, torch.dtype, _Groups], list[int]] = {}
     for i, weight in enumerate(weights):
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        buckets.setdefault((weight.device, dtype, _shard_groups(weight)), []).append(i)
+        buckets.setdefault((weight.device, dtype, shard_groups(weight)), []).append(i)
     ratios: list[Tensor] = [*updates]
     for (_, dtype, groups), members in buckets.items():
         shards = [local(weights[i]) for i in members] + [updates[i] for i in members]
@@ -65,7 +65,7 @@ def trust_ratios(
     return ratios
 
 
-def _shard_groups(weight: Tensor) -> _Groups:
+def shard_groups(weight: Tensor) -> _Groups:
     """Return the process groups over which the squares of the shards of ``weight`` add up to the whole."""
     placements: Any = getattr(weight, "placements", None)
     if placements is not None:

@@ -33,6 +33,23 @@ class TinyBackbone(nn.Module):
         return self.layers(images)
 
 
+def tiny_vit(norm: bool = True):
+    """A transformer of two blocks with patches of 4 pixels, whose patches can be masked; it has no BatchNorm anyway."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+    return VisionTransformer(num_classes=0, dynamic_img_size=True, **sizes)
+
+
+def tiny_patch_vit(norm: bool = True):
+    """The same without class token, as I-JEPA has it."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+    pooling = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    return VisionTransformer(num_classes=0, dynamic_img_size=True, **sizes, **pooling)
+
+
 @dataclass(frozen=True)
 class Case:
     """A method in small.
@@ -43,6 +60,7 @@ class Case:
         views: Number of views in a batch.
         settings: Arguments that make the method small.
         indices: The method needs sample indices in the batch.
+        backbone: Called with whether BatchNorm is wanted.
     """
 
     make: Callable[..., L.LightningModule]
@@ -50,6 +68,7 @@ class Case:
     views: int = 2
     settings: dict = field(default_factory=dict)
     indices: bool = False
+    backbone: Callable[[bool], nn.Module] = TinyBackbone
 
     @property
     def stateful(self) -> bool:
@@ -62,6 +81,25 @@ CASES = {
     "SimCLR v2": Case(lambda *a, **k: lc.SimCLR(*a, head_layers=3, evaluation_layer=1, **k), plain={"head_norm": None}),
 }
 
+
+class LearnedSimCLR(lc.SimCLR):
+    """With a module of its own: a checkpoint does not hold constructor arguments that are modules."""
+
+    def __init__(self, backbone, **kwargs):
+        hard = lc.losses.Negatives("hard", tau_plus=0.02)
+        super().__init__(backbone, negatives=hard, temperature=lc.nn.LearnedTemperature(0.2), **kwargs)
+
+
+CASES |= {
+    "SimCLR hard learned": Case(LearnedSimCLR, plain={"head_norm": None}),
+    "SimCLR masked scheduled": Case(
+        lc.SimCLR,
+        plain={"head_norm": None},
+        indices=True,
+        settings={"mask_same": "index", "temperature": lc.nn.ScheduledTemperature(0.5, 0.1, steps=6)},
+    ),
+}
+
 HEADS = {"hidden_dim": 16, "projection_dim": 8}
 QUEUE = {"queue_size": 24, "projection_dim": 8}
 MIXES = {"hardest": 8, "pair_mixes": 6, "query_mixes": 4, "start_epoch": 1}
@@ -69,6 +107,7 @@ CASES |= {
     "MoCo": Case(lc.MoCo, settings=QUEUE),
     "MoCo symmetric": Case(lc.MoCo, settings=QUEUE | {"symmetric": True, "head_layers": 1, "negatives": "heated"}),
     "MoCo split": Case(lc.MoCo, settings=QUEUE | {"batchnorm_splits": 2}),
+    "MoCo masked": Case(lc.MoCo, settings=QUEUE | {"mask_same": "label", "symmetric": True, "negatives": "debiased"}),
     "MoCoV3": Case(lc.MoCoV3, plain={"head_norm": None}, settings=HEADS),
     "BYOL": Case(lc.BYOL, plain={"head_norm": None}, settings=HEADS),
     "SimSiam": Case(lc.SimSiam, plain={"head_norm": None}, settings={"projection_dim": 8, "predictor_dim": 4}),
@@ -90,6 +129,48 @@ CASES |= {
     "MoCHi": Case(lc.MoCHi, plain={"start_epoch": 9}, settings=QUEUE | MIXES),
 }
 
+CASES |= {"DINO": Case(lc.DINO, views=4, settings={"prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8})}
+
+SWAV = HEADS | {"num_prototypes": 12, "freeze_prototypes_epochs": 1}
+CASES |= {
+    "BarlowTwins": Case(lc.BarlowTwins, plain={"head_norm": None}, settings=HEADS),
+    "VICReg": Case(lc.VICReg, plain={"head_norm": None}, settings=HEADS),
+    "SwAV": Case(
+        lc.SwAV, plain={"head_norm": None}, views=4, settings=SWAV | {"queue_size": 16, "queue_start_epoch": 1}
+    ),
+    "SwAV no queue": Case(lambda *a, **k: lc.SwAV(*a, **k), plain={"head_norm": None}, settings=SWAV),
+}
+
+MASKS = {"min_keep": 2, "predictor_dim": 16, "predictor_depth": 1}
+SAME_MASKS = {"target_scale": (1.0, 1.0), "target_aspect": (1.0, 1.0), "context_scale": (1.0, 1.0)}  # nothing to draw
+CASES |= {
+    "MSN": Case(
+        lc.MSN,
+        plain={"head_norm": None, "patch_drop": 0.0},
+        views=4,
+        settings=HEADS | {"num_prototypes": 12},
+        backbone=tiny_vit,
+    ),
+    "IJEPA": Case(lc.IJEPA, plain=SAME_MASKS, views=1, settings=MASKS, backbone=tiny_patch_vit),
+}
+
+DISTILLED = {"prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8}
+EVERYWHERE = {"mask_shape": "random", "mask_ratios": (1.0,), "mask_spreads": (0.0,)}  # draws nothing that ranks share
+PATCHES = {"patch_bottleneck_dim": 6, "patch_lr_multiplier": 1.0}
+CASES |= {
+    "IBOT": Case(lc.IBOT, plain=EVERYWHERE, views=4, settings=DISTILLED, backbone=tiny_vit),
+    "IBOT unshared": Case(lc.IBOT, plain=EVERYWHERE, settings=DISTILLED | {"shared_head": False}, backbone=tiny_vit),
+    "DINOv2": Case(
+        lc.DINOv2, plain={"mask_probability": 0.0}, views=4, settings=DISTILLED | PATCHES, backbone=tiny_vit
+    ),
+    "DINOv2 centres": Case(
+        lc.DINOv2,
+        plain={"mask_probability": 0.0},
+        settings=DISTILLED | {"centering": "mean", "separate_heads": False, "layer_decay": 0.9},
+        backbone=tiny_vit,
+    ),
+}
+
 
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
@@ -98,7 +179,7 @@ def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     settings = (
         {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings | ({} if norm else case.plain) | kwargs
     )
-    return case.make(TinyBackbone(norm), **settings)
+    return case.make(case.backbone(norm), **settings)
 
 
 def fill_queue(module: L.LightningModule) -> L.LightningModule:
@@ -106,5 +187,6 @@ def fill_queue(module: L.LightningModule) -> L.LightningModule:
     queues = module.queues() if isinstance(module, HasQueues) else {}
     for queue in queues.values():
         if isinstance(queue, FeatureQueue):
-            queue.push(torch.randn(queue.size - 4, queue.dim, generator=torch.Generator().manual_seed(1)))
+            rows = torch.randn(queue.size - 4, queue.dim, generator=torch.Generator().manual_seed(1))
+            queue.push(rows, None if queue.labels is None else torch.arange(len(rows)) % 4 - 1)
     return module

@@ -14,7 +14,7 @@ import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate, StepSeed
 from lightning_contrast.contracts import HasMomentumPairs, HasQueues
 from tests.launch import run_processes
-from tests.methods.cases import CASES, Case, TinyBackbone, fill_queue, make
+from tests.methods.cases import CASES, Case, fill_queue, make
 
 BATCH, BATCHES, PIXELS = 8, 4, 16
 methods = pytest.mark.parametrize("name", CASES)
@@ -248,7 +248,7 @@ def test_checkpoint_loads_with_weights_only_and_without_modules_in_it(name, tmp_
     assert "backbone" not in loaded["hyper_parameters"]
     assert loaded["hyper_parameters"]["lr"] == 0.05
     again = type(module).load_from_checkpoint(
-        tmp_path / "one.ckpt", backbone=TinyBackbone(norm=True), weights_only=True
+        tmp_path / "one.ckpt", backbone=CASES[name].backbone(True), weights_only=True
     )
     assert_equal_states(state(module), state(again))
 

@@ -1,0 +1,210 @@
+"""Where a vision transformer looks: its attention maps, pictures of them, and scenes to look at."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_contrast._checks import check_at_least, check_probability, fail, require
+from lightning_contrast.nn import check_image_size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Tensor:
+    """Return how much the class token attends to each patch, for every head of a layer.
+
+    Figure 1 of DINO (https://arxiv.org/abs/2104.14294): the last layer's self-attention of the class token, whose heads
+    follow the outlines of things after pretraining. The model runs once in eval mode, and every submodule's mode is
+    put back afterwards. Images of other sizes than the model was trained on need a backbone that takes them
+    (``backbone_kwargs=dict(dynamic_img_size=True)``); larger ones give finer maps.
+
+    Args:
+        model: A method of ours, of which the ``backbone`` is looked at; or a vision transformer of timm with a class
+            token. DINO evaluates its teacher: pass ``model.momentum_backbone``.
+        images: What the model takes, (B, C, H, W) float: ``policy.plain(images)`` of the views it was trained on.
+        layer: Which attention layer, counted from 0, or from the end if negative.
+
+    Returns:
+        (B, heads, H / patch, W / patch), float32, on the model's device: shares of the class token's attention in 0..1,
+        which sum over the map to 1 minus what goes to the class token and registers themselves.
+
+    Raises:
+        ValueError: If the model has no class token or no such layer, or cannot take images of this size.
+        TypeError: If there is no attention to look at.
+    """
+    backbone = getattr(model, "backbone", model)
+    layers = _attentions(backbone)
+    known = range(-len(layers), len(layers))
+    require(layer in known, "layer", f"lie in {known.start}..{known.stop - 1}", layer, "Count from 0, or from the end")
+    owner, prefix = _tokens(backbone)
+    check_image_size(owner, images)
+    parameter = next(backbone.parameters())
+    attention = _record(backbone, layers[layer], images.to(parameter.device, parameter.dtype))
+    rows = attention[:, :, 0, prefix:].float()  # (B, heads, patches): what the class token, the first one, looks at
+    patch = cast("Any", owner).patch_embed.patch_size
+    height, width = (-(-side // edge) for side, edge in zip(images.shape[-2:], patch, strict=True))
+    if rows.shape[-1] != height * width:
+        mend = "Use a vision transformer that keeps all patches in its attention"
+        fail("model", f"attend to {height} x {width} patches", f"{rows.shape[-1]}", mend)
+    maps: Tensor = rows.reshape(*rows.shape[:2], height, width)
+    return maps
+
+
+def attention_grid(images: Tensor, maps: Tensor, *, mass: float | None = None) -> "Figure":
+    """Draw a row for each image: the image, then what each head looks at.
+
+    Args:
+        images: (N, C, H, W), uint8 or float in 0..1.
+        maps: Attention of `attention_maps`, (N, heads, h, w).
+        mass: Show the image where the strongest patches together hold this share of the head's attention, in [0, 1],
+            as DINO's figures do with 0.6; None shows the attention itself, each map from its least to its greatest.
+
+    Returns:
+        A figure of N rows and 1 + heads columns. Needs matplotlib.
+
+    Raises:
+        ValueError: If there is not one set of maps for each image, or ``mass`` lies outside [0, 1].
+    """
+    from lightning_contrast.evaluation.figures import _picture_grid
+
+    fits = maps.ndim == 4 and len(maps) == len(images)
+    require(fits, "maps", f"be ({len(images)}, heads, h, w)", tuple(maps.shape), "Give the maps of these images")
+    maps, images = maps.cpu(), images.cpu()
+    pictures = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    if mass is None:
+        low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+        shown = _resize((maps - low) / (high - low).clamp_min(1e-12), images).unsqueeze(2)  # (N, heads, 1, H, W)
+    else:
+        check_probability("mass", mass)
+        shown = pictures.unsqueeze(1) * (0.15 + 0.85 * _resize(strongest(maps, mass).float(), images).unsqueeze(2))
+    rows = [[picture, *heads] for picture, heads in zip(pictures, shown, strict=True)]
+    return _picture_grid(rows, ["image", *(f"head {head + 1}" for head in range(maps.shape[1]))])
+
+
+def strongest(maps: Tensor, mass: float) -> Tensor:
+    """Return which patches, strongest first, are needed to hold a share of each map's attention.
+
+    Args:
+        maps: (N, heads, h, w), not negative.
+        mass: Share in [0, 1].
+
+    Returns:
+        Bool, of the same shape.
+    """
+    check_probability("mass", mass)
+    flat = maps.flatten(2)
+    values, order = (flat / flat.sum(2, keepdim=True).clamp_min(1e-12)).sort(2, descending=True)
+    before = values.cumsum(2) - values  # what the stronger ones hold already
+    return torch.zeros_like(order, dtype=torch.bool).scatter(2, order, before < mass).view_as(maps)
+
+
+def compose_scenes(
+    images: Tensor,
+    count: int,
+    *,
+    size: int = 96,
+    things: Sequence[int] = (3, 4),
+    background: Sequence[int] = (255, 255, 255),
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Compose several images on one background, side by side at random places, none upon another.
+
+    Meant for the drawings of `EmojiDataModule`, whose background should be the same.
+
+    Args:
+        images: uint8 (N, 3, h, w), to draw from without repetition within a scene.
+        count: Number of scenes, >= 1.
+        size: Edge of a scene in pixels; a multiple of h and w at least as large as ``things`` asks for.
+        things: Least and greatest number of images in a scene.
+        background: Colour, 0..255 each.
+        seed: Of choice and place, so that the same call gives the same scenes.
+
+    Returns:
+        The scenes, uint8 (count, 3, size, size), and where things are, bool (count, size, size): True where a pixel of
+        one differs from the background.
+
+    Raises:
+        ValueError: If a scene has no room for so many images, there are too few of them, or a number is out of range.
+        TypeError: If the images are not uint8.
+    """
+    check_at_least("count", count, 1)
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        fail("images", "be uint8 (N, 3, h, w)", f"{images.dtype} {tuple(images.shape)}", "Give raw images", TypeError)
+    height, width = images.shape[-2:]
+    least, most = things
+    rows, columns = size // height, size // width
+    room = min(rows * columns, len(images))
+    require(1 <= least <= most <= room, "things", f"be ordered and lie in 1..{room}", (least, most), "Enlarge `size`")
+    generator = torch.Generator().manual_seed(seed)
+    colour = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
+    scenes = colour.repeat(count, 1, size, size)
+    for scene in scenes:
+        number = int(torch.randint(least, most + 1, (), generator=generator))
+        chosen = torch.randperm(len(images), generator=generator)[:number]
+        places = _places(rows, columns, size, (height, width), generator)
+        for image, (top, left) in zip(images[chosen], places[:number], strict=True):
+            scene[:, top : top + height, left : left + width] = image
+    return scenes, (scenes != colour).any(1)
+
+
+def _places(
+    rows: int, columns: int, size: int, extent: tuple[int, int], generator: torch.Generator
+) -> list[tuple[int, int]]:
+    """Return an upper left corner in every cell of a grid, cells in random order, moved within the cell's slack."""
+    cells = [(row, column) for row in range(rows) for column in range(columns)]
+    corners = []
+    for index in torch.randperm(len(cells), generator=generator).tolist():
+        corner = []
+        for cell, number, edge in zip(cells[index], (rows, columns), extent, strict=True):
+            share = size // number  # of the scene, for this cell: at least the image's edge
+            corner.append(cell * share + int(torch.randint(0, share - edge + 1, (), generator=generator)))
+        corners.append((corner[0], corner[1]))
+    return corners
+
+
+def _resize(maps: Tensor, images: Tensor) -> Tensor:
+    return F.interpolate(maps, size=images.shape[-2:], mode="nearest")
+
+
+def _attentions(backbone: nn.Module) -> list[nn.Module]:
+    """Return the attention layers that can show their weights: timm's keep a dropout behind the softmax."""
+    found = [
+        m for m in backbone.modules() if hasattr(m, "fused_attn") and isinstance(getattr(m, "attn_drop", 0), nn.Module)
+    ]
+    if not found:
+        mend = 'Use a vision transformer of timm, such as "vit_small_patch16_224"'
+        fail("model", "have self-attention with a class token", type(backbone).__name__, mend, TypeError)
+    return found
+
+
+def _tokens(backbone: nn.Module) -> tuple[nn.Module, int]:
+    """Return the module with the patch embedding and the number of tokens before the patches."""
+    for module in backbone.modules():
+        if hasattr(module, "patch_embed") and hasattr(module, "num_prefix_tokens"):
+            if getattr(module, "cls_token", None) is None:
+                break
+            return module, cast("int", module.num_prefix_tokens)
+    mend = "Build the vision transformer with class_token=True"
+    fail("model", "have a class token before its patches", type(backbone).__name__, mend)
+
+
+def _record(backbone: nn.Module, attention: Any, images: Tensor) -> Tensor:
+    """Run the backbone in eval mode and return the weights of one attention layer, (B, heads, N, N)."""
+    seen: list[Tensor] = []
+    hook = attention.attn_drop.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    fused, attention.fused_attn = attention.fused_attn, False  # the fused kernel never holds the weights
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        backbone(images)
+    finally:
+        hook.remove()
+        attention.fused_attn = fused
+        for module, training in modes.items():
+            module.training = training
+    return seen[0]

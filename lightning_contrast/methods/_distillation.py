@@ -1,0 +1,255 @@
+"""What the methods with a student, a teacher and prototypes share beside their algorithms: schedules and clipping."""
+
+import copy
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_contrast import optim
+from lightning_contrast._checks import check_not_negative, check_positive, fail, require
+from lightning_contrast.losses.distillation import teacher_probabilities
+from lightning_contrast.methods.base import ContrastiveModule
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_SCHEDULED = "scheduled_decay"  # key of the parameter group whose weight decay follows the schedule
+_VIT_NAME = re.compile(r"small_vit$|(vit|deit3?)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+")
+
+
+class DistillationModule(ContrastiveModule):
+    """Schedules of DINO's program (https://github.com/facebookresearch/dino, ``main_dino.py``) and its clipping.
+
+    The learning rate rises from 0 to its peak in the warm-up and falls as a cosine to ``final_lr``; the weight decay
+    goes as a cosine from ``weight_decay`` to ``final_weight_decay``, both once an optimizer step. Before each step
+    every gradient is clipped on its own, and those of `last_layers` are dropped in the first epochs.
+
+    A subclass calls `set_schedules` and `set_temperatures` in its constructor.
+    """
+
+    base_lr: ClassVar[float] = 0.0005
+    warms_up_by_step: ClassVar[bool] = False
+    """The teacher's temperature rises in every optimizer step, and not once an epoch."""
+    final_lr: float
+    final_weight_decay: float
+    clip_grad: float | None
+    freeze_last_layer_epochs: int
+    student_temperature: float
+    temperatures: tuple[float, float, int]
+    _final_factor: float = 0.0
+
+    def set_schedules(
+        self, *, final_lr: float, final_weight_decay: float, clip_grad: float | None, freeze_last_layer_epochs: int
+    ) -> None:
+        """Check and keep the numbers of the schedules.
+
+        Args:
+            final_lr: Learning rate at the end of the run, absolute, >= 0.
+            final_weight_decay: Weight decay at the end of the run, >= 0.
+            clip_grad: Largest norm of each parameter's gradient, > 0; None for no clipping.
+            freeze_last_layer_epochs: Epochs in which the last layers keep their weights, >= 0.
+        """
+        check_not_negative("final_lr", final_lr)
+        check_not_negative("final_weight_decay", final_weight_decay)
+        check_not_negative("freeze_last_layer_epochs", freeze_last_layer_epochs)
+        if clip_grad is not None:
+            check_positive("clip_grad", clip_grad, "Give None for no clipping")
+        self.final_lr, self.final_weight_decay = final_lr, final_weight_decay
+        self.clip_grad, self.freeze_last_layer_epochs = clip_grad, freeze_last_layer_epochs
+
+    def set_temperatures(self, student: float, teacher: float, start: float, epochs: int) -> None:
+        """Check and keep the temperatures.
+
+        Args:
+            student: Divisor of the student's logits, > 0.
+            teacher: Divisor of the teacher's logits after its warm-up, > 0.
+            start: Divisor of the teacher's logits in the first epoch, > 0.
+            epochs: Epochs of the warm-up, >= 0.
+        """
+        check_positive("student_temperature", student, "The paper has 0.1")
+        check_positive("teacher_temperature", teacher, "The paper has 0.07")
+        check_positive("teacher_temperature_start", start, "The paper has 0.04")
+        check_not_negative("teacher_temperature_epochs", epochs)
+        self.student_temperature, self.temperatures = student, (start, teacher, epochs)
+
+    @property
+    def teacher_temperature(self) -> float:
+        """The teacher's temperature now."""
+        start, end, epochs = self.temperatures
+        now, warmup = _steps(self, epochs) if self.warms_up_by_step else (self.current_epoch, epochs)
+        return warmed_up(now, start, end, warmup)
+
+    def last_layers(self) -> Sequence[nn.Module]:
+        """Return the student's layers that are frozen at first: the heads' prototypes."""
+        heads = [head for name, head in self.named_children() if not name.startswith("momentum_")]
+        layers = [getattr(head, name, None) for head in heads for name in ("last_layer", "patch_last_layer")]
+        return [layer for layer in layers if isinstance(layer, nn.Module)]
+
+    def log_all(self, values: Mapping[str, Tensor], batch_size: int) -> None:
+        """Log values under ``train/``.
+
+        Args:
+            values: Scalars by name.
+            batch_size: Images of this rank.
+        """
+        for name, value in values.items():
+            self.log(f"train/{name}", value, batch_size=batch_size)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups; norms, biases and all vectors carry no weight decay, ever."""
+        decayed, others = super().parameter_groups()
+        return [decayed | {_SCHEDULED: True}, others]
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule per optimizer step."""
+        configured = super().configure_optimizers()
+        peak = max(group["initial_lr"] for group in configured["optimizer"].param_groups)
+        mend = "Lower it: the learning rate falls to it from its peak"
+        require(self.final_lr <= peak, "final_lr", f"be at most the peak of {peak:g}", self.final_lr, mend)
+        self._final_factor = self.final_lr / peak  # asked for from step 1 on; a schedule starts at 0 or at its peak
+        return configured
+
+    def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
+        """Return the program's factor: its warm-up reaches the peak one step early, and its cosine ends above 0."""
+        if step < warmup_steps:
+            return step / max(1, warmup_steps - 1)
+        return optim.warmup_cosine(step, warmup_steps, total_steps, end=self._final_factor)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Set the weight decay of this step; ``global_step`` goes on where a run is resumed."""
+        total = int(self.trainer.estimated_stepping_batches)
+        decay = optim.weight_decay_cosine(self.trainer.global_step, total, self.weight_decay, self.final_weight_decay)
+        for group in optimizer.param_groups:
+            if group.get(_SCHEDULED):
+                group["weight_decay"] = decay
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each gradient on its own, or as the Trainer is told to; then freeze the last layers by dropping theirs.
+
+        A parameter without gradient is left alone by the optimizer, weight decay included, and DDP, which has summed
+        all gradients by now, sees nothing of it.
+        """
+        if gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.clip_grad is not None:
+            self._check_unscaled(optimizer)
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            optim.clip_each_gradient(parameters, self.clip_grad)
+        if self.current_epoch < self.freeze_last_layer_epochs:
+            for layer in self.last_layers():
+                for parameter in layer.parameters():
+                    parameter.grad = None
+
+    def _check_unscaled(self, optimizer: Optimizer) -> None:
+        """Refuse gradients that a fused optimizer will unscale only in its step."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            mend = "Build the optimizer with fused=False, set `clip_grad=None`, or use bf16-mixed"
+            fail("clip_grad", "be None for a fused optimizer under 16-mixed", self.clip_grad, mend)
+
+
+def warmed_up(now: int, start: float, end: float, warmup: int) -> float:
+    """Return the teacher's temperature: even steps from ``start`` to ``end``, then ``end``.
+
+    Args:
+        now: Epoch, or optimizer step, >= 0.
+        start: Temperature at 0.
+        end: Temperature at the last one of the warm-up and later.
+        warmup: Length of the warm-up in epochs, or steps; 0 for none.
+    """
+    if now >= warmup:
+        return end
+    return start + (end - start) * now / max(1, warmup - 1)
+
+
+def _steps(module: ContrastiveModule, epochs: int) -> tuple[int, int]:
+    """Return how many optimizer steps a run has done, and how many a number of epochs takes.
+
+    Where the loader has no length both are counted in epochs.
+
+    Args:
+        module: The method; without a Trainer it stands at the start.
+        epochs: Epochs, >= 0.
+    """
+    if module._trainer is None:
+        return 0, epochs
+    batches = module.trainer.num_training_batches
+    if not math.isfinite(batches):
+        return module.current_epoch, epochs
+    return module.global_step, epochs * math.ceil(batches / module.trainer.accumulate_grad_batches)
+
+
+def vit_defaults(backbone: str | nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the ``backbone_kwargs`` of a student: a ViT by name takes views of any size and drops paths at 0.1.
+
+    Args:
+        backbone: As the user gave it; a module is left as it is.
+        kwargs: As the user gave them; they win.
+    """
+    if isinstance(backbone, str) and _VIT_NAME.match(backbone):
+        return {"dynamic_img_size": True, "drop_path_rate": 0.1} | dict(kwargs or {})
+    return None if kwargs is None else dict(kwargs)
+
+
+def teacher_of(network: _Module) -> _Module:
+    """Return a copy that follows the network as its teacher: without gradients, and without drops in train mode too.
+
+    Args:
+        network: A part of the student.
+    """
+    return without_drop(copy.deepcopy(network)).requires_grad_(False)
+
+
+def without_drop(network: _Module) -> _Module:
+    """Switch stochastic depth and dropout off for good, in place: a teacher drops nothing, also in train mode.
+
+    Args:
+        network: The teacher.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(getattr(module, "drop_prob", None), float):  # timm's DropPath
+            module.drop_prob = 0.0  # type: ignore[assignment]  # nn.Module is typed to hold modules and tensors
+    return network
+
+
+@torch.no_grad()
+def teacher_statistics(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    center: Tensor | None,
+    temperature: float,
+    centering: str = "mean",
+) -> dict[str, Tensor]:
+    """Return what shows a collapse, as scalars on the device.
+
+    Args:
+        student: Logits of the global views, (B, K) each; further ones are not looked at.
+        teacher: Logits of the two global views, (B, K) each.
+        center: The centre, (K,), or None where there is none.
+        temperature: The teacher's.
+        centering: "mean" or "sinkhorn": how the teacher's logits become targets.
+
+    Returns:
+        ``teacher_entropy``: mean entropy of the targets in nats, 0..ln K: 0 where one prototype takes all, ln K where
+        they say nothing. ``prototype_entropy``: entropy of the mean target in nats: how many prototypes are in use.
+        ``agreement``: share of the images in which the student's best prototype of one view is the teacher's best of
+        the other, 0..1.
+    """
+    targets = teacher_probabilities(torch.cat(list(teacher)).float(), center, temperature, centering)
+    best = targets.argmax(1).view(len(teacher), -1)
+    same = [student[0].argmax(1) == best[1], student[1].argmax(1) == best[0]]
+    return {
+        "teacher_entropy": torch.special.entr(targets).sum(1).mean(),
+        "prototype_entropy": torch.special.entr(targets.mean(0)).sum(),
+        "agreement": torch.cat(same).float().mean(),
+    }

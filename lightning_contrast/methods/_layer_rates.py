@@ -1,0 +1,64 @@
+"""Learning rates that differ between the layers of a vision transformer, as in DINOv2's program."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+_BLOCK = re.compile(r"\bblocks\.(\d+)\.")
+_INPUT = re.compile(r"\b(patch_embed|pos_embed|cls_token|reg_token|mask_token)\b")
+_MULTIPLIER = "lr_multiplier"  # key of a parameter group
+
+
+def layer_rates(backbone: nn.Module, layer_decay: float, patch_multiplier: float) -> dict[nn.Parameter, float]:
+    """Return the factor of the learning rate of each parameter that has one other than 1.
+
+    Args:
+        backbone: A vision transformer with ``blocks``.
+        layer_decay: What each block's rate is multiplied with to give that of the block before it, > 0.
+        patch_multiplier: A further factor of the cut into patches, > 0.
+    """
+    named = dict(backbone.named_parameters())
+    depth = 1 + max((int(found[1]) for found in map(_BLOCK.search, named) if found), default=-1)
+    rates = {}
+    for name, parameter in named.items():
+        block = _BLOCK.search(name)
+        below = depth - int(block[1]) if block else depth + 1 if _INPUT.search(name) else 0
+        rates[parameter] = layer_decay**below * (patch_multiplier if "patch_embed." in name else 1.0)
+    return {parameter: rate for parameter, rate in rates.items() if rate != 1}
+
+
+def split_by_rate(
+    groups: Sequence[Mapping[str, Any]], backbone: nn.Module, layer_decay: float, patch_multiplier: float
+) -> list[dict[str, Any]]:
+    """Split parameter groups so that each has one factor of the learning rate.
+
+    Args:
+        groups: Parameter groups; their other settings stay.
+        backbone: See `layer_rates`.
+        layer_decay: See there.
+        patch_multiplier: See there.
+    """
+    rates = layer_rates(backbone, layer_decay, patch_multiplier)
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        parts: dict[float, list[nn.Parameter]] = {1.0: []}
+        for parameter in group["params"]:
+            parts.setdefault(rates.get(parameter, 1.0), []).append(parameter)
+        split += [{**group, "params": part, _MULTIPLIER: rate} for rate, part in parts.items()]
+    return split
+
+
+def apply_rates(configured: Mapping[str, Any]) -> None:
+    """Multiply the rates of an optimizer and of its schedule, once, right after they were built.
+
+    Args:
+        configured: What `configure_optimizers` returns, with a schedule that starts from ``base_lrs``.
+    """
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    for group in optimizer.param_groups:
+        for key in ("lr", "initial_lr"):
+            group[key] *= group.get(_MULTIPLIER, 1.0)
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]

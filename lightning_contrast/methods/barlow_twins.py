@@ -1,0 +1,104 @@
+"""Barlow Twins: the cross-correlation of two views' projections is brought near the identity matrix.
+
+Paper: https://arxiv.org/abs/2103.03230.
+Reference program: facebookresearch/barlowtwins.
+Differs from it: under DDP the program's gradient is 1 / (number of ranks) of that of the global batch, since its sum
+over ranks is not differentiated; here it is the gradient of one process. The correlation is computed in float32 under
+autocast. Dimensions are standardised by the loss and not by a BatchNorm layer, whose running averages nobody reads.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_contrast import optim
+from lightning_contrast._checks import check_not_negative, check_positive
+from lightning_contrast.losses import barlow_twins_loss
+from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.nn import Norm, barlow_projector
+from lightning_contrast.optim import OptimizerLike
+
+
+class BarlowTwins(ContrastiveModule):
+    """Correlate each dimension of the projections with itself across the views, and with no other.
+
+    A batch holds two views (B, C, h, w); `forward` gives features (B, F). Statistics are those of all ranks' images.
+
+    Args:
+        backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
+        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
+        feature_dim: F, where a module does not say it itself (``num_features``).
+        backbone_kwargs: Further arguments of `timm.create_model`.
+        hidden_dim: Width of the projector's hidden layers.
+        projection_dim: D, the width of the projection.
+        head_norm: Norm of the hidden layers, "batch", "layer" or None.
+        projector: A module (B, F) -> (B, D) in the place of the head.
+        off_diagonal_weight: Weight of the correlations between dimensions, >= 0.
+        optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
+        lr: Learning rate after the warm-up, absolute; None is the paper's 0.2 x global batch / 256.
+        vector_lr: Learning rate of norms and biases as a share of ``lr``, > 0. Only with "lars", which adapts the rate
+            of the weights and not theirs; the paper has 0.0048 beside 0.2.
+        weight_decay: Of all parameters but norms and biases.
+        warmup_epochs: Epochs of linear warm-up before the cosine to a thousandth.
+    """
+
+    base_lr: ClassVar[float] = 0.2
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        small_images: bool = False,
+        feature_dim: int | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        hidden_dim: int = 8192,
+        projection_dim: int = 8192,
+        head_norm: Norm = "batch",
+        projector: nn.Module | None = None,
+        off_diagonal_weight: float = 0.0051,
+        optimizer: OptimizerLike = "lars",
+        lr: float | None = None,
+        vector_lr: float = 0.024,
+        weight_decay: float = 1e-6,
+        warmup_epochs: int = 10,
+    ) -> None:
+        super().__init__(
+            backbone,
+            small_images=small_images,
+            feature_dim=feature_dim,
+            backbone_kwargs=backbone_kwargs,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+        )
+        check_not_negative("off_diagonal_weight", off_diagonal_weight)
+        check_positive("vector_lr", vector_lr)
+        self.off_diagonal_weight, self.vector_lr = off_diagonal_weight, vector_lr
+        self.projector = projector or barlow_projector(self.feature_dim, hidden_dim, projection_dim, norm=head_norm)
+        self.save_hyperparameters()
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the distance of the cross-correlation of a batch of two views to the identity."""
+        view_a, view_b = self.views(batch, count=2)
+        features = self.backbone(view_a)  # (B, F)
+        projection_a = self.projector(features)  # (B, D)
+        projection_b = self.projector(self.backbone(view_b))  # (B, D)
+        loss = barlow_twins_loss(projection_a, projection_b, off_diagonal_weight=self.off_diagonal_weight)
+        self.log("train/loss", loss, batch_size=len(view_a))
+        return {"loss": loss, "features": features.detach()}
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule; with LARS, norms and biases get a rate of their own."""
+        configured = super().configure_optimizers()
+        if self.optimizer == "lars":
+            base_lrs = configured["lr_scheduler"]["scheduler"].base_lrs
+            for index, group in enumerate(configured["optimizer"].param_groups):
+                if not group["adapt"]:
+                    group["lr"] *= self.vector_lr
+                    base_lrs[index] = group["initial_lr"] = group["initial_lr"] * self.vector_lr
+        return configured
+
+    def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
+        """Return the warm-up from 0 and the program's cosine to 0.001."""
+        return optim.warmup_cosine(step, warmup_steps, total_steps, end=0.001)

@@ -1,0 +1,106 @@
+"""The predictor of I-JEPA: a narrow transformer that fills in the features of hidden patches."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_contrast._checks import check_at_least, require
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Return the fixed positions of MAE and I-JEPA: sines and cosines of the column, then of the row.
+
+    Implements the positions of the authors' programs (https://arxiv.org/abs/2111.06377 and 2301.08243): frequencies
+    fall from 1 to nearly 1 / 10,000.
+
+    Args:
+        width: Length of a position, a multiple of 4.
+        grid: Rows and columns of patches.
+
+    Returns:
+        One position for each patch in raster order, ``(rows * columns, width)``, float32 in [-1, 1].
+
+    Raises:
+        ValueError: If the width is no multiple of 4.
+    """
+    check_at_least("width", width, 4)
+    require(width % 4 == 0, "width", "be a multiple of 4", width, "Half of it is for rows, half of that for sines")
+    count = width // 4
+    frequencies = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)  # (width / 4,)
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [places.reshape(-1, 1) * frequencies for places in (columns, rows)]  # (N, width / 4) each
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+
+
+class JepaPredictor(nn.Module):
+    """Predict the features of target blocks from those of the context.
+
+    Implements the predictor of I-JEPA (https://arxiv.org/abs/2301.08243) as in the authors' program: the context is
+    projected to a narrow width, a mask token stands for each hidden patch, fixed positions tell where each of them is,
+    and transformer blocks (timm's), a norm and a projection back follow. Each target block is predicted apart from the
+    others. Linear weights start from a truncated normal of 0.02; the program's division by depth is overwritten there
+    too.
+
+    Args:
+        feature_dim: F, the width of the context encoder's tokens.
+        grid: Rows and columns of patches.
+        width: Width of the predictor, a multiple of 4 and of ``heads``; 384 in the paper.
+        depth: Number of blocks, >= 1; 12 for ViT-L and larger in the paper, 6 for ViT-B.
+        heads: Number of attention heads, >= 1; as many as the encoder has in the paper.
+
+    Raises:
+        ValueError: If a number is out of its range or the width is no multiple of ``heads``.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, feature_dim: int, grid: tuple[int, int], *, width: int = 384, depth: int = 12, heads: int = 12
+    ) -> None:
+        from timm.models.vision_transformer import Block
+
+        super().__init__()
+        check_at_least("depth", depth, 1)
+        check_at_least("heads", heads, 1)
+        positions = sincos_positions(width, grid)
+        rule = f"be a multiple of the {heads} heads"
+        require(width % heads == 0, "width", rule, width, "Change one of them")
+        self.grid = grid
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a class where any function does
+        self.enter = nn.Linear(feature_dim, width)
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.norm = norm(width)
+        self.leave = nn.Linear(width, feature_dim)
+        self.register_buffer("positions", positions, persistent=False)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.apply(_initialize)
+
+    def forward(self, tokens: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Return the predicted features of the target blocks.
+
+        Args:
+            tokens: The context encoder's output, ``(B, N_c, F)``.
+            context: Where its patches are in the raster, ``(B, N_c)`` int64.
+            targets: Where the hidden patches are, ``(B, T, N_t)`` int64.
+
+        Returns:
+            Predictions, ``(B, T, N_t, F)``.
+        """
+        images, blocks, length = targets.shape
+        seen = self.enter(tokens)
+        seen = seen + self.positions[context].to(seen.dtype)  # (B, N_c, W)
+        hidden = (self.mask_token + self.positions[targets]).to(seen.dtype)  # (B, T, N_t, W)
+        seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
+        sequence = torch.cat([seen, hidden], dim=2).flatten(0, 1)  # (B T, N_c + N_t, W)
+        predicted: Tensor = self.leave(self.norm(self.blocks(sequence))[:, -length:])  # (B T, N_t, F)
+        return predicted.view(images, blocks, length, -1)
+
+
+def _initialize(module: nn.Module) -> None:
+    """Start linear layers as the program does."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

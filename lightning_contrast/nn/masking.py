@@ -1,0 +1,204 @@
+"""Which patches of an image to mask: iBOT's and DINOv2's samplers.
+
+Masks are drawn on the host, where they cost no wait for the device: from a seed that comes from torch's CPU generator,
+so `StepSeed` makes them a function of the step.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
+
+ATTEMPTS = 10  # to place a block, before an image is left with what it has
+_LOWEST_ASPECT = 0.3  # of a block, height by width; the highest is its inverse
+_DINOV2_SMALLEST = 4  # patches of a block
+
+
+class MaskedPatches(NamedTuple):
+    """Masks on the device of the images, and where their masked patches are.
+
+    Attributes:
+        mask: ``(images, N)`` bool.
+        rows: The masked patches among all ``images * N``, ``(M,)``, ascending.
+        images: The image of each, ``(M,)``.
+    """
+
+    mask: Tensor
+    rows: Tensor
+    images: Tensor
+
+
+def masked_patches(mask: Tensor, device: torch.device) -> MaskedPatches:
+    """Find the masked patches on the host, which need not wait for the device then, and send all there.
+
+    Args:
+        mask: Masks ``(images, N)`` bool on the CPU.
+        device: Where they are needed.
+    """
+    rows = mask.flatten().nonzero().squeeze(1)
+    parts = [mask, rows, rows // mask.shape[1]]
+    if device.type == "cuda":  # only from pinned memory is a copy not waited for
+        parts = [part.pin_memory() for part in parts]
+    return MaskedPatches(*(part.to(device, non_blocking=True) for part in parts))
+
+
+def ibot_masks(
+    images: int,
+    grid: tuple[int, int],
+    *,
+    ratios: Sequence[float] = (0.0, 0.3),
+    spreads: Sequence[float] = (0.0, 0.2),
+    shape: str = "block",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw iBOT's masks: for each image one of the ratios, and blocks until that share of its patches is masked.
+
+    Source: https://github.com/bytedance/ibot (``loader.py``), which has the blocks from BEiT
+    (https://arxiv.org/abs/2106.08254). An image may end with fewer patches than its share, where no further block fits.
+
+    Args:
+        images: Number of masks, >= 1.
+        grid: Rows and columns of patches.
+        ratios: Shares of masked patches, each in 0..1; each image draws one of them. The published runs of ViTs leave
+            half of the images whole.
+        spreads: For each ratio, how far the share is drawn around it, evenly; 0 for exactly the ratio.
+        shape: ``"block"``, or ``"random"`` for patches anywhere, whose number is then exact.
+        generator: Where the seed is drawn from; None is torch's global CPU generator.
+
+    Returns:
+        Masks ``(images, rows * columns)`` bool on the CPU, row by row, True where masked.
+
+    Raises:
+        ValueError: If a ratio and its spread leave 0..1, or there is not one spread for each ratio.
+        TypeError: If a number that counts is not whole.
+    """
+    check_mask_ratios(ratios, spreads, shape)
+    rng, (rows, columns) = _generator(images, grid, generator), grid
+    drawn = []
+    for _ in range(images):
+        choices = [rng.uniform(r - s, r + s) if s > 0 else r for r, s in zip(ratios, spreads, strict=True)]
+        target = rng.choice(choices) * rows * columns
+        if shape == "random":
+            drawn.append(sum(1 << patch for patch in rng.sample(range(rows * columns), int(target))))
+        else:
+            drawn.append(_blocks(rng, rows, columns, target, (min(rows, columns) // 3) ** 2, rows * columns))
+    return _unpack(drawn, rows * columns)
+
+
+def dinov2_masks(
+    images: int,
+    grid: tuple[int, int],
+    *,
+    probability: float = 0.5,
+    ratio: tuple[float, float] = (0.1, 0.5),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw DINOv2's masks: a fixed number of images is masked, with shares spread evenly over a range.
+
+    Source: https://github.com/facebookresearch/dinov2 (``data/collate.py``, ``data/masking.py``). The range is cut into
+    as many pieces as there are masked images; each draws its share from a piece of its own, then the masks are
+    shuffled over the images.
+
+    Args:
+        images: Number of masks, >= 1: all global views of a batch.
+        grid: Rows and columns of patches.
+        probability: Share of the images that are masked, in 0..1, rounded down to whole images.
+        ratio: Smallest and largest share of masked patches, in 0..1.
+        generator: Where the seed is drawn from; None is torch's global CPU generator.
+
+    Returns:
+        Masks ``(images, rows * columns)`` bool on the CPU, row by row, True where masked.
+
+    Raises:
+        ValueError: If a share leaves 0..1 or the range is out of order.
+        TypeError: If a number that counts is not whole.
+    """
+    check_probability("probability", probability)
+    check_range("ratio", ratio, 0, 1)
+    rng, (rows, columns) = _generator(images, grid, generator), grid
+    masked, patches = int(images * probability), rows * columns
+    edges = np.linspace(*ratio, masked + 1).tolist()
+    drawn = [0] * (images - masked)
+    for low, high in pairwise(edges):
+        target = int(patches * rng.uniform(low, high))
+        drawn.append(_blocks(rng, rows, columns, target, _DINOV2_SMALLEST, 0.5 * patches))
+    rng.shuffle(drawn)
+    return _unpack(drawn, patches)
+
+
+def check_mask_ratios(ratios: Sequence[float], spreads: Sequence[float], shape: str = "block") -> None:
+    """Check what `ibot_masks` takes.
+
+    Args:
+        ratios: See there.
+        spreads: See there.
+        shape: See there.
+
+    Raises:
+        ValueError: If a ratio and its spread leave 0..1, there is not one spread for each ratio, or no such shape.
+    """
+    require(len(ratios) > 0, "mask_ratios", "hold at least one ratio", tuple(ratios), "Give (0.0, 0.3)")
+    mend = "Give one spread for each ratio, 0 for none"
+    require(len(ratios) == len(spreads), "mask_spreads", f"have {len(ratios)} numbers", tuple(spreads), mend)
+    for ratio, spread in zip(ratios, spreads, strict=True):
+        inside = 0 <= ratio - spread <= ratio <= ratio + spread <= 1
+        require(inside, "mask_ratios", "stay in [0, 1] with their spreads", (ratio, spread), "Lower the spread")
+    check_choice("mask_shape", shape, ("block", "random"))
+
+
+def _generator(images: int, grid: tuple[int, int], generator: torch.Generator | None) -> random.Random:
+    """Check the sizes and return a generator whose numbers are fast to draw one by one."""
+    for name, value in (("images", images), ("grid", grid[0]), ("grid", grid[1])):
+        check_at_least(name, value, 1)
+    return random.Random(torch.randint(2**62, (1,), generator=generator).numpy().item())  # noqa: S311  (no secret)
+
+
+def _blocks(rng: random.Random, rows: int, columns: int, target: float, smallest: float, largest: float) -> int:
+    """Return a mask as the bits of a number: blocks until ``target`` patches are masked or none fits any more.
+
+    Args:
+        rng: Source of the draws.
+        rows: Rows of patches.
+        columns: Columns of patches.
+        target: Patches to mask; a block that would pass it is not taken.
+        smallest: Area from which the size of a block is drawn.
+        largest: Most patches that a block may add.
+    """
+    mask = 0
+    while (remaining := target - mask.bit_count()) > 0:
+        added = _block(rng, rows, columns, mask, smallest, min(remaining, largest))
+        if not added:
+            break
+        mask |= added
+    return mask
+
+
+def _block(rng: random.Random, rows: int, columns: int, mask: int, smallest: float, most: float) -> int:
+    """Return the bits of a block that adds 1 to ``most`` patches to the mask, 0 where none was found."""
+    limit = -math.log(_LOWEST_ASPECT)
+    for _ in range(ATTEMPTS):
+        area, aspect = rng.uniform(smallest, most), math.exp(rng.uniform(-limit, limit))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height >= rows or width >= columns:
+            continue
+        top, left = rng.randint(0, rows - height), rng.randint(0, columns - width)
+        line = ((1 << width) - 1) << left
+        block = sum(line << (row * columns) for row in range(top, top + height))
+        if 0 < (block & ~mask).bit_count() <= most:
+            return block
+    return 0
+
+
+def _unpack(masks: Sequence[int], patches: int) -> Tensor:
+    """Return masks ``(images, patches)`` bool of numbers whose bit i stands for patch i."""
+    size = -(-patches // 8)
+    packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for mask in masks), np.uint8)
+    bits = np.unpackbits(packed.reshape(len(masks), size), axis=1, count=patches, bitorder="little")
+    return torch.from_numpy(bits).bool()

@@ -1,0 +1,52 @@
+"""Gradient clipping of each parameter on its own, as the DINO family has it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_contrast._checks import check_positive
+from lightning_contrast.optim._trust import is_fsdp1_shard, local_gradient, shard_groups
+
+
+@torch.no_grad()
+def clip_each_gradient(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """Scale down, in place, the gradient of each parameter whose norm is above ``max_norm``.
+
+    ``g <- g * min(1, max_norm / (|g| + 1e-6))`` for each tensor alone, so that no layer is made smaller by another one.
+    Norms are of whole tensors, over all shards under FSDP (where FSDP1 also replicates, the copies count too). Nothing
+    is read on the host.
+
+    Source: https://github.com/facebookresearch/dino (``utils.clip_gradients``).
+
+    Args:
+        parameters: Parameters of any shapes; those without a gradient are left out. Under FSDP every rank must give
+            the same ones.
+        max_norm: Largest norm of a gradient, > 0; 3 in DINO.
+
+    Raises:
+        ValueError: If ``max_norm`` is not above 0.
+    """
+    check_positive("max_norm", max_norm)
+    buckets: dict[tuple[Any, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = local_gradient(parameter)
+        elif is_fsdp1_shard(parameter):
+            gradient = parameter.new_empty(0)  # another rank may hold a part of it and waits for this one
+        else:
+            continue
+        key = (gradient.device, gradient.dtype, shard_groups(parameter))
+        buckets.setdefault(key, []).append(gradient)
+    for (_, dtype, groups), gradients in buckets.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide))
+        if groups:
+            squares = norms.square()
+            for group in groups:
+                dist.all_reduce(squares, group=group)
+            norms = squares.sqrt()
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1).to(dtype)
+        torch._foreach_mul_(gradients, list(factors.unbind()))

@@ -1,0 +1,94 @@
+"""Clipping of each gradient on its own, against a plain loop, also where ranks hold parts of the tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_contrast.optim import clip_each_gradient
+from tests.launch import run_processes
+
+MAX_NORM = 3.0
+
+
+def make_network():
+    """Tensors that do not divide evenly over two ranks, one of them smaller than their number."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 1, bias=False)).double()
+
+
+def backward(network):
+    x = torch.randn(16, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (network(x) - x.sum(1, keepdim=True)).square().mean().mul(3).backward()
+
+
+def expected():
+    network = make_network()
+    backward(network)
+    clipped, shortened = {}, 0
+    for name, parameter in network.named_parameters():
+        norm = sum(value**2 for value in parameter.grad.flatten().tolist()) ** 0.5
+        factor = MAX_NORM / (norm + 1e-6)
+        shortened += factor < 1
+        clipped[name] = parameter.grad * factor if factor < 1 else parameter.grad
+    assert 0 < shortened < len(clipped)  # both ways occur
+    return clipped
+
+
+def test_it_equals_a_plain_loop():
+    network = make_network()
+    backward(network)
+    clip_each_gradient(network.parameters(), MAX_NORM)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected()[name])
+
+
+def test_without_gradients_and_in_half_precision():
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, dtype=torch.float16))
+    clip_each_gradient([a, b], 1.0)
+    assert a.grad is None
+    b.grad = torch.full((4,), 300.0, dtype=torch.float16)  # whose squares float16 cannot hold
+    clip_each_gradient([a, b], 1.0)
+    torch.testing.assert_close(b.grad, torch.full((4,), 0.5, dtype=torch.float16))
+
+
+@pytest.mark.dist
+def test_fsdp2_equals_one_process():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def run(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        network = make_network()
+        for layer in network:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+        backward(network)
+        assert network[0].weight.to_local().numel() < 15
+        clip_each_gradient(network.parameters(), MAX_NORM)
+        return {name: p.grad.full_tensor() for name, p in network.named_parameters()}
+
+    for gradients in run_processes(run, 2):
+        for name, gradient in expected().items():
+            torch.testing.assert_close(gradients[name], gradient)
+
+
+@pytest.mark.dist
+def test_fsdp1_equals_one_process():
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    def run(rank):
+        network = FSDP(make_network(), use_orig_params=True, device_id=torch.device("cpu"))
+        backward(network)
+        clip_each_gradient(network.parameters(), MAX_NORM)
+        with FSDP.summon_full_params(network, with_grads=True):
+            return {n.removeprefix("_fsdp_wrapped_module."): p.grad.clone() for n, p in network.named_parameters()}
+
+    for gradients in run_processes(run, 2):
+        for name, gradient in expected().items():
+            torch.testing.assert_close(gradients[name], gradient)
+
+
+def test_bad_norm_is_named():
+    with pytest.raises(ValueError, match="`max_norm` must be > 0, got 0"):
+        clip_each_gradient([], 0)
