@@ -1,0 +1,201 @@
+"""What each method learns on the bundled emoji in a small stated budget, beside references at the same budget.
+
+``python -m benchmarks.learn`` trains every emoji recipe with three seeds, one thread a run, and writes each result as
+the run ends, so that it goes on after a stop; a recipe that changed is trained again. ``--fold 1`` judges on a fold of
+the training things instead of the test things: settings are chosen there, with ``--set key=value``.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks._references import RAW, Classifier, raw_features
+from benchmarks._variants import VARIANTS
+from benchmarks.common import RESULTS, machine
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+PAGE = Path(__file__).parents[1] / "docs" / "learn.md"
+METHODS = sorted(path.stem.removesuffix("_emoji") for path in CONFIGS.glob("*_emoji.yaml"))
+TRAINED = ("rotation", "supervised")
+RANDOM = {"random convnet": "simclr", "random ViT": "dino"}
+PROBES = ("OnlineLinearProbe", "OnlineKNN")
+FIGURES = ("knn", "linear", "recall@1", "seconds")
+UNTRAINED = (*RAW, *RANDOM)
+
+
+def settings_of(name: str, seed: int, fold: int | None, changes: list[str], precision: str) -> dict[str, Any]:
+    """Return the whole configuration of a run: the recipe with its seed, without probes, quiet, on one CPU.
+
+    Args:
+        name: A method, a variant of one, or a reference.
+        seed: Of weights, order and views.
+        fold: Fold of the training things to judge on; None judges on the test things.
+        changes: ``key=value`` each, the key with dots from the top of the recipe.
+        precision: Of the Trainer.
+    """
+    recipe, variant = VARIANTS.get(name, (RANDOM.get(name, name), []))
+    recipe = "simclr" if recipe in (*RAW, *TRAINED) else recipe
+    config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{recipe}_emoji.yaml").read_text())
+    config["seed_everything"] = seed
+    config["data"]["init_args"] |= {"seed": seed, "validation_fold": fold}
+    trainer = config["trainer"]
+    trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"] not in PROBES]
+    for callback in trainer["callbacks"]:
+        if callback["class_path"] == "StepSeed":
+            callback["init_args"]["seed"] = seed
+    trainer |= {"accelerator": "cpu", "devices": 1, "precision": precision, "logger": False, "limit_val_batches": 0}
+    trainer |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    for change in [*variant, *changes]:
+        key, value = change.split("=", 1)
+        *path, last = key.split(".")
+        place = config
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[last] = yaml.safe_load(value)
+    return config
+
+
+def run(name: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Train one row with one seed and judge its frozen features.
+
+    Args:
+        name: Name of the row.
+        seed: The seed that ``config`` carries.
+        config: From `settings_of`.
+
+    Returns:
+        The figures of the run; ``seconds`` are those of the processor, on one thread.
+    """
+    from lightning_contrast import evaluation
+    from lightning_contrast.cli import main
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    start = time.process_time()
+    sys.argv = sys.argv[:1]  # the command line of this program is not one of LightningCLI's
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(config))
+        cli = main(["--config", str(path), f"--trainer.default_root_dir={folder}"], run=False)
+        data, model, trainer = cli.datamodule, cli.model, cli.trainer
+        policy = next(c.policy for c in trainer.callbacks if hasattr(c, "policy"))
+        if name in RAW:
+            spaces = raw_features(name, data)
+        else:
+            if name in TRAINED:
+                backbone = config["model"]["init_args"]["backbone"]
+                model = Classifier(backbone, task=name, num_classes=data.num_classes)
+            if name not in RANDOM:
+                trainer.fit(model, datamodule=data)
+            groups = (data.images("train"), *data.artists("val"))
+            spaces = [evaluation.encode(model, images, policy.plain) for images in groups]
+    train, noto, fluent = spaces
+    labels = (data.labels("train"), data.labels("val"))
+    judged = torch.cat([noto, fluent])
+    seconds = time.process_time() - start
+    return {
+        "row": name,
+        "seed": seed,
+        "epochs": 0 if name in UNTRAINED else trainer.max_epochs,
+        "knn": evaluation.knn_top1(train, labels[0], judged, labels[1], num_classes=data.num_classes),
+        "linear": evaluation.linear_top1(train, labels[0], judged, labels[1]),
+        "recall@1": evaluation.recall_at_1(noto, fluent),
+        "seconds": round(seconds, 1),
+    }
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Return a short name of a configuration, by which a finished run is known again."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def table(results: Path) -> str:
+    """Return the Markdown table of all results in a folder: means over the seeds, and the spread of k-NN.
+
+    Args:
+        results: The folder, one file a run.
+    """
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    order = [*RAW, *RANDOM, *TRAINED, *METHODS, *VARIANTS]
+    lines = ["| row | epochs | k-NN | of seeds | linear | recall@1 | seconds | seeds |", "|" + "---|" * 8]
+    for name in sorted({run["row"] for run in runs}, key=order.index):
+        own = [run for run in runs if run["row"] == name]
+        knn, linear, recall, seconds = ([run[figure] for run in own] for figure in FIGURES)
+        mean = statistics.mean
+        lines.append(
+            f"| {name} | {own[0]['epochs']} | {mean(knn):.3f} | {min(knn):.3f}-{max(knn):.3f} | {mean(linear):.3f} "
+            f"| {mean(recall):.3f} | {mean(seconds):.0f} | {len(own)} |"
+        )
+    return "\n".join(lines)
+
+
+def write_page(results: Path) -> None:
+    """Put the table into docs/learn.md between its two marks, with the date and the machine.
+
+    Args:
+        results: The folder, one file a run.
+    """
+    begin, end = "<!-- table -->", "<!-- end of table -->"
+    before, rest = PAGE.read_text().split(begin)
+    _, after = rest.split(end)
+    here = machine()
+    where = f"`python -m benchmarks.learn`, {here['date']}, {here['processor']}, one thread a run, bf16-mixed,"
+    where += f" torch {here['versions']['torch']}."
+    PAGE.write_text(f"{before}{begin}\n\n{where}\n\n{table(results)}\n\n{end}{after}")
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    every = [*RAW, *RANDOM, *TRAINED, *METHODS, *VARIANTS]
+    parser.add_argument("--rows", nargs="+", default=every, choices=every)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--fold", type=int, choices=(1, 2, 3, 4))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="only with --fold")
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--output", type=Path, help="folder of the results; default: benchmarks/results/learn")
+    options = parser.parse_args()
+    if options.set and options.fold is None:
+        parser.error("settings are chosen with --fold, never on the test things")
+    results = options.output or (RESULTS / "learn" if options.fold is None else Path("runs") / "learn")
+    results.mkdir(parents=True, exist_ok=True)
+    waiting = {}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for seed in options.seeds:
+            for name in options.rows:
+                if name in RAW and seed != options.seeds[0]:
+                    continue  # nothing is drawn
+                config = settings_of(name, seed, options.fold, options.set, options.precision)
+                tag = f"{name.replace(' ', '_')}-{seed}" + (f"-{fingerprint(config)}" if options.fold else "")
+                path = results / f"{tag}.json"
+                if path.exists() and json.loads(path.read_text())["config"] == fingerprint(config):
+                    continue
+                waiting[pool.submit(run, name, seed, config)] = (path, config)
+        for done in as_completed(waiting):
+            path, config = waiting[done]
+            record = done.result() | {"config": fingerprint(config), "changes": options.set, "fold": options.fold}
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(json.dumps(record), flush=True)
+    if options.fold is None:
+        print(table(results))
+        if options.output is None:
+            write_page(results)
+
+
+if __name__ == "__main__":
+    main()
