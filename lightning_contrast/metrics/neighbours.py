@@ -39,9 +39,21 @@ def nearest_neighbours(
     require(widths[0] == widths[1], "queries", "be as wide as `bank`", widths, "Take both from the same layer")
     check_at_least("k", k, 1)
     require(k <= len(bank), "k", f"be <= {len(bank)}, the number of rows in the bank", k, "Lower `k` or add rows")
-    bank = F.normalize(bank.float(), dim=1)
+    if chunk_size is not None:
+        check_at_least("chunk_size", chunk_size, 1)
+    return search(queries, F.normalize(bank.float(), dim=1), k, chunk_size=chunk_size)
+
+
+def search(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return what `nearest_neighbours` does, for a bank that is normalised already, once for many calls.
+
+    Args:
+        queries: Features ``(Q, F)``, floating; L2-normalised here.
+        bank: Features ``(N, F)``, float32, L2-normalised.
+        k: Neighbours of each query, 1 to N.
+        chunk_size: Queries compared at a time; None chooses it.
+    """
     rows = max(1, CHUNK_ELEMENTS // len(bank)) if chunk_size is None else chunk_size
-    check_at_least("chunk_size", rows, 1)
     similarities = bank.new_empty((len(queries), k))
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=bank.device)
     buffer = bank.new_empty((min(rows, len(queries)), len(bank)))  # used again for each chunk
@@ -122,9 +134,23 @@ def knn_scores(
     check_positive("temperature", temperature)
     check_class_labels("labels", labels, len(bank), num_classes)
     similarities, indices = nearest_neighbours(queries, bank, k, chunk_size=chunk_size)
+    return vote(similarities, labels.long()[indices], num_classes=num_classes, temperature=temperature)
+
+
+def vote(similarities: Tensor, labels: Tensor, *, num_classes: int, temperature: float) -> Tensor:
+    """Return each class's share of the vote of neighbours that have been found; see `knn_scores`.
+
+    Args:
+        similarities: Cosine similarities ``(Q, k)``.
+        labels: Classes of the neighbours ``(Q, k)``, int64, in 0..num_classes - 1.
+        num_classes: Number of classes C.
+        temperature: Divisor of the similarities; unitless, > 0.
+
+    Returns:
+        Scores ``(Q, C)``; each row sums to 1.
+    """
     votes = torch.softmax(similarities / temperature, dim=1)
-    scores = votes.new_zeros((len(queries), num_classes))
-    return scores.scatter_add_(1, labels.long()[indices], votes)
+    return votes.new_zeros((len(votes), num_classes)).scatter_add_(1, labels, votes)
 
 
 def knn_predict(

@@ -1,0 +1,181 @@
+"""How well the embeddings of a run tell images apart, from what its steps computed anyway."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_contrast._checks import check_at_least, check_positive, fail
+from lightning_contrast.callbacks._contrast import against_batch, against_queue
+from lightning_contrast.callbacks._facts import temperature_of
+from lightning_contrast.callbacks._monitor_log import log_values
+from lightning_contrast.callbacks._probe_base import Labels, read_labels
+from lightning_contrast.callbacks._view_tap import ViewTap, count_images
+from lightning_contrast.contracts import split_batch
+from lightning_contrast.nn.memory_bank import MemoryBank
+
+
+class ContrastMonitor(L.Callback):
+    """Logs how an embedding tells the two views of an image from those of other images.
+
+    Every ``every_n_steps`` training batches it takes the output of a layer for two views, (B, D) each, which the step
+    has computed: no further forward pass, and no hook does anything in the other batches. The negatives of an embedding
+    are those of all other images in both views, on all ranks, as in SimCLR: N = 2 B - 1 candidates of a global batch of
+    B images. Where a step sends one view only through the layer and returns the other one as ``"keys"`` (B, D), as
+    MoCo does, these are the second view, and the negatives are the rows of the module's queue of such keys.
+
+    Logged, means over the images of all ranks: ``contrast/positive_cosine``, ``contrast/negative_cosine``,
+    ``contrast/top1`` (how often the other view of an image is more similar than every negative, 0..1). With a
+    temperature: ``contrast/loss``, InfoNCE over these candidates in nats; ``contrast/bound``, ln N minus it, a lower
+    bound of what the views tell of each other, which cannot pass ln N (``contrast/bound_limit``);
+    ``contrast/effective_negatives``, exp of the entropy of the softmax over the negatives, 1 to N - 1, and the same as
+    a share, ``contrast/effective_negatives_share``: near 1 the temperature is so high that all negatives count the
+    same, near 0 a handful does all. With labels: ``contrast/false_negatives``, the share of the ``hardest`` most
+    similar negatives that have the image's own label, and ``contrast/false_negatives_chance``, the same of all
+    negatives (without a queue only).
+
+    The run is left as it was, bit for bit; nothing is kept in a checkpoint but the number of batches. Cost: on a
+    measured batch one product (2 B, D) x (D, N) and a few host reads for the loggers; on others nothing.
+
+    Args:
+        features: Name of the submodule whose output is compared; "projector" is the attribute of every method here.
+        temperature: Divisor of the cosines; None takes the module's attribute ``temperature`` (or that of its
+            ``criterion``), and leaves out what needs one where there is none.
+        labels: Where the labels come from: None is the batch contract (left out where there are none); a key of a dict
+            batch, an index into a tuple, or a function of the batch. -1 stands for none.
+        hardest: Negatives looked at for false ones, for each embedding.
+        every_n_steps: Batches from one measurement to the next.
+        name: First part of the names that are logged.
+    """
+
+    def __init__(
+        self,
+        features: str = "projector",
+        *,
+        temperature: float | None = None,
+        labels: Labels = None,
+        hardest: int = 10,
+        every_n_steps: int = 50,
+        name: str = "contrast",
+    ) -> None:
+        if temperature is not None:
+            check_positive("temperature", temperature)
+        check_at_least("hardest", hardest, 1)
+        check_at_least("every_n_steps", every_n_steps, 1)
+        if not isinstance(name, str) or not name:
+            fail("name", "be a word", name, "It is the first part of what is logged")
+        self.temperature, self.labels, self.hardest = temperature, labels, hardest
+        self.every_n_steps, self.name = every_n_steps, name
+        self._tap = ViewTap(features)
+        self._batches = 0
+        self._labels: Tensor | None = None
+        self._queue: Tensor | None = None
+        self._queue_mask: Tensor | None = None
+        self._has_bank = False
+
+    @property
+    def state_key(self) -> str:
+        """Key in a checkpoint's ``"callbacks"``."""
+        return f"ContrastMonitor[{self.name}]"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begin to count; a checkpoint that is resumed is loaded after this."""
+        if stage == "fit":
+            self._batches = 0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Hook the layer: here it exists, wrapped as it will be, in every strategy."""
+        self._tap.attach(pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Expect the views of a batch that is measured, and keep the queue as the step will find it."""
+        if not self._is_due():
+            return
+        self._tap.arm(count_images(batch))
+        self._labels = self._read_labels(batch)
+        self._queue, self._queue_mask = _queue(pl_module)
+        self._has_bank = _has_bank(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure and log."""
+        due = self._is_due()
+        self._batches += 1
+        if not due:
+            return
+        with torch.no_grad():
+            view_a, view_b, keyed = self._views(outputs)
+            temperature = self._temperature(trainer, pl_module, view_a.device)
+            queue, mask = (self._queue, self._queue_mask) if keyed else (None, None)
+            if queue is not None and mask is not None:
+                values = against_queue(view_a, view_b, queue, mask, temperature)
+            else:
+                values = against_batch(view_a, view_b, temperature, self._labels, self.hardest)
+        self._labels = self._queue = self._queue_mask = None
+        log_values(trainer, pl_module, {f"{self.name}/{key}": value for key, value in values.items()})
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the hook away."""
+        self._tap.detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hook away: `teardown` is not called after an exception."""
+        self._tap.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of batches, so that a resumed run measures the batches that it would have."""
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._batches = state_dict["batches"]
+
+    def _is_due(self) -> bool:
+        return (self._batches + 1) % self.every_n_steps == 0
+
+    def _read_labels(self, batch: Any) -> Tensor | None:
+        if self.labels is not None:
+            return read_labels(batch, self.labels, type(self).__name__)
+        try:
+            found = split_batch(batch)[1]
+        except TypeError:
+            return None
+        usable = found is not None and found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool
+        return found.long() if usable and found is not None else None
+
+    def _views(self, outputs: Any) -> tuple[Tensor, Tensor, bool]:
+        """Return the two views, (B, D) each, and whether the second is the keys of the step output."""
+        taken = self._tap.read_views()
+        keys = outputs.get("keys") if isinstance(outputs, Mapping) else None
+        single = taken is not None and len(taken) == 1 and not self._has_bank
+        if single and taken is not None and isinstance(keys, Tensor) and keys.shape == taken[0].shape:
+            return taken[0], keys.detach().float(), True
+        if taken is None or len(taken) < 2:
+            got = "nothing" if taken is None else f"{len(taken)} view"
+            if self._tap.refused():
+                got += f" and {self._tap.refused()}"
+            rule = f"name a layer that gives two views (B, D) in each training step ({self._tap.features!r} does not)"
+            mend = 'Name the projection head, or return the second view as the step output "keys"'
+            fail("features", rule, got, mend)
+        return taken[0], taken[1], False
+
+    def _temperature(self, trainer: Any, module: Any, device: torch.device) -> Tensor | None:
+        value: Any = self.temperature if self.temperature is not None else temperature_of(trainer, module)
+        return None if value is None else torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())
+
+
+def _queue(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return a copy of the queue of keys and its mask, as they are before the step."""
+    queues = getattr(module, "queues", None)
+    queue: Any = queues().get("keys") if callable(queues) else None
+    mask = getattr(queue, "mask", None)
+    if not isinstance(mask, Tensor) or not isinstance(getattr(queue, "features", None), Tensor):
+        return None, None
+    return queue.features.detach().float().clone(), mask.clone()
+
+
+def _has_bank(module: Any) -> bool:
+    """Tell whether a module's keys are for a memory bank: then they are the embeddings themselves, no second view."""
+    queues = getattr(module, "queues", None)
+    return callable(queues) and isinstance(queues().get("keys"), MemoryBank)
