@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
 CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test check format bench learn clean
 
 install: $(DEPENDENCIES) $(CHECKOUT)
 
@@ -40,6 +40,10 @@ format: install
 bench: install
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python -m benchmarks
+
+learn: install
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m benchmarks.learn --jobs 2
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache runs

@@ -6,6 +6,7 @@ _TEMPERATURE = f"{_SIMCLR}.temperature"
 _NN = "lightning_contrast.nn"
 _CHANGES = {
     "40 epochs": [],
+    "stock views": ["trainer.callbacks.0.init_args.policy.init_args.fused=false"],
     "debiased": [f"{_SIMCLR}.negatives={{kind: debiased, tau_plus: 0.1}}"],
     "hard": [f"{_SIMCLR}.negatives={{kind: hard, tau_plus: 0.1, beta: 1.0}}"],
     "decoupled": [f"{_SIMCLR}.negatives=decoupled"],
@@ -25,5 +26,3 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     f"simclr, {name}": ("simclr", [_SHORT, *changes]) for name, changes in _CHANGES.items()
 }
 """For each row the recipe it starts from and its changes, ``key=value`` each."""
-
-VARIANTS["simclr, stock views"] = ("simclr", ["trainer.callbacks.0.init_args.policy.init_args.fused=false"])
