@@ -8,6 +8,7 @@ from lightning_contrast._version import __version__ as __version__
 if TYPE_CHECKING:
     from lightning_contrast import augment as augment
     from lightning_contrast import callbacks as callbacks
+    from lightning_contrast import continuing as continuing
     from lightning_contrast import contracts as contracts
     from lightning_contrast import data as data
     from lightning_contrast import distributed as distributed
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from lightning_contrast import metrics as metrics
     from lightning_contrast import nn as nn
     from lightning_contrast import optim as optim
+    from lightning_contrast import testing as testing
+    from lightning_contrast.callbacks import CollapseMonitor as CollapseMonitor
+    from lightning_contrast.callbacks import ContrastMonitor as ContrastMonitor
     from lightning_contrast.callbacks import GradientCache as GradientCache
     from lightning_contrast.callbacks import MomentumUpdate as MomentumUpdate
+    from lightning_contrast.callbacks import NonFiniteGuard as NonFiniteGuard
     from lightning_contrast.callbacks import OnlineKNN as OnlineKNN
     from lightning_contrast.callbacks import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks import QueueUpdate as QueueUpdate

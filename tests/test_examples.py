@@ -64,6 +64,15 @@ def test_subclass_a_method(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.dist
+def test_check_lightly(tmp_path):
+    out = run(ROOT / "examples" / "check_lightly.py", cwd=tmp_path)
+    assert re.findall(r"^NTXentLoss.*: (FOUND|nothing found)$", out, flags=re.M) == ["FOUND", "nothing found"] * 2
+    assert "First differs the loss" in out
+    assert "the unsaved buffer `criterion.memory_bank.bank`" in out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the notebook machinery, not of ours
 def test_notebook_runs_with_small_settings(path, tmp_path):

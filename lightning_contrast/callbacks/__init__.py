@@ -5,10 +5,13 @@ from typing import TYPE_CHECKING
 from lightning_contrast._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_contrast.callbacks.collapse_monitor import CollapseMonitor as CollapseMonitor
+    from lightning_contrast.callbacks.contrast_monitor import ContrastMonitor as ContrastMonitor
     from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
     from lightning_contrast.callbacks.knn import OnlineKNN as OnlineKNN
     from lightning_contrast.callbacks.linear_probe import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks.momentum_update import MomentumUpdate as MomentumUpdate
+    from lightning_contrast.callbacks.nonfinite_guard import NonFiniteGuard as NonFiniteGuard
     from lightning_contrast.callbacks.queue_update import QueueUpdate as QueueUpdate
     from lightning_contrast.callbacks.step_seed import StepSeed as StepSeed
     from lightning_contrast.callbacks.view_augmentation import ViewAugmentation as ViewAugmentation

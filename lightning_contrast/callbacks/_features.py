@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class FeatureTap:
             (B, C, H, W) is averaged over its places.
     """
 
+    extra_pass: ClassVar[bool] = False
+    """True during a forward pass that is not the step's own: only taps that join it read."""
+
     def __init__(self, features: str, tokens: str = "mean") -> None:
         if not isinstance(features, str):
             fail("features", "be the name of a submodule", type(features).__name__, 'Write "backbone"', TypeError)
@@ -44,6 +47,7 @@ class FeatureTap:
         self._armed = False
         self._taken: Tensor | None = None
         self._refused: str | None = None
+        self.joins = False
 
     def attach(self, module: nn.Module) -> None:
         """Hook the layer of that name, unless it is hooked already.
@@ -62,7 +66,7 @@ class FeatureTap:
             return
         self.detach()
         if layer is not None:
-            self._layer, self._handle = layer, layer.register_forward_hook(self._hook)
+            self._layer, self._handle = layer, layer.register_forward_hook(self._on_forward)
 
     def detach(self) -> None:
         """Take the hook away."""
@@ -75,6 +79,33 @@ class FeatureTap:
         """Expect the features of ``rows`` images in the coming step."""
         self._rows, self._armed = rows, True
         self._taken = self._refused = None
+
+    def called(self, outputs: Any = None) -> bool:
+        """Tell whether the step has given `read` anything, be it features or something else that it will name.
+
+        Args:
+            outputs: What the step returned.
+        """
+        given = self.features in OUTPUT_NAMES and isinstance(outputs, Mapping) and OUTPUT_KEY in outputs
+        return given or self._taken is not None or self._refused is not None
+
+    def run(self, features: Tensor) -> None:
+        """Call the layer, which the step has left out, on features of the images.
+
+        Args:
+            features: What the layer takes, (B, ...).
+
+        Raises:
+            ValueError: If it does not take them.
+        """
+        if self._layer is None:
+            return
+        try:
+            self._layer(features)
+        except RuntimeError as error:
+            mend = "Call it in the validation step, or name another layer"
+            rule = f"name a layer that the step calls, or that takes the features {tuple(features.shape)}"
+            raise ValueError(f"`features` must {rule}, got {self.features!r}. {mend}.") from error
 
     def read(self, module: nn.Module, outputs: Any) -> Tensor:
         """Return the features of the step that has just ended.
@@ -110,6 +141,10 @@ class FeatureTap:
             self._fail_rows(refused)
         mend = "Name a layer that returns one tensor"
         fail("features", f"name a layer that returns a tensor ({self.features!r} does not)", refused, mend, TypeError)
+
+    def _on_forward(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if self.joins or not FeatureTap.extra_pass:
+            self._hook(layer, args, output)
 
     def _hook(self, layer: nn.Module, args: Any, output: Any) -> None:
         if not self._armed:

@@ -9,53 +9,57 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import fail, require
+from lightning_contrast.callbacks._extra_pass import complete
 from lightning_contrast.callbacks._features import FeatureTap
-from lightning_contrast.callbacks._probe_share import Share
+from lightning_contrast.callbacks._probe_scores import Scores
+from lightning_contrast.callbacks._probe_task import Task, class_targets
 from lightning_contrast.contracts import split_batch
 
 Labels: TypeAlias = str | int | Callable[[Any], Tensor] | None
-IGNORED = -1
-"""The label of an image that has none."""
 
 
 class Step(NamedTuple):
-    """What a probe learns from: features and labels of the images of one step."""
+    """What a probe learns from: features and targets of the images of one step."""
 
     features: Tensor
     """(B, F), float32; 0 where they are not finite."""
     labels: Tensor
-    """(B,), int64, in 0..num_classes - 1; 0 where not valid."""
+    """What the task takes, (B, ...), of classes (B,), int64, in 0..num_classes - 1; 0 where not valid."""
     valid: Tensor
     """(B,), False where an image has no label or its features are not finite."""
     finite: Tensor
     """(B,), False where the features are NaN or infinite."""
+    layer: str = ""
+    """Where the features come from; "" is the first layer."""
 
 
 class OnlineProbe(L.Callback):
-    """Reads features and labels in every step, and logs the accuracy of `predict` at validation and test.
+    """Reads features and labels in every step, and logs how good `predict` is at validation and test.
 
     Args:
-        num_classes: Number of classes.
-        features: Where the features come from, see `FeatureTap`.
+        task: What the labels are.
+        features: Where the features come from, one name or several, see `FeatureTap`.
         labels: Where the labels come from: None is the batch contract, a str the key of a dict batch, an int the index
             of a tuple or list batch, a callable gets the whole batch.
         name: First part of the names that are logged.
         tokens: What becomes of a token sequence, see `FeatureTap`.
     """
 
-    def __init__(self, num_classes: int, *, features: str, labels: Labels, name: str, tokens: str) -> None:
-        check_at_least("num_classes", num_classes, 2)
+    def __init__(self, task: Task, *, features: str | Sequence[str], labels: Labels, name: str, tokens: str) -> None:
         if not (labels is None or isinstance(labels, str | int) or callable(labels)) or isinstance(labels, bool):
             mend = "Give the key or the index of the labels in a batch, or a function of the batch"
             fail("labels", "be None, a str, an int or a callable", labels, mend, TypeError)
         if not isinstance(name, str) or not name:
             fail("name", "be a word", name, "It is the first part of what is logged")
-        self.num_classes, self.labels, self.name = num_classes, labels, name
-        self._tap = FeatureTap(features, tokens)
-        self._batch_labels: Tensor | None = None
+        self.task, self.num_classes, self.labels, self.name = task, task.outputs, labels, name
+        self.layers = tuple(features) if isinstance(features, list | tuple) else (features,)
+        mend = 'Give ["backbone", "projector"], for example'
+        require(len(set(self.layers)) == len(self.layers) > 0, "features", "name different layers", features, mend)
+        self._taps = {layer: FeatureTap(layer, tokens) for layer in self.layers}
+        self._batch_targets: Tensor | None = None
         self._seen: set[str] = set()
-        self._scores: dict[int, Share] = {}
+        self._scores: dict[int, dict[str, Scores]] = {}
         self._warned = False
 
     @abstractmethod
@@ -63,8 +67,12 @@ class OnlineProbe(L.Callback):
         """Use the features of a training step."""
 
     @abstractmethod
-    def predict(self, features: Tensor) -> Tensor | None:
-        """Return the predicted classes (B,) of features (B, F), or None where nothing has been learned yet."""
+    def predict(self, features: Tensor, layer: str = "") -> Tensor | None:
+        """Return the outputs (B, ...) for a layer's features (B, F), or None where nothing has been learned yet."""
+
+    @abstractmethod
+    def new_scores(self, device: torch.device) -> Scores:
+        """Return what judges the outputs of one layer for one loader."""
 
     # The hooks, in the order in which the Trainer calls them.
 
@@ -77,8 +85,8 @@ class OnlineProbe(L.Callback):
         self._warned = False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer: here it exists, wrapped as it will be, in every strategy."""
-        self._tap.attach(pl_module)
+        """Hook the layers: here they exist, wrapped as they will be, in every strategy."""
+        self._attach(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Read the labels and expect their features."""
@@ -86,19 +94,18 @@ class OnlineProbe(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Learn, outside autocast and after the optimizer's step."""
-        if self._batch_labels is None:
-            return
         with torch.no_grad():
-            self.learn(self._take(pl_module, outputs, f"training batch {batch_idx}"))
+            for step in self._take(trainer, pl_module, outputs, f"training batch {batch_idx}"):
+                self.learn(step)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer and begin to count."""
-        self._tap.attach(pl_module)
+        """Hook the layers and begin to count."""
+        self._attach(pl_module)
         self._begin(pl_module, trainer.num_val_batches)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer and begin to count."""
-        self._tap.attach(pl_module)
+        """Hook the layers and begin to count."""
+        self._attach(pl_module)
         self._begin(pl_module, trainer.num_test_batches)
 
     def on_validation_batch_start(
@@ -116,72 +123,87 @@ class OnlineProbe(L.Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count the right predictions; the sanity check only looks whether features and labels are there."""
-        taken = self._take(pl_module, outputs, f"validation batch {batch_idx}")
+        """Judge the predictions; the sanity check only looks whether features and labels are there."""
+        taken = self._take(trainer, pl_module, outputs, f"validation batch {batch_idx}")
         if not trainer.sanity_checking:
             self._count(dataloader_idx, taken)
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Count the right predictions."""
-        self._count(dataloader_idx, self._take(pl_module, outputs, f"test batch {batch_idx}"))
+        """Judge the predictions."""
+        self._count(dataloader_idx, self._take(trainer, pl_module, outputs, f"test batch {batch_idx}"))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log ``<name>/top1``, in time for ModelCheckpoint and EarlyStopping."""
+        """Log ``<name>/top1`` and so on, in time for ModelCheckpoint and EarlyStopping."""
         if not trainer.sanity_checking:
-            self._log_scores(pl_module, f"{self.name}/top1")
+            self._log_scores(pl_module, "")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log ``<name>/test_top1``."""
-        self._log_scores(pl_module, f"{self.name}/test_top1")
+        """Log ``<name>/test_top1`` and so on."""
+        self._log_scores(pl_module, "test_")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take the hook away."""
-        self._tap.detach()
+        """Take the hooks away."""
+        self._detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hook away: `teardown` is not called after an exception."""
-        self._tap.detach()
+        """Take the hooks away: `teardown` is not called after an exception."""
+        self._detach()
 
     # Labels and features of one step.
 
+    def _attach(self, pl_module: Any) -> None:
+        for tap in self._taps.values():
+            tap.attach(pl_module)
+
+    def _detach(self) -> None:
+        for tap in self._taps.values():
+            tap.detach()
+
     def _expect(self, batch: Any, stage: str) -> None:
-        labels = read_labels(batch, self.labels, type(self).__name__)
-        if labels.device.type == "cpu" or stage not in self._seen:  # later on an accelerator it would cost a sync
-            self._check_range(labels)
-        self._batch_labels = labels
-        self._tap.arm(len(labels))
+        self._batch_targets = self._targets_of(batch, stage)
+        for tap in self._taps.values():
+            tap.arm(len(self._batch_targets))
 
-    def _take(self, pl_module: Any, outputs: Any, where: str) -> Step:
-        """Return the features and labels of the images of a step."""
-        labels, self._batch_labels = self._batch_labels, None
-        assert labels is not None  # set in the hook that opens every step
-        features = self._tap.read(pl_module, outputs)
-        finite = torch.isfinite(features).all(dim=1)
+    def _targets_of(self, batch: Any, stage: str) -> Tensor:
+        targets = self.task.targets(find_labels(batch, self.labels, type(self).__name__))
+        if targets.device.type == "cpu" or stage not in self._seen:  # later on an accelerator it would cost a sync
+            self.task.check(targets)
+        return targets
+
+    def _take(self, trainer: Any, pl_module: Any, outputs: Any, where: str) -> list[Step]:
+        """Return the features and targets of the images of a step, for each layer."""
+        targets, self._batch_targets = self._batch_targets, None
+        if targets is None:
+            return []
         stage = where.split(maxsplit=1)[0]
-        if features.device.type == "cpu" or stage not in self._seen:
-            self._warn_of_nan(finite, where)
+        taps = list(self._taps.values())
+        if stage != "training":
+            with trainer.precision_plugin.forward_context(), torch.no_grad():
+                complete(taps, outputs)
+        features = [tap.read(pl_module, outputs) for tap in taps]
+        steps = [self._step(*pair, targets, where) for pair in zip(self.layers, features, strict=True)]
         self._seen.add(stage)
-        labels = labels.to(features.device)
-        valid = finite & (labels >= 0) & (labels < self.num_classes)
+        return steps
+
+    def _step(self, layer: str, features: Tensor, targets: Tensor, where: str) -> Step:
+        mend = "Mend `labels`: there is one row for each image"
+        require(len(features) == len(targets), "labels", f"have {len(features)} rows", len(targets), mend)
+        finite = torch.isfinite(features).all(dim=1)
+        if features.device.type == "cpu" or where.split(maxsplit=1)[0] not in self._seen:
+            self._warn_of_nan(layer, finite, where)
+        targets = targets.to(features.device)
+        valid = finite & self.task.has_target(targets)
         features = features.masked_fill(~finite.unsqueeze(1), 0.0)
-        return Step(features, labels.masked_fill(~valid, 0), valid, finite)
+        return Step(features, self.task.masked(targets, valid), valid, finite, layer)
 
-    def _check_range(self, labels: Tensor) -> None:
-        if len(labels) == 0:
-            return
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        rule = f"lie in 0..{self.num_classes - 1}, or be {IGNORED} for images without a label"
-        fits = low >= IGNORED and high < self.num_classes
-        require(fits, "labels", rule, low if low < IGNORED else high, "Set `num_classes` to the number of classes")
-
-    def _warn_of_nan(self, finite: Tensor, where: str) -> None:
+    def _warn_of_nan(self, layer: str, finite: Tensor, where: str) -> None:
         bad = len(finite) - int(finite.sum())
         if bad and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"{type(self).__name__}: the features {self._tap.features!r} of {bad} of {len(finite)} images are NaN "
+                f"{type(self).__name__}: the features {layer!r} of {bad} of {len(finite)} images are NaN "
                 f"or infinite in {where}; `{self.name}` leaves such images out. Look at the loss and the learning rate."
             )
 
@@ -189,29 +211,41 @@ class OnlineProbe(L.Callback):
 
     def _begin(self, pl_module: Any, batches: Sequence[int | float]) -> None:
         """Begin new counts, made anew each time: the last ones may be inference tensors."""
-        self._scores = {i: Share().to(pl_module.device) for i, number in enumerate(batches) if number}
+        self._scores = {
+            i: {layer: self.new_scores(pl_module.device) for layer in self.layers}
+            for i, number in enumerate(batches)
+            if number
+        }
 
-    def _count(self, dataloader_idx: int, step: Step) -> None:
-        predicted = self.predict(step.features)
-        if predicted is None:
-            self._scores.clear()  # the same on every rank: what has been learned is
-        elif dataloader_idx in self._scores:
-            score = self._scores[dataloader_idx].to(step.features.device)
-            score.update(predicted == step.labels, step.valid)
+    def _count(self, dataloader_idx: int, steps: list[Step]) -> None:
+        for step in steps:
+            predicted = self.predict(step.features, step.layer)
+            if predicted is None:
+                self._scores.clear()  # the same on every rank: what has been learned is
+            elif dataloader_idx in self._scores:
+                self._scores[dataloader_idx][step.layer].update(predicted, step.labels, step.valid)
 
-    def _log_scores(self, pl_module: Any, key: str) -> None:
+    def _log_scores(self, pl_module: Any, prefix: str) -> None:
         scores, self._scores = self._scores, {}
-        for place, (index, score) in enumerate(sorted(scores.items())):
-            value = score.compute()
-            if place == 0:  # with several loaders the first one is what a run is judged by
-                pl_module.log(key, value, sync_dist=True, add_dataloader_idx=False)
-            if len(scores) > 1:
-                name = f"{key}/dataloader_idx_{index}"
-                pl_module.log(name, value, sync_dist=True, add_dataloader_idx=False)
+        for place, (index, of_layers) in enumerate(sorted(scores.items())):
+            for layer, score in of_layers.items():
+                for key, value in score.compute().items():
+                    *folder, word = key.split("/")
+                    for log_key in self._log_keys(layer, "/".join([*folder, prefix + word])):
+                        # With several loaders the first one is what a run is judged by.
+                        names = [log_key] if place == 0 else []
+                        names += [f"{log_key}/dataloader_idx_{index}"] if len(scores) > 1 else []
+                        for name in names:
+                            pl_module.log(name, value, sync_dist=True, add_dataloader_idx=False)
+
+    def _log_keys(self, layer: str, key: str) -> list[str]:
+        """Return the names of a layer's value: the first layer has the probe's own name too."""
+        keys = [f"{self.name}/{key}"] if layer == self.layers[0] else []
+        return keys if len(self.layers) == 1 else [*keys, f"{self.name}/{layer}/{key}"]
 
 
-def read_labels(batch: Any, source: Labels, owner: str) -> Tensor:
-    """Return the labels (B,) of a batch, int64.
+def find_labels(batch: Any, source: Labels, owner: str) -> Any:
+    """Return what stands where the labels of a batch should be.
 
     Args:
         batch: What the loader gave, with views in the place of images or not.
@@ -219,30 +253,31 @@ def read_labels(batch: Any, source: Labels, owner: str) -> Tensor:
         owner: Name of the callback, for messages.
 
     Raises:
-        TypeError: If what stands there is not a tensor of integers.
         ValueError: If there is nothing.
     """
     mend = f"{owner} needs labels: let the loader yield (images, labels), or say where they are with `labels=`"
-    found: Any
     if callable(source):
-        found = source(batch)
-    elif source is None:
+        return source(batch)
+    if source is None:
         found = split_batch(batch)[1]
         if found is None:
             fail("labels", "be in the batch", type(batch).__name__, mend)
-    elif isinstance(source, str):
+        return found
+    if isinstance(source, str):
         if not isinstance(batch, Mapping) or source not in batch:
             keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             fail("labels", f"name a key of the batch ({source!r} is none)", keys, mend)
-        found = batch[source]
-    else:
-        size = len(batch) if isinstance(batch, Sequence) else 0
-        require(-size <= source < size, "labels", f"be an index into a batch of {size} items", source, mend)
-        found = batch[source]
-    if not isinstance(found, Tensor) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        what = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
-        fail("labels", "be a tensor of integer classes", what, "Give one class number for each image", TypeError)
-    require(
-        found.ndim == 1, "labels", "have the shape (B,)", tuple(found.shape), "Give one class number for each image"
-    )
-    return found.long()
+        return batch[source]
+    size = len(batch) if isinstance(batch, Sequence) else 0
+    require(-size <= source < size, "labels", f"be an index into a batch of {size} items", source, mend)
+    return batch[source]
+
+
+def read_labels(batch: Any, source: Labels, owner: str) -> Tensor:
+    """Return the classes (B,) of a batch, int64; arguments are those of `find_labels`.
+
+    Raises:
+        TypeError: If what stands there is not a tensor of integers.
+        ValueError: If there is nothing, or it has another shape.
+    """
+    return class_targets(find_labels(batch, source, owner))

@@ -1,4 +1,4 @@
-"""The linear classifier of the online probe: its weights, its statistics and its step, the same on every rank."""
+"""The linear model of the online probe: its weights, its statistics and its step, the same on every rank."""
 
 import math
 from typing import Any, TypeVar
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_contrast.callbacks._probe_task import ClassTask, Task
 from lightning_contrast.distributed import all_reduce_sum
 
 STATISTICS_MOMENTUM = 0.02
@@ -19,26 +20,40 @@ T = TypeVar("T")
 
 
 class LinearHead(nn.Module):
-    """Softmax regression on features that are standardised by running statistics.
+    """A linear model on features that are standardised by running statistics; all in float32, autocast or not.
 
     It starts at zero: the usual start of a convex problem, and one that draws no random number.
 
     Args:
         width: F.
-        num_classes: C.
+        num_outputs: C: classes, labels or targets.
         device: Where the features are.
+        task: What it learns; None is one of C classes.
     """
 
     mean: Tensor
     var: Tensor
+    target_mean: Tensor
+    target_var: Tensor
+    target_batches: Tensor
+    class_counts: Tensor
 
-    def __init__(self, width: int, num_classes: int, device: torch.device) -> None:
+    def __init__(self, width: int, num_outputs: int, device: torch.device, task: Task | None = None) -> None:
         super().__init__()
+        self.task = ClassTask(num_outputs) if task is None else task
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        self.weight = nn.Parameter(torch.zeros(num_classes, width, **options))
-        self.bias = nn.Parameter(torch.zeros(num_classes, **options))
+        self.weight = nn.Parameter(torch.zeros(num_outputs, width, **options))
+        self.bias = nn.Parameter(torch.zeros(num_outputs, **options))
         self.register_buffer("mean", torch.zeros(width, **options))
         self.register_buffer("var", torch.ones(width, **options))
+        if self.task.standardises:
+            self.register_buffer("target_mean", torch.zeros(num_outputs, **options))
+            self.register_buffer("target_var", torch.ones(num_outputs, **options))
+            self.register_buffer("target_batches", torch.zeros(1, **options))  # those with targets, not all have some
+        if self.task.balances:
+            self.register_buffer("class_counts", torch.zeros(num_outputs, **options))
+        given = getattr(self.task, "weights", None)
+        self._weights: Tensor | None = None if given is None else given.to(device)
         self.batches = 0
 
     @property
@@ -47,11 +62,14 @@ class LinearHead(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the logits (B, C) of features (B, F)."""
-        standardised = (features - self.mean) * self._scale()
-        return F.linear(standardised.clamp(-CLIP, CLIP), self.weight, self.bias)
+        """Return the logits, or the predicted numbers, (B, C) of features (B, F)."""
+        with torch.autocast(features.device.type, enabled=False):
+            outputs = self._linear((features.float() - self.mean) * _scale(self.mean, self.var))
+            if self.task.standardises:
+                outputs = outputs / _scale(self.target_mean, self.target_var) + self.target_mean
+            return outputs
 
-    def gradient(self, features: Tensor, labels: Tensor, valid: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, features: Tensor, targets: Tensor, valid: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
         """Set ``.grad`` to the gradient of the mean loss over the valid images of all ranks, and follow the features.
 
         One all-reduce carries the gradients, the loss and the sums for the statistics, which move afterwards: a step
@@ -59,52 +77,94 @@ class LinearHead(nn.Module):
 
         Args:
             features: (B, F), float32, finite.
-            labels: (B,), int64.
+            targets: What the task takes, (B, ...).
             valid: (B,), False where an image does not count.
             finite: (B,), False where the features are not the image's own and do not count in the statistics.
 
         Returns:
-            The logits (B, C) and the mean loss over all ranks, in nats; both detached.
+            The outputs (B, C) and the mean loss over all ranks; both detached.
         """
-        counts = finite.to(features.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            return self._gradient(features.float(), targets, valid, finite)
+
+    def _gradient(self, features: Tensor, targets: Tensor, valid: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        counts, counted = finite.to(features.dtype), valid.to(features.dtype)
         if self.batches == 0:
-            self._start(features, counts)
-        scale = self._scale()
+            _start(self.mean, self.var, features, counts)
+            if self.task.standardises:
+                _start(self.target_mean, self.target_var, targets, counted)
+        scale = _scale(self.mean, self.var)
         standardised = (features - self.mean) * scale
+        if self.task.standardises:
+            target_scale = _scale(self.target_mean, self.target_var)
+            targets = ((targets - self.target_mean) * target_scale).clamp(-CLIP, CLIP)
         with torch.enable_grad():
-            logits = F.linear(standardised.clamp(-CLIP, CLIP), self.weight, self.bias)
-            loss = (F.cross_entropy(logits, labels, reduction="none") * valid).sum()
+            outputs = self._linear(standardised)
+            loss, weight = self.task.loss(outputs, targets, valid, self._class_weights())
             grads = torch.autograd.grad(loss, (self.weight, self.bias))
-        kept = standardised * counts.unsqueeze(1)
-        sums = (*grads, loss.detach(), valid.sum(), counts.sum(), kept.sum(dim=0), (kept * standardised).sum(dim=0))
+        sums = [*grads, loss.detach(), weight, *_moments(standardised, counts)]
+        if self.task.standardises:
+            sums += _moments(targets, counted)
+        if self.task.balances:
+            classes = torch.arange(len(self.bias), device=targets.device)
+            sums.append(((targets.unsqueeze(1) == classes) * counted.unsqueeze(1)).sum(dim=0))
         flat = all_reduce_sum(torch.cat([part.reshape(-1) for part in sums]))
-        weight, bias, loss, labelled, seen, first, second = torch.split(flat, [part.numel() for part in sums])
-        labelled = labelled.clamp(min=1.0)
-        self.weight.grad, self.bias.grad = weight.view_as(self.weight) / labelled, bias / labelled
-        self._follow(first / seen.clamp(min=1.0), second / seen.clamp(min=1.0), scale, seen > 0)
-        return logits.detach(), (loss / labelled).squeeze(0)
-
-    def _scale(self) -> Tensor:
-        """Return 1 / std; constant features are worth nothing, not a division by their rounding errors."""
-        floor = 1e-12 * self.var.mean() + 1e-10 * self.mean.square() + 1e-30
-        return self.var.maximum(floor).rsqrt()
-
-    def _start(self, features: Tensor, counts: Tensor) -> None:
-        """Take the statistics of the first batch, in two passes, since nothing is known of their size yet."""
-        counts = counts.unsqueeze(1)
-        sums = all_reduce_sum(torch.cat([(features * counts).sum(dim=0), counts.sum().view(1)]))
-        total = sums[-1].clamp(min=1.0)
-        self.mean.copy_(sums[:-1] / total)
-        self.var.copy_(all_reduce_sum(((features - self.mean).square() * counts).sum(dim=0)) / total)
-
-    def _follow(self, first: Tensor, second: Tensor, scale: Tensor, any_seen: Tensor) -> None:
-        """Move the statistics by the mean and the mean square of a batch's standardised features."""
+        grad, bias, loss, weight, *rest = torch.split(flat, [part.numel() for part in sums])
+        weight = torch.where(weight > 0, weight, 1.0)
+        self.weight.grad, self.bias.grad = grad.view_as(self.weight) / weight, bias / weight
         self.batches += 1
-        share = max(1 / self.batches, STATISTICS_MOMENTUM) * any_seen
-        shift = first / scale
-        batch_var = (second - first.square()).clamp(min=0.0) / scale.square()
-        self.var.add_(share * (batch_var + (1 - share) * shift.square() - self.var))
-        self.mean.add_(share * shift)
+        share = max(1 / self.batches, STATISTICS_MOMENTUM)
+        _follow(self.mean, self.var, rest[:3], scale, share)
+        if self.task.standardises:
+            self.target_batches.add_(rest[3] > 0)
+            share_of_targets = self.target_batches.clamp(min=1.0).reciprocal().clamp(min=STATISTICS_MOMENTUM)
+            _follow(self.target_mean, self.target_var, rest[3:6], target_scale, share_of_targets)
+        if self.task.balances:
+            self.class_counts.add_(rest[-1])
+        return outputs.detach(), (loss / weight).squeeze(0) * self.task.logged_share()
+
+    def _linear(self, standardised: Tensor) -> Tensor:
+        return F.linear(standardised.clamp(-CLIP, CLIP), self.weight, self.bias)
+
+    def _class_weights(self) -> Tensor | None:
+        """Return the weights of the classes (C,): given ones, or N / (C n) of the n images of a class seen so far."""
+        if not self.task.balances:
+            return self._weights
+        total = self.class_counts.sum()
+        return torch.where(total > 0, total / (len(self.bias) * self.class_counts.clamp(min=1.0)), 1.0)
+
+
+def _scale(mean: Tensor, var: Tensor) -> Tensor:
+    """Return 1 / std; constant features are worth nothing, not a division by their rounding errors."""
+    floor = 1e-12 * var.mean() + 1e-10 * mean.square() + 1e-30
+    return var.maximum(floor).rsqrt()
+
+
+def _start(mean: Tensor, var: Tensor, values: Tensor, counts: Tensor) -> None:
+    """Take the statistics of the first batch, in two passes, since nothing is known of their size yet."""
+    counts = counts.unsqueeze(1)
+    sums = all_reduce_sum(torch.cat([(values * counts).sum(dim=0), counts.sum().view(1)]))
+    total = sums[-1].clamp(min=1.0)
+    mean.copy_(sums[:-1] / total)
+    squares = all_reduce_sum(((values - mean).square() * counts).sum(dim=0))
+    var.copy_(torch.where(sums[-1] > 0, squares / total, 1.0))
+
+
+def _moments(standardised: Tensor, counts: Tensor) -> list[Tensor]:
+    """Return the number of rows that count, and the sums of what is in them and of its squares."""
+    kept = standardised * counts.unsqueeze(1)
+    return [counts.sum(), kept.sum(dim=0), (kept * standardised).sum(dim=0)]
+
+
+def _follow(mean: Tensor, var: Tensor, moments: list[Tensor], scale: Tensor, share: float | Tensor) -> None:
+    """Move the statistics by the mean and the mean square of a batch's standardised values."""
+    seen = moments[0].clamp(min=1.0)
+    first, second = moments[1] / seen, moments[2] / seen
+    moved = share * (moments[0] > 0)
+    shift = first / scale
+    batch_var = (second - first.square()).clamp(min=0.0) / scale.square()
+    var.add_(moved * (batch_var + (1 - moved) * shift.square() - var))
+    mean.add_(moved * shift)
 
 
 def default_lr(batch: int, width: int) -> float:

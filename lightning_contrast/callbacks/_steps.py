@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_contrast._checks import fail
 
+_SKIPPED = "_lightning_contrast_skipped_batch"  # attribute of a Trainer: the batch at whose end a step was skipped
+
 
 class StepWatch:
     """Tells whether an optimizer truly stepped since it was last asked.
@@ -79,3 +81,19 @@ def total_steps(trainer: Trainer, pl_module: LightningModule) -> float:
 def batches_done(trainer: Trainer) -> int:
     """Return how many batches of the whole run came before the present one."""
     return int(trainer.fit_loop.total_batch_idx)
+
+
+def mark_skipped(trainer: Trainer) -> None:
+    """Tell all plug-ins that the optimizer step of the present batch is not to be taken for one."""
+    setattr(trainer, _SKIPPED, batches_done(trainer))
+
+
+def clear_skipped(trainer: Trainer) -> None:
+    """Forget which step was skipped: a Trainer may count its batches from the start again."""
+    setattr(trainer, _SKIPPED, None)
+
+
+def step_was_skipped(trainer: Trainer) -> bool:
+    """Tell whether `mark_skipped` was called in the present batch."""
+    skipped = getattr(trainer, _SKIPPED, None)
+    return skipped is not None and skipped == batches_done(trainer)

@@ -1,136 +1,216 @@
-"""A linear classifier that is trained beside a run, on features that it does not change."""
+"""A linear model that is trained beside a run, on features that it does not change."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
-from lightning_contrast._checks import check_positive, require
+from lightning_contrast._checks import check_at_least, check_positive, fail, require
+from lightning_contrast.callbacks._extra_pass import encode, extra_pass, isolated
+from lightning_contrast.callbacks._labelled import SEED, LabelledStream
 from lightning_contrast.callbacks._probe_base import Labels, OnlineProbe, Step
-from lightning_contrast.callbacks._probe_head import LinearHead, default_lr, to_cpu
-from lightning_contrast.callbacks._probe_share import Share
-from lightning_contrast.distributed import world_size
-
-SGD_MOMENTUM = 0.9
+from lightning_contrast.callbacks._probe_head import LinearHead
+from lightning_contrast.callbacks._probe_learner import Learner, MakeOptimizer, MakeSchedule
+from lightning_contrast.callbacks._probe_scores import Scores
+from lightning_contrast.callbacks._probe_task import ClassWeights, TaskName, build_task
+from lightning_contrast.callbacks._views import derived_seed
 
 
 class OnlineLinearProbe(OnlineProbe):
-    """Trains a linear classifier on detached features beside the run, and logs its accuracy.
+    """Trains a linear model on detached features beside the run, and logs how good it is.
 
     It works on any LightningModule, under `lightning` and `pytorch_lightning`, with automatic or manual optimization,
-    and leaves the run as it was, bit for bit: it has its own optimizer, all-reduces its own gradients, draws no random
-    number, and adds nothing to the module, its loss or its state_dict.
+    and leaves the run as it was, bit for bit: it has its own optimizer, all-reduces its own gradients, computes in
+    float32, draws no random number, and adds nothing to the module, its loss or its state_dict.
 
-    Logged: ``<name>/top1`` at validation (``<name>/test_top1`` at test), ``<name>/train_top1`` and
-    ``<name>/train_loss`` at each epoch's end; with several validation loaders ``<name>/top1`` is the first one's and
-    ``<name>/top1/dataloader_idx_<i>`` each one's. All reach ``trainer.callback_metrics``, with or without a logger.
-    A checkpoint keeps the classifier, its statistics and its optimizer. A second `fit` goes on with them.
+    Logged at validation (at test with ``test_`` before the last word):
 
-    Features are standardised by running statistics and the classifier is trained by SGD with momentum. An online
-    accuracy is close to that of a linear evaluation afterwards but not equal to it: the features move while it learns,
-    and it sees augmented images. Images with the label -1 are left out.
+    - classes: ``<name>/top1``, ``<name>/top5`` for more than five classes, ``<name>/calibration_error`` (15 bins);
+    - multilabel: ``<name>/map`` and ``<name>/f1``, means over the labels;
+    - regression: ``<name>/r2`` and ``<name>/mae``;
+
+    and at each epoch's end ``<name>/train_loss`` and, of classes, ``<name>/train_top1``. With several layers each has
+    its own, ``<name>/<layer>/top1``, and ``<name>/top1`` is the first one's. With several validation loaders
+    ``<name>/top1`` is the first one's and ``<name>/top1/dataloader_idx_<i>`` each one's. All reach
+    ``trainer.callback_metrics``, with or without a logger, in time for `ModelCheckpoint` and `EarlyStopping`. A
+    checkpoint keeps the model, its statistics, its optimizer and its place in ``data``. A second `fit` goes on.
+
+    Features are standardised by running statistics and the model is trained by SGD with momentum, Nesterov's for
+    regression. An online accuracy is close to that of a linear evaluation afterwards but not equal to it: the features
+    move while it learns, and without ``data`` it sees augmented images.
 
     Args:
-        num_classes: Number of classes.
-        features: Name of the submodule whose output is classified. "backbone" (the default) is the step output
-            ``"features"`` where a step returns one, else the submodule of that name.
+        num_classes: Number of classes, labels or numbers C.
+        features: Name of the submodule whose output is classified, or several. "backbone" (the default) is the step
+            output ``"features"`` where a step returns one, else the submodule of that name. A layer that validation
+            does not call, as a projector, gets those features.
         labels: None: where the batch contract has them; a str: key of a dict batch; an int: index into a tuple or
-            list; a callable: gets the whole batch.
+            list; a callable: gets the whole batch. For batches of ``data`` and of validation alike.
         lr: Learning rate on the standardised features, absolute. None: min(sqrt(B), 16) / F for a global batch B, at
-            most 0.1. The sum of the variances of F standardised features is F, which bounds the curvature of the loss;
-            on four kinds of frozen features with F from 6 to 2048 and B of 32 and 256 it was the best, or close to
-            it, of fixed rates, other multiples of 1 / F, and Adam.
+            most 0.1, and for regression at most 1 / F. The sum of the variances of F standardised features is F, which
+            bounds the curvature of the loss; on four kinds of frozen features with F from 6 to 2048 and B of 32 and
+            256 it was the best, or close to it, of fixed rates, other multiples of 1 / F, and Adam.
+        data: A DataModule of its own, whose training loader is read, or a loader of labelled batches of the contract:
+            the run itself may then be unlabelled. Features come from a further forward pass of the module in eval
+            mode, without gradient, of the plain images where the Trainer has a `ViewAugmentation`. On several ranks an
+            ordinary DataLoader is divided among them; one with a sampler of its own, or an iterable, is read by each.
+            A resumed run goes on with the next batch: at once with a loader that has ``state_dict`` and
+            ``load_state_dict`` (rank 0's is saved), after reading up to it with any other.
         name: First part of the names that are logged; must differ between probes.
         tokens: A token sequence (B, N, D) becomes its "mean" or its first token, "cls".
+        task: "classes": labels (B,), integers, -1 where there is none. "multilabel": labels (B, C) of 0 and 1, -1 where
+            one is not known. "regression": numbers (B, C) or (B,), NaN where they are not known; standardised too.
+        class_weights: For classes: weights (C,) of the loss, or "balanced": inverse to how often a class was seen.
+        optimizer: Gets the parameters and returns their optimizer, in the place of SGD.
+        schedule: Gets the optimizer and returns its schedule, which moves with every step of the probe.
+        every_n_steps: Training batches of the run for each batch of ``data``.
     """
 
     def __init__(
         self,
         num_classes: int,
         *,
-        features: str = "backbone",
+        features: str | Sequence[str] = "backbone",
         labels: Labels = None,
         lr: float | None = None,
+        data: Any = None,
         name: str = "linear_probe",
         tokens: str = "mean",
+        task: TaskName = "classes",
+        class_weights: ClassWeights = None,
+        optimizer: MakeOptimizer | None = None,
+        schedule: MakeSchedule | None = None,
+        every_n_steps: int = 1,
     ) -> None:
-        super().__init__(num_classes, features=features, labels=labels, name=name, tokens=tokens)
+        self.task = build_task(task, num_classes, class_weights)
+        super().__init__(self.task, features=features, labels=labels, name=name, tokens=tokens)
         if lr is not None:
             check_positive("lr", lr)
-        self.lr = lr
-        self.head: LinearHead | None = None
-        self._optimizer: torch.optim.SGD | None = None
-        self._pending: dict[str, Any] | None = None
-        self._train_top1: Share | None = None
-        self._train_loss: MeanMetric | None = None
+            mend = "Set the rate of the optimizer itself"
+            require(optimizer is None, "lr", "be None where there is an `optimizer`", lr, mend)
+        for key, value in (("optimizer", optimizer), ("schedule", schedule)):
+            if value is not None and not callable(value):
+                mend = "Give for example `lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`"
+                fail(key, "be callable", type(value).__name__, mend, TypeError)
+        check_at_least("every_n_steps", every_n_steps, 1)
+        fits = data is not None or every_n_steps == 1
+        require(fits, "every_n_steps", "be 1 without `data`", every_n_steps, "Leave it out")
+        self.lr, self.every_n_steps = lr, every_n_steps
+        self._stream = None if data is None else LabelledStream(data)
+        self._batches = 0
+        self._learners = {
+            layer: Learner(f"{name}/{layer}", self.task, lr=lr, optimizer=optimizer, schedule=schedule)
+            for layer in self.layers
+        }
 
     @property
     def state_key(self) -> str:
         """Key in a checkpoint's ``"callbacks"``."""
         return f"OnlineLinearProbe[{self.name}]"
 
+    @property
+    def head(self) -> LinearHead | None:
+        """The model of the first layer, None before its first step."""
+        return self._learners[self.layers[0]].head
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer of the first layer's model, None before its first step."""
+        return self._learners[self.layers[0]].optimizer
+
+    @property
+    def heads(self) -> dict[str, LinearHead | None]:
+        """The models of all layers by name."""
+        return {layer: learner.head for layer, learner in self._learners.items()}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Hook the layers and prepare the labelled loader."""
+        super().on_fit_start(trainer, pl_module)
+        if self._stream is not None:
+            self._stream.start(trainer)
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to count anew."""
-        self._train_top1 = Share().to(pl_module.device)
-        self._train_loss = MeanMetric(nan_strategy="disable").to(pl_module.device)
+        for learner in self._learners.values():
+            learner.begin_epoch(pl_module.device)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Read the labels and expect their features, unless they come from a loader of their own."""
+        if self._stream is None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Learn, outside autocast and after the optimizer's step."""
+        if self._stream is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        self._batches += 1
+        if self._batches % self.every_n_steps == 0:
+            self._learn_from(trainer, pl_module, self._stream)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the accuracy and the loss of the training images, each before the step that learned from it."""
-        for key, metric in (("train_top1", self._train_top1), ("train_loss", self._train_loss)):
-            if metric is not None and metric.update_called:
-                pl_module.log(f"{self.name}/{key}", metric.compute(), sync_dist=True)
+        for layer, learner in self._learners.items():
+            for key, value in learner.epoch_values().items():
+                for log_key in self._log_keys(layer, key):
+                    pl_module.log(log_key, value, sync_dist=True)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let the workers of the labelled loader go."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let the workers go too: `on_fit_end` is not called after an exception."""
+        super().on_exception(trainer, pl_module, exception)
+        self.on_fit_end(trainer, pl_module)
 
     def learn(self, step: Step) -> None:
-        """Do one step of SGD."""
-        head, optimizer = self._built(step.features)
-        logits, loss = head.gradient(step.features, step.labels, step.valid, step.finite)
-        optimizer.step()
-        if self._train_top1 is not None and self._train_loss is not None:
-            self._train_top1.update(logits.argmax(dim=1) == step.labels, step.valid)
-            self._train_loss.update(loss)
+        """Do one step of the optimizer for the step's layer."""
+        self._learner(step.layer).learn(step)
 
-    def predict(self, features: Tensor) -> Tensor | None:
-        """Return the predicted classes (B,) of features (B, F), or None before the first step."""
-        if self.head is None and self._pending is None:
-            return None
-        head, _ = self._built(features)
-        logits: Tensor = head(features)
-        return logits.argmax(dim=1)
+    def predict(self, features: Tensor, layer: str = "") -> Tensor | None:
+        """Return the logits or numbers (B, C) of a layer's features (B, F), or None before the first step."""
+        return self._learner(layer).predict(features)
+
+    def new_scores(self, device: torch.device) -> Scores:
+        """Return what the task is judged by."""
+        return self.task.scores(device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the classifier, its statistics and its optimizer, on the CPU."""
-        if self.head is None or self._optimizer is None:
-            return self._pending or {}
-        state = {
-            "head": self.head.state_dict(),
-            "batches": self.head.batches,
-            "optimizer": self._optimizer.state_dict(),
-        }
-        return to_cpu(state)  # sharded checkpoints are loaded without a map_location
+        """Return the models, their statistics and optimizers, on the CPU, and the place in the labelled loader."""
+        states = {layer: learner.state_dict() for layer, learner in self._learners.items()}
+        state = states[self.layers[0]] if len(self.layers) == 1 else {"layers": states}
+        if self._stream is not None and self._batches:
+            state = {**state, "data": self._stream.state_dict(), "seen": self._batches}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the classifier is built: where and how wide the features are is not known yet."""
-        if state_dict:
-            self._pending, self.head, self._optimizer = state_dict, None, None
+        """Keep the state until the model is built: where and how wide the features are is not known yet."""
+        own = {key: value for key, value in state_dict.items() if key not in ("data", "seen")}
+        states = own.get("layers", {self.layers[0]: own})
+        mend = "Give the probe the `features` that it had, or another `name` to begin anew"
+        known = states.keys() == self._learners.keys()
+        require(known, self.name, "have the layers that the checkpoint has", (self.layers, tuple(states)), mend)
+        for layer, state in states.items():
+            self._learners[layer].load_state_dict(state)
+        if self._stream is not None and "data" in state_dict:
+            self._stream.load_state_dict(state_dict["data"])
+            self._batches = state_dict["seen"]
 
-    def _built(self, features: Tensor) -> tuple[LinearHead, torch.optim.SGD]:
-        """Return the classifier and its optimizer, built at their first use."""
-        width, device = features.shape[1], features.device
-        if self.head is None or self._optimizer is None or self.head.width != width:
-            lr = default_lr(len(features) * world_size(), width) if self.lr is None else self.lr
-            with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never learn
-                self.head = LinearHead(width, self.num_classes, device)
-                self._optimizer = torch.optim.SGD(self.head.parameters(), lr=lr, momentum=SGD_MOMENTUM)
-                if self._pending is not None:
-                    self._restore(self.head, self._optimizer, self._pending)
-                    self._pending = None
-        return self.head, self._optimizer
+    def _learner(self, layer: str) -> Learner:
+        return self._learners[layer or self.layers[0]]
 
-    def _restore(self, head: LinearHead, optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
-        saved, own = tuple(state["head"]["weight"].shape), tuple(head.weight.shape)
-        mend = "Give the probe the `features` and `num_classes` that it had, or another `name` to begin anew"
-        require(saved == own, self.name, f"have a classifier of shape {saved}, as the checkpoint has", own, mend)
-        head.load_state_dict(state["head"])
-        head.batches = state["batches"]
-        optimizer.load_state_dict(state["optimizer"])
+    def _learn_from(self, trainer: Any, pl_module: Any, stream: LabelledStream) -> None:
+        """Learn from the next labelled batch."""
+        device = trainer.strategy.root_device
+        batch = stream.next(device)
+        taps = list(self._taps.values())
+        with extra_pass(trainer, pl_module, taps), isolated(derived_seed(SEED, self._batches), device):
+            features, batch = encode(trainer, pl_module, taps, batch)
+        targets = self._targets_of(batch, "`data`")
+        with torch.no_grad():
+            for layer, found in zip(self.layers, features, strict=True):
+                self.learn(self._step(layer, found, targets, f"`data` batch {self._batches}"))
+            self._seen.add("`data`")

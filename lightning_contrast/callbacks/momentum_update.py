@@ -9,7 +9,8 @@ from torch import nn
 from lightning_contrast._checks import check_choice, check_probability, fail
 from lightning_contrast.callbacks._defaults import drop_if_foreign
 from lightning_contrast.callbacks._ema import Averager, Pairs, check_pairs
-from lightning_contrast.callbacks._steps import StepWatch, batches_done, has_gradients, total_steps
+from lightning_contrast.callbacks._extension import planned
+from lightning_contrast.callbacks._steps import StepWatch, batches_done, has_gradients, step_was_skipped, total_steps
 from lightning_contrast.nn.ema import BUFFER_RULES, BufferRule
 
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
@@ -129,8 +130,9 @@ class MomentumUpdate(Callback):
         if stepped and not outputs and pl_module.automatic_optimization:
             # A training_step that returned None still lets the optimizer step, with the gradients there are.
             stepped = has_gradients(trainer.optimizers)
-        if not stepped:
-            if before != trainer.global_step:
+        skipped = step_was_skipped(trainer)
+        if skipped or not stepped:
+            if skipped or before != trainer.global_step:
                 for state in _step_states(pl_module):
                     state.discard()
             return
@@ -163,7 +165,7 @@ class MomentumUpdate(Callback):
     def _momentum(self, trainer: Trainer, pl_module: LightningModule, global_step: int) -> float:
         """Return the momentum of the update that is due now."""
         if pl_module.automatic_optimization:
-            return self.momentum_at(self._updates, self._total)
+            return self.momentum_at(*planned(trainer, self._updates, self._total))
         shares = [batches_done(trainer) / self._total]
         if trainer.max_steps > 0:
             shares.append(global_step / trainer.max_steps)

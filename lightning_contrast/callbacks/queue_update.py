@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_contrast import distributed
 from lightning_contrast._checks import fail
 from lightning_contrast.callbacks._defaults import drop_if_foreign
+from lightning_contrast.callbacks._steps import step_was_skipped
 from lightning_contrast.nn.memory_bank import MemoryBank
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
@@ -23,8 +24,9 @@ class QueueUpdate(Callback):
     ``"indices"`` (B,) where it is a `MemoryBank`. The queues must exist when the fit begins: make them in ``__init__``.
     A module that gives several keys for each image has their number as ``keys_per_image``.
 
-    A training step that returned nothing feeds nothing. The keys of a step that the gradient scaler skipped do enter,
-    because they are sound embeddings; keys with values that are not finite are marked as unfilled by the queue.
+    A training step that returned nothing, or that `NonFiniteGuard` skipped, feeds nothing. The keys of a step that the
+    gradient scaler skipped do enter, because they are sound embeddings; keys with values that are not finite are marked
+    as unfilled by the queue.
 
     Raises:
         TypeError: If the module has no ``queues``, or its training step does not return a dict.
@@ -60,7 +62,7 @@ class QueueUpdate(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Push the keys of all ranks."""
-        if not outputs:
+        if not outputs or step_was_skipped(trainer):
             return
         for name, queue in _queues(pl_module).items():
             keys = distributed.gather(_output(outputs, name))

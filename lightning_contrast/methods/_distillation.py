@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive, fail, require
+from lightning_contrast.callbacks._extension import planned
 from lightning_contrast.losses.distillation import teacher_probabilities
 from lightning_contrast.methods.base import ContrastiveModule
 
@@ -120,8 +121,8 @@ class DistillationModule(ContrastiveModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Set the weight decay of this step; ``global_step`` goes on where a run is resumed."""
-        total = int(self.trainer.estimated_stepping_batches)
-        decay = optim.weight_decay_cosine(self.trainer.global_step, total, self.weight_decay, self.final_weight_decay)
+        step, total = planned(self.trainer, self.trainer.global_step, int(self.trainer.estimated_stepping_batches))
+        decay = optim.weight_decay_cosine(step, total, self.weight_decay, self.final_weight_decay)
         for group in optimizer.param_groups:
             if group.get(_SCHEDULED):
                 group["weight_decay"] = decay

@@ -1,11 +1,14 @@
 """What a method reads from its Trainer: steps and batch size."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 
 from lightning_contrast._checks import fail, require
+from lightning_contrast.callbacks._extension import Plan, plan_of
 from lightning_contrast.optim import check_warmup
 
 
@@ -32,6 +35,28 @@ def planned_steps(trainer: L.Trainer, warmup_epochs: int) -> tuple[int, int]:
     warmup = warmup_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
     check_warmup(warmup, int(total))
     return warmup, int(total)
+
+
+def rate_factor(
+    trainer: L.Trainer, lr_factor: Callable[..., float], warmup_steps: int, total_steps: int
+) -> Callable[[int], float]:
+    """Return the factor of the learning rate as a function of the optimizer step.
+
+    Args:
+        trainer: The Trainer of a fit that is being set up.
+        lr_factor: The method's.
+        warmup_steps: Optimizer steps of the warm-up.
+        total_steps: Optimizer steps of the run.
+    """
+    plan = plan_of(trainer)
+    if plan is None:
+        return partial(lr_factor, warmup_steps=warmup_steps, total_steps=total_steps)
+    return partial(_extended, lr_factor, plan, warmup_steps, total_steps)
+
+
+def _extended(lr_factor: Callable[..., float], plan: Plan, warmup_steps: int, total_steps: int, step: int) -> float:
+    """Return the factor in a run that is longer than its plan."""
+    return lr_factor(plan.at(step, total_steps), min(warmup_steps, plan.total), plan.total)
 
 
 def global_batch_size(trainer: L.Trainer) -> int:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from lightning_contrast import optim
 from lightning_contrast._checks import check_probability, fail, require
 from lightning_contrast.callbacks import MomentumUpdate
+from lightning_contrast.callbacks._extension import planned
 from lightning_contrast.methods._distillation import _SCHEDULED, DistillationModule
 from lightning_contrast.nn import MaskedViT, build_masked_backbone
 from lightning_contrast.optim._trust import is_fsdp1_shard
@@ -61,14 +62,14 @@ class StretchedModule(DistillationModule):
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the program's factor at an optimizer step."""
-        planned = int(self.stretch * total_steps)
-        return optim.warmup_cosine(step + 1, warmup_steps, planned, start=self.warmup_start, end=self._final_factor)
+        length = int(self.stretch * total_steps)
+        return optim.warmup_cosine(step + 1, warmup_steps, length, start=self.warmup_start, end=self._final_factor)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Set the weight decay of this step; ``global_step`` goes on where a run is resumed."""
-        planned = int(self.stretch * self.trainer.estimated_stepping_batches)
-        step = self.trainer.global_step + 1
-        decay = optim.weight_decay_cosine(step, planned, self.weight_decay, self.final_weight_decay)
+        step, total = planned(self.trainer, self.trainer.global_step, self.trainer.estimated_stepping_batches)
+        stretched = int(self.stretch * total)
+        decay = optim.weight_decay_cosine(step + 1, stretched, self.weight_decay, self.final_weight_decay)
         for group in optimizer.param_groups:
             if group.get(_SCHEDULED):
                 group["weight_decay"] = decay

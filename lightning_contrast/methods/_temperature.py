@@ -5,6 +5,7 @@ from typing import cast
 import lightning as L
 from torch import Tensor, nn
 
+from lightning_contrast.callbacks._extension import planned
 from lightning_contrast.nn import ScheduledTemperature
 from lightning_contrast.nn.temperature import Temperature
 
@@ -28,8 +29,11 @@ def temperature_of(module: L.LightningModule) -> float | Tensor:
     if isinstance(temperature, nn.Module):
         value = temperature()
     elif isinstance(temperature, ScheduledTemperature):
-        total = module.trainer.estimated_stepping_batches if temperature.steps is None else None
-        value = temperature(module.global_step, total)
+        step: float = module.global_step
+        total: float | None = None
+        if temperature.steps is None:
+            step, total = planned(module.trainer, step, module.trainer.estimated_stepping_batches)
+        value = temperature(step, total)
     else:
         value = temperature(module.global_step)
     module.log("train/temperature", value.detach() if isinstance(value, Tensor) else value)

@@ -1,8 +1,7 @@
 """What every method would otherwise repeat word for word; never an algorithm."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive, require
 from lightning_contrast.callbacks._defaults import missing, owned
 from lightning_contrast.contracts import require_views, split_batch
-from lightning_contrast.methods._plan import global_batch_size, planned_steps
+from lightning_contrast.methods._plan import global_batch_size, planned_steps, rate_factor
 from lightning_contrast.methods._ranks import has_local_batchnorm, outermost, shard_submodules
 from lightning_contrast.methods._saved import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.nn import build_backbone, check_image_size
@@ -112,7 +111,7 @@ class ContrastiveModule(L.LightningModule):
             lr = optim.scaled_lr(self.base_lr, global_batch, rule=self.lr_rule)
             rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
         optimizer = optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr)
-        factor: Callable[[int], float] = partial(self.lr_factor, warmup_steps=warmup_steps, total_steps=total_steps)
+        factor = rate_factor(self.trainer, self.lr_factor, warmup_steps, total_steps)
         factors = [optim.constant if group.get("fixed_lr", False) else factor for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
 

@@ -108,7 +108,7 @@ class ScheduledTemperature:
         if self.steps is not None:
             check_at_least("steps", self.steps, 1)
 
-    def __call__(self, step: int, total_steps: float | None = None) -> float:
+    def __call__(self, step: float, total_steps: float | None = None) -> float:
         """Return the temperature at an optimizer step.
 
         Args:

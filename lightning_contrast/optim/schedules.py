@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lightning_contrast._checks import check_choice, check_not_negative, check_positive, require
 
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int, *, start: float = 0.0, end: float = 0.0) -> float:
+def warmup_cosine(step: float, warmup_steps: int, total_steps: float, *, start: float = 0.0, end: float = 0.0) -> float:
     """Return the rate factor of a linear warm-up that a half cosine follows.
 
     ``start + (1 - start) k / w`` in the first ``w`` steps, then
@@ -37,7 +37,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, *, start: floa
     return _cosine(step - warmup_steps, total_steps - warmup_steps, 1.0, end)
 
 
-def check_warmup(warmup_steps: int, total_steps: int) -> None:
+def check_warmup(warmup_steps: int, total_steps: float) -> None:
     """Check that a warm-up fits into its run.
 
     Args:
@@ -93,7 +93,7 @@ def cosine_by_epoch(step: int, steps_per_epoch: int, epochs: int) -> float:
     return warmup_cosine(step // steps_per_epoch, 0, epochs)
 
 
-def weight_decay_cosine(step: int, total_steps: int, start: float, end: float) -> float:
+def weight_decay_cosine(step: float, total_steps: float, start: float, end: float) -> float:
     """Return the weight decay of a half cosine from ``start`` to ``end`` (DINO: 0.04 to 0.4).
 
     Args:
@@ -152,7 +152,7 @@ def scaled_lr(base_lr: float, batch_size: int, rule: str = "linear") -> float:
     return base_lr * batch_size / 256 if rule == "linear" else base_lr * math.sqrt(batch_size)
 
 
-def _cosine(step: int, total: int, start: float, end: float) -> float:
+def _cosine(step: float, total: float, start: float, end: float) -> float:
     """Return the half cosine from ``start`` at step 0 to ``end`` at step ``total`` and after it."""
     progress = 1.0 if step >= total else step / total
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

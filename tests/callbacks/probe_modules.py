@@ -120,5 +120,17 @@ def probes():
     ]
 
 
+def labelled_probes():
+    """Return probes that make forward passes of their own."""
+    data = labelled(20, seed=9, shuffle=True)
+    return [
+        OnlineLinearProbe(
+            CLASSES, features=["backbone.0", "backbone"], data=data, every_n_steps=2, name="labelled", lr=0.01
+        ),
+        OnlineKNN(CLASSES, k=[1, 5], bank="fresh", name="fresh"),
+        OnlineKNN(CLASSES, k=5, bank=data, name="other"),
+    ]
+
+
 def equal_states(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -3,10 +3,10 @@
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_contrast.callbacks import OnlineKNN
-from tests.callbacks.probe_modules import CLASSES, classifier, images_and_labels, labelled, quiet_fit
+from tests.callbacks.probe_modules import CLASSES, classifier, images_and_labels, labelled, quiet_fit, quiet_trainer
 from tests.callbacks.strategies import fit_ranks
 from tests.launch import run_processes
 
@@ -21,6 +21,22 @@ class Frozen(classifier()):
         return {"features": colours(batch[0])}
 
     test_step = validation_step
+
+
+class Forward(Frozen):
+    """Its forward gives the features, as that of the methods does."""
+
+    def forward(self, images):
+        return colours(images)
+
+    def training_step(self, batch, batch_idx):
+        images = batch if isinstance(batch, torch.Tensor) else batch[0]
+        return {"loss": sum(p.sum() for p in self.parameters()) * 0, "features": self(images)}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(labelled(16).dataset)
 
 
 def colours(images):
@@ -58,9 +74,9 @@ class Keeps(OnlineKNN):
         super().__init__(*args, **kwargs)
         self.banks = []
 
-    def predict(self, features):
-        self.banks.append(self._bank)
-        return super().predict(features)
+    def predict(self, features, layer=""):
+        self.banks.append(self._banks.get("backbone"))
+        return super().predict(features, layer)
 
 
 def test_the_bank_holds_one_epoch_and_no_more_than_its_size():
@@ -86,9 +102,10 @@ def test_in_the_middle_of_an_epoch_the_rest_is_an_epoch_old():
 def test_memory_is_half_precision_while_training_and_given_back_after_validation():
     probe = OnlineKNN(CLASSES)
     quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
-    assert {chunk.dtype for chunk, _ in probe._chunks} == {torch.float16}
-    assert probe._bank is None
-    assert probe._rows == 48
+    chunks = probe._chunks["backbone"]
+    assert {chunk.dtype for chunk, _ in chunks.batches} == {torch.float16}
+    assert not probe._banks
+    assert chunks.rows == 48
 
 
 def test_images_without_label_and_broken_features_do_not_vote():
@@ -148,9 +165,124 @@ def test_two_ranks_share_one_bank():
         assert counts == one.banks[0][1].bincount().tolist()
 
 
+def test_several_neighbourhoods_and_temperatures_at_once():
+    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, k=[1, 7, 40], temperature=[0.07, 0.5])], labelled(), max_epochs=1)
+    bank, bank_labels = images_and_labels(48)
+    queries, labels = images_and_labels(24, seed=5)
+    bank, queries = colours(bank.float() / 255), colours(queries.float() / 255)
+    values = set()
+    for k in (1, 7, 40):
+        for temperature in (0.07, 0.5):
+            expected = top1_by_hand(bank, bank_labels, queries, labels, k, temperature)
+            assert run.callback_metrics[f"knn/k{k}_t{temperature}/top1"].item() == pytest.approx(expected)
+            values.add(expected)
+    assert len(values) > 2
+    assert run.callback_metrics["knn/top1"] == run.callback_metrics["knn/k1_t0.07/top1"]
+
+
+def encoded_by_hand(module, images):
+    module.eval()
+    with torch.no_grad():
+        return module.backbone(images.float() / 255)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "loader", "list"])
+def test_a_bank_is_encoded_anew_at_each_validation(kind):
+    module = classifier()()
+    other = labelled(40, seed=8, shuffle=True)
+    bank = {"fresh": "fresh", "loader": other, "list": list(other)}[kind]
+    probe = Keeps(CLASSES, k=7, bank=bank)
+    run = quiet_fit(module, [probe], labelled(shuffle=True, drop_last=True), max_epochs=2)
+    images, bank_labels = images_and_labels(48) if kind == "fresh" else images_and_labels(40, seed=8)
+    features = encoded_by_hand(module, images)
+    queries, labels = images_and_labels(24, seed=5)
+    expected = top1_by_hand(features, bank_labels, encoded_by_hand(module, queries), labels, 7, 0.07)
+    assert run.callback_metrics["knn/top1"].item() == pytest.approx(expected)
+    kept, kept_labels = probe.banks[-1]
+    assert kept_labels.bincount().tolist() == bank_labels.bincount().tolist()
+    if kind != "list":  # a set is read in order, whatever its loader does
+        torch.testing.assert_close(kept, torch.nn.functional.normalize(features, dim=1), atol=1e-3, rtol=0)
+    assert not torch.equal(probe.banks[0][0], kept)  # the module has learned in between
+
+
+@pytest.mark.parametrize("size", [20, 47])
+def test_a_small_bank_is_spread_over_the_set(size):
+    probe = Keeps(CLASSES, bank="fresh", bank_size=size)
+    quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
+    _, labels = images_and_labels(48)
+    assert torch.equal(probe.banks[0][1], labels[[i * 48 // size for i in range(size)]])
+    listed = Keeps(CLASSES, bank=list(labelled()), bank_size=size)
+    quiet_fit(Frozen(), [listed], labelled(), max_epochs=1)
+    assert torch.equal(listed.banks[0][1], labels[:size])
+
+
+def test_each_layer_and_each_loader_has_its_own_value():
+    probe = OnlineKNN(CLASSES, features=["backbone", "backbone.0"], bank="fresh")
+    run = quiet_fit(classifier()(), [probe], val=[labelled(24, seed=5), labelled(16, seed=6)])
+    keys = {f"knn/{layer}top1{index}" for layer in ("", "backbone/", "backbone.0/")
+            for index in ("", "/dataloader_idx_0", "/dataloader_idx_1")}  # fmt: skip
+    assert run.callback_metrics.keys() == keys
+    assert run.callback_metrics["knn/top1"] == run.callback_metrics["knn/backbone/top1/dataloader_idx_0"]
+
+
+def test_an_unlabelled_run_with_a_labelled_bank():
+    images, _ = images_and_labels(48)
+    train = DataLoader(images.float() / 255, batch_size=8)
+
+    run = quiet_fit(Forward(), [OnlineKNN(CLASSES, bank=labelled(40, seed=8))], train, max_epochs=1)
+    assert run.callback_metrics["knn/top1"] > 0.4
+
+
+def test_a_bank_without_a_label_is_a_warning_and_an_empty_one_an_error():
+    images, labels = images_and_labels(16)
+    none = DataLoader(list(zip(images.float() / 255, labels * 0 - 1, strict=True)), batch_size=8)
+    with pytest.warns(UserWarning, match="`knn`: no image of the bank has a label and finite features"):
+        run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank=none)], max_epochs=1)
+    assert run.callback_metrics == {}
+    with pytest.raises(ValueError, match="`bank` must yield at least one batch, got 'list'"):
+        quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank=[])], max_epochs=1)
+    with pytest.raises(TypeError, match='must be a DataLoader over a set of known length for `bank="fresh"`'):
+        quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank="fresh")], DataLoader(Stream(), batch_size=8), max_epochs=1)
+
+
+def test_a_bank_of_other_features_is_named():
+    class Other(Frozen):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return {"features": colours(batch[0])[:, :5]}
+
+    with pytest.raises(ValueError, match=r"`features` must be as wide at validation as in the bank, got \(5, 6\)"):
+        quiet_fit(Other(), [OnlineKNN(CLASSES, bank="fresh")], max_epochs=1)
+
+
+def test_fresh_needs_a_fit():
+    trainer = quiet_trainer([OnlineKNN(CLASSES, bank="fresh")])
+    with pytest.warns(UserWarning, match='no training set to encode for `bank="fresh"` without a fit'):
+        trainer.validate(Frozen(), labelled(24), verbose=False)
+    assert trainer.callback_metrics == {}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("size", [48, 47])
+def test_two_ranks_divide_a_fresh_bank(size):
+    def on_rank(rank):
+        probe = Keeps(CLASSES, k=7, bank="fresh", bank_size=size)
+        run = fit_ranks(Forward(), [probe], Loaders(), "ddp", max_epochs=1)
+        return run.callback_metrics["knn/top1"].item(), probe.banks[0][1].bincount().tolist()
+
+    one = Keeps(CLASSES, k=7, bank="fresh", bank_size=size)
+    whole = quiet_fit(Forward(), [one], labelled(), max_epochs=1).callback_metrics["knn/top1"].item()
+    for top1, counts in run_processes(on_rank, 2, init=False):
+        assert top1 == pytest.approx(whole)
+        assert counts == one.banks[0][1].bincount().tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"k": []}, "`k` must not be empty"),
+        ({"k": [5, 0]}, "`k` must be >= 1"),
+        ({"k": [5, 30], "bank_size": 20}, "`bank_size` must be >= 30"),
+        ({"bank": "val"}, "`bank` must be one of 'train', 'fresh', got 'val'"),
         ({"k": 0}, "`k` must be >= 1"),
         ({"temperature": 0.0}, "`temperature` must be > 0"),
         ({"bank_size": 3}, "`bank_size` must be >= 20, got 3. Raise `bank_size` to at least `k`"),

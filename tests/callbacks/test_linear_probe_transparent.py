@@ -14,6 +14,7 @@ from tests.callbacks.probe_modules import (
     classifier,
     equal_states,
     labelled,
+    labelled_probes,
     probes,
     quiet_fit,
 )
@@ -40,13 +41,14 @@ def test_weights_and_random_numbers_are_those_of_a_run_without_probes(library, o
     alone, watched = make(), make()
     quiet_fit(alone, [], trainer=trainer)
     after_alone = random_state()
-    run = quiet_fit(watched, probes(), trainer=trainer)
+    run = quiet_fit(watched, [*probes(), *labelled_probes()], trainer=trainer)
     after_watched = random_state()
     assert equal_states(alone.state_dict(), watched.state_dict())
     assert torch.equal(after_alone[0], after_watched[0])
     assert after_alone[1:] == after_watched[1:]
     assert not equal_states(make().state_dict(), watched.state_dict())  # it did learn
     assert {"linear_probe/top1", "knn/top1", "first_layer/top1"} <= run.callback_metrics.keys()
+    assert {"labelled/backbone.0/top1", "fresh/k5_t0.07/top1", "other/top1"} <= run.callback_metrics.keys()
     assert all(not module._forward_hooks for module in watched.modules())
 
 
@@ -65,7 +67,7 @@ def test_weights_and_random_numbers_are_those_of_a_run_without_probes(library, o
 def test_weights_are_the_same_under_other_settings(settings):
     alone, watched = classifier()(), classifier()()
     quiet_fit(alone, [], **settings)
-    run = quiet_fit(watched, probes(), **settings)
+    run = quiet_fit(watched, [*probes(), *labelled_probes()], **settings)
     assert equal_states(alone.state_dict(), watched.state_dict())
     assert run.callback_metrics["linear_probe/train_loss"].isfinite()
 
@@ -140,7 +142,7 @@ class Loaders(L.LightningDataModule):
 def weights_of_rank(rank, name, watched):
     take = TakeWeights()
     module = sharded(Sharding)() if name != "ddp" else classifier()()
-    callbacks = [take, *(probes()[:2] if watched else [])]
+    callbacks = [take, *([*probes()[:2], *labelled_probes()] if watched else [])]
     run = fit_ranks(module, callbacks, Loaders(), name, max_epochs=2)
     head = callbacks[1].head.weight.detach() if watched else None
     return take.history[-1], head, {key: float(value) for key, value in run.callback_metrics.items()}
@@ -155,4 +157,5 @@ def test_weights_are_the_same_on_two_ranks(name):
         assert equal_states(alone[rank][0], watched[rank][0])
     assert torch.equal(watched[0][1], watched[1][1])  # the classifier too is the same on both ranks
     assert watched[0][2] == watched[1][2]
-    assert {"linear_probe/top1", "linear_probe/train_top1", "knn/top1"} <= watched[0][2].keys()
+    logged = {"linear_probe/top1", "linear_probe/train_top1", "knn/top1", "labelled/backbone/top1", "fresh/top1"}
+    assert logged <= watched[0][2].keys()

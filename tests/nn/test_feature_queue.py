@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_contrast.nn import FeatureQueue
+from lightning_contrast.testing import HostSyncs
 
 
 def ring(size, pushes):
@@ -90,27 +90,14 @@ def test_the_effect_of_int8_on_the_loss_is_small():
     assert loss("float16") == pytest.approx(loss("float32"), abs=1e-5)
 
 
-class HostReads(TorchDispatchMode):
-    """Collects the operations that wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default")):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_nothing_is_read_on_the_host(dtype):
     queue = FeatureQueue(6, 2, dtype, labels=True)
-    with HostReads() as reads:
+    with HostSyncs() as syncs:
         for _ in range(3):
             queue.push(torch.randn(4, 2), torch.arange(4))
             _ = queue.features, queue.mask
-    assert reads.found == []
+    assert syncs.places == []
 
 
 def test_keys_that_are_not_finite_are_never_used():

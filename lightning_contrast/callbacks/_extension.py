@@ -1,0 +1,66 @@
+"""Where the schedules of a run stand that goes on after its planned end, or is made longer on the way."""
+
+from dataclasses import dataclass
+from typing import Any
+
+_PLAN = "_lightning_contrast_plan"  # attribute of a Trainer
+RAMP_SHARE = 0.1  # of the added steps: the way back from the end of the schedules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a longer run as steps of the old one, without a jump at the checkpoint.
+
+    From a checkpoint on the way the rest of the old schedules is stretched over the rest of the new run. From the end
+    of a run, where a learning rate is spent, the schedules first go back, in a line over a tenth of the added steps, to
+    where a run that had been planned so long would stand, and then forward to their end again.
+
+    Args:
+        done: Optimizer steps at the checkpoint.
+        total: Optimizer steps that the old run was planned for, >= ``done``.
+    """
+
+    done: int
+    total: int
+
+    def at(self, step: float, end: float) -> float:
+        """Return the step of the old plan at which the schedules stand.
+
+        Args:
+            step: Optimizer step of the longer run, >= 0.
+            end: Optimizer steps of the longer run, > ``done``.
+        """
+        if step <= self.done:
+            return step
+        added = end - self.done
+        since = min(step - self.done, added)
+        if self.done < self.total:
+            return self.done + since * (self.total - self.done) / added
+        back = self.total * self.done / end
+        ramp = min(max(1.0, RAMP_SHARE * added), added / 2)
+        if since <= ramp:
+            return self.total + (back - self.total) * since / ramp
+        return back + (self.total - back) * (since - ramp) / (added - ramp)
+
+
+def set_plan(trainer: Any, plan: Plan | None) -> None:
+    """Give a Trainer a plan for all its schedules, or take it away."""
+    setattr(trainer, _PLAN, plan)
+
+
+def plan_of(trainer: Any) -> Plan | None:
+    """Return the plan of a Trainer whose run was extended."""
+    plan = getattr(trainer, _PLAN, None)
+    return plan if isinstance(plan, Plan) else None
+
+
+def planned(trainer: Any, step: float, total: float) -> tuple[float, float]:
+    """Return where the schedules stand, and how long they are.
+
+    Args:
+        trainer: The Trainer.
+        step: Optimizer step of the run.
+        total: Optimizer steps of the run.
+    """
+    plan = plan_of(trainer)
+    return (step, total) if plan is None else (plan.at(step, total), plan.total)

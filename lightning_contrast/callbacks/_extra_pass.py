@@ -1,0 +1,127 @@
+"""A forward pass that is not the run's own, and that the run does not notice."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from lightning_contrast._checks import fail
+from lightning_contrast.callbacks._features import OUTPUT_KEY, OUTPUT_NAMES, FeatureTap
+from lightning_contrast.callbacks._views import seeded
+from lightning_contrast.contracts import split_batch
+
+
+@contextmanager
+def isolated(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw the random numbers of torch, NumPy and Python from ``seed`` inside, and leave their generators as they were.
+
+    Args:
+        seed: >= 0.
+        device: Whose generator is seeded beside the CPU's.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with seeded(seed, device):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+@contextmanager
+def extra_pass(trainer: Any, module: nn.Module, taps: Sequence[FeatureTap]) -> Iterator[None]:
+    """Put all modules into eval mode and the Trainer into validation, and everything back afterwards.
+
+    BatchNorm statistics stay as they are, no gradient is recorded, and a batch that is moved to the device gets the
+    plain images of `ViewAugmentation`. Random numbers are not isolated here: see `isolated`.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        taps: Those that read the pass; all others are deaf.
+    """
+    root = trainer.strategy.model
+    roots = [module] if root is None or root is module else [module, root]
+    modes = {layer: layer.training for one in roots for layer in one.modules()}
+    stage = trainer.state.stage
+    for layer in modes:
+        layer.training = False  # not `eval()`, which a module may have overridden
+    for tap in taps:
+        tap.joins = True
+    FeatureTap.extra_pass = True
+    if stage is not None:
+        trainer.state.stage = type(stage).VALIDATING
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        trainer.state.stage = stage
+        FeatureTap.extra_pass = False
+        for tap in taps:
+            tap.joins = False
+        for layer, mode in modes.items():
+            layer.training = mode
+            if isinstance(layer, FSDPModule):
+                layer.reshard()  # a forward pass without a backward leaves the outermost ones whole
+
+
+def encode(trainer: Any, module: Any, taps: Sequence[FeatureTap], batch: Any) -> tuple[list[Tensor], Any]:
+    """Return the features of a batch, inside `extra_pass`.
+
+    The module's ``forward`` gets the images; where it has none, the submodule that holds the first tapped layer does.
+    A layer that this does not call (a projector) gets what it returns.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        taps: The attached taps of the layers.
+        batch: A batch of the contract, as its loader gives it; of a list of views the first counts.
+
+    Returns:
+        Features (B, F), float32, for each tap, and the batch on the device.
+    """
+    batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+    images, _ = split_batch(batch)
+    images = images if isinstance(images, Tensor) else images[0]
+    for tap in taps:
+        tap.arm(len(images))
+    with trainer.precision_plugin.forward_context():
+        output = _entry(trainer, module, taps[0].features)(images)
+        outputs = {OUTPUT_KEY: output} if isinstance(output, Tensor) else None
+        complete(taps, outputs)
+    return [tap.read(module, None if tap.called() else outputs) for tap in taps], batch
+
+
+def complete(taps: Sequence[FeatureTap], outputs: Any) -> None:
+    """Run the layers that a step has not called on its output ``"features"``, where it has one.
+
+    Args:
+        taps: The attached taps of the layers, armed.
+        outputs: What the step returned.
+    """
+    features = outputs.get(OUTPUT_KEY) if isinstance(outputs, dict) else None
+    if isinstance(features, Tensor):
+        for tap in taps:
+            if not tap.called(outputs):
+                tap.run(features)
+
+
+def _entry(trainer: Any, module: Any, layer: str) -> Any:
+    """Return what turns images into features."""
+    if type(module).forward.__qualname__ != "LightningModule.forward":
+        root = trainer.strategy.model
+        # DDP's wrapper would send BatchNorm's statistics from rank 0 to the others; FSDP1's has to gather the weights
+        return root if isinstance(root, FullyShardedDataParallel) else module
+    child = getattr(module, layer.split(".", maxsplit=1)[0], None)
+    if not isinstance(child, nn.Module):
+        names = " or ".join(map(repr, OUTPUT_NAMES))
+        mend = f"Define `forward(images)` in the module, or name a layer instead of {names}"
+        fail("features", "be found by a forward pass of its own", layer, mend)
+    return child

@@ -1,0 +1,104 @@
+"""Runs of a Trainer that a kit can repeat: seeded, quiet, and without a trace outside of them."""
+
+import inspect
+import logging
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+from lightning_contrast._checks import fail
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators, and give them their states back afterwards."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
+
+
+def fit(
+    module: L.LightningModule,
+    data: Any,
+    callbacks: Sequence[L.Callback],
+    folder: str | Path,
+    settings: dict[str, Any],
+    **options: Any,
+) -> L.Trainer:
+    """Fit a module and return the Trainer.
+
+    Args:
+        module: The module.
+        data: A datamodule, a loader, or a pair of loaders for training and validation.
+        callbacks: Callbacks of the Trainer.
+        folder: Where it may write.
+        settings: Arguments of the Trainer; they win.
+        **options: Arguments of ``fit``.
+    """
+    with warnings.catch_warnings(), _silence("lightning.pytorch"), _silence("lightning.fabric"):
+        warnings.simplefilter("ignore", PossibleUserWarning)  # advice on workers and the like
+        trainer = L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **(QUIET | settings))
+        if isinstance(data, tuple | list) and len(data) == 2:
+            trainer.fit(module, *data, **options)
+        else:
+            trainer.fit(module, data, **options)
+    return trainer
+
+
+@contextmanager
+def _silence(name: str) -> Iterator[None]:
+    """Keep what a logger says of each run to itself."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def make(name: str, factory: Callable[[], Any], kind: type | None = None) -> Any:
+    """Call a factory and check what it gives.
+
+    Args:
+        name: Name of the argument as the user wrote it.
+        factory: What the user gave.
+        kind: What it must make; None: anything.
+    """
+    if isinstance(factory, torch.nn.Module) or not callable(factory):
+        mend = f"Give a function without arguments, such as `lambda: {type(factory).__name__}(...)`"
+        fail(name, "be a function: two runs need two of them", type(factory).__name__, mend, TypeError)
+    made = factory()
+    if kind is not None and not isinstance(made, kind):
+        fail(name, f"make a {kind.__name__}", type(made).__name__, "Return one from it", TypeError)
+    return made
+
+
+def required_arguments(fn: Callable[..., Any]) -> int:
+    """Return how many positional arguments a function cannot be called without."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(fn).parameters.values()
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)

@@ -1,0 +1,151 @@
+"""Check that a callback watches a run and changes nothing in it."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast.testing._runs import fit, make, required_arguments, seeded
+from lightning_contrast.testing._trace import Difference, Trace, first_difference, largest_difference
+from lightning_contrast.testing.processes import run_processes
+
+
+def assert_callback_changes_nothing(
+    callback: L.Callback | Callable[[], L.Callback],
+    make_module: Callable[[], L.LightningModule] | None = None,
+    make_data: Callable[[], Any] | None = None,
+    make_callbacks: Callable[[], Sequence[L.Callback]] = list,
+    *,
+    max_epochs: int = 2,
+    world_size: int = 1,
+    ignore: Sequence[str] = (),
+    **trainer_settings: Any,
+) -> None:
+    """Raise unless a run with the callback equals, bit for bit, the same run without it.
+
+    Compared before each batch and at the end are the batch, parameters, buffers, train and eval modes, optimizers,
+    learning rates, the global step, and the state of the random generators of torch, NumPy and Python; in each step
+    what ``training_step`` returned; at the end the names in the ``state_dict`` and the state of the other callbacks.
+
+    Args:
+        callback: The callback, or a function or class that makes it; with several processes, a function is safer.
+        make_module: Makes a new module at each call. None: a small classifier with ``backbone`` (features of width 16),
+            BatchNorm and dropout.
+        make_data: Makes new data at each call: a datamodule, a loader, or a pair of loaders (training, validation).
+            None: 24 images of 3 x 8 x 8 with labels 0..3 for training, in random order, and 8 for validation.
+        make_callbacks: Makes the callbacks of both runs at each call.
+        max_epochs: Length of the runs, >= 1.
+        world_size: Number of processes, >= 1; above 1 both runs are DDP, on the CPU.
+        ignore: Shell patterns for names in the message that may differ.
+        **trainer_settings: Further arguments of the Trainer.
+
+    Raises:
+        AssertionError: If the two runs differ; the message tells what differs first and where.
+        TypeError: If the callback is none, or a factory makes something else.
+    """
+    check_at_least("max_epochs", max_epochs, 1)
+    check_at_least("world_size", world_size, 1)
+    settings = {"max_epochs": max_epochs} | trainer_settings
+    if world_size > 1:
+        settings |= {"devices": world_size, "strategy": settings.get("strategy", "ddp")}
+
+    def run(rank: int, watched: bool) -> Trace:
+        with seeded(0), tempfile.TemporaryDirectory(prefix="callback-") as folder:
+            module = make("make_module", make_module or _Classifier, L.LightningModule)
+            data = make("make_data", make_data or _loaders)
+            others, trace = list(make("make_callbacks", make_callbacks)), Trace(with_random=True)
+            watching = [_made(callback)] if watched else []
+            fit(module, data, [*others, *watching, trace], folder, settings)
+            own = [c.state_key for c in watching]
+            last = trace.moments[-1].seen
+            for name in [name for name in last if name.startswith(tuple(f"callback `{key}`" for key in own))]:
+                del last[name]  # the callback's own state is its own business
+            return trace
+
+    if world_size > 1:
+        alone, watched = (run_processes(run, world_size, flag, init=False) for flag in (False, True))
+    else:
+        alone, watched = [run(0, False)], [run(0, True)]
+    differences = [first_difference(a.moments, b.moments, ignore) for a, b in zip(alone, watched, strict=True)]
+    found = [(difference.index, rank) for rank, difference in enumerate(differences) if difference is not None]
+    if found:
+        _, rank = min(found)  # what other ranks have later may come of it
+        on_rank = f" on rank {rank}" if world_size > 1 else ""
+        first = differences[rank]
+        assert first is not None
+        raise AssertionError(_message(_name(callback) + on_rank, first, alone[rank], watched[rank]))
+
+
+def _message(name: str, difference: Difference, alone: Trace, watched: Trace) -> str:
+    """Tell what the callback changes first."""
+    names = difference.names
+    shown = ", ".join(f"the {item}" for item in names[:4])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    lines = [f"{name} changes the run, first {difference.where}: {shown}{more}."]
+    if "random numbers" in names:
+        lines.append(
+            "It draws from a global generator, or iterates over a DataLoader without a generator of its own: draw "
+            "under `torch.random.fork_rng()`, or from a `torch.Generator`."
+        )
+    if any(item.startswith("train or eval mode") for item in names):
+        lines.append("It leaves a module in another mode: put back the mode that each submodule had.")
+    added = [
+        n for n in watched.moments[-1].seen.keys() - alone.moments[-1].seen.keys() if n[:6] in ("parame", "buffer")
+    ]
+    if added:
+        lines.append(f"It adds to the module's state: {', '.join(sorted(added)[:4])}.")
+    lines.append(largest_difference(alone.tensors, watched.tensors))
+    return "\n".join(line for line in lines if line)
+
+
+def _made(callback: Any) -> L.Callback:
+    made = callback
+    if not isinstance(callback, L.Callback) and callable(callback) and required_arguments(callback) == 0:
+        made = callback()
+    if not isinstance(made, L.Callback):
+        mend = "Give a callback, or a function without arguments that makes one"
+        fail("callback", "be a Callback", type(made).__name__, mend, TypeError)
+    return made
+
+
+def _name(callback: Any) -> str:
+    return type(callback).__name__ if isinstance(callback, L.Callback) else getattr(callback, "__name__", "callback")
+
+
+class _Classifier(L.LightningModule):
+    """A small classifier that notices a change of mode or of the random generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), *norm, nn.Dropout(0.1), nn.Linear(32, 16))
+        self.classifier = nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.backbone(images)
+        return features
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the loss and the features."""
+        features = self(batch[0])
+        loss = nn.functional.cross_entropy(self.classifier(features), batch[1])
+        return {"loss": loss, "features": features.detach()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the features."""
+        return {"features": self(batch[0])}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Use SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def _loaders() -> tuple[Any, Any]:
+    images, labels = torch.rand(32, 3, 8, 8), torch.arange(32) % 4
+    train, test = TensorDataset(images[:24], labels[:24]), TensorDataset(images[24:], labels[24:])
+    return DataLoader(train, batch_size=8, shuffle=True), DataLoader(test, batch_size=8)
