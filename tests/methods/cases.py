@@ -86,8 +86,8 @@ class LearnedSimCLR(lc.SimCLR):
     """With a module of its own: a checkpoint does not hold constructor arguments that are modules."""
 
     def __init__(self, backbone, **kwargs):
-        hard = lc.losses.Negatives("hard", tau_plus=0.02)
-        super().__init__(backbone, negatives=hard, temperature=lc.nn.LearnedTemperature(0.2), **kwargs)
+        own = {"negatives": lc.losses.Negatives("hard", tau_plus=0.02), "temperature": lc.nn.LearnedTemperature(0.2)}
+        super().__init__(backbone, **(own | kwargs))
 
 
 CASES |= {

@@ -142,7 +142,8 @@ def test_width_one_is_the_ordinary_resnet():
         images = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
             # timm shortens the shortcut of the first block in the same way
-            assert torch.equal(ours.eval()(images), theirs.eval()(images))
+            # rounded alike but for the memory format of the convolutions
+            torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
 
 
 def test_wide_resnet_starts_as_timm_starts():
