@@ -1,4 +1,7 @@
-"""A vision transformer and AdamW in plain matrices: the oracle of the methods that leave patches out."""
+"""A vision transformer, a distillation head and AdamW in plain torch, on dicts of weights: no module of any library.
+
+The oracle of the methods on transformers; names of the weights are timm's.
+"""
 
 import math
 
@@ -21,13 +24,13 @@ def linear(x, weights, name):
 
 
 def block(x, weights, heads):
-    """A pre-norm transformer block on the tokens (N, F) of one image, one head after the other."""
+    """A pre-norm transformer block on tokens (..., N, F), one head after the other."""
     q, k, v = linear(norm(x, weights, "norm1"), weights, "attn.qkv").chunk(3, dim=-1)
     width, out = x.shape[-1] // heads, []
     for head in range(heads):
         part = slice(head * width, (head + 1) * width)
-        out.append((q[:, part] @ k[:, part].T / math.sqrt(width)).softmax(1) @ v[:, part])
-    x = x + linear(torch.cat(out, 1), weights, "attn.proj")
+        out.append((q[..., part] @ k[..., part].mT / math.sqrt(width)).softmax(-1) @ v[..., part])
+    x = x + linear(torch.cat(out, -1), weights, "attn.proj")
     return x + linear(F.gelu(linear(norm(x, weights, "norm2"), weights, "mlp.fc1")), weights, "mlp.fc2")
 
 
@@ -39,28 +42,52 @@ def blocks(x, weights, heads):
     return x
 
 
-def vit(weights, image, keep=None, *, patch, heads):
-    """Return the tokens (1 + K, F), or (K, F) without class token, that timm's network makes of an image (C, H, W)."""
-    rows, columns = image.shape[1] // patch, image.shape[2] // patch
-    tokens = []
+def plain_tokens(weights, images, *, patch, heads, mask=None, keep=None, registers=False):
+    """Return all tokens of images (B, C, H, W), the class token first where there is one: (B, 1 + K, F)."""
+    w = {name.removeprefix("masked.").removeprefix("vit."): value for name, value in weights.items()}
+    rows, columns = images.shape[2] // patch, images.shape[3] // patch
+    kernel, tokens = w["patch_embed.proj.weight"], []
     for row in range(rows):
         for column in range(columns):
-            pixels = image[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
-            kernel = weights["patch_embed.proj.weight"]
-            tokens.append((kernel * pixels).sum((1, 2, 3)) + weights["patch_embed.proj.bias"])
-    tokens = torch.stack(tokens)
-    class_token, positions = weights.get("cls_token"), weights["pos_embed"][0]
-    first = [] if class_token is None else [class_token[0] + positions[:1]]
-    positions = positions[len(first) :]
-    if len(positions) != len(tokens):  # resampled in float32, as timm does
-        side = math.isqrt(len(positions))
-        square = positions.float().view(1, side, side, -1).permute(0, 3, 1, 2)
-        square = F.interpolate(square, (rows, columns), mode="bicubic", antialias=True)
-        positions = square.permute(0, 2, 3, 1).reshape(rows * columns, -1).to(tokens.dtype)
-    tokens = tokens + positions
+            pixels = images[:, None, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            tokens.append((kernel * pixels).sum((2, 3, 4)) + w["patch_embed.proj.bias"])
+    x = torch.stack(tokens, 1)
+    if mask is not None:
+        x = torch.where(mask[:, :, None], w["mask_token"].reshape(1, 1, -1), x)
+    prefix = [w["cls_token"]] if "cls_token" in w else []
+    prefix += [w["reg_token"]] if registers else []
+    count = sum(token.shape[1] for token in prefix)
+    x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], 1)
+    x = x + positions(w["pos_embed"], rows, columns, count)
     if keep is not None:
-        tokens = torch.stack([tokens[int(place)] for place in keep])
-    return norm(blocks(torch.cat([*first, tokens]), weights, heads), weights, "norm")
+        kept = zip(x, keep, strict=True)
+        x = torch.stack([torch.cat([image[:count], image[count:][index]]) for image, index in kept])
+    return norm(blocks(x, w, heads), w, "norm")
+
+
+def positions(table, rows, columns, count):
+    """Return the position of each token; the grid is resampled, in float32 as timm does, for images of another size."""
+    side = math.isqrt(table.shape[1] - count)
+    if side * side == rows * columns:
+        return table
+    grid = table[:, count:].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True).to(table.dtype)
+    return torch.cat([table[:, :count], grid.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)], 1)
+
+
+def vit(weights, image, keep=None, *, patch, heads):
+    """Return the tokens (1 + K, F), or (K, F) without class token, of one image (C, H, W)."""
+    return plain_tokens(weights, image[None], patch=patch, heads=heads, keep=None if keep is None else [keep])[0]
+
+
+def plain_head(w, x, layer="last_layer"):
+    """Return the logits of a DINO head: linear and GELU but for the last, length 1, prototypes ``g v / |v|``."""
+    for i in (0, 2, 4):
+        x = linear(x, w, f"mlp.layers.{i}")
+        x = F.gelu(x) if i < 4 else x
+    x = x / x.norm(dim=-1, keepdim=True)
+    g, v = w[f"{layer}.weight_g"], w[f"{layer}.weight_v"]
+    return x @ (g * v / v.norm(dim=1, keepdim=True)).T
 
 
 class AdamW:

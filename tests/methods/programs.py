@@ -1,4 +1,4 @@
-"""The authors' programs of iBOT and DINOv2 in plain float64: no module and no loss of the package."""
+"""The authors' programs of DINO, iBOT and DINOv2 in plain float64."""
 
 import math
 
@@ -7,21 +7,93 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_contrast.nn import ibot_masks
-from tests.plain_vit import plain_head, plain_tokens
+from tests.plain_transformer import AdamW, plain_head, plain_tokens
 
 VIT = {"patch": 4, "heads": 2}
 
 
-class IBOTProgram:
-    """The authors' training loop in plain float64: no module and no loss of the package."""
+class TeacherProgram:
+    """The training loop of DINO's program, which iBOT's shares, in plain float64; a subclass has the ``loss``."""
 
-    def __init__(self, module, total, warmup, lr, layer):
+    clip: float
+    """Largest norm of each gradient on its own."""
+
+    def __init__(self, module, total, warmup, lr, centers):
         nets = module.backbone, module.projector
         self.weights = [{k: v.detach().clone() for k, v in net.named_parameters()} for net in nets]
         self.teacher = [{k: v.clone() for k, v in part.items()} for part in self.weights]
-        self.centers = [torch.zeros(12, dtype=torch.float64) for _ in range(2)]
-        self.total, self.warmup, self.lr, self.layer = total, warmup, lr, layer
-        self.moments, self.losses = {}, []
+        self.centers = [torch.zeros(12, dtype=torch.float64) for _ in range(centers)]
+        self.total, self.warmup, self.lr = total, warmup, lr
+        self.adamw, self.losses = AdamW(), []
+
+    def step(self, number, epoch, micro_batches):
+        """Take a step on micro-batches, each the arguments of ``loss``, which returns it and the teacher's means."""
+        for part in self.weights:
+            for key in part:
+                part[key] = part[key].detach().requires_grad_("weight_g" not in key)
+        results = [self.loss(*arguments) for arguments in micro_batches]
+        self.losses += [loss.item() for loss, _ in results]
+        weights = {(i, key): value for i, part in enumerate(self.weights) for key, value in part.items()}
+        trained = [name for name, value in weights.items() if value.requires_grad]
+        loss = sum(loss for loss, _ in results) / len(results)
+        found = dict(zip(trained, torch.autograd.grad(loss, [weights[name] for name in trained]), strict=True))
+        gradients = {
+            name: gradient * min(1.0, self.clip / (gradient.norm().item() + 1e-6))
+            for name, gradient in found.items()
+            if epoch >= 1 or "last_layer" not in name[1]
+        }
+        if number < self.warmup:
+            lr = self.lr * number / (self.warmup - 1)
+        else:
+            progress = (number - self.warmup) / (self.total - self.warmup)
+            lr = 1e-6 + 0.5 * (self.lr - 1e-6) * (1 + math.cos(math.pi * progress))
+        decay = 0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * number / self.total))
+        decays = {name: decay if value.ndim > 1 else 0 for name, value in weights.items()}
+        plain = {name: value.detach() for name, value in weights.items()}
+        for (i, key), value in self.adamw.step(plain, gradients, lr, decays).items():
+            self.weights[i][key] = value
+        momentum = 1 - (1 - 0.996) * (1 + math.cos(math.pi * number / self.total)) / 2
+        for old, new in zip(self.teacher, self.weights, strict=True):
+            for key in old:
+                old[key] = momentum * old[key] + (1 - momentum) * new[key].detach()
+        for i in range(len(self.centers)):  # kept in float32
+            mean = sum(means[i] for _, means in results) / len(results)
+            self.centers[i] = (0.9 * self.centers[i] + 0.1 * mean).float().double()
+
+
+class DINOProgram(TeacherProgram):
+    """DINO's: no code of the package beside the networks' forward passes."""
+
+    clip = 0.01
+
+    def __init__(self, module, total, warmup, lr):
+        super().__init__(module, total, warmup, lr, centers=1)
+        self.nets = module.backbone, module.projector
+
+    def run(self, weights, view):
+        hidden = torch.func.functional_call(self.nets[0], weights[0], (view,))
+        return torch.func.functional_call(self.nets[1], weights[1], (hidden,))
+
+    def loss(self, views, temperature):
+        student = [self.run(self.weights, view) for view in views]
+        teacher = [self.run(self.teacher, view).detach() for view in views[:2]]
+        terms = []
+        for t in range(2):
+            q = F.softmax((teacher[t] - self.centers[0]) / temperature, dim=-1)
+            for s in range(len(views)):
+                if s != t:
+                    terms.append(torch.sum(-q * F.log_softmax(student[s] / 0.1, dim=-1), dim=-1).mean())
+        return sum(terms) / len(terms), [torch.cat(teacher).mean(0)]
+
+
+class IBOTProgram(TeacherProgram):
+    """iBOT's: no module and no loss of the package."""
+
+    clip = 0.02
+
+    def __init__(self, module, total, warmup, lr, layer):
+        super().__init__(module, total, warmup, lr, centers=2)
+        self.layer = layer
 
     def run(self, weights, view, mask=None):
         tokens = plain_tokens(weights[0], view, mask=mask, **VIT)
@@ -49,40 +121,6 @@ class IBOTProgram:
                     total_class, n_class = total_class + each.mean(), n_class + 1
         means = [torch.cat([out[i].flatten(0, -2) for out in teacher]).mean(0) for i in range(2)]
         return total_class / n_class + total_patch / n_patch, means
-
-    def step(self, number, epoch, micro_batches, temperatures, seeds):
-        for part in self.weights:
-            for key in part:
-                part[key] = part[key].detach().requires_grad_("weight_g" not in key)
-        results = [self.loss(views, temperatures, seed) for views, seed in zip(micro_batches, seeds, strict=True)]
-        self.losses += [loss.item() for loss, _ in results]
-        trained = [(i, key) for i, part in enumerate(self.weights) for key in part if part[key].requires_grad]
-        loss = sum(loss for loss, _ in results) / len(results)
-        grads = torch.autograd.grad(loss, [self.weights[i][key] for i, key in trained])
-        if number < self.warmup:
-            lr = self.lr * number / (self.warmup - 1)
-        else:
-            progress = (number - self.warmup) / (self.total - self.warmup)
-            lr = 1e-6 + 0.5 * (self.lr - 1e-6) * (1 + math.cos(math.pi * progress))
-        decay = 0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * number / self.total))
-        for (i, key), gradient in zip(trained, grads, strict=True):
-            gradient = gradient * min(1.0, 0.02 / (gradient.norm().item() + 1e-6))
-            if "last_layer" in key and epoch < 1:
-                continue
-            value = self.weights[i][key].detach()
-            first, second, count = self.moments.get((i, key), (0, 0, 0))
-            first, second, count = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2, count + 1
-            self.moments[i, key] = first, second, count
-            value = value * (1 - lr * (decay if value.ndim > 1 else 0))
-            update = (first / (1 - 0.9**count)) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
-            self.weights[i][key] = value - lr * update
-        momentum = 1 - (1 - 0.996) * (1 + math.cos(math.pi * number / self.total)) / 2
-        for old, new in zip(self.teacher, self.weights, strict=True):
-            for key in old:
-                old[key] = momentum * old[key] + (1 - momentum) * new[key].detach()
-        for i in range(2):  # kept in float32
-            mean = sum(means[i] for _, means in results) / len(results)
-            self.centers[i] = (0.9 * self.centers[i] + 0.1 * mean).float().double()
 
 
 def program_sinkhorn(logits, temperature):

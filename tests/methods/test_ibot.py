@@ -47,7 +47,8 @@ def test_training_equals_the_program(name, accumulate):
         for step in range(2):
             own = range(step * accumulate, (step + 1) * accumulate)
             micro_batches, seeds = [batches[i] for i in own], [100 * epoch + i for i in own]
-            program.step(2 * epoch + step, epoch, micro_batches, temperatures, seeds)
+            arguments = [(views, temperatures, seed) for views, seed in zip(micro_batches, seeds, strict=True)]
+            program.step(2 * epoch + step, epoch, arguments)
     draws = Draws()
     run = fit(module, batches, 3, [draws], accumulate_grad_batches=accumulate)
     assert run.global_step == 6

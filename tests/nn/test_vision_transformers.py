@@ -9,7 +9,7 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast.nn import MaskedViT, build_backbone, build_masked_backbone, select_patches
-from tests.plain_vit import plain_tokens
+from tests.plain_transformer import plain_tokens
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
 
