@@ -3,42 +3,26 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_contrast import losses
+from lightning_contrast.testing import HostSyncs
 from tests.losses.cases import CASES, make_inputs, value_and_gradients
-
-HOST_READS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "unique", "masked_select", "equal")
-
-
-class _Reads(TorchDispatchMode):
-    """Count the operations that wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if any(name == read or name.startswith(read + "_") for read in HOST_READS):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_host_read_forward_and_backward(name: str) -> None:
     case = CASES[name]
     tensors = make_inputs(case, 5, dtype=torch.float32)
-    with _Reads() as reads:
+    with HostSyncs() as reads:
         value_and_gradients(case.loss, tensors)
-    assert reads.found == []
+    assert reads.places == []
 
 
 def test_the_counter_of_host_reads_counts() -> None:
-    with _Reads() as reads:
+    with HostSyncs() as reads:
         bool(torch.ones(1).sum() > 0)
         torch.ones(2).nonzero()
-    assert len(reads.found) >= 2
+    assert len(reads.places) >= 2
 
 
 @pytest.mark.parametrize("name", CASES)
