@@ -53,16 +53,27 @@ def trust_ratios(
         buckets.setdefault((weight.device, dtype, shard_groups(weight)), []).append(i)
     ratios: list[Tensor] = [*updates]
     for (_, dtype, groups), members in buckets.items():
-        shards = [local(weights[i]) for i in members] + [updates[i] for i in members]
-        norms = torch.stack(torch._foreach_norm(shards, 2, dtype=dtype))
-        if groups:
-            squares = norms.square()
-            for group in groups:
-                dist.all_reduce(squares, group=group)
-            norms = squares.sqrt()
+        norms = norms_over_ranks([local(weights[i]) for i in members] + [updates[i] for i in members], groups, dtype)
         for i, ratio in zip(members, rule(*norms.chunk(2)).unbind(), strict=True):
             ratios[i] = ratio
     return ratios
+
+
+def norms_over_ranks(shards: list[Tensor], groups: _Groups, dtype: torch.dtype) -> Tensor:
+    """Return the 2-norms ``(n,)`` of whole tensors of which each rank holds a shard; nothing is read on the host.
+
+    Args:
+        shards: This rank's shard of each tensor; all lie on one device.
+        groups: From `shard_groups`; empty where a shard is the whole tensor.
+        dtype: In which to add up.
+    """
+    norms = torch.stack(torch._foreach_norm(shards, 2, dtype=dtype))
+    if groups:
+        squares = norms.square()
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        norms = squares.sqrt()
+    return norms
 
 
 def shard_groups(weight: Tensor) -> _Groups:

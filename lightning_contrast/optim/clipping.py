@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_contrast._checks import check_positive
-from lightning_contrast.optim._trust import is_fsdp1_shard, local_gradient, shard_groups
+from lightning_contrast.optim._trust import is_fsdp1_shard, local_gradient, norms_over_ranks, shard_groups
 
 
 @torch.no_grad()
@@ -41,12 +40,6 @@ def clip_each_gradient(parameters: Iterable[Tensor], max_norm: float) -> None:
         key = (gradient.device, gradient.dtype, shard_groups(parameter))
         buckets.setdefault(key, []).append(gradient)
     for (_, dtype, groups), gradients in buckets.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=wide))
-        if groups:
-            squares = norms.square()
-            for group in groups:
-                dist.all_reduce(squares, group=group)
-            norms = squares.sqrt()
+        norms = norms_over_ranks(gradients, groups, torch.promote_types(dtype, torch.float32))
         factors = (max_norm / (norms + 1e-6)).clamp(max=1).to(dtype)
         torch._foreach_mul_(gradients, list(factors.unbind()))

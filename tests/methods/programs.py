@@ -2,6 +2,7 @@
 
 import math
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,6 +122,28 @@ class IBOTProgram(TeacherProgram):
                     total_class, n_class = total_class + each.mean(), n_class + 1
         means = [torch.cat([out[i].flatten(0, -2) for out in teacher]).mean(0) for i in range(2)]
         return total_class / n_class + total_patch / n_patch, means
+
+
+class Moves(L.Callback):
+    """Counts for each watched tensor at how many batches' ends it had moved."""
+
+    def __init__(self, watched):
+        self.watched = watched
+
+    def now(self, module):
+        return [tensor.detach().clone() for tensor in self.watched(module)]
+
+    def on_train_start(self, trainer, pl_module):
+        self.last = self.now(pl_module)
+        self.counts = [0] * len(self.last)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        now = self.now(pl_module)
+        self.counts = [n + (not torch.equal(a, b)) for n, a, b in zip(self.counts, self.last, now, strict=True)]
+        self.last = now
+
+    def on_train_end(self, trainer, pl_module):
+        self.on_train_batch_start(trainer, pl_module, None, 0)
 
 
 def program_sinkhorn(logits, temperature):

@@ -14,7 +14,7 @@ from lightning_contrast.callbacks import MomentumUpdate
 from tests.callbacks.strategies import STRATEGIES, TakeWeights, fit_ranks
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
-from tests.methods.programs import DINOProgram
+from tests.methods.programs import DINOProgram, Moves
 from tests.methods.test_contract import BATCH, BATCHES, Data, run_step, step_batch, trainer
 
 CASE = CASES["DINO"]
@@ -138,22 +138,7 @@ def test_features_are_those_of_the_first_view():
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 def test_teacher_and_centre_move_once_per_optimizer_step(tmp_path):
-    class Moves(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            self.last, self.counts = self.now(pl_module), [0, 0]
-
-        def now(self, module):
-            return module.center.value, next(module.momentum_backbone.parameters()).detach().clone()
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            now = self.now(pl_module)
-            self.counts = [n + (not torch.equal(a, b)) for n, a, b in zip(self.counts, self.last, now, strict=True)]
-            self.last = now
-
-        def on_train_end(self, trainer, pl_module):
-            self.on_train_batch_start(trainer, pl_module, None, 0)
-
-    moves = Moves()
+    moves = Moves(lambda module: [module.center.value, next(module.momentum_backbone.parameters())])
     run = trainer(tmp_path, CASE, epochs=2, callbacks=[moves], accumulate_grad_batches=3, limit_val_batches=0)
     run.fit(make("DINO", momentum=0.9), Data(BATCH))
     assert run.global_step == 2 * math.ceil(BATCHES / 3)

@@ -12,7 +12,7 @@ import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make, tiny_vit
-from tests.methods.programs import IBOTProgram
+from tests.methods.programs import IBOTProgram, Moves
 from tests.methods.test_contract import BATCH, BATCHES, Data, rows_of, run_step, step_batch, trainer
 from tests.methods.test_dino import fit, make_views
 
@@ -64,26 +64,9 @@ def test_training_equals_the_program(name, accumulate):
 
 
 def test_teacher_and_both_centres_move_once_per_optimizer_step(tmp_path):
-    class Moves(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            self.last, self.counts = self.now(pl_module), [0, 0, 0]
-
-        def now(self, module):
-            return [
-                module.center.value,
-                module.patch_center.value,
-                module.momentum_backbone.vit.norm.bias.detach().clone(),
-            ]
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            now = self.now(pl_module)
-            self.counts = [n + (not torch.equal(a, b)) for n, a, b in zip(self.counts, self.last, now, strict=True)]
-            self.last = now
-
-        def on_train_end(self, trainer, pl_module):
-            self.on_train_batch_start(trainer, pl_module, None, 0)
-
-    moves = Moves()
+    moves = Moves(
+        lambda module: [module.center.value, module.patch_center.value, module.momentum_backbone.vit.norm.bias]
+    )
     run = trainer(tmp_path, CASE, epochs=2, callbacks=[moves], accumulate_grad_batches=3, limit_val_batches=0)
     run.fit(make("IBOT", momentum=0.9), Data(BATCH))
     assert run.global_step == 2 * math.ceil(BATCHES / 3)
