@@ -12,6 +12,7 @@ from lightning_contrast.nn import ema_update
 
 NETWORKS = ("resnet50", "vit_small_patch16_224")
 MOMENTUM = 0.996
+BYTES = 12  # that an update moves for a float32 weight: two are read, one is written
 
 
 def measure(name: str, threads: int, repeats: int) -> dict[str, object]:
@@ -26,11 +27,14 @@ def measure(name: str, threads: int, repeats: int) -> dict[str, object]:
     ema_update(online, ours, MOMENTUM)
     update_momentum(online, theirs, MOMENTUM)
     check_equal(ours, theirs)
+    count = sum(parameter.numel() for parameter in online.parameters())
+    flat, flat_target = torch.rand(count), torch.rand(count)
     times = alternate(
         {
             "ours": lambda: ema_update(online, ours, MOMENTUM),
             "lightly": lambda: update_momentum(online, theirs, MOMENTUM),
             "copy": lambda: copy_weights(online, spare),
+            "flat": lambda: flat_target.lerp_(flat, 1 - MOMENTUM),
         },
         repeats=repeats,
         warmup=5,
@@ -39,10 +43,13 @@ def measure(name: str, threads: int, repeats: int) -> dict[str, object]:
     return {
         "network": name,
         "threads": threads,
-        "million weights": sum(p.numel() for p in online.parameters()) / 1e6,
+        "million weights": count / 1e6,
         "ours ms": 1e3 * seconds["ours"],
         "lightly ms": 1e3 * seconds["lightly"],
         "plain copy ms": 1e3 * seconds["copy"],
+        "one tensor ms": 1e3 * seconds["flat"],
+        "ours GB/s": BYTES * count / seconds["ours"] / 1e9,
+        "one tensor GB/s": BYTES * count / seconds["flat"] / 1e9,
         "lightly / ours": seconds["lightly"] / seconds["ours"],
     }
 
@@ -60,8 +67,8 @@ def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
 def main(repeats: int = 30) -> None:
     notes = (
         "One update of all weights in float32, the same numbers in both. The peer is "
-        "`lightly.models.utils.update_momentum`; all run in turn in one process. A plain copy of the weights, which "
-        "reads and writes as much memory, is the least that any update can take."
+        "`lightly.models.utils.update_momentum`; all run in turn in one process. For comparison a plain copy of the "
+        "weights, and one interpolation of as many numbers in one tensor: the least that an update can take."
     )
     report("ema", [measure(name, threads, repeats) for name in NETWORKS for threads in (1, 2)], notes)
 

@@ -127,15 +127,17 @@ def test_many_channels():
     torch.testing.assert_close(run(operation, images, draw), expected)
 
 
-def test_solarize_equals_torchvision():
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.75, 1.0])
+def test_solarize_equals_torchvision(threshold):
     torch.manual_seed(0)
     images = torch.rand(400, 3, 8, 8)
-    operation = FusedSolarize(0.2)
+    images[:, 0, 0] = threshold
+    operation = FusedSolarize(0.2, threshold=threshold)
     draw = operation.draw(400, 8, 8)
     chosen = torch.from_numpy(draw["solarized"])
     assert chosen.float().mean() == pytest.approx(0.2, abs=0.06)
     result = operation.compute_(images.clone(), to_device(operation.prepare(draw), CPU))
-    torch.testing.assert_close(result[chosen], TF.solarize(images[chosen], 0.5))
+    torch.testing.assert_close(result[chosen], TF.solarize(images[chosen], threshold))
     assert torch.equal(result[~chosen], images[~chosen])
 
 

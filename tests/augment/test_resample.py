@@ -7,7 +7,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from lightning_contrast.augment.fused import FusedResizedCrop
-from lightning_contrast.augment.fused.resample import apply_weights, resize_weights
+from lightning_contrast.augment.fused.resample import apply_weights, resize_weights, tabulated_weights
 from lightning_contrast.augment.operation import to_device
 
 BOXES = torch.tensor(
@@ -82,6 +82,28 @@ def test_weights_are_exact_in_float64():
         crop = row[i : i + 1, ..., first : first + count]
         torch.testing.assert_close(result[i : i + 1], F.interpolate(crop, (1, 16), mode="bilinear", antialias=True))
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("size", [1, 7, 12, 20])
+def test_table_holds_the_weights_of_every_crop(size, interpolation, antialias):
+    crops = [(start, length) for length in range(1, 13) for start in range(13 - length)]
+    start, length = torch.tensor(crops * 2).float().T
+    flip = torch.arange(len(start)) >= len(crops)
+    style = {"flip": flip, "interpolation": interpolation, "antialias": antialias}
+    table = tabulated_weights(start, length, 12, size, **style)
+    torch.testing.assert_close(table, resize_weights(start, length, 12, size, **style), atol=1e-6, rtol=0)
+    plain = tabulated_weights(start, length, 12, size, interpolation=interpolation, antialias=antialias)
+    assert torch.equal(plain, table[: len(crops)].repeat(2, 1, 1))
+    table.zero_()  # a look-up is a copy: nothing that is done to it reaches the table
+    assert tabulated_weights(start, length, 12, size, **style).abs().sum() > 0
+
+
+def test_no_table_for_large_images():
+    start, length = torch.tensor([0.0]), torch.tensor([64.0])
+    assert tabulated_weights(start, length, 64, 64) is None
+    assert tabulated_weights(start, length[:1] / 2, 32, 32).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 90), (200, 30)])

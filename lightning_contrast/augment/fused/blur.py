@@ -27,6 +27,7 @@ from lightning_contrast.augment.operation import (
 _REACH = 4.0  # standard deviations that the kernel covers where no width is given; 6e-5 of the mass lies beyond
 _SMALL = 64  # pixels of an edge up to which images are blurred together on a CPU, by two matrix products
 _FEW_TAPS = 2  # radius up to which sums of shifted images beat them
+_TILE = 16  # pixels that one product of larger images makes
 
 
 def blur_weights(kernel: Tensor, size: int) -> Tensor:
@@ -100,27 +101,27 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
         distance = np.arange(widest + 1, dtype=np.float32)
         kernel = np.exp(-0.5 * (distance / sigma[:, None]) ** 2) * (distance <= radius[:, None])
         kernel /= 2 * kernel.sum(axis=1, keepdims=True) - kernel[:, :1]
-        rows = np.flatnonzero(draw["blurred"])
-        one_by_one = list(zip(rows.tolist(), radius.tolist(), kernel.tolist(), strict=True))
-        return {"rows": rows_where(draw["blurred"]), "kernel": kernel, "one_by_one": one_by_one}
+        each = list(zip(np.flatnonzero(draw["blurred"]).tolist(), radius.tolist(), strict=True))
+        return {"rows": rows_where(draw["blurred"]), "each": each, "kernel": kernel}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
         """Blur the drawn rows in place."""
         if is_empty(plan["rows"]):
             return images
         height, width = images.shape[-2:]
-        radius = plan["kernel"].shape[1] - 1
+        kernel = plan["kernel"].to(images.dtype)
+        radius = kernel.shape[1] - 1
         if min(height, width) > radius and not wants_accelerator_form(self.form, images):
             if max(height, width) > _SMALL:
-                for row, reach, weights in plan["one_by_one"]:
-                    _blur_by_sums_(images[row : row + 1], [weights], reach)
+                for (row, reach), band in zip(plan["each"], _bands(kernel), strict=True):
+                    unused = radius - reach
+                    _blur_by_bands_(images[row], band[unused : len(band) - unused])
                 return images
             if radius <= _FEW_TAPS:
                 chosen = take(images, plan["rows"])
-                _blur_by_sums_(chosen, plan["kernel"].to(images.dtype), radius)
+                _blur_by_sums_(chosen, kernel)
                 put_back_(images, plan["rows"], chosen)
                 return images
-        kernel = plan["kernel"].to(images.dtype)
         rows = blur_weights(fit_kernel(kernel, height), height)
         columns = rows if height == width else blur_weights(fit_kernel(kernel, width), width)
         put_(images, plan["rows"], apply_weights(take(images, plan["rows"]), rows, columns))
@@ -135,7 +136,53 @@ def fit_kernel(kernel: Tensor, size: int) -> Tensor:
     return cut / (2 * cut.sum(1, keepdim=True) - cut[:, :1])
 
 
-def _blur_by_sums_(images: Tensor, kernel: Tensor | list[list[float]], radius: int) -> None:
+def _bands(kernel: Tensor) -> Tensor:
+    """Return the matrix of each kernel ``(n, R + 1)`` that takes a tile with its borders to the tile.
+
+    Returns:
+        Weights ``(n, 16 + 2 R, 16)``.
+    """
+    radius = kernel.shape[1] - 1
+    tile = torch.arange(_TILE, device=kernel.device)
+    pixel = torch.arange(-radius, _TILE + radius, device=kernel.device)
+    distance = (pixel[:, None] - tile[None, :]).abs().clamp_(max=radius + 1)
+    return F.pad(kernel, (0, 1))[:, distance]
+
+
+def _blur_by_bands_(image: Tensor, band: Tensor) -> None:
+    """Blur an image ``(C, H, W)`` in place by two products of its tiles with a band matrix.
+
+    A product of 16 rows (or columns) needs these and the R beyond them on both sides: tiles overlap, as windows into
+    one padded image, of which no copies are made. The channels lie below each other, each a whole number of tiles
+    high; what the products make of the rows between two channels is left behind.
+
+    Args:
+        image: Overwritten; the radius R is below its edges.
+        band: Weights ``(16 + 2 R, 16)``.
+    """
+    channels, height, width = image.shape
+    window = len(band)
+    radius = (window - _TILE) // 2
+    across, down, each = -(-width // _TILE), -(-height // _TILE), -(-(height + 2 * radius) // _TILE)
+    each = max(each, down + -(-2 * radius // _TILE))
+    line = across * _TILE + 2 * radius
+    padded = F.pad(image[None], (radius, radius, radius, radius), mode="reflect")[0]
+    if padded.shape[1:] != (each * _TILE, line):
+        padded = F.pad(padded, (0, line - padded.shape[2], 0, each * _TILE - padded.shape[1]))
+    tiles = (channels - 1) * each + down
+    windows = padded.as_strided((tiles, window, line), (_TILE * line, line, 1))
+    rows = torch.bmm(band.T.expand(tiles, -1, -1), windows)  # (tiles, 16, line)
+    lines = tiles * _TILE
+    windows = rows.as_strided((across, lines, window), (_TILE, line, 1))
+    both = torch.bmm(windows, band.expand(across, -1, -1))  # (across, lines, 16)
+    result = both.as_strided((channels, height, across, _TILE), (each * _TILE * _TILE, _TILE, lines * _TILE, 1))
+    if width % _TILE == 0:
+        torch.unflatten(image, 2, (across, _TILE)).copy_(result)
+    else:
+        image.copy_(result.flatten(2)[..., :width])
+
+
+def _blur_by_sums_(images: Tensor, kernel: Tensor) -> None:
     """Blur images ``(n, C, H, W)`` in place by sums of shifted copies, which stay in the processor's cache.
 
     A padded image is one long row of pixels: shifts along both axes are shifts of that row, and what runs over the
@@ -143,34 +190,25 @@ def _blur_by_sums_(images: Tensor, kernel: Tensor | list[list[float]], radius: i
 
     Args:
         images: Overwritten.
-        kernel: Weights at the distances 0, 1, ... ``(n, R + 1)``.
-        radius: R, below the edges of the images.
+        kernel: Weights at the distances 0, 1, ... ``(n, R + 1)``; R below the edges of the images.
     """
     count, _, height, width = images.shape
+    radius = kernel.shape[1] - 1
     padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
     lines, line = height + 2 * radius, width + 2 * radius
-    rows = _shifted_sum(padded.view(count, -1), kernel, radius, 1)
-    both = _shifted_sum(rows, kernel, radius, line)
+    rows = _shifted_sum(padded.view(count, -1), kernel, 1)
+    both = _shifted_sum(rows, kernel, line)
     # the sums start `radius` lines and `radius` pixels into the padded image: at the first pixel of the image itself
     images.copy_(both.as_strided(images.shape, (both.shape[1], lines * line, line, 1)))
 
 
-def _shifted_sum(pixels: Tensor, kernel: Tensor | list[list[float]], radius: int, step: int) -> Tensor:
+def _shifted_sum(pixels: Tensor, kernel: Tensor, step: int) -> Tensor:
     """Return the sum of ``pixels`` ``(n, N)`` shifted by multiples of ``step``, ``(n, N - 2 R step)``."""
+    radius = kernel.shape[1] - 1
     length = pixels.shape[1] - 2 * radius * step
-
-    def shifted(distance: int) -> Tensor:
-        start = (radius + distance) * step
-        return pixels[:, start : start + length]
-
-    if isinstance(kernel, Tensor):
-        total = shifted(0) * kernel[:, :1]
-        for distance in range(1, radius + 1):
-            weight = kernel[:, distance : distance + 1]
-            total.addcmul_(shifted(-distance), weight).addcmul_(shifted(distance), weight)
-        return total
-    (weights,) = kernel  # one image: its weights are plain numbers, and each sum is one pass
-    total = shifted(0) * weights[0]
+    total = pixels[:, radius * step :][:, :length] * kernel[:, :1]
     for distance in range(1, radius + 1):
-        total.add_(shifted(-distance), alpha=weights[distance]).add_(shifted(distance), alpha=weights[distance])
+        near, far = (radius - distance) * step, (radius + distance) * step
+        pair = pixels[:, near : near + length] + pixels[:, far : far + length]
+        total.add_(pair.mul_(kernel[:, distance : distance + 1]))
     return total

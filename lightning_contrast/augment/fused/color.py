@@ -1,7 +1,5 @@
 """Brightness, contrast, saturation, hue and grayscale in one operation."""
 
-from typing import cast
-
 import numpy as np
 import torch
 from kornia.augmentation import IntensityAugmentationBase2D
@@ -9,6 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_contrast._checks import check_choice, check_not_negative, check_probability, require
+from lightning_contrast.augment.fused.color_maps import BRIGHTNESS, HUE, MAPS, SATURATION, color_maps
 from lightning_contrast.augment.fused.hue import shift_hue_
 from lightning_contrast.augment.operation import (
     Draw,
@@ -16,7 +15,6 @@ from lightning_contrast.augment.operation import (
     FusedOperation,
     Plan,
     is_empty,
-    put_,
     put_back_,
     rows_where,
     take,
@@ -24,19 +22,18 @@ from lightning_contrast.augment.operation import (
 )
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as torchvision and Pillow weigh
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-_STEPS = 4
 _RGB = 3
 
 
 class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
     """Jitter the colours in an order drawn for each image, and turn some images grey.
 
-    Brightness, contrast, saturation and grayscale are one map of the colour channels,
-    ``x -> gain * x + share * grey(x) + weight * mean(grey(x))``, with other numbers for each; so a batch goes through
-    its four steps together although each image has an order of its own. Values are cut to 0..1 after each step, as
+    Brightness, contrast, saturation and grayscale (a saturation of 0) are maps of the colour channels, ``x -> gain * x
+    + share * grey(x) + weight * mean(grey(x)) + offset``, with other numbers for each image; so a batch goes through
+    them together although each image has an order of its own. Values are cut to 0..1 after each step, as
     torchvision's operations cut them: skipping the cuts would make one single map of all steps, but lets a bright
-    image come out white where the contrast should have brought it back. The hue is HSV's. The result therefore equals
+    image come out white where the contrast should have brought it back. Steps are put together only where there is
+    nothing to cut between them (see `color_maps`). The hue is HSV's. The result therefore equals
     ``torchvision.transforms.ColorJitter`` on float images up to rounding; on 8-bit images torchvision rounds after
     each step.
 
@@ -83,96 +80,75 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         self.flags = {"probability": p, "grayscale": grayscale}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
-        """Draw ``factors`` ``(B, 4)``, ``order`` ``(B, 4)``, ``jittered`` ``(B,)`` and ``gray`` ``(B,)``."""
+        """Draw ``factors`` ``(B, 4)``, ``order`` ``(B, 4)``, ``jittered`` ``(B,)`` and ``gray`` ``(B,)``.
+
+        With them come the ``maps`` and ``counts`` that they amount to (see `color_maps`), and ``hued`` ``(B,)``.
+        """
         numbers = uniform(batch, 10)
         ranges = [self._range(spread) for spread in (self.brightness, self.contrast, self.saturation)]
         if self.additive_brightness:
-            ranges[_BRIGHTNESS] = (-self.brightness, self.brightness)
+            ranges[BRIGHTNESS] = (-self.brightness, self.brightness)
         low, high = np.array([*ranges, (-self.hue, self.hue)], dtype=np.float32).T
-        return {
+        draw: Draw = {
             "factors": low + (high - low) * numbers[:, :4],
             "order": numbers[:, 4:8].argsort(axis=1),
             "jittered": numbers[:, 8] < self.probability,
             "gray": numbers[:, 9] < self.grayscale,
         }
+        return draw | {"hued": draw["jittered"] & (self.hue > 0)} | self._maps(draw)
 
     @staticmethod
     def _range(spread: float) -> tuple[float, float]:
         return max(0.0, 1 - spread), 1 + spread
 
+    def _maps(self, draw: Draw) -> Draw:
+        """Return the ``maps`` of a draw and their ``counts``: those of the jitter, and grey as a saturation of 0."""
+        order = draw["order"]
+        batch, steps = order.shape
+        done = draw["jittered"][:, None] & ((order != HUE) | (self.hue > 0))
+        gray = 0 if self.gray_first else steps
+        jitter = slice(1, None) if self.gray_first else slice(steps)
+        kinds = np.full((batch, steps + 1), SATURATION)
+        factors = np.ones((batch, steps + 1), np.float32)
+        kinds[:, jitter] = np.where(done, order, SATURATION)
+        factors[:, jitter] = np.where(done, draw["factors"][np.arange(batch)[:, None], order], np.float32(1))
+        factors[draw["gray"], gray] = 0
+        maps = color_maps(kinds, factors, additive_brightness=self.additive_brightness)
+        return {"maps": maps.numbers, "counts": maps.counts}
+
     def sort_key(self, draw: Draw) -> NDArray[np.int64]:
-        """Put images side by side whose hue is shifted in the same step; those without a jitter come last."""
-        step = (draw["order"] == _HUE).argmax(axis=1)
-        return np.where(draw["jittered"], step, _STEPS)
+        """Put images side by side that need the same maps: many before the hue, many after it, none."""
+        before, after = draw["counts"].T
+        key: NDArray[np.int64] = np.where(draw["hued"], 2 * MAPS * (after - before) - before, 4 * MAPS**2 - after)
+        return key
 
     def prepare(self, draw: Draw) -> Plan:
-        """Return the numbers of the map for each step, ``(steps, B)``, and the rows whose hue or grey is due."""
-        order, jittered = draw["order"].T, draw["jittered"]
-        gain, share, weight, offset = (np.full(order.shape, value, np.float32) for value in (1, 0, 0, 0))
-        plan: Plan = {"gain": gain, "share": share, "weight": weight, "offset": offset}
-        plan |= {"luma": np.array([LUMA], np.float32), "gray": rows_where(draw["gray"])}
-        for kind, spread in enumerate((self.brightness, self.contrast, self.saturation)):
-            if spread > 0:
-                when = np.nonzero((order == kind) & jittered)  # steps and rows
-                factor = draw["factors"][when[1], kind]
-                if kind == _BRIGHTNESS and self.additive_brightness:
-                    offset[when] = factor
-                    continue
-                gain[when] = factor
-                if kind != _BRIGHTNESS:
-                    (weight if kind == _CONTRAST else share)[when] = 1 - factor
-        for step in range(_STEPS):
-            hued = (order[step] == _HUE) & jittered & (self.hue > 0)
-            plan |= {f"hued{step}": rows_where(hued), f"turns{step}": draw["factors"][hued, _HUE]}
-        plan["any_share"], plan["any_weight"] = share.any(axis=1).tolist(), weight.any(axis=1).tolist()
-        plan["any_step"] = ((gain != 1).any(axis=1) | offset.any(axis=1)).tolist()
-        drawn = np.flatnonzero(jittered)
-        plan["last"] = int(drawn[-1]) + 1 if len(drawn) else 0
-        return plan
+        """Return the numbers of the maps, ``(2 * MAPS, 4, B)``, the rows that need each, and those whose hue shifts."""
+        needed = (draw["counts"][:, :, None] > np.arange(MAPS)).reshape(-1, 2 * MAPS)
+        spans = []
+        for rows in needed.T:
+            where = np.flatnonzero(rows)  # from the first to the last of them: identities lie between
+            spans.append(slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(0, 0))
+        turns = draw["factors"][draw["hued"], HUE]
+        luma = np.array([LUMA], np.float32)
+        maps = draw["maps"].transpose(1, 2, 0)
+        return {"maps": maps, "spans": spans, "hued": rows_where(draw["hued"]), "turns": turns, "luma": luma}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
         """Jitter and turn grey in place."""
         self._check_channels(images.shape[1])
         images = images.contiguous()
-        luma = plan["luma"] if images.shape[1] == _RGB else torch.full_like(plan["luma"][:, :1], 1 / images.shape[1])
+        rgb = images.shape[1] == _RGB
+        luma = plan["luma"] if rgb else torch.full_like(plan["luma"][:, :1], 1 / images.shape[1])
         luma = luma.to(images.dtype).expand(1, images.shape[1])
-        if self.gray_first:
-            self._turn_gray_(images, plan, luma)
-        jittered = images[: plan["last"]]
-        for step in range(_STEPS):
-            if plan["any_step"][step]:
-                self._map_(jittered, plan, step, luma)
-            rows = plan[f"hued{step}"]
-            if images.shape[1] == _RGB and not is_empty(rows):
-                chosen = take(images, rows)
-                put_back_(images, rows, shift_hue_(chosen, plan[f"turns{step}"].to(images.dtype)))
-        if not self.gray_first:
-            self._turn_gray_(images, plan, luma)
+        maps = plan["maps"].to(images.dtype)[..., None, None]  # (2 * MAPS, 4, B, 1, 1)
+        for slot, rows in enumerate(plan["spans"]):
+            if slot == MAPS and rgb and not is_empty(plan["hued"]):
+                chosen = take(images, plan["hued"])
+                put_back_(images, plan["hued"], shift_hue_(chosen, plan["turns"].to(images.dtype)))
+            if not is_empty(rows):
+                _map_(images[rows], maps[slot, :, rows], luma)
         return images
-
-    @staticmethod
-    def _map_(images: Tensor, plan: Plan, step: int, luma: Tensor) -> None:
-        """Apply one step of brightness, contrast and saturation in place, and cut to 0..1."""
-        flat = images.flatten(2)  # (B, C, HW), a view: images are contiguous
-
-        def number(name: str) -> Tensor:
-            return cast("Tensor", plan[name][step, : len(flat)].to(images.dtype)[:, None, None])
-
-        added = number("offset")
-        if plan["any_share"][step] or plan["any_weight"][step]:
-            gray = torch.matmul(luma, flat)  # (B, 1, HW)
-            if plan["any_weight"][step]:
-                added = added + gray.mean(-1, keepdim=True) * number("weight")
-            if plan["any_share"][step]:
-                added = gray.mul_(number("share")).add_(added)
-        torch.addcmul(added, flat, number("gain"), out=flat).clamp_(0, 1)
-
-    @staticmethod
-    def _turn_gray_(images: Tensor, plan: Plan, luma: Tensor) -> None:
-        if images.shape[1] == _RGB and not is_empty(plan["gray"]):
-            chosen = take(images, plan["gray"])
-            gray = torch.matmul(luma, chosen.flatten(2)).view(-1, 1, *images.shape[2:])
-            put_(images, plan["gray"], gray.expand_as(chosen))
 
     def _check_channels(self, channels: int) -> None:
         needs_rgb = self.saturation > 0 or self.hue > 0 or self.grayscale > 0
@@ -183,3 +159,12 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
             channels,
             "Set those to 0, which leaves brightness and contrast, or give the policy `color=False`",
         )
+
+
+def _map_(images: Tensor, numbers: Tensor, luma: Tensor) -> None:
+    """Apply a map to each image ``(B, C, H, W)`` in place, with ``numbers`` ``(4, B, 1, 1)``, and cut to 0..1."""
+    gain, share, weight, offset = numbers.unbind(0)
+    flat = images.flatten(2)  # (B, C, HW), a view: images are contiguous
+    gray = torch.matmul(luma, flat)  # (B, 1, HW)
+    added = torch.addcmul(offset, gray.mean(-1, keepdim=True), weight)
+    torch.addcmul(gray.mul_(share).add_(added), flat, gain, out=flat).clamp_(0, 1)

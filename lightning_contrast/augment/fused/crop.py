@@ -11,7 +11,12 @@ from kornia.constants import Resample
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
-from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
+from lightning_contrast.augment.fused.resample import (
+    Interpolation,
+    apply_weights,
+    resize_weights,
+    tabulated_weights,
+)
 from lightning_contrast.augment.operation import Draw, Form, FusedOperation, Plan, uniform, wants_accelerator_form
 
 _TRIES = 10
@@ -107,7 +112,9 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
 
     def prepare(self, draw: Draw) -> Plan:
         """Keep the boxes on the host too: the CPU form slices by them."""
-        return {**draw, "boxes": draw["box"].astype(np.int64).tolist(), "flips": draw["flip"].tolist()}
+        boxes = draw["box"].astype(np.int64)
+        longest = tuple(boxes[:, 2:].max(axis=0).tolist())
+        return {**draw, "boxes": boxes.tolist(), "flips": draw["flip"].tolist(), "longest": longest}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
         """Resample uint8 or float images ``(B, C, H, W)``."""
@@ -123,10 +130,17 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
     def _by_products(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
         dtype = images.dtype if images.is_floating_point() else torch.float32
         top, left, height, width = plan["box"].to(dtype).unbind(1)
+        (high, wide), flip = images.shape[-2:], plan["flip"]
         style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
-        tallest, widest = (max(box[i] for box in plan["boxes"]) for i in (2, 3))
-        rows = resize_weights(top, height, images.shape[-2], self.size, longest=tallest, **style)
-        columns = resize_weights(left, width, images.shape[-1], self.size, flip=plan["flip"], longest=widest, **style)
+        rows = columns = None
+        if dtype == torch.float32 and not wants_accelerator_form(self.form, images):
+            rows = tabulated_weights(top, height, high, self.size, **style)
+            columns = tabulated_weights(left, width, wide, self.size, flip=flip, **style)
+        tallest, widest = plan["longest"]
+        if rows is None:
+            rows = resize_weights(top, height, high, self.size, longest=tallest, **style)
+        if columns is None:
+            columns = resize_weights(left, width, wide, self.size, flip=flip, longest=widest, **style)
         if not images.is_floating_point():
             columns = columns.div_(255)
         views = apply_weights(images.to(dtype), rows, columns)

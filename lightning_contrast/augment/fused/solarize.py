@@ -17,6 +17,8 @@ from lightning_contrast.augment.operation import (
     uniform,
 )
 
+_HALF = 0.5
+
 
 class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
     """Invert the values from ``threshold`` on, with probability ``p`` per image.
@@ -51,5 +53,10 @@ class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
         """Solarize the drawn rows in place."""
         if not is_empty(plan["rows"]):
             chosen = take(images, plan["rows"])
-            put_(images, plan["rows"], torch.where(chosen >= self.threshold, 1 - chosen, chosen))
+            inverted = 1 - chosen
+            if self.threshold == _HALF:
+                chosen = torch.minimum(chosen, inverted)  # the same, many times as fast
+            else:
+                chosen = torch.where(chosen >= self.threshold, inverted, chosen)
+            put_(images, plan["rows"], chosen)
         return images
