@@ -36,14 +36,14 @@ class Transfer:
         return batch
 
     @classmethod
-    def add(cls, strategy: Any, transform: Callable[[Any], Any]) -> None:
-        """Run ``transform`` on every batch of the strategy, once however often it is added."""
+    def add(cls, strategy: Any, transform: Callable[[Any], Any], *, first: bool = False) -> None:
+        """Run ``transform`` on every batch of the strategy, once however often it is added; last, or first of all."""
         current = vars(strategy).get(HOOK)
         if not isinstance(current, cls):
             current = cls(strategy)
             setattr(strategy, HOOK, current)
         if transform not in current.transforms:
-            current.transforms.append(transform)
+            current.transforms.insert(0 if first else len(current.transforms), transform)
 
     @classmethod
     def remove(cls, strategy: Any, transform: Callable[[Any], Any]) -> None:

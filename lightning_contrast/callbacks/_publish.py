@@ -1,0 +1,76 @@
+"""Shows pictures: to the loggers of a Trainer that take them, and as PNG files."""
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fsspec.core import url_to_fs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FOLDER = "pictures"
+"""Folder of the PNG files, below that of the logger or the Trainer."""
+
+
+def publish(trainer: Any, tag: str, picture: "Image", folder: str | Path | None) -> None:
+    """Show a picture at the present step; to be called on rank 0 only.
+
+    Loggers that take pictures are TensorBoard's (``experiment.add_image``), those with a ``log_image(key, images,
+    step)`` of their own (Weights & Biases), MLflow's and Comet's (``experiment.log_image``). Others are passed over.
+
+    Args:
+        trainer: Of `lightning` or `pytorch_lightning`.
+        tag: Name of the picture; words divided by "/".
+        picture: In colours, RGB.
+        folder: Where a PNG file is written as well. None: only where no logger takes pictures, into ``pictures`` below
+            the logger's folder, or ``default_root_dir`` without one.
+    """
+    step = int(trainer.global_step)
+    taken = [_give(logger, tag, picture, step) for logger in trainer.loggers]
+    if folder is None and any(taken):
+        return
+    if folder is None:
+        folder = f"{getattr(trainer.logger, 'log_dir', None) or trainer.default_root_dir}/{FOLDER}"
+    write_file(str(folder), f"{tag.replace('/', '_')}_step{step:07d}.png", png_bytes(picture))
+
+
+def _give(logger: Any, tag: str, picture: "Image", step: int) -> bool:
+    """Give a picture to a logger, and tell whether it takes any."""
+    if hasattr(logger, "log_image"):
+        logger.log_image(key=tag, images=[picture], step=step)
+        return True
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image"):
+        experiment.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+        return True
+    if hasattr(experiment, "log_image"):
+        if hasattr(logger, "run_id"):  # MLflow's client, which is told the run at each call
+            experiment.log_image(logger.run_id, picture, key=tag, step=step)
+        else:
+            experiment.log_image(picture, name=tag, step=step)
+        return True
+    return False
+
+
+def tensorboard_folders(trainer: Any) -> list[str]:
+    """Return the folders that the TensorBoard loggers of a Trainer write their events to."""
+    experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    found = [e.get_logdir() for e in experiments if hasattr(e, "get_logdir") and hasattr(e, "add_image")]
+    return [str(folder) for folder in found if isinstance(folder, str | Path)]  # that of `fast_dev_run` has none
+
+
+def png_bytes(picture: "Image") -> bytes:
+    """Return a picture as a PNG file."""
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_file(folder: str, name: str, content: bytes) -> None:
+    """Write a file into a folder that need not exist, on this machine or on any file system of fsspec."""
+    files, root = url_to_fs(folder)
+    files.makedirs(root, exist_ok=True)
+    with files.open(f"{root}/{name}", "wb") as file:
+        file.write(content)
