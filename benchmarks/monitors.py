@@ -1,0 +1,99 @@
+"""What the monitors cost a step: the time inside their own hooks, which the noise of whole runs would drown."""
+
+import argparse
+import logging
+import time
+import warnings
+
+import lightning as L
+import torch
+
+import lightning_contrast as lc
+from benchmarks.common import report
+from benchmarks.end_to_end import BATCH, fit
+from benchmarks.overhead import simclr
+from lightning_contrast.callbacks._events import Events
+from lightning_contrast.callbacks._features import FeatureTap
+from lightning_contrast.callbacks._view_tap import ViewTap
+
+
+class Stopwatch:
+    """Adds up the processor time of this thread that functions take."""
+
+    def __init__(self):
+        self.seconds, self.calls = 0.0, 0
+
+    def wrap(self, owner, *names):
+        """Time these methods of an object or class, its hooks where none are named."""
+        hooks = [n for n in dir(owner) if n.startswith("on_") and n in vars(type(owner))]
+        for name in names or hooks:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function):
+        def timed(*args, **kwargs):
+            start = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.thread_time() - start
+                self.calls += 1
+
+        return timed
+
+
+class Whole(L.Callback):
+    """Takes the processor time of the thread from the end of the first epoch to the end of the last."""
+
+    def __init__(self, watches):
+        self.watches, self.seconds, self.steps = watches, 0.0, 0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            self.start, self.steps = time.thread_time(), -trainer.global_step
+            for watch in self.watches:
+                watch.seconds, watch.calls = 0.0, 0
+
+    def on_train_end(self, trainer, pl_module):
+        self.seconds = time.thread_time() - self.start
+        self.steps += trainer.global_step
+
+
+def main():
+    """Train SimCLR with both monitors on, one thread, and report the share of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=12, help="9 batches each; 12 hold one measurement in 99 batches")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    L.seed_everything(0, verbose=False)
+    torch.set_num_threads(1)
+    collapse, throughput = lc.CollapseMonitor(), lc.ThroughputMonitor()
+    watches = {"CollapseMonitor": Stopwatch(), "ThroughputMonitor": Stopwatch()}
+    watches["CollapseMonitor"].wrap(collapse)
+    watches["CollapseMonitor"].wrap(FeatureTap, "_hook")
+    watches["CollapseMonitor"].wrap(ViewTap, "_hook")
+    watches["ThroughputMonitor"].wrap(throughput)
+    watches["ThroughputMonitor"].wrap(Events, "_on_start", "_on_stop", "enter", "leave")
+    whole = Whole(list(watches.values()))
+    views = lc.ViewAugmentation(lc.augment.simclr_cifar_views(32))
+    fit(simclr(), options.epochs, [views, collapse, throughput, whole], datamodule=lc.data.EmojiDataModule(BATCH))
+    rows = [
+        {
+            "monitor": name,
+            "ms a step": 1000 * watch.seconds / whole.steps,
+            "share of the step": watch.seconds / whole.seconds,
+            "calls a step": watch.calls / whole.steps,
+        }
+        for name, watch in watches.items()
+    ]
+    step = 1000 * whole.seconds / whole.steps
+    notes = (
+        f"SimCLR, small convnet, emoji at 32 px, batch {BATCH}, {whole.steps} steps of {step:.0f} ms after the first "
+        "epoch, one measurement of `CollapseMonitor` among them; processor time of the thread inside the monitor's "
+        "hooks, the timing itself included."
+    )
+    report("monitors", rows, notes)
+
+
+if __name__ == "__main__":
+    main()

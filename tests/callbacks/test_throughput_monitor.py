@@ -1,0 +1,544 @@
+"""The monitor is given a clock that moves only when the run says so: every share is known beforehand."""
+
+import logging
+import math
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_contrast.callbacks import StepSeed, ThroughputMonitor, ViewAugmentation
+from lightning_contrast.callbacks import throughput_monitor as module_of_monitor
+from lightning_contrast.callbacks._clock import CudaClock, Ledger
+from lightning_contrast.callbacks._costs import Costs
+from lightning_contrast.callbacks._energy import EnergyMeter
+from lightning_contrast.callbacks._flops import StepFlops
+from lightning_contrast.distributed import rank
+from lightning_contrast.testing import HostSyncs, assert_callback_changes_nothing, assert_resume_exact, run_processes
+from tests.callbacks.probe_modules import (
+    Loaders,
+    Sharding,
+    adversary,
+    classifier,
+    equal_states,
+    labelled,
+    quiet_fit,
+    random_state,
+    trainers,
+)
+from tests.callbacks.strategies import TakeWeights, fit_ranks, sharded
+
+ON_CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """Moves when it is told; a mark can be read ``late`` marks after it was made, and is used again once given back."""
+
+    def __init__(self, late=0):
+        self.time, self.late, self.made, self.spare, self.marks = 0.0, late, 0, [], 0
+
+    def spend(self, seconds):
+        self.time += seconds
+
+    def now(self):
+        self.made += 1
+        self.marks += not self.spare
+        mark = self.spare.pop() if self.spare else []
+        mark[:] = [self.time, self.made]
+        return mark
+
+    def passed(self, mark):
+        return self.made >= mark[1] + self.late
+
+    def seconds(self, start, end):
+        return end[0] - start[0]
+
+    def recycle(self, mark):
+        self.spare.append(mark)
+
+
+class SlowSet(Dataset):
+    def __init__(self, clock, seconds, count):
+        self.clock, self.seconds, self.count = clock, seconds, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.clock.spend(self.seconds)
+        return torch.full((3, 8, 8), index / 100), index % 3
+
+
+def slow_module(base, clock, automatic):
+    """Return a module whose step takes 3 seconds, its backward 2, its optimizer 1, its own hook 0.25."""
+
+    class Slow(base):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = automatic
+            self.layer = nn.Linear(192, 3)
+
+        def training_step(self, batch, batch_idx):
+            clock.spend(3)
+            images = batch[0][0] if isinstance(batch[0], list) else batch[0]
+            output = self.layer(images.flatten(1))
+            output.register_hook(lambda gradient: clock.spend(2))
+            loss = nn.functional.cross_entropy(output, batch[1])
+            if not automatic:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+        def on_train_batch_end(self, *args):
+            clock.spend(0.25)
+
+        def validation_step(self, batch, batch_idx):
+            clock.spend(1000)
+
+        def configure_optimizers(self):
+            class Slow(torch.optim.SGD):
+                def step(self, closure=None):
+                    with torch.enable_grad():
+                        loss = closure() if closure is not None else None
+                    clock.spend(1)
+                    return loss
+
+            return Slow(self.parameters(), lr=0.01)
+
+    return Slow()
+
+
+class SlowPolicy:
+    def __init__(self, clock):
+        self.clock = clock
+
+    def __call__(self, images):
+        self.clock.spend(4)
+        return [images, images]
+
+    def plain(self, images):
+        self.clock.spend(500)
+        return images
+
+
+class SlowPlugin(L.Callback):
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_train_batch_start(self, *args):
+        self.clock.spend(0.5)
+
+    def on_before_optimizer_step(self, *args):
+        self.clock.spend(0.75)
+
+    def on_validation_epoch_end(self, *args):
+        self.clock.spend(300)
+
+
+def timed(library="lightning", automatic=True, views=True, clock=None, **settings):
+    """Fit 2 epochs of 4 batches of 5 images, 0.1 seconds each, and return the trainer and the monitor."""
+    clock = clock or FakeClock()
+    trainer, base = trainers()[library] if library != "lightning" else (L.Trainer, L.LightningModule)
+    monitor = ThroughputMonitor(every_n_steps=3)
+    monitor._new_clock = lambda: clock
+    augment = [ViewAugmentation(SlowPolicy(clock))] if views else []
+    callbacks = [monitor, *augment, SlowPlugin(clock)]
+    train = DataLoader(SlowSet(clock, 0.1, 20), batch_size=5)
+    val = DataLoader(SlowSet(clock, 100.0, 2), batch_size=2)
+    run = quiet_fit(slow_module(base, clock, automatic), callbacks, train, val, trainer=trainer, **settings)
+    return run, monitor
+
+
+EXPECTED = {"data": 0.5, "views": 4.0, "network": 5.25, "optimizer": 1.0, "plugins": 1.25, "trainer": 0.0}
+
+
+@pytest.mark.parametrize("library", ["lightning", "pytorch_lightning"])
+@pytest.mark.parametrize("automatic", [True, False])
+def test_every_second_of_a_step_is_where_it_belongs(library, automatic):
+    run, monitor = timed(library, automatic)
+    total = sum(EXPECTED.values())
+    metrics = run.callback_metrics
+    for category, seconds in EXPECTED.items():
+        assert metrics[f"throughput/{category}_share"] == pytest.approx(seconds / total), category
+    assert metrics["throughput/images_per_s"] == pytest.approx(5 / total)
+    assert metrics["throughput/step_ms"] == pytest.approx(1000 * total)
+    assert monitor.costs.steps == 7  # the first is its warm-up
+    assert monitor.costs.images == 35
+    assert monitor.costs.plugins == pytest.approx({"SlowPlugin": 7 * 1.25, "ThroughputMonitor": 0.0})
+    assert f"{5.25 / total:.0%} goes forward and backward" in monitor.summary
+
+
+def test_views_of_a_module_and_accumulated_steps():
+    clock = FakeClock()
+
+    class Views(type(slow_module(L.LightningModule, clock, True))):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            clock.spend(4)
+            return batch
+
+    monitor = ThroughputMonitor()
+    monitor._new_clock = lambda: clock
+    loaders = [DataLoader(SlowSet(clock, 0.1, 20), batch_size=5) for _ in range(2)]
+    run = quiet_fit(Views(), [monitor], *loaders, accumulate_grad_batches=2, max_epochs=1, num_sanity_val_steps=0)
+    assert monitor.costs.seconds == pytest.approx(
+        {"data": 1.5, "views": 12.0, "network": 3 * 5.25, "optimizer": 2.0, "plugins": 0.0, "trainer": 0.0}
+    )  # of three batches, two with a step
+    assert run.callback_metrics["throughput/data_share"] == pytest.approx(1.5 / 31.25)
+
+
+def test_a_device_that_is_behind_gives_the_same_times_and_is_not_waited_for():
+    clock = FakeClock(late=25)
+    run, monitor = timed(clock=clock)
+    total = sum(EXPECTED.values())
+    for category, seconds in EXPECTED.items():
+        assert run.callback_metrics[f"throughput/{category}_share"] == pytest.approx(seconds / total)
+    assert 4 <= monitor.costs.steps < 7  # those of the last steps have not passed at the end
+
+
+def test_marks_are_used_again_and_what_is_not_read_is_bounded():
+    clock = FakeClock()
+    ledger = Ledger(clock, warmup=0)
+    for _ in range(50):
+        for category in ("data", "network", "data"):
+            ledger.switch(category)
+            clock.spend(1)
+        ledger.close_step(4)
+    assert clock.marks <= 8
+    assert ledger.take() == ({"data": 100.0, "network": 50.0}, 200, 50)
+    never = FakeClock(late=math.inf)
+    ledger = Ledger(never, warmup=0)
+    for _ in range(Ledger.LIMIT + 50):
+        ledger.switch("data")
+        ledger.close_step(4)
+    assert len(ledger._closed) == Ledger.LIMIT
+    assert ledger.take() == ({}, 0, 0)
+
+
+def test_events_of_a_cuda_device_are_recorded_in_its_stream_and_used_again(monkeypatch):
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.milliseconds = 0
+
+        def record(self, stream):
+            recorded.append(stream)
+            self.milliseconds = 250 * len(recorded)
+
+        def query(self):
+            return len(recorded) > 2
+
+        def elapsed_time(self, other):
+            return other.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    clock = CudaClock(torch.device("cuda", 1))
+    first, second = clock.now(), clock.now()
+    assert not clock.passed(second)
+    assert clock.seconds(first, second) == 0.25
+    clock.recycle(first)
+    assert clock.now() is first
+    assert clock.passed(second)
+    assert recorded == ["stream of cuda:1"] * 3
+
+
+def test_nothing_waits_for_the_device_but_the_end_of_an_epoch():
+    monitor = ThroughputMonitor(every_n_steps=2)
+    with HostSyncs() as syncs:
+        quiet_fit(classifier()(), [monitor], max_epochs=1)
+    files = ("_clock.py", "_events.py", "_flops.py", "_costs.py", "_energy.py")
+    assert not [place for place in syncs.places if any(file in place for file in files)]
+    ours = [place for place in syncs.places if "throughput_monitor.py" in place]
+    assert {place.split(" in ")[1].split(":")[0] for place in ours} == {"_reduced"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_times_of_a_cuda_device():
+    monitor = ThroughputMonitor()
+    run = quiet_fit(classifier()(), [monitor], accelerator="gpu")
+    shares = [value for name, value in run.callback_metrics.items() if name.endswith("_share")]
+    assert sum(shares) == pytest.approx(1)
+    assert run.callback_metrics["throughput/memory_peak_mib"] > 0
+
+
+class Linear(L.LightningModule):
+    """One layer without bias: 2 B F C operations forward and, for its weights, as many backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(192, 3, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0].flatten(1)).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    monkeypatch.setattr("lightning_contrast.callbacks._flops._compiles", lambda: False)
+
+
+def test_operations_of_an_image_are_counted_once(nothing_compiled):
+    monitor = ThroughputMonitor()
+    run = quiet_fit(Linear(), [monitor])
+    assert run.callback_metrics["throughput/gflops_per_image"] == pytest.approx(2 * 2 * 192 * 3 / 1e9)
+    rate = run.callback_metrics["throughput/images_per_s"]
+    assert run.callback_metrics["throughput/tflops_per_s"] == pytest.approx(4 * 192 * 3 * rate / 1e12)
+    assert "2.3 kFLOP an image and training step" in monitor.summary
+
+
+def test_operations_are_those_of_the_counter_of_torch_on_a_copy(nothing_compiled):
+    monitor, batch = ThroughputMonitor(), next(iter(labelled()))
+    quiet_fit(classifier()(), [monitor])
+    with FlopCounterMode(display=False) as counter:
+        classifier()().training_step(batch, 0).backward()
+    assert monitor.costs.flops == counter.get_total_flops() / 8
+
+
+def test_nothing_is_counted_where_code_is_compiled(monkeypatch):
+    frames = pytest.importorskip("torch._dynamo.eval_frame")
+    counter = StepFlops()
+    monkeypatch.setattr(frames, "cached_backends", {0: None})  # of `torch.compiler.disable`, which torch uses itself
+    assert counter.begin()
+    assert counter.end() == 0
+    monkeypatch.setattr(frames, "cached_backends", {0: None, 1: len})
+    assert not counter.begin()
+    monitor = ThroughputMonitor()
+    run = quiet_fit(Linear(), [monitor])
+    assert "throughput/gflops_per_image" not in run.callback_metrics
+    assert "FLOP" not in monitor.summary
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16-mixed", "accumulate_grad_batches": 2},
+        {"profiler": "simple", "gradient_clip_val": 0.1, "val_check_interval": 2},
+    ],
+    ids=str,
+)
+def test_the_run_is_the_same(settings, nothing_compiled):
+    assert_callback_changes_nothing(lambda: ThroughputMonitor(every_n_steps=2, watts=50.0), **settings)
+
+
+@pytest.mark.parametrize("library", ["lightning", "pytorch_lightning"])
+@pytest.mark.parametrize("kind", [classifier, adversary])
+def test_weights_and_random_numbers_are_those_of_a_run_without_it(library, kind, nothing_compiled):
+    trainer, base = trainers()[library]
+    make = kind(base)
+    alone, watched = make(), make()
+    quiet_fit(alone, [], trainer=trainer)
+    after_alone = random_state()
+    run = quiet_fit(watched, [ThroughputMonitor(every_n_steps=2)], trainer=trainer)
+    after_watched = random_state()
+    assert equal_states(alone.state_dict(), watched.state_dict())
+    assert torch.equal(after_alone[0], after_watched[0])
+    assert after_alone[1:] == after_watched[1:]
+    shares = [value for name, value in run.callback_metrics.items() if name.endswith("_share")]
+    assert len(shares) == 6
+    assert sum(shares) == pytest.approx(1)
+    assert run.callback_metrics["throughput/gflops_per_image"] > 0
+
+
+@pytest.mark.dist
+def test_the_run_is_the_same_on_two_ranks(nothing_compiled):
+    assert_callback_changes_nothing(lambda: ThroughputMonitor(every_n_steps=2), world_size=2, max_epochs=1)
+
+
+def weights_of_rank(rank, name, watched):
+    take, monitor = TakeWeights(), ThroughputMonitor()
+    run = fit_ranks(sharded(Sharding)(), [take, *([monitor] if watched else [])], Loaders(), name)
+    metrics = {key: float(value) for key, value in run.callback_metrics.items()}
+    return take.history[-1], metrics
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["fsdp1 wrapped", "fsdp2"])
+def test_weights_are_the_same_where_they_are_sharded(name, nothing_compiled):
+    alone = run_processes(weights_of_rank, 2, name, False, init=False)
+    watched = run_processes(weights_of_rank, 2, name, True, init=False)
+    for of_rank in range(2):
+        assert equal_states(alone[of_rank][0], watched[of_rank][0])
+    assert watched[0][1] == watched[1][1]
+    assert watched[0][1]["throughput/gflops_per_image"] > 0
+
+
+def reduced(_):
+    monitor, mine = ThroughputMonitor(), rank() + 1
+    seconds = {name: float(mine) for name in ("data", "network")}
+    own = Costs(seconds, images=10 * mine, steps=5, memory_mib=100.0 * mine, flops=7.0, plugins={"A": float(mine)})
+    own.joules = 4.0 if mine == 1 else None
+    return monitor._reduced(own, ON_CPU)
+
+
+@pytest.mark.dist
+def test_costs_of_two_ranks():
+    first, second = run_processes(reduced, 2)
+    assert first.seconds == second.seconds == {"data": 1.5, "network": 1.5}
+    assert first.images == 30
+    assert first.values()["images_per_s"] == 10
+    assert (first.steps, first.memory_mib, first.flops, first.joules) == (5, 200, 7, 4)
+    assert second.plugins == {"A": 2}
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped():
+    assert_resume_exact(
+        classifier(), lambda: (labelled(), labelled(16, seed=5)), lambda: [StepSeed(0), ThroughputMonitor()]
+    )
+
+
+def test_the_trainer_is_left_as_it_was_and_a_second_fit_begins_anew():
+    monitor = ThroughputMonitor(every_n_steps=None)
+    run = quiet_fit(Linear(), [monitor], profiler="simple")
+    recorded = dict(run.profiler.recorded_durations)
+    assert len(recorded["run_training_batch"]) == 12  # the profiler of the Trainer has seen everything too
+    assert not {"start", "stop"} & vars(run.profiler).keys()
+    assert monitor.costs.steps == 11
+    run.fit_loop.max_epochs = 3
+    quiet_fit(Linear(), [], trainer=run)
+    assert monitor.costs.steps == 5
+
+
+def test_after_an_exception_the_trainer_is_as_it_was(nothing_compiled):
+    class Failing(Linear):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("out of memory")
+
+    monitor = ThroughputMonitor()
+    run = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[monitor], accelerator="cpu")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quiet_fit(Failing(), [], trainer=run)
+    assert not {"start", "stop"} & vars(run.profiler).keys()
+    assert "batch_to_device" not in vars(run.strategy)
+    with FlopCounterMode(display=False) as counter:  # the monitor's own is not left open
+        torch.ones(2, 3) @ torch.ones(3, 4)
+    assert counter.get_total_flops() == 48
+    assert monitor._counter._mode is None
+
+
+class Remember(L.pytorch.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def log_metrics(self, metrics, step):
+        self.seen.append((step, metrics))
+
+
+def test_loggers_get_numbers_every_n_steps():
+    logger = Remember()
+    quiet_fit(Linear(), [ThroughputMonitor(every_n_steps=2)], logger=logger, max_epochs=1)
+    steps = [step for step, metrics in logger.seen if "throughput/images_per_s" in metrics]
+    assert steps[:2] == [4, 6]  # at step 2 there was one step after the warm-up, which had not ended
+
+
+def write_zone(folder, name, joules, most=1000):
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in (("name", name), ("energy_uj", int(joules * 1e6)), ("max_energy_range_uj", int(most * 1e6))):
+        (folder / file).write_text(f"{text}\n")
+
+
+def test_energy_of_packages_and_memory_is_read_and_wraps(tmp_path):
+    zones = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram", "intel-rapl:1": "psys"}
+    for zone, name in zones.items():
+        write_zone(tmp_path / zone, name, 990)
+    meter = EnergyMeter(ON_CPU, watts=7.0, root=tmp_path)
+    assert meter.measured
+    assert meter.take() == 0
+    write_zone(tmp_path / "intel-rapl:0", "package-0", 995)
+    write_zone(tmp_path / "intel-rapl:0:0", "core", 994)
+    write_zone(tmp_path / "intel-rapl:0:1", "dram", 2)  # past its largest value, 1000
+    assert meter.take() == pytest.approx(5 + 12)
+    assert meter.take() == 0
+    assert not EnergyMeter(ON_CPU, root=tmp_path, processors=False).measured
+
+
+def test_energy_is_not_known_without_a_counter_unless_a_power_is_given(tmp_path):
+    times = iter([0.0, 10.0])
+    assert EnergyMeter(ON_CPU, root=tmp_path).take() is None
+    assert EnergyMeter(ON_CPU, watts=30.0, root=tmp_path, clock=lambda: next(times)).take() == 300
+
+
+def test_energy_of_a_gpu_is_its_power_times_the_time(tmp_path, monkeypatch):
+    times = iter([0.0, 10.0])
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 250_000)
+    meter = EnergyMeter(torch.device("cuda"), root=tmp_path, clock=lambda: next(times))
+    assert meter.sources == ["GPU (NVML)"]
+    assert meter.take() == 2500
+
+
+def test_an_estimate_is_called_one():
+    monitor = ThroughputMonitor(watts=100.0, grams_per_kwh=400.0)
+    if EnergyMeter(ON_CPU).measured:
+        pytest.skip("this machine measures")
+    run = quiet_fit(Linear(), [monitor])
+    kwh = run.callback_metrics["throughput/kwh"]
+    assert kwh == pytest.approx(monitor.costs.joules / 3.6e6)
+    assert run.callback_metrics["throughput/co2_g_estimate"] == pytest.approx(float(kwh) * 400)
+    assert "assumed from the given watts" in monitor.summary
+    assert "an estimated" in monitor.summary
+    assert "400 g/kWh" in monitor.summary
+
+
+def spent(**seconds):
+    return Costs(seconds, images=100, steps=10, plugins={"Slow": 0.3, "Fast": 0.01})
+
+
+def test_advice_names_what_waits():
+    loader = labelled()
+    words = spent(data=5.8, network=4.2).words(None, loader)
+    assert "58% of the step waits for data: more workers (`num_workers` is 0), or `ImageDataModule`" in words
+    assert "10 images/s, 1,000.0 ms a batch: 58% waits for data, 42% goes forward and backward." in words
+    of_plugins = spent(data=0.5, network=7.0, plugins=2.5).advice(loader)
+    assert of_plugins == ["25% of the step belongs to the plug-ins: Slow 3.0%, Fast 0.1%; let them look less often."]
+    both = spent(views=4.0, data=2.0, network=4.0).advice(None)
+    assert [advice[:3] for advice in both] == ["40%", "20%"]
+    assert "as it should be" in spent(network=9.0, data=1.0).advice(None)[0]
+
+
+def test_a_fit_without_a_step_beyond_its_warmup_says_so(caplog):
+    monitor = ThroughputMonitor(warmup=1000)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        run = quiet_fit(Linear(), [monitor])
+    assert "no step was timed" in monitor.summary
+    assert "throughput/images_per_s" not in run.callback_metrics
+    assert "ThroughputMonitor: no step was timed" in caplog.text
+
+
+def test_memory_is_that_of_this_process():
+    before = module_of_monitor.peak_memory_mib(ON_CPU)
+    held = torch.ones(64 * 2**20 // 4)
+    assert before + 100_000 > module_of_monitor.peak_memory_mib(ON_CPU) >= held.nbytes / 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"every_n_steps": 0}, "`every_n_steps` must be >= 1, got 0"),
+        ({"warmup": -1}, "`warmup` must be >= 0"),
+        ({"watts": 0.0}, "`watts` must be > 0"),
+        ({"grams_per_kwh": -1.0}, "`grams_per_kwh` must be >= 0"),
+        ({"name": ""}, "`name` must be a word"),
+    ],
+)
+def test_arguments_are_checked(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ThroughputMonitor(**arguments)
+
+
+def test_a_second_monitor_is_refused():
+    with pytest.raises(ValueError, match="hold one ThroughputMonitor"):
+        quiet_fit(Linear(), [ThroughputMonitor(), ThroughputMonitor(name="other")])
