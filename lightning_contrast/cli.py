@@ -2,7 +2,8 @@
 
 ``python -m lightning_contrast fit --config FILE`` runs a recipe. Classes of the package need no path in a configuration
 (``class_path: MoCo``); a policy is a function, written with its path
-(``class_path: lightning_contrast.augment.moco_v2_views``).
+(``class_path: lightning_contrast.augment.moco_v2_views``). Checkpoints are written by `AtomicCheckpointIO` unless a
+recipe sets ``trainer.plugins``; ``--ckpt_path last`` goes on from the newest whole one.
 """
 
 from typing import Any
@@ -39,6 +40,7 @@ def main(args: list[str] | None = None, *, run: bool = True) -> Any:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            trainer_defaults={"plugins": {"class_path": "lightning_contrast.checkpoints.AtomicCheckpointIO"}},
             save_config_kwargs={"overwrite": True},
             args=args,
             run=run,

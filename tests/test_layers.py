@@ -11,7 +11,7 @@ LAYERS = [
     {"contracts", "distributed"},
     {"losses"},
     {"nn", "optim", "augment", "metrics"},
-    {"callbacks", "data"},
+    {"callbacks", "checkpoints", "data"},
     {"methods"},
     {"evaluation", "testing", "continuing"},
     {"cli"},

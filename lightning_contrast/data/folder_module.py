@@ -1,21 +1,20 @@
 """Folders of images: decoded and brought to one size in workers, views made on the device."""
 
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast.data._folder_images import FolderImages, Loader
 from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader
 
-Loader = Callable[[str], Any]
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -28,7 +27,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     and int64 ``(B,)``; ``indices=True`` adds the position in `paths`, int64 ``(B,)``.
 
     The order is a function of (seed, epoch), each rank has its share, and a run can be resumed in mid-epoch. An image
-    that cannot be read stops the run with its path: nothing is skipped.
+    that cannot be read stops the run with its path, unless ``on_error="skip"``.
 
     Args:
         train_dir: Folder of the training images.
@@ -40,6 +39,11 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         loader: Reads one file where Pillow does not do: ``loader(path)`` returns a tensor or array ``(C, H, W)`` or
             ``(H, W)``: uint8 stays so, uint16 is divided by 65535, floats must lie in 0..1. Any number of channels.
             It must not draw random numbers if a run is to be resumed exactly.
+        on_error: What is done about a file that cannot be read. "raise": the run ends with its path. "skip": in
+            training the next image that can be read takes its place, with its own label and position, so that batches
+            keep their size and resume stays exact; in validation it is left out; a prediction, which has a row for each
+            of `paths`, ends all the same. The first one is told at once, all are counted at the end of the run and
+            listed in `skipped`; a hundred in a row end the run.
         extensions: Endings of the files that count, in lower case. None: Pillow's usual ones; every file where a
             ``loader`` is given.
         seed: Seed of the order and of the workers, >= 0.
@@ -61,6 +65,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         num_workers: int = 4,
         resize: Literal["crop", "squash"] = "crop",
         loader: Loader | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
         extensions: Sequence[str] | None = None,
         seed: int = 0,
         indices: bool = False,
@@ -71,13 +76,15 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         check_at_least("size", size, 1)
         check_at_least("num_workers", num_workers, 0)
         check_choice("resize", resize, ("crop", "squash"))
+        check_choice("on_error", on_error, ("raise", "skip"))
         self.dirs = {"train": Path(train_dir)} | ({"val": Path(val_dir)} if val_dir is not None else {})
-        self.size, self.resize, self.loader = size, resize, loader
+        self.size, self.resize, self.loader, self.on_error = size, resize, loader, on_error
         self.extensions = tuple(extensions) if extensions is not None else (EXTENSIONS if loader is None else ("",))
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.indices, self.pin_memory = indices, pin_memory
         self.class_names: tuple[str, ...] = ()
         self._sets: dict[str, FolderImages] = {}
+        self._told = 0
         if val_dir is None:  # a module without this hook is one that Lightning does not validate on
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
@@ -93,6 +100,11 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             split: "train" or "val".
         """
         return list(self._set(split).paths)
+
+    @property
+    def skipped(self) -> list[str]:
+        """The files of both folders that this process (with its workers) could not read so far."""
+        return [path for images in self._sets.values() for path in images.skipped()]
 
     def setup(self, stage: str | None = None) -> None:
         """List the folders; a second call does nothing.
@@ -116,6 +128,25 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             paths = [path for path, _ in files]
             self._sets[split] = FolderImages(paths, labels, self.size, self.resize, self.loader, indices=self.indices)
 
+    def teardown(self, stage: str | None = None) -> None:
+        """Tell how many images were skipped.
+
+        Args:
+            stage: Taken for Lightning's sake.
+        """
+        if len(self.skipped) > self._told:
+            self._told = len(self.skipped)
+            told = [f"{split}: {images.listed()}" for split, images in self._sets.items() if images.skipped()]
+            warnings.warn(f"Images were skipped. {' '.join(told)}", stacklevel=2)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell how many images were skipped, in a run that fails too.
+
+        Args:
+            exception: Taken for Lightning's sake.
+        """
+        self.teardown()
+
     def train_dataloader(self) -> ResumableLoader:
         """Return shuffled batches of the training folder, with exact resume in mid-epoch."""
         return self._remember(self._loader("train", train=True))
@@ -127,16 +158,18 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the validation folder, or the training folder where there is none, in the order of `paths`."""
         # An ordinary sampler: for prediction Lightning shares it out without repeating rows.
-        dataset = self._set("val" if "val" in self.dirs else "train")
+        dataset = self._set("val" if "val" in self.dirs else "train")  # refuses what cannot be read
         return DataLoader(dataset, batch_size=self.batch_size, generator=torch.Generator(), **self._how(dataset))
 
-    def _set(self, split: str) -> "FolderImages":
+    def _set(self, split: str) -> FolderImages:
         check_choice("split", split, self.dirs)
         self.setup()
         return self._sets[split]
 
     def _loader(self, split: str, *, train: bool) -> ResumableLoader:
         dataset = self._set(split)
+        if self.on_error == "skip":
+            dataset = dataset.reading("replace" if train else "leave out")
         return make_loader(
             dataset,
             self.batch_size,
@@ -146,117 +179,8 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             **self._how(dataset),
         )
 
-    def _how(self, dataset: "FolderImages") -> dict[str, Any]:
+    def _how(self, dataset: FolderImages) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "collate_fn": dataset.collate, "pin_memory": self.pin_memory}
-
-
-class FolderImages(Dataset[tuple[Tensor, int, int]]):
-    """Image files, decoded and brought to one size as they are asked for.
-
-    Args:
-        paths: The files.
-        labels: Class number of each, -1 for none.
-        size: Height and width, in pixels.
-        resize: "crop" or "squash".
-        loader: Reads one file; None: Pillow, as RGB.
-        indices: Whether batches hold the positions.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Sequence[int],
-        size: int,
-        resize: str,
-        loader: Loader | None,
-        *,
-        indices: bool = False,
-    ) -> None:
-        self.paths, self.labels, self.size, self.resize = paths, labels, size, resize
-        self.loader, self.indices = loader or read_rgb, indices
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        """Return the image ``(C, size, size)``, its label and its position.
-
-        Raises:
-            RuntimeError: If the file cannot be read; the message names it.
-        """
-        path = self.paths[index]
-        try:
-            image = self._resized(_as_image(self.loader(path)))
-        except Exception as error:
-            raise RuntimeError(f"Cannot read the image {path}: {error} Mend or remove the file.") from error
-        return image, self.labels[index], index
-
-    def collate(self, samples: Sequence[tuple[Tensor, int, int]]) -> list[Tensor]:
-        """Return the images ``(B, C, size, size)``, labels ``(B,)`` and, where asked for, indices ``(B,)``.
-
-        Raises:
-            ValueError: If images differ in channels or type; the message names two files.
-        """
-        first, _, position = samples[0]
-        for image, _, other in samples:
-            if image.shape != first.shape or image.dtype != first.dtype:
-                raise ValueError(
-                    f"All images must have the same channels and type, got {_kind(first)} in {self.paths[position]} "
-                    f"and {_kind(image)} in {self.paths[other]}. Give a `loader` that makes them alike."
-                )
-        batch: list[Tensor] = default_collate(list(samples))
-        return batch if self.indices else batch[:2]
-
-    def _resized(self, image: Tensor) -> Tensor:
-        from torchvision.transforms.v2 import functional as F
-
-        shape = [self.size, self.size]
-        resized: Tensor = F.resize(image, shape if self.resize == "squash" else [self.size], antialias=True)
-        return resized if self.resize == "squash" else F.center_crop(resized, shape)
-
-
-def read_rgb(path: str) -> Tensor:
-    """Read a file with Pillow as RGB, uint8 ``(3, H, W)``.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: If its pixels have more than 8 bits.
-    """
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    with Image.open(path) as image:
-        if image.mode[0] in "IF":  # Pillow would cut such values off at 255
-            raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode!r}); give a `loader` that scales it.")
-        pixels: Tensor = pil_to_tensor(image.convert("RGB"))
-        return pixels
-
-
-def _as_image(value: Any) -> Tensor:
-    """Return what a loader gave as an image of the batch contract, ``(C, H, W)`` uint8 or float32 in 0..1."""
-    image = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-    image = image[None] if image.ndim == 2 else image
-    if image.ndim != 3 or 0 in image.shape:
-        _refuse("be an image (C, H, W) or (H, W)", tuple(image.shape), "Put the channels first")
-    if image.dtype == torch.uint8:
-        return image
-    if image.dtype == torch.uint16:
-        return image.to(torch.float32) / 65535
-    if not image.is_floating_point():
-        _refuse("return uint8, uint16 or floats", image.dtype, "Scale the values to 0..1")
-    if not bool(((image >= 0) & (image <= 1)).all()):
-        _refuse("return floats in 0..1", (image.min().item(), image.max().item()), "Divide by the largest value")
-    return image.to(torch.float32)
-
-
-def _refuse(rule: str, value: object, mend: str) -> NoReturn:
-    raise ValueError(f"`loader` must {rule}, got {value}. {mend}.")
-
-
-def _kind(image: Tensor) -> str:
-    return f"{image.dtype} {tuple(image.shape)}"
 
 
 def _list_images(

@@ -87,6 +87,9 @@ class EpochSampler(DistributedSampler[Any]):
         alone: Made before it could be known with how many processes the set is shared.
     """
 
+    deals_in_turn = True
+    """Row i of rank r is place ``i * replicas + r`` of the order, as in the class that it extends."""
+
     def __init__(
         self,
         dataset: Dataset[Any],

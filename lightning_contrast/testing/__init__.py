@@ -1,4 +1,4 @@
-"""Checks for any LightningModule, callback or loss: resume, world size, transparency, host reads.
+"""Checks for any LightningModule, callback or loss: resume, kills, world size, transparency, host reads.
 
 Each says in words what differs and where it first differs. Use small modules: every kit trains, and keeps copies.
 """
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from lightning_contrast._lazy import attach
 
 if TYPE_CHECKING:
+    from lightning_contrast.testing.faults import Kill as Kill
+    from lightning_contrast.testing.faults import assert_survives_kills as assert_survives_kills
     from lightning_contrast.testing.host_syncs import HostSyncs as HostSyncs
     from lightning_contrast.testing.host_syncs import count_host_syncs as count_host_syncs
     from lightning_contrast.testing.processes import ChildError as ChildError

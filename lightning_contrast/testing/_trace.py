@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 UNSAVED = "unsaved buffer"
 _SOFT = (UNSAVED, "attribute")  # what may differ on the way, as a cache does, if nothing comes of it
@@ -33,6 +34,14 @@ class Difference:
     where: str
     names: list[str]
     hints: list[str]
+
+
+@dataclass
+class Record:
+    """What a `Trace` saw, without the Trainer that Lightning ties to a callback, so that processes can exchange it."""
+
+    moments: list[Moment]
+    tensors: dict[str, Tensor]
 
 
 class Trace(Checkpoint):
@@ -73,7 +82,11 @@ class Trace(Checkpoint):
                 for name, value in _leaves(callback.state_dict()):
                     seen[f"callback `{callback.state_key}`{name}"] = fingerprint(value)
         self.moments.append(Moment("at the end of the run", seen))
-        self.tensors = {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(pl_module)}
+        self.tensors = {name: _local(tensor).detach().cpu().clone() for name, tensor in named_tensors(pl_module)}
+
+    def record(self) -> Record:
+        """Return what was seen."""
+        return Record(self.moments, self.tensors)
 
     def _state(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         seen = {name: fingerprint(tensor) for name, tensor in named_tensors(pl_module)}
@@ -150,9 +163,14 @@ def fingerprint(value: Any) -> str:
     """Return a short text that equal values share, bit for bit."""
     if not isinstance(value, Tensor):
         return repr(value)
-    value = value.to_local() if hasattr(value, "to_local") else value
+    value = _local(value)
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"{value.dtype}{tuple(value.shape)}{hashlib.blake2b(raw.numpy().tobytes(), digest_size=12).hexdigest()}"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that is divided among ranks, as FSDP2 does."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _fingerprint_all(values: Any) -> str:

@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast._checks import check_at_least, fail
 from lightning_contrast.testing._runs import fit, make, required_arguments, seeded
-from lightning_contrast.testing._trace import Difference, Trace, first_difference, largest_difference
+from lightning_contrast.testing._trace import Difference, Record, Trace, first_difference, largest_difference
 from lightning_contrast.testing.processes import run_processes
 
 
 def assert_callback_changes_nothing(
-    callback: L.Callback | Callable[[], L.Callback],
+    callback: L.Callback | Sequence[L.Callback] | Callable[[], L.Callback | Sequence[L.Callback]],
     make_module: Callable[[], L.LightningModule] | None = None,
     make_data: Callable[[], Any] | None = None,
     make_callbacks: Callable[[], Sequence[L.Callback]] = list,
@@ -33,7 +33,8 @@ def assert_callback_changes_nothing(
     what ``training_step`` returned; at the end the names in the ``state_dict`` and the state of the other callbacks.
 
     Args:
-        callback: The callback, or a function or class that makes it; with several processes, a function is safer.
+        callback: The callback, several of them at once, or a function or class that makes them; with several processes,
+            a function is safer.
         make_module: Makes a new module at each call. None: a small classifier with ``backbone`` (features of width 16),
             BatchNorm and dropout.
         make_data: Makes new data at each call: a datamodule, a loader, or a pair of loaders (training, validation).
@@ -54,18 +55,18 @@ def assert_callback_changes_nothing(
     if world_size > 1:
         settings |= {"devices": world_size, "strategy": settings.get("strategy", "ddp")}
 
-    def run(rank: int, watched: bool) -> Trace:
+    def run(rank: int, watched: bool) -> Record:
         with seeded(0), tempfile.TemporaryDirectory(prefix="callback-") as folder:
             module = make("make_module", make_module or _Classifier, L.LightningModule)
             data = make("make_data", make_data or _loaders)
             others, trace = list(make("make_callbacks", make_callbacks)), Trace(with_random=True)
-            watching = [_made(callback)] if watched else []
+            watching = _made(callback) if watched else []
             fit(module, data, [*others, *watching, trace], folder, settings)
             own = [c.state_key for c in watching]
             last = trace.moments[-1].seen
             for name in [name for name in last if name.startswith(tuple(f"callback `{key}`" for key in own))]:
                 del last[name]  # the callback's own state is its own business
-            return trace
+            return trace.record()
 
     if world_size > 1:
         alone, watched = (run_processes(run, world_size, flag, init=False) for flag in (False, True))
@@ -81,7 +82,7 @@ def assert_callback_changes_nothing(
         raise AssertionError(_message(_name(callback) + on_rank, first, alone[rank], watched[rank]))
 
 
-def _message(name: str, difference: Difference, alone: Trace, watched: Trace) -> str:
+def _message(name: str, difference: Difference, alone: Record, watched: Record) -> str:
     """Tell what the callback changes first."""
     names = difference.names
     shown = ", ".join(f"the {item}" for item in names[:4])
@@ -103,17 +104,21 @@ def _message(name: str, difference: Difference, alone: Trace, watched: Trace) ->
     return "\n".join(line for line in lines if line)
 
 
-def _made(callback: Any) -> L.Callback:
+def _made(callback: Any) -> list[L.Callback]:
     made = callback
     if not isinstance(callback, L.Callback) and callable(callback) and required_arguments(callback) == 0:
         made = callback()
-    if not isinstance(made, L.Callback):
-        mend = "Give a callback, or a function without arguments that makes one"
-        fail("callback", "be a Callback", type(made).__name__, mend, TypeError)
-    return made
+    several = list(made) if isinstance(made, list | tuple) and made else [made]
+    for one in several:
+        if not isinstance(one, L.Callback):
+            mend = "Give a callback, a list of them, or a function without arguments that makes one"
+            fail("callback", "be a Callback", type(one).__name__, mend, TypeError)
+    return several
 
 
 def _name(callback: Any) -> str:
+    if isinstance(callback, list | tuple):
+        return ", ".join(map(_name, callback))
     return type(callback).__name__ if isinstance(callback, L.Callback) else getattr(callback, "__name__", "callback")
 
 
