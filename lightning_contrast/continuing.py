@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
 from lightning_contrast.callbacks._defaults import owned
-from lightning_contrast.callbacks._extension import Plan, set_plan
+from lightning_contrast.callbacks._extension import Plan, is_other_length, set_plan, steps_per_epoch
 from lightning_contrast.callbacks._steps import has_gradients
+from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.methods.base import ContrastiveModule
 
 __all__ = ["Extension", "HeadWarmup", "extend_training", "from_pretrained_backbone"]
@@ -27,11 +27,12 @@ class Extension(L.Callback):
     Attributes:
         checkpoint: Path of the checkpoint to go on from.
         max_epochs: Length of the longer run, for the Trainer.
-        plan: Where the schedules stand.
+        plan: Where the schedules stand, in optimizer steps of the run before.
     """
 
-    def __init__(self, checkpoint: str, max_epochs: int, plan: Plan) -> None:
+    def __init__(self, checkpoint: str, max_epochs: int, plan: Plan, epochs: int) -> None:
         self.checkpoint, self.max_epochs, self.plan = checkpoint, max_epochs, plan
+        self._epochs = epochs  # that the checkpoint has done
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the Trainer the plan before optimizers and schedules are made."""
@@ -47,6 +48,9 @@ class Extension(L.Callback):
         if trainer.global_step < self.plan.done:
             mend = "Pass `ckpt_path=extension.checkpoint`, or a later checkpoint of the extended run, to `fit`"
             fail("ckpt_path", f"lead to step {self.plan.done} or later", trainer.global_step, mend)
+        steps, before = steps_per_epoch(trainer), self.plan.done / self._epochs
+        if steps is not None and is_other_length(steps, before):  # another number of processes, for example
+            set_plan(trainer, Plan(self._epochs * steps, round(self.plan.total / before * steps)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the plan away again."""
@@ -81,11 +85,11 @@ def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs:
         planned_epochs: Epochs that the run was planned for; None: those that the checkpoint has done, as at its end.
 
     Raises:
-        ValueError: If a number is out of its range or the file is no checkpoint of a fit.
+        ValueError: If a number is out of its range, or the file is damaged or no checkpoint of a fit.
         FileNotFoundError: If there is no such file.
     """
     check_at_least("more_epochs", more_epochs, 1)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    state = load_checkpoint(checkpoint, mmap=True)
     mend = "Give a checkpoint that `ModelCheckpoint` or `trainer.save_checkpoint` wrote in a fit"
     if not isinstance(state, dict) or "loops" not in state:
         fail("checkpoint", "be a Lightning checkpoint with the state of its loops", str(checkpoint), mend)
@@ -96,7 +100,7 @@ def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs:
         planned_epochs = epochs
     check_at_least("planned_epochs", planned_epochs, epochs, f"The checkpoint has done {epochs} already")
     plan = Plan(done=steps, total=round(steps * planned_epochs / epochs))
-    return Extension(str(checkpoint), planned_epochs + more_epochs, plan)
+    return Extension(str(checkpoint), planned_epochs + more_epochs, plan, epochs)
 
 
 class HeadWarmup(L.Callback):
@@ -154,7 +158,8 @@ def from_pretrained_backbone(
         The module, which brings a `HeadWarmup` to its Trainer.
 
     Raises:
-        ValueError: If a weight is missing, left over or of another shape; the message names the first ones.
+        ValueError: If a weight is missing, left over or of another shape (the message names the first ones), or if a
+            file is damaged.
         TypeError: If the module is no method of this package, or the weights are none.
     """
     check_not_negative("head_warmup_epochs", head_warmup_epochs)
@@ -175,7 +180,7 @@ def from_pretrained_backbone(
 def _state_of(weights: Any) -> dict[str, Tensor]:
     """Return the weights as names and tensors."""
     if isinstance(weights, str | Path):
-        weights = torch.load(weights, map_location="cpu", weights_only=True)
+        weights = load_checkpoint(weights)
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
     if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):

@@ -123,19 +123,20 @@ def split_batch(batch: Any) -> tuple[Images, Tensor | None]:
     fail("batch", "hold images", type(batch).__name__, _LAYOUTS, TypeError)
 
 
-def require_views(batch: Any, count: int) -> list[Tensor]:
+def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
     """Return the views of a training batch, or say what is wrong with it.
 
     Args:
         batch: A batch whose images are a list of views, each ``(B, C, h, w)``.
         count: How many views the method takes.
+        minimum: Images that there must be, >= 1; 1 is right on each of several ranks, whose images count together.
 
     Returns:
-        The views; they have equal batch sizes of at least 2.
+        The views; they have equal batch sizes of at least ``minimum``.
 
     Raises:
         ValueError: If the batch holds one tensor of images, another number of views, views of unequal batch sizes,
-            or views of a single image.
+            or views of too few images.
     """
     images, _ = split_batch(batch)
     if isinstance(images, Tensor):
@@ -146,7 +147,7 @@ def require_views(batch: Any, count: int) -> list[Tensor]:
     )
     sizes = [len(view) for view in images]
     require(len(set(sizes)) == 1, "views", "have equal batch sizes", sizes, "Make all views of the same images")
-    check_batch("views", sizes[0])
+    check_batch("views", sizes[0], minimum)
     return images
 
 

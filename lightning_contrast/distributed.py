@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_contrast._checks import fail
+
 
 def is_distributed() -> bool:
     """Tell whether several processes train together."""
@@ -41,6 +43,26 @@ def batch_sizes(size: int, device: torch.device | None = None) -> list[int]:
         return [size]
     own = torch.tensor([size], dtype=torch.int64, device=device)
     return [int(n) for n in torch.cat(_all_gather_equal(own)).tolist()]
+
+
+def check_equal(name: str, value: float, mend: str, device: torch.device | None = None) -> None:
+    """Raise on every rank where a number differs between ranks: what they would do next, they would not do together.
+
+    Args:
+        name: What the number is, for the message.
+        value: This rank's, >= 0.
+        mend: A sentence without its full stop that tells how to put it right.
+        device: Where the process group can communicate; None is the CPU, right for gloo.
+
+    Raises:
+        ValueError: If it differs; the message has the numbers of all ranks.
+    """
+    if not is_distributed():
+        return
+    own = torch.tensor([value], dtype=torch.float64, device=device)
+    values = torch.cat(_all_gather_equal(own)).tolist()
+    if len(set(values)) > 1:
+        fail(name, "be the same on all ranks", [int(n) if n < float("inf") else n for n in values], mend)
 
 
 def gather(x: Tensor, sizes: list[int] | None = None) -> Tensor:

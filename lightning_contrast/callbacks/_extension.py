@@ -1,9 +1,11 @@
-"""Where the schedules of a run stand that goes on after its planned end, or is made longer on the way."""
+"""Where the schedules of a run stand that is made longer, or goes on with epochs of another length."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-_PLAN = "_lightning_contrast_plan"  # attribute of a Trainer
+_PLAN, _SHIFT = "_lightning_contrast_plan", "_lightning_contrast_shift"  # attributes of a Trainer
+_SAME = 0.1  # an epoch that differs by less has lost some steps, as to a gradient scaler
 RAMP_SHARE = 0.1  # of the added steps: the way back from the end of the schedules
 
 
@@ -60,7 +62,40 @@ def planned(trainer: Any, step: float, total: float) -> tuple[float, float]:
     Args:
         trainer: The Trainer.
         step: Optimizer step of the run.
-        total: Optimizer steps of the run.
+        total: Optimizer steps of the run, as the Trainer estimates them: epochs times steps of an epoch.
     """
-    plan = plan_of(trainer)
+    plan, step = plan_of(trainer), step + shift_of(trainer)
     return (step, total) if plan is None else (plan.at(step, total), plan.total)
+
+
+def steps_per_epoch(trainer: Any) -> int | None:
+    """Return the optimizer steps of an epoch, or None where the schedules do not count epochs.
+
+    Args:
+        trainer: The Trainer of a fit that has begun.
+    """
+    counts = trainer.max_epochs not in (None, -1) and trainer.max_steps == -1
+    if not counts or not math.isfinite(trainer.num_training_batches):
+        return None
+    steps: int = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    return steps
+
+
+def is_other_length(steps: int, before: float) -> bool:
+    """Tell whether an epoch is longer or shorter than before, by more than a few skipped steps.
+
+    Args:
+        steps: Optimizer steps of an epoch, >= 1.
+        before: The mean of the epochs before.
+    """
+    return abs(before - steps) > _SAME * steps
+
+
+def shift_of(trainer: Any) -> int:
+    """Return how many optimizer steps later than the run has made all schedules stand; see `set_shift`."""
+    return int(getattr(trainer, _SHIFT, 0))
+
+
+def set_shift(trainer: Any, shift: int) -> None:
+    """Let all schedules stand ``shift`` optimizer steps later than the run has made."""
+    setattr(trainer, _SHIFT, shift)

@@ -194,7 +194,8 @@ def pool(output: Tensor, rows: int, tokens: str) -> Tensor | None:
     Returns:
         A copy (B, F), which a later in-place operation on ``output`` does not change.
     """
-    if output.ndim not in (2, 3, 4) or rows == 0 or len(output) == 0 or len(output) % rows:
+    fits = len(output) > 0 and len(output) % rows == 0 if rows else len(output) == 0  # a rank's batch may be empty
+    if output.ndim not in (2, 3, 4) or not fits:
         return None
     first = output.detach()[:rows].to(torch.float32, copy=True)
     if first.ndim == 3:

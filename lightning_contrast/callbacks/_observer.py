@@ -64,7 +64,8 @@ class Observer:
         """
         count = count_images(batch)
         if count == 0:
-            fail("batch", "hold a tensor", type(batch).__name__, "Yield images, or a container with tensors", TypeError)
+            rule = "hold a tensor with at least one row"
+            fail("batch", rule, type(batch).__name__, "Yield images, or a container with tensors", TypeError)
         self._count = count
         for tap in (self._tap, *self._taps.values()):
             tap.arm(count)

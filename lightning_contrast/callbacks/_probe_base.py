@@ -14,6 +14,7 @@ from lightning_contrast.callbacks._extra_pass import complete
 from lightning_contrast.callbacks._features import FeatureTap
 from lightning_contrast.callbacks._probe_scores import Scores
 from lightning_contrast.callbacks._probe_task import Task, class_targets
+from lightning_contrast.callbacks._repeats import Repeats
 from lightning_contrast.contracts import split_batch
 
 Labels: TypeAlias = str | int | Callable[[Any], Tensor] | None
@@ -60,6 +61,7 @@ class OnlineProbe(L.Callback):
         self._batch_targets: Tensor | None = None
         self._seen: set[str] = set()
         self._scores: dict[int, dict[str, Scores]] = {}
+        self._repeats = Repeats([])
         self._warned = False
 
     @abstractmethod
@@ -101,12 +103,12 @@ class OnlineProbe(L.Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Hook the layers and begin to count."""
         self._attach(pl_module)
-        self._begin(pl_module, trainer.num_val_batches)
+        self._begin(pl_module, trainer.num_val_batches, trainer.val_dataloaders)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Hook the layers and begin to count."""
         self._attach(pl_module)
-        self._begin(pl_module, trainer.num_test_batches)
+        self._begin(pl_module, trainer.num_test_batches, trainer.test_dataloaders)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -181,7 +183,7 @@ class OnlineProbe(L.Callback):
         taps = list(self._taps.values())
         if stage != "training":
             with trainer.precision_plugin.forward_context(), torch.no_grad():
-                complete(taps, outputs)
+                complete(trainer, taps, outputs)
         features = [tap.read(pl_module, outputs) for tap in taps]
         steps = [self._step(*pair, targets, where) for pair in zip(self.layers, features, strict=True)]
         self._seen.add(stage)
@@ -209,8 +211,9 @@ class OnlineProbe(L.Callback):
 
     # Scores at validation and test.
 
-    def _begin(self, pl_module: Any, batches: Sequence[int | float]) -> None:
+    def _begin(self, pl_module: Any, batches: Sequence[int | float], loaders: Any) -> None:
         """Begin new counts, made anew each time: the last ones may be inference tensors."""
+        self._repeats = Repeats(loaders)
         self._scores = {
             i: {layer: self.new_scores(pl_module.device) for layer in self.layers}
             for i, number in enumerate(batches)
@@ -218,12 +221,14 @@ class OnlineProbe(L.Callback):
         }
 
     def _count(self, dataloader_idx: int, steps: list[Step]) -> None:
+        counts = self._repeats.first_time(dataloader_idx, len(steps[0].valid)) if steps else None
         for step in steps:
             predicted = self.predict(step.features, step.layer)
             if predicted is None:
                 self._scores.clear()  # the same on every rank: what has been learned is
             elif dataloader_idx in self._scores:
-                self._scores[dataloader_idx][step.layer].update(predicted, step.labels, step.valid)
+                valid = step.valid if counts is None else step.valid & counts.to(step.valid.device)
+                self._scores[dataloader_idx][step.layer].update(predicted, step.labels, valid)
 
     def _log_scores(self, pl_module: Any, prefix: str) -> None:
         scores, self._scores = self._scores, {}

@@ -14,7 +14,7 @@ from lightning_contrast.callbacks._probe_base import Step
 from lightning_contrast.callbacks._probe_head import LinearHead, default_lr, to_cpu
 from lightning_contrast.callbacks._probe_share import Share
 from lightning_contrast.callbacks._probe_task import ClassTask, Task
-from lightning_contrast.distributed import world_size
+from lightning_contrast.distributed import batch_sizes
 
 SGD_MOMENTUM = 0.9
 
@@ -105,12 +105,17 @@ class Learner:
             with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could never learn
                 self.head = LinearHead(width, self.task.outputs, features.device, self.task)
                 with torch.enable_grad():
-                    self.optimizer = self._optimizer(self.head, len(features) * world_size())
+                    self.optimizer = self._optimizer(self.head, self._global_batch(features))
                     self.schedule = None if self._make_schedule is None else self._make_schedule(self.optimizer)
                 if self._pending is not None:
                     self._restore(self.head, self.optimizer, self._pending)
                     self._pending = None
         return self.head, self.optimizer
+
+    def _global_batch(self, features: Tensor) -> int:
+        """Return the images of the first step on all ranks, which may hold different numbers of them."""
+        is_restored = self._pending is not None  # with its rate; at a validation not all ranks need to be here
+        return len(features) if is_restored else max(1, sum(batch_sizes(len(features), features.device)))
 
     def _optimizer(self, head: LinearHead, batch: int) -> Optimizer:
         if self._make_optimizer is None:

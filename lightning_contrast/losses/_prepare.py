@@ -110,6 +110,10 @@ def normalize(x: Tensor) -> Tensor:
     return F.normalize(x, dim=1)
 
 
+unit_rows = full_precision(normalize)
+"""`normalize` in full precision, for what a method makes of embeddings outside of a loss."""
+
+
 def global_mean(values: Tensor) -> Tensor:
     """Return the mean of ``values`` over all rows of all ranks, the same on every rank.
 

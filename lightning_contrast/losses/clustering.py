@@ -157,13 +157,14 @@ def msn_loss(
     check_positive("temperature", temperature, "MSN uses 0.1")
     check_positive("target_sharpen_temperature", target_sharpen_temperature, "MSN uses 0.25")
     check_not_negative("me_max_weight", me_max_weight)
-    if len(targets) == 0 or len(anchors) % len(targets):
+    views, rest = divmod(len(anchors), len(targets)) if len(targets) else (1, len(anchors))  # a rank may have none
+    if rest or (len(targets) == 0 and not distributed.is_distributed()):
         mend = "Stack the views of all images one after the other"
-        fail("anchors", f"have a multiple of {len(targets)} rows", len(anchors), mend)
+        fail("anchors", f"have a multiple of {len(targets)} rows, at least one", len(anchors), mend)
     directions = normalize(prototypes)
     predictions = (normalize(anchors) @ directions.T / temperature).log_softmax(1)  # (V B, K)
     goals = _msn_targets(targets, directions, temperature * target_sharpen_temperature, balance=sinkhorn)
-    goals = goals.repeat(len(anchors) // len(targets), 1)
+    goals = goals.repeat(views, 1)
     cross_entropy = global_mean(-(goals * predictions).sum(1))
     # The entropy is that of the mean over all ranks' anchors.
     count = distributed.all_reduce_sum(anchors.new_tensor(float(len(anchors))))

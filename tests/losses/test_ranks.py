@@ -46,7 +46,7 @@ MORE = {
     "msn, sinkhorn": _case(lambda a, t, p: _msn(a, t, p, sinkhorn=True), 2, shared=1),
 }
 ALL = {**CASES, **MORE}
-SPLITS = {"equal": [4, 4], "unequal": [5, 3], "three": [2, 1, 5]}
+SPLITS = {"equal": [4, 4], "unequal": [5, 3], "three": [2, 1, 5], "one row": [7, 1], "an empty rank": [5, 0, 3]}
 
 
 def _weight() -> Tensor:
