@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
 CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
 
-.PHONY: install demo test check format bench learn clean
+.PHONY: install demo test matrix check format bench learn faults audit clean browser-test
 
 install: $(DEPENDENCIES) $(CHECKOUT)
 
@@ -28,10 +28,30 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Every method under every condition: runs the cells and writes docs/matrix.md.
+matrix: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix --matrix docs/matrix.md tests/methods
+
+# Needs a browser: Debian's package chromium; without one the tests are skipped.
+browser-test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/browser
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pip check
+
+# Fifty kills of a training run; writes what it finds into docs/faults.md.
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.run_faults
+
+# Known weaknesses of the installed packages; needs the internet.
+audit: install
+	@$(BIN)/python -c "from urllib.request import urlopen; urlopen('https://pypi.org/pypi/pip/json', timeout=10)" 2>/dev/null \
+	|| { echo 'make audit asks pypi.org, which cannot be reached: nothing was audited.'; exit 1; }
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,6 @@
 """Exact large contrastive batches in the memory of small ones."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from lightning_contrast._checks import check_at_least, check_choice, fail
-
-_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+from lightning_contrast.nn.activation_checkpointing import frozen_running_statistics
 
 
 class GradientCache(Callback):
@@ -105,29 +103,6 @@ class ChunkedForward:
             for chunk in chunks
         ]
         return _concatenate(outputs, [len(chunk) for chunk in chunks])
-
-
-@contextmanager
-def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let forward passes of a module move copies of its running averages in place of the averages themselves.
-
-    Args:
-        module: Any module; everything in it with ``running_mean`` keeps its averages.
-    """
-    kept = []
-    for child in module.modules():
-        if child._buffers.get("running_mean") is None:
-            continue
-        for name in _RUNNING:
-            buffer = child._buffers.get(name)
-            if buffer is not None:
-                kept.append((child, name, buffer))
-                child._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for child, name, buffer in kept:
-            child._buffers[name] = buffer
 
 
 def _concatenate(outputs: list[Any], sizes: list[int]) -> Any:

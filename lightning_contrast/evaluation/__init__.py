@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_contrast.evaluation.attention import attention_grid as attention_grid
     from lightning_contrast.evaluation.attention import attention_maps as attention_maps
     from lightning_contrast.evaluation.attention import compose_scenes as compose_scenes
+    from lightning_contrast.evaluation.export import export_backbone as export_backbone
     from lightning_contrast.evaluation.figures import image_map as image_map
     from lightning_contrast.evaluation.figures import neighbour_strips as neighbour_strips
     from lightning_contrast.evaluation.figures import view_grid as view_grid

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive, fail, require
-from lightning_contrast.callbacks._extension import planned
+from lightning_contrast.callbacks._extension import planned, shift_of
 from lightning_contrast.losses.distillation import teacher_probabilities
 from lightning_contrast.methods.base import ContrastiveModule
 
@@ -139,7 +139,7 @@ class DistillationModule(ContrastiveModule):
         all gradients by now, sees nothing of it.
         """
         if gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif self.clip_grad is not None:
             self._check_unscaled(optimizer)
             parameters = (p for group in optimizer.param_groups for p in group["params"])
@@ -185,7 +185,8 @@ def _steps(module: ContrastiveModule, epochs: int) -> tuple[int, int]:
     batches = module.trainer.num_training_batches
     if not math.isfinite(batches):
         return module.current_epoch, epochs
-    return module.global_step, epochs * math.ceil(batches / module.trainer.accumulate_grad_batches)
+    step = module.global_step + shift_of(module.trainer)
+    return step, epochs * math.ceil(batches / module.trainer.accumulate_grad_batches)
 
 
 def vit_defaults(backbone: str | nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:

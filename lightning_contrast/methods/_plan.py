@@ -6,10 +6,14 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_contrast import distributed
 from lightning_contrast._checks import fail, require
-from lightning_contrast.callbacks._extension import Plan, plan_of
+from lightning_contrast.callbacks._extension import is_other_length, planned, set_shift, steps_per_epoch
 from lightning_contrast.optim import check_warmup
+
+_SHIFT_KEY = "lightning_contrast_shift"  # in a checkpoint
 
 
 def planned_steps(trainer: L.Trainer, warmup_epochs: int) -> tuple[int, int]:
@@ -20,10 +24,13 @@ def planned_steps(trainer: L.Trainer, warmup_epochs: int) -> tuple[int, int]:
         warmup_epochs: Epochs of the warm-up, >= 0.
 
     Raises:
-        ValueError: If the run has no end, is shorter than its warm-up, or has epochs of unknown length.
+        ValueError: If the run has no end, is shorter than its warm-up, or has epochs of unknown length; if ranks have
+            different numbers of batches, so that one would wait for the others for ever.
     """
     total = trainer.estimated_stepping_batches
     batches = _batches_per_epoch(trainer)
+    mend = "Give each rank as many, as a DistributedSampler does, or set `limit_train_batches` to the smallest number"
+    distributed.check_equal("training batches of an epoch", batches, mend, trainer.strategy.root_device)
     _set_up_again_on_resume(trainer)
     if not 0 < total < math.inf:
         mend = "Set `max_epochs` or `max_steps` on the Trainer: the schedule needs the end of the run"
@@ -48,15 +55,64 @@ def rate_factor(
         warmup_steps: Optimizer steps of the warm-up.
         total_steps: Optimizer steps of the run.
     """
-    plan = plan_of(trainer)
-    if plan is None:
-        return partial(lr_factor, warmup_steps=warmup_steps, total_steps=total_steps)
-    return partial(_extended, lr_factor, plan, warmup_steps, total_steps)
+    return partial(_factor, trainer, lr_factor, warmup_steps, total_steps)
 
 
-def _extended(lr_factor: Callable[..., float], plan: Plan, warmup_steps: int, total_steps: int, step: int) -> float:
-    """Return the factor in a run that is longer than its plan."""
-    return lr_factor(plan.at(step, total_steps), min(warmup_steps, plan.total), plan.total)
+def _factor(
+    trainer: L.Trainer, lr_factor: Callable[..., float], warmup_steps: int, total_steps: int, step: int
+) -> float:
+    """Return the factor at a step; where the schedules stand is known only once a checkpoint has been read."""
+    place, length = planned(trainer, step, total_steps)
+    return lr_factor(place, min(warmup_steps, int(length)), int(length))
+
+
+class FollowsEpochs(L.LightningModule):
+    """Lets the schedules of a run that is resumed with epochs of another length go on from the same share of it.
+
+    With twice as many processes an epoch has half the steps. Counted in steps the run would be nearer to its end, or
+    farther from it, than it is.
+    """
+
+    _shift: int = 0  # as the checkpoint has it, or the run
+
+    def on_train_start(self) -> None:
+        """Look how many steps the epochs before have had; the checkpoint is read by now under every strategy."""
+        trainer, epochs = self.trainer, self.current_epoch
+        self._shift = self._shift if epochs else 0
+        steps, done = steps_per_epoch(trainer), trainer.global_step + self._shift
+        batches, epoch = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
+        within = epoch.processed < epoch.ready  # stopped in an epoch; its last batch may have been the last one
+        seen = batches.current.ready // trainer.accumulate_grad_batches if within else 0
+        if steps is not None and epochs > 0 and self.automatic_optimization and done > seen:
+            before = (done - seen) / epochs
+            if is_other_length(steps, before):
+                self._shift = epochs * steps + seen - trainer.global_step
+                _tell(trainer, steps, before)
+        set_shift(trainer, self._shift)
+
+    def on_train_end(self) -> None:
+        """Leave nothing to the next run of the Trainer."""
+        set_shift(self.trainer, 0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep where the schedules stand, if that is elsewhere than the steps tell."""
+        if self._shift:
+            checkpoint[_SHIFT_KEY] = self._shift
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        self._shift = int(checkpoint.get(_SHIFT_KEY, 0))
+
+
+def _tell(trainer: L.Trainer, steps: int, before: float) -> None:
+    """Say that epochs have another length, and what follows."""
+    peak = max(group.get("initial_lr", group["lr"]) for group in trainer.optimizers[0].param_groups)
+    rank_zero_warn(
+        f"An epoch has {steps} optimizer steps; before the checkpoint it had {before:g}. The global batch (per rank x "
+        f"ranks x accumulation) is about {before / steps:.3g} times as large, or the data are others. All schedules go "
+        f"on from the same share of the run; the peak learning rate stays the checkpoint's {peak:g}, which was chosen "
+        f"for its global batch."
+    )
 
 
 def global_batch_size(trainer: L.Trainer) -> int:

@@ -1,13 +1,41 @@
-"""What a method needs to run on several ranks: FSDP2's shards, and a look at its BatchNorm."""
+"""What a method needs to run on several ranks: FSDP2's shards, FSDP1's norms, and a look at its BatchNorm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import lightning as L
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adam, Optimizer
 
 from lightning_contrast._checks import require
+from lightning_contrast.optim import LARS, clip_gradients_together
+from lightning_contrast.optim._trust import is_fsdp1_shard
+
+
+class ClipsShards(L.LightningModule):
+    """A module whose gradients the Trainer can clip by their norm under FSDP1 too, where Lightning refuses."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer is told to, whatever holds the gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and any(map(is_fsdp1_shard, parameters)):
+            clip_gradients_together(parameters, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def shard_submodules(module: nn.Module, mesh: DeviceMesh, methods: Mapping[str, Sequence[str]]) -> None:
@@ -33,6 +61,29 @@ def shard_submodules(module: nn.Module, mesh: DeviceMesh, methods: Mapping[str, 
                 register_fsdp_forward_method(child, method)
 
 
+def start_state(optimizer: Optimizer) -> Optimizer:
+    """Give every sharded parameter the state that its first step would start from, and return the optimizer.
+
+    FSDP loads no checkpoint in which a parameter has none, as those have that a method freezes in its first epochs.
+    Optimizers other than SGD, LARS, Adam and AdamW are left as they are.
+
+    Args:
+        optimizer: An optimizer that has not stepped yet.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight in optimizer.state or not (isinstance(weight, DTensor) or is_fsdp1_shard(weight)):
+                continue
+            if isinstance(optimizer, SGD | LARS) and group["momentum"] > 0:
+                optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+            elif isinstance(optimizer, Adam) and not group["amsgrad"]:
+                device = weight.device if group["fused"] or group["capturable"] else torch.device("cpu")
+                step = torch.zeros((), dtype=torch.float32, device=device)
+                averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[weight] = {"step": step} | averages
+    return optimizer
+
+
 def outermost(module: L.LightningModule) -> nn.Module:
     """Return what the strategy has wrapped around a module: FSDP1 keeps there what shapes it has flattened.
 
@@ -41,6 +92,22 @@ def outermost(module: L.LightningModule) -> nn.Module:
     """
     strategy = module.trainer.strategy if module._trainer is not None else None
     return module if strategy is None or strategy.model is None else strategy.model
+
+
+@contextmanager
+def whole_weights(module: L.LightningModule, part: nn.Module) -> Iterator[None]:
+    """Hold the whole weights that FSDP1 has flattened and cut; what is written to them lasts. Not within a step.
+
+    Args:
+        module: The LightningModule.
+        part: What is to be changed; the weights are gathered only if those of this part are cut.
+    """
+    root = outermost(module)
+    if isinstance(root, FullyShardedDataParallel) and any(map(is_fsdp1_shard, part.parameters())):
+        with FullyShardedDataParallel.summon_full_params(root, writeback=True):
+            yield
+    else:
+        yield
 
 
 def has_local_batchnorm(module: nn.Module) -> bool:

@@ -7,12 +7,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_contrast import optim
-from lightning_contrast._checks import check_probability, fail, require
+from lightning_contrast._checks import check_probability, require
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.callbacks._extension import planned
 from lightning_contrast.methods._distillation import _SCHEDULED, DistillationModule
 from lightning_contrast.nn import MaskedViT, build_masked_backbone
-from lightning_contrast.optim._trust import is_fsdp1_shard
 
 
 class StretchedModule(DistillationModule):
@@ -89,11 +88,8 @@ class StretchedModule(DistillationModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         self._check_unscaled(optimizer)
-        parameters = [parameter for module in self.encoder() for parameter in module.parameters()]
-        if any(map(is_fsdp1_shard, parameters)):  # whose norms no rank knows
-            mend = "Set `clip_grad=None` and the Trainer's `gradient_clip_val`, or use FSDP2"
-            fail("clip_grad", "be None under FSDP1", self.clip_grad, mend)
-        nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        parameters = (parameter for module in self.encoder() for parameter in module.parameters())
+        optim.clip_gradients_together(parameters, self.clip_grad)
 
     def default_callbacks(self) -> list[L.Callback]:
         """Return what moves the teacher: its momentum rises in a line that reaches 1 at the end of the schedules."""

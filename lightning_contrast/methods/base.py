@@ -10,17 +10,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_contrast import optim
+from lightning_contrast import distributed, optim
 from lightning_contrast._checks import check_not_negative, check_positive, require
 from lightning_contrast.callbacks._defaults import missing, owned
 from lightning_contrast.contracts import require_views, split_batch
-from lightning_contrast.methods._plan import global_batch_size, planned_steps, rate_factor
-from lightning_contrast.methods._ranks import has_local_batchnorm, outermost, shard_submodules
+from lightning_contrast.methods._plan import FollowsEpochs, global_batch_size, planned_steps, rate_factor
+from lightning_contrast.methods._ranks import ClipsShards, has_local_batchnorm, outermost, shard_submodules, start_state
 from lightning_contrast.methods._saved import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.nn import build_backbone, check_image_size
 
 
-class ContrastiveModule(L.LightningModule):
+class ContrastiveModule(ClipsShards, FollowsEpochs):
     """Base of the methods: features, evaluation steps, optimizer and schedule, default plug-ins, sharding.
 
     Args:
@@ -70,7 +70,7 @@ class ContrastiveModule(L.LightningModule):
 
     def views(self, batch: Any, count: int) -> list[Tensor]:
         """Return the ``count`` views of a training batch, each (B, C, h, w), or say what is wrong with the batch."""
-        views = require_views(batch, count)
+        views = require_views(batch, count, minimum=1 if distributed.is_distributed() else 2)
         for view in views:
             check_image_size(self.backbone, view)
         return views
@@ -110,7 +110,7 @@ class ContrastiveModule(L.LightningModule):
             global_batch = global_batch_size(self.trainer)
             lr = optim.scaled_lr(self.base_lr, global_batch, rule=self.lr_rule)
             rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
-        optimizer = optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr)
+        optimizer = start_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
         factor = rate_factor(self.trainer, self.lr_factor, warmup_steps, total_steps)
         factors = [optim.constant if group.get("fixed_lr", False) else factor for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_probability
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import info_nce, mochi_negatives
+from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.methods._shuffle import Shuffle
 from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
@@ -160,5 +160,5 @@ class MoCHi(ContrastiveModule):
         shuffles = self.shuffle and (self.batchnorm_splits > 1 or distributed.is_distributed())
         shuffle = Shuffle(len(view), view.device) if shuffles else None
         view = view if shuffle is None else shuffle(view)
-        keys = F.normalize(self.momentum_projector(self.momentum_backbone(view)), dim=1)
+        keys = unit_rows(self.momentum_projector(self.momentum_backbone(view)))
         return keys if shuffle is None else shuffle.undo(keys)

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice, check_probability
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import Negatives, info_nce
+from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.losses.negatives import as_negatives
 from lightning_contrast.methods._batch import SameImages, check_mask_same, groups_of, marks_of
 from lightning_contrast.methods._shuffle import Shuffle
@@ -161,7 +161,7 @@ class MoCo(ContrastiveModule):
         """Return the keys of a view, (B, D), of length 1."""
         shuffle = Shuffle(len(view), view.device) if self._shuffles() else None
         view = view if shuffle is None else shuffle(view)
-        keys = F.normalize(self.momentum_projector(self.momentum_backbone(view)), dim=1)
+        keys = unit_rows(self.momentum_projector(self.momentum_backbone(view)))
         return keys if shuffle is None else shuffle.undo(keys)
 
     def _shuffles(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, require
 from lightning_contrast.losses import msn_loss
+from lightning_contrast.losses._prepare import full_precision
 from lightning_contrast.methods._crops import forward_by_size, require_crops
 from lightning_contrast.methods._distillation import teacher_statistics, without_drop
 from lightning_contrast.methods._stretched import StretchedModule
@@ -159,6 +160,7 @@ class MSN(StretchedModule):
         keep = torch.randperm(rows * columns, device=images.device)[:count]
         return self._embed(images, keep.expand(len(images), -1))
 
+    @full_precision
     @torch.no_grad()
     def _log_statistics(self, anchors: Tensor, target: Tensor, prototypes: Tensor) -> None:
         """Log what shows a collapse, of anchors and targets (B, D)."""

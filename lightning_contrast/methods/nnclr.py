@@ -8,12 +8,12 @@ Cross entropy is taken over the predictions for each neighbour, not over the nei
 from typing import Any, ClassVar
 
 import lightning as L
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
+from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.methods._mining import nearest_neighbours
 from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
@@ -103,7 +103,7 @@ class NNCLR(ContrastiveModule):
         loss_b = info_nce(neighbour_b, prediction_a, temperature=temperature)
         loss = (loss_a + loss_b) / 2
         self.log("train/loss", loss, batch_size=len(view_a))
-        return {"loss": loss, "features": features.detach(), "keys": F.normalize(projection_a.detach(), dim=1)}
+        return {"loss": loss, "features": features.detach(), "keys": unit_rows(projection_a.detach())}
 
     def queues(self) -> dict[str, nn.Module]:
         """Return the queue of past projections."""

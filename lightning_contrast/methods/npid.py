@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_probability, require
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
-from lightning_contrast.losses._prepare import full_precision, global_mean
+from lightning_contrast.losses._prepare import full_precision, global_mean, unit_rows
 from lightning_contrast.methods._batch import require_indices
 from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
@@ -54,7 +53,7 @@ class NPID(ContrastiveModule):
     """
 
     base_lr: ClassVar[float] = 0.03
-    normalizer: Tensor
+    normalizer_bits: Tensor
 
     def __init__(
         self,
@@ -93,7 +92,8 @@ class NPID(ContrastiveModule):
         self.projector = projector or moco_head(self.feature_dim, None, projection_dim, layers=1)
         self.bank = MemoryBank(num_samples, projection_dim, momentum)
         # Z of the paper, taken once from the first batch; 0 until then.
-        self.register_buffer("normalizer", torch.zeros(1, dtype=torch.float32))
+        # As the integer of equal bits: strategies cast floating buffers.
+        self.register_buffer("normalizer_bits", torch.zeros(1, dtype=torch.int32))
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -103,10 +103,15 @@ class NPID(ContrastiveModule):
         if batch_idx == 0 or indices.device.type == "cpu":  # it waits for the device
             self.bank.check_indices(indices)
         features = self.backbone(view)  # (B, F)
-        projection = F.normalize(self.projector(features), dim=1)  # (B, D)
+        projection = unit_rows(self.projector(features))  # (B, D)
         loss = self._noise_loss(projection, indices) if self.noise else self._softmax_loss(projection, indices)
         self.log("train/loss", loss, batch_size=len(view))
         return {"loss": loss, "features": features.detach(), "keys": projection.detach(), "indices": indices}
+
+    @property
+    def normalizer(self) -> Tensor:
+        """Z of the paper, (1,) float32: the memory that is kept; 0 before the first batch."""
+        return self.normalizer_bits.view(torch.float32)
 
     def queues(self) -> dict[str, nn.Module]:
         """Return the memory bank."""
@@ -142,7 +147,7 @@ class NPID(ContrastiveModule):
         odds = unnormalised_odds(projection, rows, temperature_of(self))  # (B, 1 + K)
         with torch.no_grad():
             size = len(self.bank.features)
-            first = size * distributed.all_reduce_mean(odds.mean())
+            first = size * global_mean(odds.mean(1))
             self.normalizer.copy_(torch.where(self.normalizer > 0, self.normalizer, first))
         return noise_contrastive_loss(odds / self.normalizer.to(odds.dtype), size)
 

@@ -8,12 +8,12 @@ and one dissimilar pair a step, chosen by a miner among the images of all ranks,
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_choice, check_positive
 from lightning_contrast.losses import margin_contrastive_loss
+from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.methods._batch import require_labels
 from lightning_contrast.methods._mining import MINERS, Miner, global_classes, mine
 from lightning_contrast.methods.base import ContrastiveModule
@@ -89,7 +89,7 @@ class SiameseMargin(ContrastiveModule):
         features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F): both branches are one network
         embedding = self.projector(features)  # (2B, D)
         if self.distance == "cosine":
-            embedding = F.normalize(embedding, dim=1)
+            embedding = unit_rows(embedding)
         anchors, others = embedding.chunk(2)  # (B, D) each
         candidates = distributed.gather_with_gradient(others)  # (N, D): of all ranks
         classes, all_classes = global_classes(labels, len(anchors), anchors.device)

@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed, optim
 from lightning_contrast._checks import check_at_least, check_positive
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import swav_loss
+from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.methods._crops import forward_by_size, require_crops
+from lightning_contrast.methods._ranks import whole_weights
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import FeatureQueue, Norm, Prototypes, mlp_head
 from lightning_contrast.optim import OptimizerLike
@@ -108,9 +109,8 @@ class SwAV(ContrastiveModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of a batch of two global and any local views, and the projections for the queues."""
         views = require_crops(self, batch, global_views=2)  # V, each (B, C, h, w)
-        self.prototypes.normalize()
         features = forward_by_size(self.backbone, views)  # V, each (B, F)
-        projections = F.normalize(self.projector(torch.cat(features)), dim=1)  # (V B, D): one BatchNorm for all views
+        projections = unit_rows(self.projector(torch.cat(features)))  # (V B, D): one BatchNorm for all views
         scores = self.prototypes(projections).chunk(len(views))  # V, each (B, K)
         queue_scores, queue_mask = self._queue_scores()
         loss = swav_loss(
@@ -125,6 +125,11 @@ class SwAV(ContrastiveModule):
         self.log("train/prototype_use", self._prototype_use(scores[0]), batch_size=len(views[0]))
         keys = zip(self.queues(), projections.detach().chunk(len(views)), strict=False)  # the global views' come first
         return {"loss": loss, "features": features[0].detach()} | dict(keys)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Bring the prototypes to length 1, before each forward pass as in the program."""
+        with whole_weights(self, self.prototypes):
+            self.prototypes.normalize()
 
     def on_after_backward(self) -> None:
         """Take the gradient from frozen prototypes: after DDP has reduced it, before the optimizer sees it."""

@@ -9,12 +9,12 @@ triplets that satisfy the margin as 0.
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_choice, check_positive
 from lightning_contrast.losses import triplet_loss
+from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.methods._batch import require_labels
 from lightning_contrast.methods._mining import MINERS, Miner, global_classes, mine
 from lightning_contrast.methods.base import ContrastiveModule
@@ -90,7 +90,7 @@ class Triplet(ContrastiveModule):
         view_a, view_b = self.views(batch, count=2)
         labels = require_labels(batch, "Triplet with `use_labels`") if self.use_labels else None
         features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F): one network for all three
-        anchors, others = F.normalize(self.projector(features), dim=1).chunk(2)  # (B, D) each
+        anchors, others = unit_rows(self.projector(features)).chunk(2)  # (B, D) each
         candidates = distributed.gather_with_gradient(others)  # (N, D): of all ranks
         classes, all_classes = global_classes(labels, len(anchors), anchors.device)
         same = classes[:, None] == all_classes  # (B, N)

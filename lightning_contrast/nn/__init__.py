@@ -1,6 +1,7 @@
 """Parts with parameters or buffers: backbones, heads, BatchNorm in splits."""
 
 from lightning_contrast.losses import sinkhorn
+from lightning_contrast.nn.activation_checkpointing import checkpoint_activations
 from lightning_contrast.nn.backbones import Backbone, SmallConvNet, build_backbone, check_image_size, read_feature_dim
 from lightning_contrast.nn.center import Center
 from lightning_contrast.nn.distillation_heads import (
@@ -67,6 +68,7 @@ __all__ = [
     "byol_mlp",
     "check_image_size",
     "check_mask_ratios",
+    "checkpoint_activations",
     "convert_split_batchnorm",
     "debiased_head",
     "dino_head",

@@ -1,7 +1,7 @@
 """Optimizers, parameter groups and schedules."""
 
 from lightning_contrast.optim.build import OptimizerLike, build_optimizer, check_optimizer
-from lightning_contrast.optim.clipping import clip_each_gradient
+from lightning_contrast.optim.clipping import clip_each_gradient, clip_gradients_together
 from lightning_contrast.optim.groups import parameter_groups
 from lightning_contrast.optim.lars import LARS
 from lightning_contrast.optim.schedules import (
@@ -22,6 +22,7 @@ __all__ = [
     "check_optimizer",
     "check_warmup",
     "clip_each_gradient",
+    "clip_gradients_together",
     "constant",
     "cosine_by_epoch",
     "momentum_schedule",

@@ -6,9 +6,8 @@ import pickle
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate, StepSeed
@@ -74,8 +73,8 @@ def assert_equal_states(a, b):
     assert not different, different
 
 
-def step_batch(case: Case, dtype=torch.float32, size=BATCH):
-    generator = torch.Generator().manual_seed(5)
+def step_batch(case: Case, dtype=torch.float32, size=BATCH, seed=5):
+    generator = torch.Generator().manual_seed(seed)
     views = [torch.rand(size, 3, PIXELS, PIXELS, generator=generator, dtype=dtype) for _ in range(case.views)]
     labels = torch.arange(size) % 3
     return [views, labels, torch.arange(size) * 3] if case.indices else [views, labels]
@@ -93,6 +92,7 @@ def run_step(module, batch):
 
 
 @methods
+@pytest.mark.matrix("fit")
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(name):
     module = fill_queue(make(name))
     run_step(module, step_batch(CASES[name]))["loss"].backward()
@@ -102,6 +102,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_other(name):
 
 
 @methods
+@pytest.mark.matrix("fit")
 def test_step_output(name):
     module = make(name)
     out = run_step(module, step_batch(CASES[name]))
@@ -181,6 +182,7 @@ def needs(module, kind):
 
 
 @methods
+@pytest.mark.matrix("fit")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
 def test_optimizer_holds_exactly_the_trainable_parameters(name, optimizer, tmp_path):
     module = make(name, optimizer=optimizer)
@@ -195,7 +197,9 @@ def test_optimizer_holds_exactly_the_trainable_parameters(name, optimizer, tmp_p
 
 @methods
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("stop", ["epoch end", "mid-epoch"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(stop, marks=pytest.mark.matrix(f"resume, {stop}")) for stop in ("epoch end", "mid-epoch")]
+)
 def test_resume_equals_the_uninterrupted_run(name, stop, tmp_path):
     case, stopped_at = CASES[name], BATCHES if stop == "epoch end" else BATCHES + 2
 
@@ -239,6 +243,7 @@ def flat(value, prefix=""):
 
 
 @methods
+@pytest.mark.matrix("checkpoint")
 def test_checkpoint_loads_with_weights_only_and_without_modules_in_it(name, tmp_path):
     module = make(name)
     fit = trainer(tmp_path, CASES[name], epochs=1)
@@ -254,37 +259,56 @@ def test_checkpoint_loads_with_weights_only_and_without_modules_in_it(name, tmp_
 
 
 @methods
-def test_second_fit_goes_on(name, tmp_path):
-    module = make(name)
-    fit = trainer(tmp_path, CASES[name], epochs=1)
-    fit.fit(module, data(name))
-    before = state(module)
-    fit.fit_loop.max_epochs = 2
-    fit.fit(module, data(name))
-    fit.validate(module, data(name), verbose=False)
-    assert fit.global_step == 2 * BATCHES
-    assert any(not torch.equal(before[key], value) for key, value in state(module).items())
+@pytest.mark.matrix("second fit")
+def test_a_second_fit_goes_on_whether_or_not_there_was_a_validation(name, tmp_path):
+    def fit_twice(between):
+        module = make(name)
+        fit = trainer(tmp_path, CASES[name], epochs=1, limit_val_batches=1)
+        fit.fit(module, data(name))
+        first = state(module)
+        if between:
+            fit.validate(module, data(name), verbose=False)
+        fit.fit_loop.max_epochs = 2
+        fit.fit(module, data(name))
+        fit.validate(module, data(name), verbose=False)
+        assert fit.global_step == 2 * BATCHES
+        assert any(not torch.equal(first[key], value) for key, value in state(module).items())
+        return state(module)
+
+    assert_equal_states(fit_twice(True), fit_twice(False))
 
 
 @methods
+@pytest.mark.matrix("bf16-mixed")
 def test_bf16_and_accumulation(name, tmp_path):
-    module = make(name)
+    module, losses = make(name), []
     before = state(module)
-    fit = trainer(tmp_path, CASES[name], epochs=1, precision="bf16-mixed", accumulate_grad_batches=2)
+    see = LambdaCallback(on_train_batch_end=lambda trainer, module, outputs, *_: losses.append(outputs["loss"]))
+    settings = {"precision": "bf16-mixed", "accumulate_grad_batches": 2}
+    fit = trainer(tmp_path, CASES[name], epochs=1, callbacks=[see], **settings)
     fit.fit(module, data(name))
     assert fit.global_step == BATCHES // 2
-    assert torch.isfinite(fit.callback_metrics["train/loss"])
-    assert any(not torch.equal(before[key], value) for key, value in state(module).items())
+    assert torch.stack(losses).isfinite().all()
+    assert {loss.dtype for loss in losses} == {torch.float32}
+    after = state(module)
+    assert all(value.dtype == after[key].dtype for key, value in before.items())
+    assert any(not torch.equal(before[key], value) for key, value in after.items())
 
 
 @methods
-def test_deepcopy_and_pickle(name, tmp_path):
+@pytest.mark.matrix("copied")
+def test_copies_after_a_fit_are_the_same_and_train_on(name, tmp_path):
     module = make(name)
-    trainer(tmp_path, CASES[name], epochs=1).fit(module, data(name))
+    trainer(tmp_path, CASES[name], epochs=1, limit_val_batches=0).fit(module, data(name))
     module.trainer = None
-    assert_equal_states(state(module), state(copy.deepcopy(module)))
+    copies = [copy.deepcopy(module)]
     if CASES[name].make.__name__ != "<lambda>":
-        assert_equal_states(state(module), state(pickle.loads(pickle.dumps(module))))
+        copies.append(pickle.loads(pickle.dumps(module)))
+    for one in copies:
+        assert_equal_states(state(module), state(one))
+    for one in (module, *copies):
+        trainer(tmp_path, CASES[name], epochs=1, limit_val_batches=0, limit_train_batches=2).fit(one, data(name))
+        assert_equal_states(state(module), state(one))
 
 
 def gradients(module, batch):
@@ -303,6 +327,7 @@ def rank_gradients(rank, name, world_size):
 
 
 @methods
+@pytest.mark.matrix("DDP")
 @pytest.mark.dist
 def test_two_ranks_give_the_gradient_of_one(name):
     module = fill_queue(make(name, norm=False).double())
@@ -313,29 +338,5 @@ def test_two_ranks_give_the_gradient_of_one(name):
             torch.testing.assert_close(gradient, alone[key], rtol=1e-6, atol=1e-9)
 
 
-def plain_fit(module, batches, **kwargs):
-    settings = {"accelerator": "cpu", "logger": False, "limit_val_batches": 0, "enable_checkpointing": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
-    fit = L.Trainer(max_epochs=2, precision="64-true", **settings, **quiet, **kwargs)
-    fit.fit(module, DataLoader(batches, batch_size=None, collate_fn=as_is))
-    return state(module)
-
-
 def as_is(batch):
     return batch
-
-
-def ddp_fit(rank, name, world_size):
-    rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-    share = rows_of(step_batch(CASES[name], torch.float64), rows)
-    return plain_fit(make(name, norm=False), [share] * 2, devices=world_size, strategy="ddp")
-
-
-@methods
-@pytest.mark.dist
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
-def test_ddp_fit_equals_one_process(name):
-    alone = plain_fit(make(name, norm=False), [step_batch(CASES[name], torch.float64)] * 2)
-    for weights in run_processes(ddp_fit, 2, name, 2, init=False):
-        for key, value in weights.items():
-            torch.testing.assert_close(value, alone[key], rtol=1e-9, atol=1e-9)

@@ -45,7 +45,7 @@ def test_noise_contrastive_estimation_is_the_programs(monkeypatch):
     module.bank.push(torch.ones(BATCH, 8), indices)
     run_step(module, batch)
     assert module.normalizer.item() == pytest.approx(z, rel=1e-5), "Z is taken once"
-    assert "normalizer" in module.state_dict()
+    assert "normalizer_bits" in module.state_dict()
 
 
 def test_noise_contrastive_loss_of_equal_odds():

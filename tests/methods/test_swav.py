@@ -151,7 +151,7 @@ def test_prototypes_have_length_one_before_each_step():
     module = small()
     with torch.no_grad():
         module.prototypes.weight.mul_(3.0)
-    run_step(module, [crops(16, 16, dtype=torch.float64), torch.arange(4)])
+    module.on_train_batch_start([], 0)
     torch.testing.assert_close(module.prototypes.weight.norm(dim=1), torch.ones(12, dtype=torch.float64))
 
 

@@ -1,0 +1,250 @@
+"""Cells of the matrix on one process: clipping, recomputed layers, compilation, onlookers, names, exports."""
+
+import json
+import shutil
+
+import lightning as L
+import onnxruntime
+import pytest
+import timm
+import torch
+
+import lightning_contrast as lc
+from lightning_contrast.callbacks import MomentumUpdate
+from tests.callbacks.probe_modules import random_state
+from tests.launch import run_processes
+from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
+from tests.methods.matrix_runs import PATIENCE, Record, assert_close, batches, primary, run
+from tests.methods.test_contract import (
+    BATCHES,
+    PIXELS,
+    assert_equal_states,
+    data,
+    flat,
+    pairs_of,
+    state,
+    trainer,
+    weights,
+)
+
+CLIP = 1e-3
+
+
+class WatchSteps(L.Callback):
+    """Compares what the optimizer gets with what the backward passes gave, and counts what moves."""
+
+    def __init__(self):
+        self.backward, self.steps, self.moves, self.handles, self.last = {}, [], [], [], None
+
+    def on_train_start(self, trainer, pl_module):
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                self.handles.append(parameter.register_hook(lambda grad, name=name: self.keep(name, grad)))
+        optimizer = trainer.optimizers[0]
+        self.handles.append(optimizer.register_step_post_hook(lambda *_: self.on_step(pl_module)))
+
+    def keep(self, name, gradient):
+        """Add up what a backward pass gives: of one micro-batch, since a module called twice gives two parts."""
+        self.backward[name] = self.backward.get(name, 0) + gradient
+
+    def on_step(self, module):
+        got = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        self.steps.append((got, self.backward))
+        self.backward = {}
+
+    def held(self, module):
+        online = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        return online, [weights(momentum) for _, momentum in pairs_of(module)]
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        """Look only here: at its start a run of SwAV brings the prototypes to length 1, which moves them once."""
+        if self.last is not None:
+            self.note(pl_module)
+        self.last = self.held(pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        self.note(pl_module)
+        for handle in self.handles:
+            handle.remove()
+
+    def note(self, module):
+        """Note whether the batch that has just ended, plug-ins included, has moved the online and momentum weights."""
+        now = self.held(module)
+        differ = any(not torch.equal(a, b) for a, b in zip(self.last[0].values(), now[0].values(), strict=True))
+        pairs = zip(self.last[1], now[1], strict=True)
+        self.moves.append((differ, *(any(not torch.equal(a[key], b[key]) for key in a) for a, b in pairs)))
+
+
+@primary
+@pytest.mark.matrix("accumulated, clipped")
+def test_accumulation_with_clipping(name, tmp_path):
+    module, watch = fill_queue(make(name, lr=1.0)), WatchSteps()
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP, "limit_val_batches": 0}
+    fit = trainer(tmp_path, CASES[name], epochs=1, callbacks=[watch], **settings)
+    fit.fit(module, data(name))
+    pairs = len(pairs_of(module))
+    assert watch.moves == [(step,) * (1 + pairs) for step in (False, True) * (BATCHES // 2)]
+    assert fit.global_step == len(watch.steps) == BATCHES // 2
+    assert fit.lr_scheduler_configs[0].scheduler.last_epoch == BATCHES // 2
+    updates = [callback.updates for callback in fit.callbacks if isinstance(callback, MomentumUpdate)]
+    assert updates == [BATCHES // 2] * len(updates)
+    # What a method freezes at first has no gradient any more: SwAV drops it before the clipping, DINO after it.
+    clipped = [{key: given[key] for key in (got if name == "SwAV" else given)} for got, given in watch.steps]
+    norms = [torch.stack([gradient.norm() for gradient in kept.values()]).norm() for kept in clipped]
+    assert norms[0] > CLIP
+    for (got, given), norm in zip(watch.steps, norms, strict=True):
+        factor = min(1.0, CLIP / (norm + 1e-6))
+        assert_close(got, {key: given[key] * factor for key in got}, 1e-5 * CLIP, "gradient", scale=1.0)
+
+
+def recomputed(module):
+    """Let the backbone compute its layers twice, and return the name of a layer inside one of them."""
+    backbone = module.backbone
+    if isinstance(backbone, TinyBackbone):
+        lc.nn.checkpoint_activations(backbone, ["layers"])
+        return "backbone.layers.3"
+    lc.nn.checkpoint_activations(backbone)
+    return next(name for name, _ in module.named_modules() if name.endswith("blocks.1.mlp"))
+
+
+@primary
+@pytest.mark.matrix("activation checkpointing")
+def test_recomputed_layers_change_nothing(name, tmp_path):
+    inside = recomputed(make(name))
+
+    def watched_run(recompute):
+        module, calls = make(name), []
+        if recompute:
+            recomputed(module)
+        layer = dict(module.named_modules())[inside]
+        handle = layer.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        probe = lc.OnlineLinearProbe(num_classes=9, features=inside)
+        settings = {"epochs": 1, "limit_val_batches": 0}
+        trainer(tmp_path, CASES[name], callbacks=[probe], **settings).fit(module, data(name))
+        handle.remove()
+        return state(module), flat(probe.state_dict()), sum(calls)
+
+    (plain, probe, calls), (again, same_probe, twice) = watched_run(False), watched_run(True)
+    assert_equal_states(plain, again)
+    assert twice == 2 * calls > 0
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(same_probe[key])) for key, value in probe.items())
+
+
+def compiled_and_not(rank, name, backend):
+    """Run the method twice, in a process of its own: autograd in a fork of a process that compiled would fail."""
+    states = []
+    for compiled in (False, True):
+        module = make(name, norm=False)
+        counter = torch._dynamo.utils.counters
+        run(torch.compile(module, backend=backend) if compiled else module, batches(name))
+        states.append(state(module))
+    return states, counter["stats"]["unique_graphs"]
+
+
+@primary
+@pytest.mark.dist
+@pytest.mark.matrix("torch.compile")
+def test_compiled_equals_eager(name):
+    ((states, graphs),) = run_processes(compiled_and_not, 1, name, "aot_eager", init=False, timeout=PATIENCE)
+    assert graphs > 0
+    assert_same_run(states)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.matrix("torch.compile")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["SimCLR", "BYOL", "MoCo"])
+def test_compiled_with_inductor_equals_eager(name):
+    ((states, graphs),) = run_processes(compiled_and_not, 1, name, "inductor", init=False, timeout=PATIENCE)
+    assert graphs > 0
+    assert_same_run(states)
+
+
+def assert_same_run(states):
+    eager, compiled = (
+        {key: value.view(torch.float32) if key.endswith("bits") else value for key, value in one.items()}
+        for one in states
+    )
+    assert_close(compiled, eager, 1e-5, "compiled and not")
+
+
+@primary
+@pytest.mark.matrix("watched")
+@pytest.mark.filterwarnings("ignore:.*CollapseMonitor")
+def test_onlookers_change_nothing(name, tmp_path):
+    def fit(watchers):
+        module, seen = make(name), Record()
+        torch.manual_seed(1)
+        trainer(tmp_path, CASES[name], callbacks=[*watchers, seen]).fit(module, data(name))
+        return module.trainer, state(module), seen.losses, random_state()
+
+    watchers = [
+        lc.OnlineLinearProbe(num_classes=9),
+        lc.OnlineKNN(num_classes=9, k=3),
+        lc.CollapseMonitor(every_n_steps=BATCHES, samples=16, snapshot_dir=tmp_path),
+    ]
+    contrasts = CASES[name].views > 1 and name != "IBOT"  # whose projector gives two things
+    if contrasts:
+        watchers.append(lc.ContrastMonitor(every_n_steps=1))
+    (_, plain, losses, random), (run, watched, same_losses, same_random) = fit([]), fit(watchers)
+    assert_equal_states(plain, watched)
+    assert losses == same_losses
+    assert torch.equal(random[0], same_random[0])
+    assert random[1:] == same_random[1:]
+    logged = {"linear_probe/top1", "knn/top1", "collapse/rankme"}
+    assert logged <= run.callback_metrics.keys()
+    if contrasts:
+        assert "contrast/top1" in run.callback_metrics
+
+
+def named(name):
+    """Return a method whose backbone is given by name, and that backbone anew, as timm makes it."""
+    case = CASES[name]
+    if case.backbone is TinyBackbone:
+        backbone, kwargs = "test_resnet", {}
+    else:
+        backbone, kwargs = "test_vit", {"img_size": PIXELS, "patch_size": 4, "depth": 2}
+    if name == "IJEPA":
+        kwargs |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if name == "DINOv2":
+        kwargs |= {"init_values": 1e-5}  # its default, LayerScale
+    settings = {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings
+    module = case.make(backbone, backbone_kwargs=kwargs or None, **settings)
+    return module, timm.create_model(backbone, num_classes=0, **kwargs)
+
+
+@primary
+@pytest.mark.matrix("checkpoint")
+def test_a_method_with_a_named_backbone_loads_without_arguments(name, tmp_path):
+    module, _ = named(name)
+    fit = trainer(tmp_path, CASES[name], epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fit.fit(module, data(name))
+    fit.save_checkpoint(tmp_path / "one.ckpt")
+    again = type(module).load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert_equal_states(state(module), state(again))
+    assert dict(module.hparams) == dict(again.hparams)
+
+
+@primary
+@pytest.mark.matrix("exported")
+def test_an_exported_backbone_gives_the_same_features(name, tmp_path):
+    module, fresh = named(name)
+    fit = trainer(tmp_path, CASES[name], epochs=1, limit_train_batches=1, limit_val_batches=0)
+    fit.fit(module, data(name))
+    images = torch.rand(3, 3, PIXELS, PIXELS)
+    with torch.no_grad():
+        features = module.eval()(images)
+    spec = {"size": PIXELS, "mean": None, "std": None}
+
+    saved = torch.load(lc.evaluation.export_backbone(module, tmp_path / "backbone.pt"), weights_only=True)
+    assert saved["input_spec"] == spec
+    fresh.load_state_dict(saved["state_dict"], strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh.eval()(images), features, rtol=0, atol=1e-6)
+
+    path = lc.evaluation.export_backbone(module, tmp_path / "backbone.onnx", format="onnx")
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.run(["features"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(given), features, rtol=1e-4, atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["input_spec"]) == spec
