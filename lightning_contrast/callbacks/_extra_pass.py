@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -75,8 +75,9 @@ def extra_pass(trainer: Any, module: nn.Module, taps: Sequence[FeatureTap]) -> I
 def encode(trainer: Any, module: Any, taps: Sequence[FeatureTap], batch: Any) -> tuple[list[Tensor], Any]:
     """Return the features of a batch, inside `extra_pass`.
 
-    The module's ``forward`` gets the images; where it has none, the submodule that holds the first tapped layer does.
-    A layer that this does not call (a projector) gets what it returns.
+    The module's ``forward`` gets the images; where it has none, or one that does not take them (a generator's), the
+    submodule that holds the first tapped layer does. A layer that this does not call (a projector) gets what it
+    returns.
 
     Args:
         trainer: The Trainer.
@@ -90,38 +91,62 @@ def encode(trainer: Any, module: Any, taps: Sequence[FeatureTap], batch: Any) ->
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
     images, _ = split_batch(batch)
     images = images if isinstance(images, Tensor) else images[0]
-    for tap in taps:
-        tap.arm(len(images))
     with trainer.precision_plugin.forward_context():
-        output = _entry(trainer, module, taps[0].features)(images)
+        output = _call(trainer, module, taps, images)
         outputs = {OUTPUT_KEY: output} if isinstance(output, Tensor) else None
-        complete(taps, outputs)
+        complete(trainer, taps, outputs)
     return [tap.read(module, None if tap.called() else outputs) for tap in taps], batch
 
 
-def complete(taps: Sequence[FeatureTap], outputs: Any) -> None:
+def complete(trainer: Any, taps: Sequence[FeatureTap], outputs: Any) -> None:
     """Run the layers that a step has not called on its output ``"features"``, where it has one.
 
     Args:
+        trainer: The Trainer.
         taps: The attached taps of the layers, armed.
         outputs: What the step returned.
     """
     features = outputs.get(OUTPUT_KEY) if isinstance(outputs, dict) else None
-    if isinstance(features, Tensor):
-        for tap in taps:
-            if not tap.called(outputs):
+    left_out = [tap for tap in taps if not tap.called(outputs)]
+    if isinstance(features, Tensor) and left_out:
+        with _whole(trainer.strategy.model):
+            for tap in left_out:
                 tap.run(features)
 
 
-def _entry(trainer: Any, module: Any, layer: str) -> Any:
-    """Return what turns images into features."""
+def _whole(root: Any) -> AbstractContextManager[Any]:
+    """Let a layer be called by itself whose weights FSDP1 keeps in pieces in the outermost wrapper."""
+    if not isinstance(root, FullyShardedDataParallel):
+        return nullcontext()
+    whole: AbstractContextManager[Any] = FullyShardedDataParallel.summon_full_params(
+        root, recurse=False, writeback=False
+    )
+    return whole
+
+
+def _call(trainer: Any, module: Any, taps: Sequence[FeatureTap], images: Tensor) -> Any:
+    """Send the images through what turns them into features."""
+    layer = taps[0].features
+    child = getattr(module, layer.split(".", maxsplit=1)[0], None)
+    entries = [child] if isinstance(child, nn.Module) else []
     if type(module).forward.__qualname__ != "LightningModule.forward":
         root = trainer.strategy.model
         # DDP's wrapper would send BatchNorm's statistics from rank 0 to the others; FSDP1's has to gather the weights
-        return root if isinstance(root, FullyShardedDataParallel) else module
-    child = getattr(module, layer.split(".", maxsplit=1)[0], None)
-    if not isinstance(child, nn.Module):
+        entries.insert(0, root if isinstance(root, FullyShardedDataParallel) else module)
+    if not entries:
         names = " or ".join(map(repr, OUTPUT_NAMES))
         mend = f"Define `forward(images)` in the module, or name a layer instead of {names}"
         fail("features", "be found by a forward pass of its own", layer, mend)
-    return child
+    _arm(taps, images)
+    try:
+        return entries[0](images)
+    except (RuntimeError, TypeError) as error:
+        if len(entries) == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _arm(taps, images)
+        return entries[1](images)
+
+
+def _arm(taps: Sequence[FeatureTap], images: Tensor) -> None:
+    for tap in taps:
+        tap.arm(len(images))

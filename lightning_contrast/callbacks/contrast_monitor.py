@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_positive, fail
@@ -74,6 +75,7 @@ class ContrastMonitor(L.Callback):
         self._queue: Tensor | None = None
         self._queue_mask: Tensor | None = None
         self._has_bank = False
+        self._warned = False
 
     @property
     def state_key(self) -> str:
@@ -83,7 +85,7 @@ class ContrastMonitor(L.Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin to count; a checkpoint that is resumed is loaded after this."""
         if stage == "fit":
-            self._batches = 0
+            self._batches, self._warned = 0, False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Hook the layer: here it exists, wrapped as it will be, in every strategy."""
@@ -113,6 +115,7 @@ class ContrastMonitor(L.Callback):
             else:
                 values = against_batch(view_a, view_b, temperature, self._labels, self.hardest)
         self._labels = self._queue = self._queue_mask = None
+        self._warn_of_nan(values["positive_cosine"], batch_idx)
         log_values(trainer, pl_module, {f"{self.name}/{key}": value for key, value in values.items()})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -159,6 +162,15 @@ class ContrastMonitor(L.Callback):
             mend = 'Name the projection head, or return the second view as the step output "keys"'
             fail("features", rule, got, mend)
         return taken[0], taken[1], False
+
+    def _warn_of_nan(self, cosine: Tensor, batch_idx: int) -> None:
+        """Name embeddings that are not finite, of which the mean over all ranks tells."""
+        if not self._warned and not bool(cosine.isfinite()):
+            self._warned = True
+            rank_zero_warn(
+                f"{type(self).__name__}: some embeddings of {self._tap.features!r} are NaN or infinite in training "
+                f"batch {batch_idx}, and so is what `{self.name}` logs of it. Look at the loss and the learning rate."
+            )
 
     def _temperature(self, trainer: Any, module: Any, device: torch.device) -> Tensor | None:
         value: Any = self.temperature if self.temperature is not None else temperature_of(trainer, module)

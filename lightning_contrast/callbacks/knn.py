@@ -94,6 +94,14 @@ class OnlineKNN(OnlineProbe):
         for chunks in self._chunks.values():
             chunks.clear()
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say so, if there will be nothing to judge, and nobody has wished that."""
+        if not trainer.enable_validation and trainer.limit_val_batches:
+            rank_zero_warn(
+                f"`{self.name}` judges validation images, and this run has none, so nothing is logged before a test: "
+                "give the module a `validation_step`, and `fit` a validation loader."
+            )
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the length of an epoch, beyond which features are too old."""
         self._batches_per_epoch = trainer.num_training_batches

@@ -1,14 +1,16 @@
 """Modules that know nothing of the package, with a small labelled set of images, for the callbacks that look on."""
 
+import random
 import warnings
 
 import lightning as L
+import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_contrast.callbacks import OnlineKNN, OnlineLinearProbe
 from tests.callbacks.step_modules import QUIET
 
 CLASSES = 3
@@ -58,6 +60,36 @@ def classifier(base=L.LightningModule):
             return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
     return Classifier
+
+
+class Sharding(L.LightningModule):
+    """The classifier with trainable parameters in submodules of `nn.Sequential` only, as sharding wants."""
+
+    def __init__(self, lr=0.1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU())
+        self.out, self.lr = nn.Sequential(nn.Linear(16, CLASSES)), lr
+
+    def forward(self, images):
+        return self.out(self.backbone(images))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class Loaders(L.LightningDataModule):
+    def train_dataloader(self):
+        return labelled()
+
+    def val_dataloader(self):
+        return labelled(24, seed=5)
 
 
 def adversary(base=L.LightningModule):
@@ -111,25 +143,14 @@ def quiet_fit(module, callbacks, train=None, val=None, *, trainer=L.Trainer, ckp
     return run
 
 
-def probes():
-    """Return both probes, and one more on an inner layer."""
-    return [
-        OnlineLinearProbe(CLASSES),
-        OnlineKNN(CLASSES, k=5),
-        OnlineLinearProbe(CLASSES, features="backbone.0", name="first_layer"),
-    ]
+def trainers():
+    """Return the Trainer and the LightningModule of both libraries."""
+    pl = pytest.importorskip("pytorch_lightning")
+    return {"lightning": (L.Trainer, L.LightningModule), "pytorch_lightning": (pl.Trainer, pl.LightningModule)}
 
 
-def labelled_probes():
-    """Return probes that make forward passes of their own."""
-    data = labelled(20, seed=9, shuffle=True)
-    return [
-        OnlineLinearProbe(
-            CLASSES, features=["backbone.0", "backbone"], data=data, every_n_steps=2, name="labelled", lr=0.01
-        ),
-        OnlineKNN(CLASSES, k=[1, 5], bank="fresh", name="fresh"),
-        OnlineKNN(CLASSES, k=5, bank=data, name="other"),
-    ]
+def random_state():
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
 
 
 def equal_states(a, b):
