@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import statistics
 import sys
 import tempfile
@@ -30,7 +31,12 @@ CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 PAGE = Path(__file__).parents[1] / "docs" / "learn.md"
 METHODS = sorted(path.stem.removesuffix("_emoji") for path in CONFIGS.glob("*_emoji.yaml"))
 TRAINED = ("rotation", "supervised")
-RANDOM = {"random convnet": "simclr", "random ViT": "dino"}
+RANDOM = {
+    "random convnet": "simclr",
+    "random ViT": "dino",
+    "random ViT, mean of patches": "ijepa",
+    "random ViT, registers": "dinov2",
+}
 PROBES = ("OnlineLinearProbe", "OnlineKNN")
 FIGURES = ("knn", "linear", "recall@1", "seconds")
 UNTRAINED = (*RAW, *RANDOM)
@@ -82,6 +88,7 @@ def run(name: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
     from lightning_contrast import evaluation
     from lightning_contrast.cli import main
 
+    os.environ["TIMM_FUSED_ATTN"] = "0"  # its backward takes half of a step in bfloat16 on a CPU
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

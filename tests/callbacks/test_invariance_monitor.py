@@ -32,6 +32,11 @@ from tests.callbacks.strategies import TakeWeights, fit_ranks, sharded
 FEW = {"changes": ["grayscale", "flip"], "samples": 8}
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pictures are drawn where the Trainer runs
+
+
 def pictures(count=12, edge=16, seed=0):
     """Return smooth images in 0..1 that all differ, 8-bit values."""
     generator = torch.Generator().manual_seed(seed)
