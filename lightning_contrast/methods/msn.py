@@ -174,9 +174,8 @@ class MSN(StretchedModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups; norms, biases and prototypes carry no weight decay, ever."""
         decayed, others = super().parameter_groups()
-        own = {id(parameter) for parameter in self.prototypes.parameters()}
-        moved = [parameter for parameter in decayed["params"] if id(parameter) in own]
-        kept = [parameter for parameter in decayed["params"] if id(parameter) not in own]
+        moved = [parameter for parameter in decayed["params"] if parameter is self.prototypes.weight]
+        kept = [parameter for parameter in decayed["params"] if parameter is not self.prototypes.weight]
         return [decayed | {"params": kept}, others | {"params": others["params"] + moved}]
 
     def encoder(self) -> list[nn.Module]:
@@ -195,8 +194,7 @@ class _Prototypes(nn.Module):
         super().__init__()
         check_at_least("projection_dim", dim, 1)
         check_at_least("num_prototypes", count, 2, "With one prototype all samples are the same")
-        bound = dim**-0.5
-        self.weight = nn.Parameter(torch.empty(count, dim).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(count, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
     def forward(self) -> Tensor:
         return self.weight.clone()

@@ -48,7 +48,9 @@ def batches(name, rank=None, dtype=torch.float32):
 
 
 class Record(TakeWeights):
-    """Keeps the losses, the whole gradients of every step where nothing is sharded, and the whole state at the end."""
+    """Keeps the losses, where nothing is sharded the gradients of every step and the weights after three, and the whole
+    state at the end.
+    """
 
     def __init__(self):
         self.losses, self.gradients = [], []
@@ -59,6 +61,8 @@ class Record(TakeWeights):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
+        if trainer.global_step == 3:
+            self.after_three = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_train_end(self, trainer, pl_module):
         self.state = self.take(trainer, pl_module) | buffers(pl_module)

@@ -241,7 +241,9 @@ def test_an_exported_backbone_gives_the_same_features(name, tmp_path):
     assert saved["input_spec"] == spec
     fresh.load_state_dict(saved["state_dict"], strict=True)
     with torch.no_grad():
-        torch.testing.assert_close(fresh.eval()(images), features, rtol=0, atol=1e-6)
+        again = fresh.eval()(images)
+    close = float(features.abs().max())  # another layout in memory adds in another order
+    torch.testing.assert_close(again, features, rtol=0, atol=1e-5 * max(1, close))
 
     path = lc.evaluation.export_backbone(module, tmp_path / "backbone.onnx", format="onnx")
     session = onnxruntime.InferenceSession(path)
