@@ -81,7 +81,8 @@ class FollowsEpochs(L.LightningModule):
         self._shift = self._shift if epochs else 0
         steps, done = steps_per_epoch(trainer), trainer.global_step + self._shift
         batches, epoch = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
-        within = epoch.processed < epoch.ready  # stopped in an epoch; its last batch may have been the last one
+        processed: int = epoch.processed  # type: ignore[attr-defined]  # declared as its base class
+        within = processed < epoch.ready  # stopped in an epoch, though perhaps after its last batch
         seen = batches.current.ready // trainer.accumulate_grad_batches if within else 0
         if steps is not None and epochs > 0 and self.automatic_optimization and done > seen:
             before = (done - seen) / epochs
