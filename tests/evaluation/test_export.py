@@ -86,6 +86,7 @@ def test_the_input_is_that_of_the_trainers_views_and_of_the_checkpoint(tmp_path)
     policy = lc.augment.simclr_views(12, mean=SPEC["mean"], std=SPEC["std"])
     data = lc.data.EmojiDataModule(batch_size=8)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet |= {"default_root_dir": tmp_path, "enable_checkpointing": False}
     trainer = L.Trainer(max_steps=1, limit_val_batches=0, callbacks=[lc.ViewAugmentation(policy)], **quiet)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
