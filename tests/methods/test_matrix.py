@@ -42,7 +42,7 @@ def test_a_cell_without_a_test_is_an_error():
 def cell_text(page, method, condition):
     starts = "| method |", f"| `{method}` |"
     header, row = (next(line for line in page.splitlines() if line.startswith(start)) for start in starts)
-    return dict(zip(header.split(" | "), row.split(" | "), strict=True))[condition].strip(" |")
+    return dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))[condition]
 
 
 def test_one_failure_makes_a_cell_red_and_a_skip_names_its_reason():
