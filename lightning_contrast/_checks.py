@@ -58,6 +58,11 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     fail(name, f"be one of {', '.join(map(repr, options))}", value, hint)
 
 
+def check_word(name: str, value: object, mend: str = "It is the first part of what is logged") -> None:
+    """Check that ``value`` is a str that is not empty."""
+    require(isinstance(value, str) and value != "", name, "be a word", value, mend)
+
+
 def check_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor, dims: int) -> None:
     """Check that two tensors have the same shape and ``dims`` dimensions."""
     if a.shape != b.shape or a.ndim != dims:

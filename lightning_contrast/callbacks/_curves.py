@@ -1,11 +1,10 @@
 """Curves of similarity over the strength of a change, in words and as a picture."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
 Curve = list[tuple[float, float]]
 """Strengths and similarities."""
@@ -77,13 +76,3 @@ def draw_curves(curves: Mapping[str, Curves], units: Mapping[str, str], columns:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
     return figure
-
-
-def picture_of(figure: "Figure") -> "Image":
-    """Return a figure as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

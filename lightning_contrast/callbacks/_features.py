@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -201,3 +202,21 @@ def pool(output: Tensor, rows: int, tokens: str) -> Tensor | None:
     if first.ndim == 3:
         return first[:, 0] if tokens == "cls" else first.mean(dim=1)
     return first.mean(dim=(2, 3)) if first.ndim == 4 else first
+
+
+def warn_of_nan(owner: Any, layer: str, finite: Tensor, where: str = "") -> bool:
+    """Warn of images whose features are not finite, and tell whether there were any.
+
+    Args:
+        owner: The callback, by whose ``name`` its figures go.
+        layer: Where the features are from.
+        finite: (N,), bool.
+        where: Words for the batch, with a space before them.
+    """
+    bad = len(finite) - int(finite.sum())
+    if bad:
+        rank_zero_warn(
+            f"{type(owner).__name__}: the features {layer!r} of {bad} of {len(finite)} images are NaN or infinite"
+            f"{where}; `{owner.name}` leaves such images out. Look at the loss and the learning rate."
+        )
+    return bad > 0

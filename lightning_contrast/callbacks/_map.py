@@ -13,6 +13,7 @@ from lightning_contrast._checks import check_choice, require
 from lightning_contrast.callbacks._extra_pass import isolated
 from lightning_contrast.callbacks._gallery import Gallery
 from lightning_contrast.callbacks._labelled import SEED
+from lightning_contrast.callbacks._publish import picture_of
 from lightning_contrast.callbacks._views import derived_seed
 
 if TYPE_CHECKING:
@@ -101,15 +102,12 @@ def draw_map(gallery: Gallery, class_names: Sequence[str] | None, layout: Layout
     Returns:
         A picture of one or two maps.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     assert layout is not None
     places, axes_words = places_of(gallery.features, layout)
     panels = 1 if gallery.labels is None else 2
     figure = Figure(figsize=(8 * panels, 8), dpi=90)
-    canvas: Any = FigureCanvasAgg(figure)
     figure.suptitle(title, y=0.985)
     low, high = places.amin(dim=0), places.amax(dim=0)
     middle, half = (low + high) / 2, (high - low).clamp(min=1e-6) * 0.53
@@ -123,8 +121,7 @@ def draw_map(gallery: Gallery, class_names: Sequence[str] | None, layout: Layout
             _classes(axes, places, gallery.labels, class_names)
         axes.set(xlabel=axes_words[0], ylabel=axes_words[1], xticks=[], yticks=[])
         axes.set(xlim=(left, right), ylim=(bottom, top))
-    canvas.draw()
-    return Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
+    return picture_of(figure)
 
 
 def _sheet(pictures: Tensor, places: Tensor) -> "Image":

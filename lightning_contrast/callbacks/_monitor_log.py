@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_contrast.callbacks._publish import givers_of, picture_of
+
 
 def log_values(trainer: Any, pl_module: Any, values: Mapping[str, float | Tensor], *, on_epoch: bool = False) -> None:
     """Bring values that are equal on all ranks to ``callback_metrics``, and to the loggers at this very step.
@@ -27,16 +29,18 @@ def log_values(trainer: Any, pl_module: Any, values: Mapping[str, float | Tensor
 
 
 def draw_spectra(trainer: Any, name: str, first: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> None:
-    """Show the singular spectra of two measurements to the loggers that take figures; needs matplotlib.
+    """Show the singular spectra of two measurements to the loggers that take pictures; needs matplotlib.
 
     Args:
-        trainer: Its loggers: TensorBoard's ``add_figure``, or ``log_image`` as Weights & Biases has it.
-        name: First part of the figure's name.
+        trainer: See `publish` for its loggers.
+        name: First part of the picture's name.
         first: Singular values of the first measurement by space, largest first.
         last: Those of the last.
     """
-    takers = [logger for logger in trainer.loggers if _takes_figures(logger)]
-    if not takers or not last or not trainer.is_global_zero or find_spec("matplotlib") is None:
+    if not last or not trainer.is_global_zero or find_spec("matplotlib") is None:
+        return
+    givers = givers_of(trainer)
+    if not givers:
         return
     from matplotlib.figure import Figure
 
@@ -48,12 +52,6 @@ def draw_spectra(trainer: Any, name: str, first: Mapping[str, Tensor], last: Map
                 axes.loglog(range(1, len(values) + 1), (values / values[0]).clamp(min=1e-8), label=label)
         axes.set(title=space, xlabel="rank", ylabel="singular value / largest")
         axes.legend()
-    for logger in takers:
-        if hasattr(logger.experiment, "add_figure"):
-            logger.experiment.add_figure(f"{name}/spectrum", figure, trainer.global_step)
-        else:
-            logger.log_image(f"{name}/spectrum", [figure], step=trainer.global_step)
-
-
-def _takes_figures(logger: Any) -> bool:
-    return hasattr(logger, "log_image") or hasattr(getattr(logger, "experiment", None), "add_figure")
+    picture = picture_of(figure)
+    for give in givers:
+        give(f"{name}/spectrum", picture, int(trainer.global_step))

@@ -97,7 +97,7 @@ def _per_channel(name: str, values: Sequence[float], count: int, chosen: Sequenc
 
 
 def statistics_of(trainer: Any, *, training: bool) -> Statistics | None:
-    """Return what the policy of a `ViewAugmentation` of the Trainer normalises with, or None where there is none.
+    """Return what the policy of a `ViewAugmentation` of the Trainer normalises with, or None where it does not.
 
     Args:
         trainer: Its callbacks are looked through for a ``policy`` with an ``input_spec``.
@@ -106,7 +106,8 @@ def statistics_of(trainer: Any, *, training: bool) -> Statistics | None:
     for callback in trainer.callbacks:
         spec = getattr(getattr(callback, "policy", None), "input_spec", None)
         if spec is not None and (training or getattr(callback, "evaluate", True)):
-            return spec["mean"], spec["std"]
+            known = spec["mean"] is not None and spec["std"] is not None
+            return (spec["mean"], spec["std"]) if known else None
     return None
 
 
@@ -127,6 +128,16 @@ def fitted(pixels: Tensor, edge: int) -> Tensor:
         pixels = small.round().clamp(0, 255).byte()
     elif longest * 2 <= edge:
         pixels = pixels.repeat_interleave(edge // longest, dim=2).repeat_interleave(edge // longest, dim=3)
+    return centred(pixels, edge)
+
+
+def centred(pixels: Tensor, edge: int) -> Tensor:
+    """Return pictures in the middle of white squares.
+
+    Args:
+        pixels: uint8 (N, 3, H, W), neither side longer than ``edge``.
+        edge: Width and height of a square in pixels.
+    """
     squares = torch.full((len(pixels), 3, edge, edge), 255, dtype=torch.uint8)
     height, width = pixels.shape[-2:]
     top, left = (edge - height) // 2, (edge - width) // 2

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_word, fail, require
 from lightning_contrast.callbacks._extra_pass import complete
-from lightning_contrast.callbacks._features import FeatureTap
+from lightning_contrast.callbacks._features import FeatureTap, warn_of_nan
 from lightning_contrast.callbacks._probe_scores import Scores
 from lightning_contrast.callbacks._probe_task import Task, class_targets
 from lightning_contrast.callbacks._repeats import Repeats
@@ -51,8 +50,7 @@ class OnlineProbe(L.Callback):
         if not (labels is None or isinstance(labels, str | int) or callable(labels)) or isinstance(labels, bool):
             mend = "Give the key or the index of the labels in a batch, or a function of the batch"
             fail("labels", "be None, a str, an int or a callable", labels, mend, TypeError)
-        if not isinstance(name, str) or not name:
-            fail("name", "be a word", name, "It is the first part of what is logged")
+        check_word("name", name)
         self.task, self.num_classes, self.labels, self.name = task, task.outputs, labels, name
         self.layers = tuple(features) if isinstance(features, list | tuple) else (features,)
         mend = 'Give ["backbone", "projector"], for example'
@@ -193,21 +191,12 @@ class OnlineProbe(L.Callback):
         mend = "Mend `labels`: there is one row for each image"
         require(len(features) == len(targets), "labels", f"have {len(features)} rows", len(targets), mend)
         finite = torch.isfinite(features).all(dim=1)
-        if features.device.type == "cpu" or where.split(maxsplit=1)[0] not in self._seen:
-            self._warn_of_nan(layer, finite, where)
+        if not self._warned and (features.device.type == "cpu" or where.split(maxsplit=1)[0] not in self._seen):
+            self._warned = warn_of_nan(self, layer, finite, f" in {where}")
         targets = targets.to(features.device)
         valid = finite & self.task.has_target(targets)
         features = features.masked_fill(~finite.unsqueeze(1), 0.0)
         return Step(features, self.task.masked(targets, valid), valid, finite, layer)
-
-    def _warn_of_nan(self, layer: str, finite: Tensor, where: str) -> None:
-        bad = len(finite) - int(finite.sum())
-        if bad and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"{type(self).__name__}: the features {layer!r} of {bad} of {len(finite)} images are NaN "
-                f"or infinite in {where}; `{self.name}` leaves such images out. Look at the loss and the learning rate."
-            )
 
     # Scores at validation and test.
 

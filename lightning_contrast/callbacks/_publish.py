@@ -1,14 +1,19 @@
 """Shows pictures: to the loggers of a Trainer that take them, and as PNG files."""
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from fsspec.core import url_to_fs
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
+
+Giver: TypeAlias = Callable[[str, "Image", int], Any]
+"""Gives a logger a picture, by its tag, at a step."""
 
 FOLDER = "pictures"
 """Folder of the PNG files, below that of the logger or the Trainer."""
@@ -28,30 +33,42 @@ def publish(trainer: Any, tag: str, picture: "Image", folder: str | Path | None)
             the logger's folder, or ``default_root_dir`` without one.
     """
     step = int(trainer.global_step)
-    taken = [_give(logger, tag, picture, step) for logger in trainer.loggers]
-    if folder is None and any(taken):
+    givers = givers_of(trainer)
+    for give in givers:
+        give(tag, picture, step)
+    if folder is None and givers:
         return
     if folder is None:
         folder = f"{getattr(trainer.logger, 'log_dir', None) or trainer.default_root_dir}/{FOLDER}"
     write_file(str(folder), f"{tag.replace('/', '_')}_step{step:07d}.png", png_bytes(picture))
 
 
-def _give(logger: Any, tag: str, picture: "Image", step: int) -> bool:
-    """Give a picture to a logger, and tell whether it takes any."""
+def givers_of(trainer: Any) -> list[Giver]:
+    """Return, for each logger of a Trainer that takes pictures, what gives it one at a step."""
+    return [giver for giver in map(_giver, trainer.loggers) if giver is not None]
+
+
+def _giver(logger: Any) -> Giver | None:
     if hasattr(logger, "log_image"):
-        logger.log_image(key=tag, images=[picture], step=step)
-        return True
+        return lambda tag, picture, step: logger.log_image(key=tag, images=[picture], step=step)
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_image"):
-        experiment.add_image(tag, np.asarray(picture), step, dataformats="HWC")
-        return True
-    if hasattr(experiment, "log_image"):
-        if hasattr(logger, "run_id"):  # MLflow's client, which is told the run at each call
-            experiment.log_image(logger.run_id, picture, key=tag, step=step)
-        else:
-            experiment.log_image(picture, name=tag, step=step)
-        return True
-    return False
+        return lambda tag, picture, step: experiment.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+    if not hasattr(experiment, "log_image"):
+        return None
+    if hasattr(logger, "run_id"):  # MLflow's client, which is told the run at each call
+        return lambda tag, picture, step: experiment.log_image(logger.run_id, picture, key=tag, step=step)
+    return lambda tag, picture, step: experiment.log_image(picture, name=tag, step=step)
+
+
+def picture_of(figure: "Figure") -> "Image":
+    """Return a figure of matplotlib as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
 
 
 def tensorboard_folders(trainer: Any) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_choice, fail
+from lightning_contrast._checks import check_at_least, check_choice, check_word, fail
 from lightning_contrast.callbacks._diagnosis import Finding, Record, Thresholds, diagnose
 from lightning_contrast.callbacks._facts import read_facts
 from lightning_contrast.callbacks._measure import measure_reservoir
@@ -85,8 +85,7 @@ class CollapseMonitor(L.Callback):
             check_at_least("every_n_steps", every_n_steps, 1)
         check_at_least("samples", samples, 16)
         check_choice("action", action, ("warn", "stop"))
-        if not isinstance(name, str) or not name:
-            fail("name", "be a word", name, "It is the first part of what is logged")
+        check_word("name", name)
         if not (projections is None or isinstance(projections, str)):
             mend = 'Give the name of a submodule, "auto" or None'
             fail("projections", "be a name or None", type(projections).__name__, mend, TypeError)

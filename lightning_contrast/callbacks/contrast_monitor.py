@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_positive, fail
+from lightning_contrast._checks import check_at_least, check_positive, check_word, fail
 from lightning_contrast.callbacks._contrast import against_batch, against_queue
 from lightning_contrast.callbacks._facts import temperature_of
 from lightning_contrast.callbacks._monitor_log import log_values
@@ -65,8 +65,7 @@ class ContrastMonitor(L.Callback):
             check_positive("temperature", temperature)
         check_at_least("hardest", hardest, 1)
         check_at_least("every_n_steps", every_n_steps, 1)
-        if not isinstance(name, str) or not name:
-            fail("name", "be a word", name, "It is the first part of what is logged")
+        check_word("name", name)
         self.temperature, self.labels, self.hardest = temperature, labels, hardest
         self.every_n_steps, self.name = every_n_steps, name
         self._tap = ViewTap(features)

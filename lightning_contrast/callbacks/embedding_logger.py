@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast._checks import check_at_least, check_word, fail
 from lightning_contrast.callbacks._bank import encoded
 from lightning_contrast.callbacks._extra_pass import complete
-from lightning_contrast.callbacks._features import FeatureTap
+from lightning_contrast.callbacks._features import FeatureTap, warn_of_nan
 from lightning_contrast.callbacks._gallery import Gallery, Part, Share, gather_gallery
 from lightning_contrast.callbacks._labelled import check_source, training_loader
 from lightning_contrast.callbacks._map import Layout, check_layout, class_word, draw_map
@@ -103,8 +103,7 @@ class EmbeddingLogger(L.Callback):
         check_layout(layout)
         if data is not None:
             check_source("data", data)
-        if not isinstance(name, str) or not name:
-            fail("name", "be a word", name, "It is the first part of the names of what is shown")
+        check_word("name", name, "It is the first part of the names of what is shown")
         self.data, self.labels, self.class_names, self.samples = data, labels, class_names, samples
         self.every_n_validations, self.projector, self.layout = every_n_validations, projector, layout
         self.name, self.png_dir = name, png_dir
@@ -113,7 +112,7 @@ class EmbeddingLogger(L.Callback):
         self._strips = Strips(queries, neighbours)
         self._loader: Any = None
         self._validations = 0
-        self._warned: set[str] = set()
+        self._warned_of_nan = self._warned_of_queries = False
         self._share: Share | None = None
         self._parts: list[Part] = []
 
@@ -127,7 +126,7 @@ class EmbeddingLogger(L.Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin anew; a checkpoint that is resumed is loaded after this."""
         if stage == "fit":
-            self._validations, self._warned = 0, set()
+            self._validations, self._warned_of_nan, self._warned_of_queries = 0, False, False
             self._strips.clear()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -217,14 +216,8 @@ class EmbeddingLogger(L.Callback):
         if gallery is None:
             return
         finite = torch.isfinite(gallery.features).all(dim=1)
-        if not bool(finite.all()):
-            bad = len(finite) - int(finite.sum())
-            self._warn(
-                "nan",
-                f"the features {self._tap.features!r} of {bad} of {len(finite)} images are NaN or infinite; "
-                "they are left out. Look at the loss and the learning rate.",
-            )
-            gallery = gallery.only(finite)
+        self._warned_of_nan = self._warned_of_nan or warn_of_nan(self, self._tap.features, finite)
+        gallery = gallery.only(finite)
         if len(gallery.names) >= 3:
             with torch.no_grad():
                 self._show(trainer, gallery)
@@ -242,8 +235,12 @@ class EmbeddingLogger(L.Callback):
             publish(trainer, f"{self.name}/map", picture, self.png_dir)
         if self._strips.queries:
             missing = self._strips.measure(gallery, f"epoch {epoch}")
-            if missing:
-                self._warn("queries", f"{missing} of the queries are not among the images any more. Fix the sample.")
+            if missing and not self._warned_of_queries:
+                self._warned_of_queries = True
+                rank_zero_warn(
+                    f"{type(self).__name__} `{self.name}`: {missing} of the queries are not among the images any more. "
+                    "Fix the sample."
+                )
             publish(trainer, f"{self.name}/neighbours", self._strips.draw(gallery, names), self.png_dir)
 
     def _part(self, trainer: Any, features: Tensor, batch: Any, rows: Tensor, places: Tensor) -> Part:
@@ -281,11 +278,6 @@ class EmbeddingLogger(L.Callback):
             [places for _, places in kept[self._tap.features].batches]
         )  # this rank's share of what was read
         return [_rows(part, torch.isin(part.places, own)) for part in parts]
-
-    def _warn(self, kind: str, words: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            rank_zero_warn(f"{type(self).__name__} `{self.name}`: {words}")
 
 
 def _rows(part: Part, keep: Tensor) -> Part:

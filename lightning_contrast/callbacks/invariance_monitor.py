@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, check_word, fail, require
 from lightning_contrast.callbacks._bank import can_share
-from lightning_contrast.callbacks._curves import Curves, draw_curves, in_words, mean_of, picture_of
+from lightning_contrast.callbacks._curves import Curves, draw_curves, in_words, mean_of
 from lightning_contrast.callbacks._extra_pass import encode, extra_pass, isolated
-from lightning_contrast.callbacks._features import FeatureTap
+from lightning_contrast.callbacks._features import FeatureTap, warn_of_nan
 from lightning_contrast.callbacks._labelled import SEED, check_source, like, training_loader
 from lightning_contrast.callbacks._monitor_log import log_values
-from lightning_contrast.callbacks._publish import publish
+from lightning_contrast.callbacks._publish import picture_of, publish
 from lightning_contrast.callbacks._strengths import Changes, changed, chosen_changes, fitting_changes, similarity
 from lightning_contrast.callbacks._views import TOLERANCE, derived_seed
 from lightning_contrast.contracts import replace_images, split_batch
@@ -86,8 +86,7 @@ class InvarianceMonitor(L.Callback):
         check_at_least("every_n_epochs", every_n_epochs, 1)
         require((mean is None) == (std is None), "mean", "be given with `std`", (mean, std), "Give both, or neither")
         require(std is None or min(std) > 0, "std", "be > 0", std, "Give the deviation of each channel")
-        if not isinstance(name, str) or not name:
-            fail("name", "be a word", name, "It is the first part of what is logged")
+        check_word("name", name)
         if isinstance(images, Tensor):
             mend = "Stack images of one size"
             require(images.ndim == 4 and len(images) >= 2, "images", "be (N, C, H, W)", tuple(images.shape), mend)
@@ -184,6 +183,8 @@ class InvarianceMonitor(L.Callback):
         with isolated(derived_seed(SEED), device):
             if self._batches is None:
                 self._batches = self._read(trainer)
+                for batch in self._batches:
+                    self._check_values(batch)
             channels = _images_of(self._batches[0]).shape[1]
             changes = fitting_changes(self.changes, channels)
             curves: Curves = {}
@@ -218,37 +219,35 @@ class InvarianceMonitor(L.Callback):
     def _compare(self, plain: Tensor, other: Tensor) -> float | None:
         """Return the similarity over images with finite features, None where there are fewer than two."""
         finite = plain.isfinite().all(dim=1) & other.isfinite().all(dim=1)
-        bad = len(finite) - int(finite.sum())
-        if bad and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"{type(self).__name__}: the features {self._tap.features!r} of {bad} of {len(finite)} images are NaN "
-                f"or infinite; `{self.name}` leaves such images out. Look at the loss and the learning rate."
-            )
-        return float(similarity(plain[finite], other[finite])) if len(finite) - bad >= 2 else None
+        self._warned = self._warned or warn_of_nan(self, self._tap.features, finite)
+        plain, other = plain[finite], other[finite]
+        return float(similarity(plain, other)) if len(plain) >= 2 else None
 
     def _to_pixels(self, images: Tensor) -> Tensor:
         """Return images in 0..1, float32, from how the loader gives them."""
         if images.dtype == torch.uint8:
             return images.float() / 255
-        pixels = images.float()
-        if self.mean is not None and self.std is not None:
-            mean, std = (torch.tensor(list(v), device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-            pixels = pixels * std + mean
-        low, high = (float(bound) for bound in torch.aminmax(pixels))
-        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-            mend = "Give the `mean` and `std` that the loader normalises with, or `images=` in 0..1"
-            fail("images", "lie in 0..1", (low, high), mend)
-        return pixels
+        mean, std = self._statistics(images.device)
+        return images.float() * std + mean
 
     def _from_pixels(self, pixels: Tensor, given: Tensor) -> Tensor:
         """Return images as the loader would give them."""
         if given.dtype == torch.uint8:
             return (pixels * 255).round().to(torch.uint8)
-        if self.mean is not None and self.std is not None:
-            mean, std = (torch.tensor(list(v), device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-            pixels = (pixels - mean) / std
-        return pixels.to(given.dtype)
+        mean, std = self._statistics(pixels.device)
+        return ((pixels - mean) / std).to(given.dtype)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return what the loader normalises with, (1, C, 1, 1) each."""
+        mean, std = ((0.0,), (1.0,)) if self.mean is None or self.std is None else (self.mean, self.std)
+        shape = (1, -1, 1, 1)
+        return torch.tensor(list(mean), device=device).view(shape), torch.tensor(list(std), device=device).view(shape)
+
+    def _check_values(self, batch: Any) -> None:
+        low, high = (float(bound) for bound in torch.aminmax(self._to_pixels(_images_of(batch))))
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+            mend = "Give the `mean` and `std` that the loader normalises with, or `images=` in 0..1"
+            fail("images", "lie in 0..1", (low, high), mend)
 
     def _read(self, trainer: Any) -> list[Any]:
         """Return the batches of the fixed images, the same on every rank."""

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, fail
+from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, check_word, fail
 from lightning_contrast.callbacks._clock import Clock, CudaClock, HostClock, Ledger
 from lightning_contrast.callbacks._costs import Costs
 from lightning_contrast.callbacks._energy import EnergyMeter
@@ -79,8 +79,7 @@ class ThroughputMonitor(L.Callback):
             check_positive("watts", watts)
         if grams_per_kwh is not None:
             check_not_negative("grams_per_kwh", grams_per_kwh)
-        if not isinstance(name, str) or not name:
-            fail("name", "be a word", name, "It is the first part of what is logged")
+        check_word("name", name)
         self.every_n_steps, self.warmup, self.flops = every_n_steps, warmup, flops
         self.watts, self.grams_per_kwh, self.name = watts, grams_per_kwh, name
         self.summary = ""

@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail
-from lightning_contrast.callbacks._pictures import Display, Row, Statistics, Tile, fitted, grid, statistics_of
+from lightning_contrast._checks import check_at_least, check_word, fail
+from lightning_contrast.callbacks._pictures import Display, Row, Statistics, Tile, centred, fitted, grid, statistics_of
 from lightning_contrast.callbacks._publish import publish
 from lightning_contrast.callbacks._views import Transfer, map_batches
 from lightning_contrast.contracts import Images, split_batch
@@ -66,8 +66,7 @@ class ViewLogger(L.Callback):
         check_at_least("images", images, 1)
         if every_n_epochs is not None:
             check_at_least("every_n_epochs", every_n_epochs, 1)
-        if not isinstance(name, str) or not name:
-            fail("name", "be a word", name, "It is the name of the picture")
+        check_word("name", name, "It is the name of the picture")
         self.images, self.every_n_epochs, self.png_dir, self.name = images, every_n_epochs, png_dir, name
         self._display = Display(channels, mean, std)
         self._trainer: Any = None
@@ -153,17 +152,8 @@ class ViewLogger(L.Callback):
             shown = [(f"view {number}", view) for number, view in enumerate(views, 1)]
         longest = max(max(view.shape[-2:]) for _, view in shown)
         edge = min(MOST, longest * max(1, LEAST // longest))
-        columns = [(title, _at_size(view, longest, edge)) for title, view in shown]
+        columns = [(title, fitted(centred(view, longest), edge)) for title, view in shown]
         if originals is not None and not isinstance(found, Tensor):
             first = Display(self._display.channels).pixels(originals)
             columns.insert(0, ("original", fitted(first, edge)))
         return columns
-
-
-def _at_size(pixels: Tensor, longest: int, edge: int) -> Tensor:
-    """Return pictures in squares of ``edge`` pixels, in which ``longest`` pixels would fill the whole edge."""
-    whole = torch.full((len(pixels), 3, longest, longest), 255, dtype=torch.uint8)
-    height, width = pixels.shape[-2:]
-    top, left = (longest - height) // 2, (longest - width) // 2
-    whole[:, :, top : top + height, left : left + width] = pixels
-    return fitted(whole, edge)

@@ -34,8 +34,8 @@ def ema_update(online: nn.Module, target: nn.Module, momentum: float, *, buffers
     """
     check_probability("momentum", momentum)
     check_choice("buffers", buffers, BUFFER_RULES)
-    sources, source_buffers = parameters_and_buffers(online)
-    targets, target_buffers = parameters_and_buffers(target)
+    sources, targets = list(online.parameters()), list(target.parameters())
+    source_buffers, target_buffers = list(online.buffers()), list(target.buffers())
     if not (_same_shapes(sources, targets) and _same_shapes(source_buffers, target_buffers)):
         check_same_structure(online, target)
     lerp_tensors(sources, targets, momentum)
@@ -79,31 +79,6 @@ def update_buffers(sources: Sequence[Tensor], targets: Sequence[Tensor], momentu
     for source, target in zip(sources, targets, strict=True):
         if rule == "copy" or not target.is_floating_point():
             target.copy_(source)
-
-
-def parameters_and_buffers(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what ``parameters()`` and ``buffers()`` give, in one walk through a module.
-
-    It takes less than half the time of those two, which is felt where an update takes a hundredth of a second.
-
-    Args:
-        module: Any module; what is shared inside it appears once.
-    """
-    parameters: dict[int, Tensor] = {}
-    buffers: dict[int, Tensor] = {}
-    seen: set[nn.Module] = set()
-    ahead = [module]
-    while ahead:
-        current = ahead.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        for found, held in ((parameters, current._parameters), (buffers, current._buffers)):
-            for tensor in held.values():
-                if tensor is not None:
-                    found[id(tensor)] = tensor
-        ahead += [child for child in reversed(list(current._modules.values())) if child is not None]
-    return list(parameters.values()), list(buffers.values())
 
 
 def check_same_structure(online: nn.Module, target: nn.Module, *, shapes: bool = True) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lightning_contrast.nn import ema_update
-from lightning_contrast.nn.ema import parameters_and_buffers
 
 
 def networks():
@@ -75,16 +74,6 @@ def test_tied_weights_move_once():
     nn.init.zeros_(target[0].weight)
     ema_update(online, target, 0.5)
     torch.testing.assert_close(target[1].weight, online[0].weight / 2)
-
-
-def test_one_walk_finds_what_torch_finds_in_its_order():
-    shared = nn.BatchNorm1d(2)
-    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(shared, nn.ReLU()), nn.Linear(2, 2, bias=False), shared)
-    module.register_parameter("none", None)
-    module.register_parameter("last", module[0].weight)
-    module[1].register_buffer("kept_out", torch.zeros(3), persistent=False)
-    for found, expected in zip(parameters_and_buffers(module), (module.parameters(), module.buffers()), strict=True):
-        assert [id(tensor) for tensor in found] == [id(tensor) for tensor in expected]
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])

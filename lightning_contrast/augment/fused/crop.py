@@ -11,12 +11,7 @@ from kornia.constants import Resample
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
-from lightning_contrast.augment.fused.resample import (
-    Interpolation,
-    apply_weights,
-    resize_weights,
-    tabulated_weights,
-)
+from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
 from lightning_contrast.augment.operation import Draw, Form, FusedOperation, Plan, uniform, wants_accelerator_form
 
 _TRIES = 10
@@ -130,17 +125,11 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
     def _by_products(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
         dtype = images.dtype if images.is_floating_point() else torch.float32
         top, left, height, width = plan["box"].to(dtype).unbind(1)
-        (high, wide), flip = images.shape[-2:], plan["flip"]
-        style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
-        rows = columns = None
-        if dtype == torch.float32 and not wants_accelerator_form(self.form, images):
-            rows = tabulated_weights(top, height, high, self.size, **style)
-            columns = tabulated_weights(left, width, wide, self.size, flip=flip, **style)
         tallest, widest = plan["longest"]
-        if rows is None:
-            rows = resize_weights(top, height, high, self.size, longest=tallest, **style)
-        if columns is None:
-            columns = resize_weights(left, width, wide, self.size, flip=flip, longest=widest, **style)
+        style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
+        style["tabulated"] = dtype == torch.float32 and not wants_accelerator_form(self.form, images)
+        rows = resize_weights(top, height, images.shape[2], self.size, longest=tallest, **style)
+        columns = resize_weights(left, width, images.shape[3], self.size, flip=plan["flip"], longest=widest, **style)
         if not images.is_floating_point():
             columns = columns.div_(255)
         views = apply_weights(images.to(dtype), rows, columns)

@@ -75,6 +75,7 @@ def resize_weights(
     antialias: bool = True,
     flip: Tensor | None = None,
     longest: int | None = None,
+    tabulated: bool = False,
 ) -> Tensor:
     """Return for each image the matrix that crops and resizes one of its axes.
 
@@ -90,10 +91,16 @@ def resize_weights(
         antialias: Widen the kernel where the crop shrinks; has no meaning for ``"nearest"``.
         flip: Images to mirror along this axis, bool ``(B,)``.
         longest: The largest of ``length`` where it is known on the host: saves work.
+        tabulated: Look small axes up in a table, see `tabulated_weights`; on the CPU and in float32 only.
 
     Returns:
         Weights ``(B, size_out, size_in)``; each row sums to 1.
     """
+    if tabulated:
+        style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
+        found = tabulated_weights(start, length, size_in, size_out, flip=flip, **style)
+        if found is not None:
+            return found
     start, length = start[:, None, None], length[:, None, None]
     out = torch.arange(size_out, dtype=start.dtype, device=start.device)[None, :, None]
     if flip is not None:
@@ -115,21 +122,10 @@ def tabulated_weights(
     antialias: bool = True,
     flip: Tensor | None = None,
 ) -> Tensor | None:
-    """Return what `resize_weights` returns, looked up in a table of all crops of the axis.
+    """Return what `resize_weights` returns for these arguments, looked up in a table of all crops of the axis.
 
-    The images of CIFAR have 528 crops of an axis: to look up the weights takes a thirtieth of computing them.
-
-    Args:
-        start: As in `resize_weights`, on the CPU.
-        length: As there.
-        size_in: As there.
-        size_out: As there.
-        interpolation: As there.
-        antialias: As there.
-        flip: As there.
-
-    Returns:
-        Weights ``(B, size_out, size_in)`` in float32, or None where the table would be large.
+    The images of CIFAR have 528 crops of an axis: to look up the weights takes a thirtieth of computing them. None
+    where the table would be large.
     """
     crops = size_in * (size_in + 1) // 2
     if 2 * crops * size_out * size_in > _TABLE_NUMBERS:
