@@ -283,6 +283,30 @@ def test_the_run_is_the_same():
     assert_callback_changes_nothing(lambda: InvarianceMonitor(every_n_epochs=1, samples=8), max_epochs=1)
 
 
+class Draws(TensorDataset):
+    """A set with random augmentation of its own."""
+
+    def __getitem__(self, index):
+        image, *rest = super().__getitem__(index)
+        return (image * torch.rand(()), *rest)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["validation", "images"])
+def test_a_set_that_draws_random_numbers_is_read_beside_those_of_the_run(given):
+    def after(monitors):
+        torch.manual_seed(2)
+        quiet_fit(classifier()(), monitors(), labelled(16), DataLoader(Draws(*labelled(24).dataset.tensors)))
+        return random_state()
+
+    def monitors():
+        images = DataLoader(Draws(*labelled(24).dataset.tensors), batch_size=4)
+        return [InvarianceMonitor(images=images if given else None, every_n_epochs=1, **FEW)]
+
+    alone, watched = after(list), after(monitors)
+    assert torch.equal(alone[0], watched[0])
+    assert alone[1:] == watched[1:]
+
+
 @pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"limit_val_batches": 0}], ids=str)
 def test_the_run_is_the_same_under_other_settings(settings):
     # without validation it measures between two epochs of training, where BatchNorm and dropout are awake
