@@ -2,6 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3.11
 BIN := $(VENV)/bin
+# Tests that run side by side, each on one thread.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # Dependencies are installed anew when setup.cfg changes; the link to this checkout when the checkout moves.
 DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
 CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
@@ -26,11 +29,11 @@ demo: install
 	$(BIN)/python examples/quickstart.py
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 # Every method under every condition: runs the cells and writes docs/matrix.md.
 matrix: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix --matrix docs/matrix.md tests/methods
+	$(PYTEST) -m matrix --matrix docs/matrix.md tests/methods
 
 # Needs a browser: Debian's package chromium; without one the tests are skipped.
 browser-test: install
