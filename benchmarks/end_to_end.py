@@ -43,14 +43,18 @@ class PilEmoji(Dataset):
 
 
 class LightlySimCLR(L.LightningModule):
-    """SimCLR as lightly's examples write it, with the same backbone and optimizer."""
+    """SimCLR as lightly's examples write it, with the same network and optimizer.
 
-    def __init__(self, backbone):
+    They leave convolutions in torch's usual memory format, where ours are channels-last.
+    """
+
+    def __init__(self, backbone, memory_format):
         super().__init__()
         from lightly.loss import NTXentLoss
         from lightly.models.modules import SimCLRProjectionHead
 
         self.backbone, dim = lc.nn.build_backbone(backbone, small_images=backbone != "small_convnet")
+        self.backbone.to(memory_format=memory_format)
         self.head, self.criterion = SimCLRProjectionHead(dim, dim, 128), NTXentLoss(temperature=0.1)
 
     def training_step(self, batch, batch_idx):
@@ -80,14 +84,20 @@ def ours(backbone, epochs, batches=None):
     return fit(lc.SimCLR(backbone, **settings), epochs, [views], batches, datamodule=lc.data.EmojiDataModule(BATCH))
 
 
-def lightly(backbone, epochs, workers, batches=None):
+def lightly(backbone, epochs, workers, batches=None, memory_format=torch.contiguous_format):
     """Lightly's transform in workers, its loss and its head."""
     from lightly.transforms import SimCLRTransform
 
     transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
     images = PilEmoji(lc.data.EmojiDataModule().images("train"), transform)
     options = {"num_workers": workers, "persistent_workers": workers > 0, "drop_last": True, "shuffle": True}
-    return fit(LightlySimCLR(backbone), epochs, (), batches, train_dataloaders=DataLoader(images, BATCH, **options))
+    return fit(
+        LightlySimCLR(backbone, memory_format),
+        epochs,
+        (),
+        batches,
+        train_dataloaders=DataLoader(images, BATCH, **options),
+    )
 
 
 def bare_step(backbone, steps):
@@ -120,6 +130,9 @@ def main():
         candidates = {
             "ours": partial(ours, backbone, 6 if small else 2, batches),
             "lightly, 2 workers": partial(lightly, backbone, 3 if small else 2, 2, batches),
+            "lightly, 2 workers, channels-last": partial(
+                lightly, backbone, 3 if small else 2, 2, batches, torch.channels_last
+            ),
             "the bare step": partial(bare_step, backbone, 20 if small else 2),
         }
         rates = {name: [] for name in candidates}
