@@ -313,7 +313,9 @@ def summed(a, b):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("loss", [ntxent, lambda: ntxent, nn.MSELoss(), nn.MSELoss], ids=str)
+@pytest.mark.parametrize(
+    "loss", [ntxent, lambda: ntxent, nn.MSELoss(), nn.MSELoss], ids=["function", "factory", "module", "class"]
+)
 def test_world_size_passes_on_right_losses(loss):
     check_world_size_equivalence(loss)
 
