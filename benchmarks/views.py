@@ -82,7 +82,7 @@ def candidates(name: str, workers: int) -> dict[str, tuple[int, Callable[[], obj
 def main() -> None:
     """Measure every setting and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
+    parser.add_argument("--repeats", type=int, default=31, help="rounds that count")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, and workers of lightly's loader")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
