@@ -27,7 +27,7 @@ from tests.callbacks.probe_modules import (
     random_state,
     trainers,
 )
-from tests.callbacks.strategies import fit_ranks, sharded
+from tests.callbacks.strategies import TakeWeights, fit_ranks, sharded
 
 FEW = {"changes": ["grayscale", "flip"], "samples": 8}
 
@@ -307,10 +307,16 @@ def test_a_set_that_draws_random_numbers_is_read_beside_those_of_the_run(given):
     assert alone[1:] == watched[1:]
 
 
-def test_the_run_is_the_same_without_validation():
-    # it measures between two epochs of training, where BatchNorm and dropout are awake
+@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"limit_val_batches": 0}], ids=str)
+def test_the_run_is_the_same_under_other_settings(settings):
+    # without validation it measures between two epochs of training, where BatchNorm and dropout are awake
     monitor = lambda: InvarianceMonitor(images=pictures(8, edge=8), every_n_epochs=1, **FEW)  # noqa: E731
-    assert_callback_changes_nothing(monitor, accumulate_grad_batches=2, limit_val_batches=0)
+    assert_callback_changes_nothing(monitor, accumulate_grad_batches=2, **settings)
+
+
+@pytest.mark.dist
+def test_the_run_is_the_same_on_two_ranks():
+    assert_callback_changes_nothing(lambda: InvarianceMonitor(**FEW), world_size=2, max_epochs=1)
 
 
 @pytest.mark.parametrize("library", ["lightning", "pytorch_lightning"])
@@ -332,17 +338,22 @@ def test_weights_and_random_numbers_are_those_of_a_run_without_it(library, kind)
     assert all(not module._forward_hooks for module in watched.modules())
 
 
-def figures_of_rank(rank, name):
-    run = fit_ranks(sharded(Sharding)(), [InvarianceMonitor(**FEW)], Loaders(), name)
-    return {key: float(value) for key, value in run.callback_metrics.items()}
+def weights_of_rank(rank, name, watched):
+    take = TakeWeights()
+    callbacks = [take, *([InvarianceMonitor(**FEW)] if watched else [])]
+    run = fit_ranks(sharded(Sharding)(), callbacks, Loaders(), name)
+    return take.history[-1], {key: float(value) for key, value in run.callback_metrics.items()}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["fsdp1 wrapped", "fsdp2"])
-def test_it_measures_where_weights_are_sharded(name):
-    first, second = run_processes(figures_of_rank, 2, name, init=False)
-    assert first == second
-    assert {"invariance/grayscale", "invariance/flip/1"} <= first.keys()
+def test_weights_are_the_same_where_they_are_sharded(name):
+    alone = run_processes(weights_of_rank, 2, name, False, init=False)
+    watched = run_processes(weights_of_rank, 2, name, True, init=False)
+    for of_rank in range(2):
+        assert equal_states(alone[of_rank][0], watched[of_rank][0])
+    assert watched[0][1] == watched[1][1]
+    assert {"invariance/grayscale", "invariance/flip/1"} <= watched[0][1].keys()
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped():

@@ -29,7 +29,7 @@ from tests.callbacks.probe_modules import (
     random_state,
     trainers,
 )
-from tests.callbacks.strategies import fit_ranks, sharded
+from tests.callbacks.strategies import TakeWeights, fit_ranks, sharded
 
 ON_CPU = torch.device("cpu")
 
@@ -321,8 +321,16 @@ def test_nothing_is_counted_where_code_is_compiled(monkeypatch):
     assert "FLOP" not in monitor.summary
 
 
-def test_the_run_is_the_same_beside_another_profiler(nothing_compiled):
-    settings = {"profiler": "simple", "gradient_clip_val": 0.1, "val_check_interval": 2}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16-mixed", "accumulate_grad_batches": 2},
+        {"profiler": "simple", "gradient_clip_val": 0.1, "val_check_interval": 2},
+    ],
+    ids=str,
+)
+def test_the_run_is_the_same(settings, nothing_compiled):
     assert_callback_changes_nothing(lambda: ThroughputMonitor(every_n_steps=2, watts=50.0), **settings)
 
 
@@ -345,17 +353,27 @@ def test_weights_and_random_numbers_are_those_of_a_run_without_it(library, kind,
     assert run.callback_metrics["throughput/gflops_per_image"] > 0
 
 
-def figures_of_rank(rank, name):
-    run = fit_ranks(sharded(Sharding)(), [ThroughputMonitor()], Loaders(), name)
-    return {key: float(value) for key, value in run.callback_metrics.items()}
+@pytest.mark.dist
+def test_the_run_is_the_same_on_two_ranks(nothing_compiled):
+    assert_callback_changes_nothing(lambda: ThroughputMonitor(every_n_steps=2), world_size=2, max_epochs=1)
+
+
+def weights_of_rank(rank, name, watched):
+    take, monitor = TakeWeights(), ThroughputMonitor()
+    run = fit_ranks(sharded(Sharding)(), [take, *([monitor] if watched else [])], Loaders(), name)
+    metrics = {key: float(value) for key, value in run.callback_metrics.items()}
+    return take.history[-1], metrics
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["fsdp1 wrapped", "fsdp2"])
-def test_it_measures_where_weights_are_sharded(name, nothing_compiled):
-    first, second = run_processes(figures_of_rank, 2, name, init=False)
-    assert first == second
-    assert first["throughput/gflops_per_image"] > 0
+def test_weights_are_the_same_where_they_are_sharded(name, nothing_compiled):
+    alone = run_processes(weights_of_rank, 2, name, False, init=False)
+    watched = run_processes(weights_of_rank, 2, name, True, init=False)
+    for of_rank in range(2):
+        assert equal_states(alone[of_rank][0], watched[of_rank][0])
+    assert watched[0][1] == watched[1][1]
+    assert watched[0][1]["throughput/gflops_per_image"] > 0
 
 
 def reduced(_):
