@@ -6,12 +6,18 @@ fields of those names. ``images`` is a tensor ``(B, C, H, W)``, uint8 in 0..255 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_batch, fail, require
+
+TOLERANCE = 1e-3
+"""How far float images may leave 0..1: rounding in a lower precision, not another range."""
+
 
 Images: TypeAlias = Tensor | list[Tensor]
 
@@ -186,3 +192,91 @@ def replace_images(batch: Any, images: Images) -> Any:
     if hasattr(batch, "_replace"):  # a NamedTuple, whose constructor takes its fields one by one
         return batch._replace(**{batch._fields[0]: images})
     return type(batch)([images, *batch[1:]])
+
+
+def check_images(images: Tensor, *, values: bool, evaluating: bool) -> Tensor:
+    """Return images as float or uint8, or say what is wrong with them.
+
+    Args:
+        images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
+        values: Read the values too, which costs a synchronisation on an accelerator.
+        evaluating: The batch is one of validation, test or prediction.
+
+    Returns:
+        The images; a float type other than float32 becomes float32, in which policies compute.
+
+    Raises:
+        TypeError: If they are neither uint8 nor float.
+        ValueError: If they are not 4-D, NaN, or outside 0..1.
+    """
+    mend = "Yield a batch of images, or name them in a dict"
+    require(images.ndim == 4, "images", "have the shape (B, C, H, W)", tuple(images.shape), mend)
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        mend = "Convert them in the dataset: `.to(torch.uint8)`, or a float in 0..1"
+        fail("images", "be uint8 in 0..255 or float in 0..1", str(images.dtype), mend, TypeError)
+    images = images.float()
+    if values and images.numel() > 0:
+        low, high = (float(bound) for bound in torch.aminmax(images))
+        if math.isnan(low) or math.isnan(high):
+            fail("images", "be finite", "NaN", "Look at the files and the transform of the dataset")
+        _check_range(low, high, evaluating)
+    return images
+
+
+def _check_range(low: float, high: float, evaluating: bool) -> None:
+    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
+        return
+    if low >= 0 and high <= 255:
+        mend = "Divide by 255, or leave them as uint8"
+    else:
+        mend = "Remove Normalize from the dataset's transform: the policy normalises"
+    if evaluating:
+        mend += "; or set `evaluate=False`, which leaves validation, test and prediction batches as they are"
+    fail("images", "lie in 0..1 where they are float", (low, high), mend)
+
+
+def check_views(views: Any, images: Tensor) -> list[Tensor]:
+    """Return what a policy made, as a list, or say what it should have been."""
+    if not is_views(views) or not isinstance(views, Sequence):
+        mend = "Return one tensor (B, C, h, w) for each view"
+        fail("policy(images)", "be a list of views", type(views).__name__, mend, TypeError)
+    sizes = [len(view) for view in views]
+    mend = "Return every image in every view"
+    require(set(sizes) == {len(images)}, "policy(images)", f"hold {len(images)} images in each view", sizes, mend)
+    return list(views)
+
+
+def require_labels(batch: Any, method: str) -> Tensor:
+    """Return the labels ``(B,)`` of a batch.
+
+    Args:
+        batch: A training batch.
+        method: Name of the method that needs them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    _, labels = split_batch(batch)
+    if labels is None:
+        mend = 'Yield (images, labels) or a dict with "label" from the loader'
+        fail("batch", f"hold labels for {method}", "none", mend)
+    return labels
+
+
+def require_indices(batch: Any, method: str) -> Tensor:
+    """Return the sample indices ``(B,)`` of a batch.
+
+    Args:
+        batch: A training batch.
+        method: Name of the method that needs them.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    indices = batch_indices(batch)
+    if indices is None:
+        mend = 'Set `indices=True` on the data module, or yield (images, labels, indices) or a dict with "index"'
+        fail("batch", f"hold sample indices for {method}", "none", mend)
+    return indices

@@ -178,3 +178,21 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return all_reduce_sum(grad)
+
+
+def global_mean(values: Tensor) -> Tensor:
+    """Return the mean of ``values`` over all rows of all ranks, the same on every rank.
+
+    Its gradient on this rank is ``world_size`` times that of this rank's share, so that the mean over ranks, which DDP
+    takes, is the gradient of one process; ranks may hold different numbers of rows.
+
+    Args:
+        values: One value for each row of this rank, ``(B_r,)``.
+    """
+    if not is_distributed():
+        return values.mean()
+    own = values.sum()
+    both = torch.stack([own.detach(), own.new_tensor(float(len(values)))])
+    total, count = all_reduce_sum(both).unbind()
+    share = own * world_size() / count
+    return share + (total / count - share.detach())

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from lightning_contrast._checks import require
-from lightning_contrast.callbacks._extra_pass import encode, extra_pass, isolated
+from lightning_contrast.callbacks._extra_pass import encode, extra_pass
 from lightning_contrast.callbacks._features import FeatureTap
 from lightning_contrast.callbacks._labelled import SEED, like
-from lightning_contrast.callbacks._views import derived_seed
 from lightning_contrast.distributed import gather, rank, world_size
+from lightning_contrast.seeding import derived_seed, isolated
 
 Bank = tuple[Tensor, Tensor]
 """Features (N, F), float32, L2-normalised, and their classes (N,)."""

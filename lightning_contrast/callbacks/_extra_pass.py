@@ -1,38 +1,16 @@
 """A forward pass that is not the run's own, and that the run does not notice."""
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from lightning_contrast._checks import fail
 from lightning_contrast.callbacks._features import OUTPUT_KEY, OUTPUT_NAMES, FeatureTap
-from lightning_contrast.callbacks._views import seeded
 from lightning_contrast.contracts import split_batch
-
-
-@contextmanager
-def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw the random numbers of torch, NumPy and Python from ``seed`` inside, and leave their generators as they were.
-
-    Args:
-        seed: >= 0.
-        device: Whose generator is seeded beside the CPU's.
-    """
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with seeded(seed, device):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
 
 
 @contextmanager

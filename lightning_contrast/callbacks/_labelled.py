@@ -14,9 +14,8 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_contrast._checks import fail, require
-from lightning_contrast.callbacks._extra_pass import isolated
-from lightning_contrast.callbacks._views import derived_seed
 from lightning_contrast.distributed import rank, world_size
+from lightning_contrast.seeding import derived_seed, isolated
 
 SEED = 7
 """Of the order of a loader without a seed of its own: its order must not be drawn from the run's generators."""

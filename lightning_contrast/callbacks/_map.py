@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_contrast._checks import check_choice, require
-from lightning_contrast.callbacks._extra_pass import isolated
 from lightning_contrast.callbacks._gallery import Gallery
 from lightning_contrast.callbacks._labelled import SEED
 from lightning_contrast.callbacks._publish import picture_of
-from lightning_contrast.callbacks._views import derived_seed
+from lightning_contrast.seeding import derived_seed, isolated
 
 if TYPE_CHECKING:
     from PIL.Image import Image

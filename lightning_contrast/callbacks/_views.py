@@ -1,20 +1,15 @@
 """How batches are turned into views: the one wrapper around the strategy's transfer, seeds, and value checks."""
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import fail
 from lightning_contrast.contracts import IMAGE_KEY, Images, is_views, replace_images, split_batch
 
 HOOK = "batch_to_device"
-TOLERANCE = 1e-3
-"""How far float images may leave 0..1: rounding in a lower precision, not another range."""
 
 
 class Transfer:
@@ -58,29 +53,6 @@ class Transfer:
                 setattr(strategy, HOOK, current.inner)
             else:
                 delattr(strategy, HOOK)
-
-
-def derived_seed(*parts: int) -> int:
-    """Return a seed that is a function of all parts and of nothing else, equal on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # 63 bits: seeds are signed
-
-
-@contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw torch's random numbers from ``seed`` inside, and leave the global generators as they were.
-
-    Args:
-        seed: None: draw from the global generators.
-        device: Whose generator is seeded beside the CPU's.
-    """
-    if seed is None:
-        yield
-        return
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield
 
 
 def map_batches(batch: Any, transform: Callable[[Any], Any], loaders: Any = None) -> Any:
@@ -130,57 +102,3 @@ def transform_images(batch: Any, transform: Callable[[Tensor], Images], owner: s
         mend = f"Remove {owner}, or the transform that makes views in the loader"
         fail("batch", "hold images (B, C, H, W)", f"a list of {len(images)} views", mend, TypeError)
     return replace_images(batch, transform(images))
-
-
-def check_images(images: Tensor, *, values: bool, evaluating: bool) -> Tensor:
-    """Return images as float or uint8, or say what is wrong with them.
-
-    Args:
-        images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
-        values: Read the values too, which costs a synchronisation on an accelerator.
-        evaluating: The batch is one of validation, test or prediction.
-
-    Returns:
-        The images; a float type other than float32 becomes float32, in which policies compute.
-
-    Raises:
-        TypeError: If they are neither uint8 nor float.
-        ValueError: If they are not 4-D, NaN, or outside 0..1.
-    """
-    mend = "Yield a batch of images, or name them in a dict"
-    require(images.ndim == 4, "images", "have the shape (B, C, H, W)", tuple(images.shape), mend)
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        mend = "Convert them in the dataset: `.to(torch.uint8)`, or a float in 0..1"
-        fail("images", "be uint8 in 0..255 or float in 0..1", str(images.dtype), mend, TypeError)
-    images = images.float()
-    if values and images.numel() > 0:
-        low, high = (float(bound) for bound in torch.aminmax(images))
-        if math.isnan(low) or math.isnan(high):
-            fail("images", "be finite", "NaN", "Look at the files and the transform of the dataset")
-        _check_range(low, high, evaluating)
-    return images
-
-
-def _check_range(low: float, high: float, evaluating: bool) -> None:
-    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
-        return
-    if low >= 0 and high <= 255:
-        mend = "Divide by 255, or leave them as uint8"
-    else:
-        mend = "Remove Normalize from the dataset's transform: the policy normalises"
-    if evaluating:
-        mend += "; or set `evaluate=False`, which leaves validation, test and prediction batches as they are"
-    fail("images", "lie in 0..1 where they are float", (low, high), mend)
-
-
-def check_views(views: Any, images: Tensor) -> list[Tensor]:
-    """Return what a policy made, as a list, or say what it should have been."""
-    if not is_views(views) or not isinstance(views, Sequence):
-        mend = "Return one tensor (B, C, h, w) for each view"
-        fail("policy(images)", "be a list of views", type(views).__name__, mend, TypeError)
-    sizes = [len(view) for view in views]
-    mend = "Return every image in every view"
-    require(set(sizes) == {len(images)}, "policy(images)", f"hold {len(images)} images in each view", sizes, mend)
-    return list(views)

@@ -1,15 +1,11 @@
 """Random numbers that depend on where a run is, not on how it got there."""
 
-import hashlib
-import random
-import struct
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_contrast._checks import check_at_least
+from lightning_contrast.seeding import mixed_seed, seed_everything
 
 
 class StepSeed(Callback):
@@ -47,21 +43,8 @@ class StepSeed(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give all ranks the same generators before the loader of the epoch makes its iterator."""
-        _seed_everything(_mix(self.seed, trainer.current_epoch))
+        seed_everything(mixed_seed(self.seed, trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed the step."""
-        _seed_everything(_mix(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
-
-
-def _mix(*numbers: int) -> int:
-    """Return 64 bits in which neighbouring numbers have nothing in common."""
-    packed = struct.pack(f"<{len(numbers)}q", *(number & (2**63 - 1) for number in numbers))
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
-
-
-def _seed_everything(seed: int) -> None:
-    """Seed the global generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # the accelerators' generators too
+        seed_everything(mixed_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))

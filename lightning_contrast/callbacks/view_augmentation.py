@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail
 from lightning_contrast.augment.policy import ViewPolicy  # named for configuration files: functions return it
-from lightning_contrast.callbacks import _views
+from lightning_contrast.callbacks._views import Transfer, map_batches, transform_images
+from lightning_contrast.contracts import check_images, check_views
+from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
 """Key of a checkpoint under which the size, mean and std of the policy are kept."""
@@ -86,7 +88,7 @@ class ViewAugmentation(L.Callback):
             self.policy.to(trainer.strategy.root_device)
         self._trainer = trainer
         self._checked.clear()
-        _views.Transfer.add(trainer.strategy, self._transform)
+        Transfer.add(trainer.strategy, self._transform)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the strategy as it was."""
@@ -103,7 +105,7 @@ class ViewAugmentation(L.Callback):
             checkpoint[CHECKPOINT_KEY] = dict(spec)
 
     def _remove(self, trainer: Any) -> None:
-        _views.Transfer.remove(trainer.strategy, self._transform)
+        Transfer.remove(trainer.strategy, self._transform)
         self._trainer = None
 
     def _transform(self, batch: Any) -> Any:
@@ -116,21 +118,21 @@ class ViewAugmentation(L.Callback):
         seed = self._seed_of_batch(trainer) if training else None
         make = self._views if training else self._plain
         loaders = trainer.train_dataloader if training else None
-        with torch.no_grad(), _views.seeded(seed, trainer.strategy.root_device):
-            batch = _views.map_batches(batch, lambda one: _views.transform_images(one, make, owner), loaders)
+        with torch.no_grad(), seeded(seed, trainer.strategy.root_device):
+            batch = map_batches(batch, lambda one: transform_images(one, make, owner), loaders)
         self._checked.add(training)
         return trainer.precision_plugin.convert_input(batch)  # which has seen the images only, perhaps as uint8
 
     def _views(self, images: Tensor) -> list[Tensor]:
         images = self._check(images, evaluating=False)
-        return _views.check_views(self.policy(images), images)
+        return check_views(self.policy(images), images)
 
     def _plain(self, images: Tensor) -> Tensor:
         return self.policy.plain(self._check(images, evaluating=True))
 
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
         values = images.device.type == "cpu" or (not evaluating) not in self._checked
-        return _views.check_images(images, values=values, evaluating=evaluating)
+        return check_images(images, values=values, evaluating=evaluating)
 
     def _seed_of_batch(self, trainer: Any) -> int | None:
         seed = self.seed
@@ -140,4 +142,4 @@ class ViewAugmentation(L.Callback):
         if seed is None:
             return None
         batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # not yet counted up for this batch
-        return _views.derived_seed(seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        return derived_seed(seed, trainer.current_epoch, batch_idx, trainer.global_rank)

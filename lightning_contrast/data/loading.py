@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -12,14 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast.seeding import seed_of
 
 Batch = tuple[Tensor, ...]
 Layout = dict[str, int]
-
-
-def seed_of(*parts: int) -> int:
-    """Return a 32-bit seed that depends on all of ``parts`` (whole numbers from 0), and not on their sum."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def replicas_and_rank(trainer: Trainer | None) -> tuple[int, int]:

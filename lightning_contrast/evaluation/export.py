@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_contrast._checks import check_at_least, check_choice, fail
 from lightning_contrast.nn import MaskedViT
-from lightning_contrast.optim._trust import is_fsdp1_shard
+from lightning_contrast.sharding import is_fsdp1_shard
 
 ExportFormat: TypeAlias = Literal["state_dict", "onnx"]
 

@@ -1,50 +1,11 @@
 """What every loss does before and after its own formula: checks, full precision, the mean over all ranks."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch, check_positive, check_same_shape, fail
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 Scalar = float | Tensor  # a hyper-parameter, or a learned tensor with one element, which is never read on the host
-
-
-def _upcast(value: Any) -> Any:
-    """Return 16-bit tensors as float32, also inside lists and tuples, and everything else as it is."""
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-        return [_upcast(item) for item in value]
-    return value
-
-
-def _device_type(values: tuple[Any, ...]) -> str:
-    """Return the device type of the first tensor among the arguments."""
-    for value in values:
-        found = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(found, Tensor):
-            return found.device.type
-    return "cpu"
-
-
-def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a loss compute outside autocast, with 16-bit arguments raised to float32; float64 stays float64."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast(_device_type((*args, *kwargs.values())), enabled=False):
-            raised = {name: _upcast(value) for name, value in kwargs.items()}
-            return function(*map(_upcast, args), **raised)
-
-    return wrapper
 
 
 def check_floating(name: str, x: object) -> None:
@@ -99,34 +60,3 @@ def check_scalar(name: str, value: Scalar, mend: str) -> Scalar:
 def inverse_temperature(temperature: Scalar, name: str = "temperature") -> Scalar:
     """Check a temperature and return the factor of the cosine similarities."""
     return 1.0 / check_scalar(name, temperature, "Usual values lie between 0.05 and 1")
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Return rows of length 1; a row of zeros stays one.
-
-    Args:
-        x: Embeddings, ``(B, D)``.
-    """
-    return F.normalize(x, dim=1)
-
-
-unit_rows = full_precision(normalize)
-"""`normalize` in full precision, for what a method makes of embeddings outside of a loss."""
-
-
-def global_mean(values: Tensor) -> Tensor:
-    """Return the mean of ``values`` over all rows of all ranks, the same on every rank.
-
-    Its gradient on this rank is ``world_size`` times that of this rank's share, so that the mean over ranks, which DDP
-    takes, is the gradient of one process; ranks may hold different numbers of rows.
-
-    Args:
-        values: One value for each row of this rank, ``(B_r,)``.
-    """
-    if not distributed.is_distributed():
-        return values.mean()
-    own = values.sum()
-    both = torch.stack([own.detach(), own.new_tensor(float(len(values)))])
-    total, count = distributed.all_reduce_sum(both).unbind()
-    share = own * distributed.world_size() / count
-    return share + (total / count - share.detach())

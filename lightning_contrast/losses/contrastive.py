@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_positive, fail
+from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses._core import Columns, rows_lse, self_lse
 from lightning_contrast.losses._prepare import (
     Scalar,
@@ -16,12 +17,10 @@ from lightning_contrast.losses._prepare import (
     check_matrix,
     check_pair,
     check_tile_size,
-    full_precision,
-    global_mean,
     inverse_temperature,
-    normalize,
 )
 from lightning_contrast.losses.negatives import Field, Negatives, anchor_losses, as_negatives
+from lightning_contrast.precision import full_precision, normalize
 
 
 @full_precision

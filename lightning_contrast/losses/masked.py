@@ -4,8 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, fail
-from lightning_contrast.losses._prepare import check_floating, check_matrix, full_precision, global_mean
+from lightning_contrast.distributed import global_mean
+from lightning_contrast.losses._prepare import check_floating, check_matrix
 from lightning_contrast.losses.distillation import check_center, check_teacher, teacher_probabilities
+from lightning_contrast.precision import full_precision
 
 
 @full_precision

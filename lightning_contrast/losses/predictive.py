@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_contrast.losses._prepare import Scalar, check_pair, full_precision, global_mean, normalize
+from lightning_contrast.distributed import global_mean
+from lightning_contrast.losses._prepare import Scalar, check_pair
 from lightning_contrast.losses.contrastive import info_nce
+from lightning_contrast.precision import full_precision, normalize
 
 
 @full_precision

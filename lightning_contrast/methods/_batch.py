@@ -6,45 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_choice, fail
-from lightning_contrast.contracts import batch_indices, split_batch
+from lightning_contrast._checks import check_choice
+from lightning_contrast.contracts import require_indices, require_labels
 
 SameImages: TypeAlias = Literal["label", "index"]
 _RANK = 2**32  # more than the images of a rank
-
-
-def require_labels(batch: Any, method: str) -> Tensor:
-    """Return the labels ``(B,)`` of a batch.
-
-    Args:
-        batch: A training batch.
-        method: Name of the method that needs them.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    _, labels = split_batch(batch)
-    if labels is None:
-        mend = 'Yield (images, labels) or a dict with "label" from the loader'
-        fail("batch", f"hold labels for {method}", "none", mend)
-    return labels
-
-
-def require_indices(batch: Any, method: str) -> Tensor:
-    """Return the sample indices ``(B,)`` of a batch.
-
-    Args:
-        batch: A training batch.
-        method: Name of the method that needs them.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    indices = batch_indices(batch)
-    if indices is None:
-        mend = 'Set `indices=True` on the data module, or yield (images, labels, indices) or a dict with "index"'
-        fail("batch", f"hold sample indices for {method}", "none", mend)
-    return indices
 
 
 def check_mask_same(mask_same: SameImages | None) -> SameImages | None:

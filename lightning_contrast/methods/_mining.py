@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast.losses._prepare import full_precision
+from lightning_contrast.precision import full_precision
 
 Miner: TypeAlias = Literal["random", "semi-hard", "hardest"]
 MINERS: tuple[Miner, ...] = ("random", "semi-hard", "hardest")

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from lightning_contrast._checks import require
 from lightning_contrast.optim import LARS, clip_gradients_together
-from lightning_contrast.optim._trust import is_fsdp1_shard
+from lightning_contrast.sharding import is_fsdp1_shard
 
 
 class ClipsShards(L.LightningModule):

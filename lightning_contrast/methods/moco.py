@@ -18,7 +18,6 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice, check_probability
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import Negatives, info_nce
-from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.losses.negatives import as_negatives
 from lightning_contrast.methods._batch import SameImages, check_mask_same, groups_of, marks_of
 from lightning_contrast.methods._shuffle import Shuffle
@@ -28,6 +27,7 @@ from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_he
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
+from lightning_contrast.precision import unit_rows
 
 
 class MoCo(ContrastiveModule):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_at_least
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
-from lightning_contrast.losses._prepare import unit_rows
 from lightning_contrast.methods._mining import nearest_neighbours
 from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
@@ -21,6 +20,7 @@ from lightning_contrast.nn import FeatureQueue, Norm, nnclr_predictor, nnclr_pro
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.precision import unit_rows
 
 
 class NNCLR(ContrastiveModule):

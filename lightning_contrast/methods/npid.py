@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_probability, require
 from lightning_contrast.callbacks import QueueUpdate
+from lightning_contrast.contracts import require_indices
+from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses import info_nce
-from lightning_contrast.losses._prepare import full_precision, global_mean, unit_rows
-from lightning_contrast.methods._batch import require_indices
 from lightning_contrast.methods._temperature import temperature_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import MemoryBank, moco_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
+from lightning_contrast.precision import full_precision, unit_rows
 
 _EPSILON = 1e-7  # of the program
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_choice, check_positive
+from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import margin_contrastive_loss
-from lightning_contrast.losses._prepare import unit_rows
-from lightning_contrast.methods._batch import require_labels
 from lightning_contrast.methods._mining import MINERS, Miner, global_classes, mine
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import moco_head
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.precision import unit_rows
 
 
 class SiameseMargin(ContrastiveModule):

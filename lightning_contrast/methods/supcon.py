@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_positive
+from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import sup_con
-from lightning_contrast.methods._batch import require_labels
 from lightning_contrast.methods._temperature import temperature_of, with_constant_factor
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import supcon_head

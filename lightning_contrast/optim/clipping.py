@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_positive
-from lightning_contrast.optim._trust import is_fsdp1_shard, local_gradient, norms_over_ranks, shard_groups
+from lightning_contrast.sharding import is_fsdp1_shard, local_gradient, norms_over_ranks, shard_groups
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_contrast._checks import check_choice, check_not_negative, check_positive, fail, require
-from lightning_contrast.optim._trust import is_fsdp1_shard, local, local_gradient, trust_ratios
+from lightning_contrast.sharding import is_fsdp1_shard, local, local_gradient, trust_ratios
 
 
 class LARS(Optimizer):

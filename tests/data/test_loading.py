@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_contrast.data import ResumableLoader
-from lightning_contrast.data.loading import EpochSampler, MemoryImages, make_loader, seed_of
+from lightning_contrast.data.loading import EpochSampler, MemoryImages, make_loader
+from lightning_contrast.seeding import seed_of
 from tests.launch import run_processes
 
 

@@ -1,0 +1,56 @@
+"""Computation in full precision under autocast."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+P = ParamSpec("P")
+
+R = TypeVar("R")
+
+
+def _upcast(value: Any) -> Any:
+    """Return 16-bit tensors as float32, also inside lists and tuples, and everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        return [_upcast(item) for item in value]
+    return value
+
+
+def _device_type(values: tuple[Any, ...]) -> str:
+    """Return the device type of the first tensor among the arguments."""
+    for value in values:
+        found = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(found, Tensor):
+            return found.device.type
+    return "cpu"
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a loss compute outside autocast, with 16-bit arguments raised to float32; float64 stays float64."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(_device_type((*args, *kwargs.values())), enabled=False):
+            raised = {name: _upcast(value) for name, value in kwargs.items()}
+            return function(*map(_upcast, args), **raised)
+
+    return wrapper
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Return rows of length 1; a row of zeros stays one.
+
+    Args:
+        x: Embeddings, ``(B, D)``.
+    """
+    return F.normalize(x, dim=1)
+
+
+unit_rows = full_precision(normalize)
+"""`normalize` in full precision, for what a method makes of embeddings outside of a loss."""
