@@ -5,9 +5,9 @@ sees them. Kornia is imported when the first policy is made. The fused operation
 `lightning_contrast.augment.fused`.
 """
 
-from lightning_contrast.augment.build import make_policy
 from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, ijepa_views, msn_views, swav_views
-from lightning_contrast.augment.policies import (
+from lightning_contrast.augment.policy import ViewPolicy, make_policy
+from lightning_contrast.augment.two_view import (
     barlow_twins_views,
     byol_views,
     moco_v1_views,
@@ -19,8 +19,7 @@ from lightning_contrast.augment.policies import (
     supcon_views,
     vicreg_views,
 )
-from lightning_contrast.augment.policy import ViewPolicy
-from lightning_contrast.augment.recipe import ViewRecipe
+from lightning_contrast.augment.view_spec import ViewRecipe
 
 __all__ = [
     "ViewPolicy",

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Unpack
 
 from lightning_contrast._checks import check_at_least
-from lightning_contrast.augment.build import make_policy
-from lightning_contrast.augment.policy import ViewPolicy
-from lightning_contrast.augment.recipe import ViewOptions, ViewRecipe
+from lightning_contrast.augment.policy import ViewPolicy, make_policy
+from lightning_contrast.augment.view_spec import ViewOptions, ViewRecipe
 
 Statistics = Sequence[float] | None
 Range = tuple[float, float]

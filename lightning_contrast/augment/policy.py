@@ -1,8 +1,8 @@
 """A view policy: images in, a list of random views out; and the plain form of the images for evaluation."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast._checks import check_at_least, check_choice, require
+from lightning_contrast.augment.images import as_float, check_images, full_precision, statistics
 from lightning_contrast.augment.operation import (
     Draw,
     Form,
@@ -19,33 +20,12 @@ from lightning_contrast.augment.operation import (
     to_device,
     wants_accelerator_form,
 )
+from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewRecipe
+
+_RGB = 3
+
 
 _BLOCK_BYTES = 1 << 23  # of float32 views: smaller blocks pay more starts of operations, larger ones leave the cache
-
-
-def check_images(images: object, channels: int) -> Tensor:
-    """Return ``images`` if they are a batch that a policy takes.
-
-    Args:
-        images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1. Values are not read.
-        channels: The number of channels that the policy was made for.
-
-    Raises:
-        TypeError: If it is no tensor, or its dtype is neither uint8 nor floating.
-        ValueError: If its shape is not ``(B, channels, H, W)``.
-    """
-    if not isinstance(images, Tensor):
-        fail("images", "be a tensor (B, C, H, W)", type(images).__name__, "Stack the images of the batch", TypeError)
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        mend = "Convert with `images.to(torch.uint8)` if the values are 0..255, else divide them by their largest value"
-        fail("images", "be uint8 in 0..255 or floating in 0..1", str(images.dtype), mend, TypeError)
-    mend = "Give a batch (B, C, H, W); one image is `image[None]`"
-    require(images.ndim == 4, "images", "have 4 dimensions", tuple(images.shape), mend)
-    mend = f"Make the policy with `channels={images.shape[1]}`, or give images with {channels} channels"
-    require(images.shape[1] == channels, "images", f"have {channels} channels", tuple(images.shape), mend)
-    mend = "Leave out empty batches"
-    require(images.numel() > 0, "images", "hold at least one image of at least one pixel", tuple(images.shape), mend)
-    return images
 
 
 @functools.cache
@@ -57,11 +37,6 @@ def keep_freed_memory() -> None:
     the block freed here is never touched and therefore costs nothing. Elsewhere this does nothing.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-
-
-def as_float(images: Tensor) -> Tensor:
-    """Return images as float32 in 0..1: uint8 divided by 255, floats as they are."""
-    return images.float() if images.is_floating_point() else images.float() / 255
 
 
 class FusedView(nn.Module):
@@ -231,33 +206,79 @@ class ViewPolicy(nn.Module):
         return pixels
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which autocast is off for a device."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def statistics(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation as lists with one number a channel.
+def make_policy(
+    recipes: Sequence[ViewRecipe],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    *,
+    fused: bool = True,
+    channels: int = 3,
+    color: bool = True,
+    auto: Auto | None = None,
+    form: Form = None,
+) -> ViewPolicy:
+    """Build a policy with one view for each recipe; the first gives the policy's size.
 
     Args:
-        mean: One number a channel, or None for zeros.
-        std: One number above 0 a channel, or None for ones.
-        channels: How many numbers there must be.
+        recipes: The numbers of each view.
+        mean: See `ViewPolicy`.
+        std: See `ViewPolicy`.
+        fused: See `ViewOptions`, as for the others.
+        channels: Number of channels.
+        color: Whether to keep saturation, hue and grayscale.
+        auto: Automatic augmentation in front.
+        form: See `Form`.
 
     Raises:
-        ValueError: If only one of them is given, or the numbers are not as stated.
+        ValueError: If an argument is out of its range.
     """
-    both = (mean is None) == (std is None)
-    require(both, "mean", "be given together with `std`", (mean, std), "Give both, or neither")
-    if mean is None or std is None:
-        return [0.0] * channels, [1.0] * channels
-    for name, values in (("mean", mean), ("std", std)):
-        mend = f"Give {channels} numbers on the scale of pixels in 0..1"
-        require(len(values) == channels, name, "have one number a channel", tuple(values), mend)
-    mend = "Give the standard deviation of each channel, on the scale of pixels in 0..1"
-    require(all(s > 0 for s in std), "std", "be above 0", tuple(std), mend)
-    return [float(m) for m in mean], [float(s) for s in std]
+    from lightning_contrast.augment.kornia_view import StockView, auto_augment
+
+    check_choice("form", form, (None, "cpu", "accelerator"))
+    check_choice("auto", auto, (None, "randaugment", "autoaugment", "trivialaugment"))
+    check_at_least("channels", channels, 1)
+    mend = "Set `color=False`, which leaves out saturation, hue and grayscale"
+    require(channels in (1, _RGB) or not color, "channels", "be 3 (or 1) for the colour operations", channels, mend)
+    require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Leave `auto` out")
+    mean, std = statistics(mean, std, channels)
+    views: list[nn.Module] = []
+    for recipe in recipes:
+        if not color or channels != _RGB:
+            brightness, contrast, _, _ = recipe.jitter
+            recipe = dataclasses.replace(recipe, jitter=(brightness, contrast, 0.0, 0.0), gray_p=0.0)  # noqa: PLW2901
+        front = None if auto is None else auto_augment(auto)
+        if fused:
+            views.append(fused_view(recipe, mean, std, front, form))
+        else:
+            views.append(StockView(recipe, mean, std, front))
+    interpolation = "bicubic" if recipes[0].bicubic else "bilinear"
+    return ViewPolicy(views, size=recipes[0].size, channels=channels, mean=mean, std=std, interpolation=interpolation)
+
+
+def fused_view(
+    recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], front: nn.Module | None, form: Form
+) -> FusedView:
+    """Build one view of fused operations; what a recipe never does is left out."""
+    from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
+    from lightning_contrast.augment.operation import FusedOperation
+
+    crop = FusedResizedCrop(
+        recipe.size,
+        recipe.scale,
+        flip=recipe.flip,
+        interpolation="bicubic" if recipe.bicubic else "bilinear",
+        fit="clamp" if recipe.clamp else "retry",
+    )
+    color = FusedColorJitter(
+        *recipe.jitter,
+        p=recipe.jitter_p,
+        grayscale=recipe.gray_p,
+        additive_brightness=recipe.additive_brightness,
+        gray_first=recipe.gray_first,
+    )
+    operations: list[FusedOperation] = [color]
+    if recipe.blur_p > 0 and recipe.blur_kernel != 1:
+        operations.append(FusedGaussianBlur(recipe.blur_p, BLUR_SIGMA, kernel_size=recipe.blur_kernel))
+    if recipe.solarize_p > 0:
+        operations.append(FusedSolarize(recipe.solarize_p))
+    return FusedView(crop, operations, mean, std, front=front, form=form)

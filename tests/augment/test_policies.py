@@ -8,7 +8,7 @@ import torch
 from torchvision.transforms import v2
 
 from lightning_contrast import augment
-from lightning_contrast.augment import policies
+from lightning_contrast.augment import two_view as policies
 from lightning_contrast.augment.multi_crop import local_size_of
 from lightning_contrast.testing import HostSyncs
 

@@ -7,8 +7,8 @@ import torch
 from kornia.augmentation.auto import AutoAugment, RandAugment, TrivialAugment
 from torch import Tensor, nn
 
-from lightning_contrast.augment.policy import as_float
-from lightning_contrast.augment.recipe import BLUR_SIGMA, Auto, ViewRecipe
+from lightning_contrast.augment.images import as_float
+from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewRecipe
 
 _RANDAUGMENT_COUNT, _RANDAUGMENT_MAGNITUDE = 2, 9  # of 30; the paper's for ImageNet and a ResNet-50
 
