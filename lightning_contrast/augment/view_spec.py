@@ -10,7 +10,7 @@ from lightning_contrast._checks import (
     check_range,
     require,
 )
-from lightning_contrast.augment.operation import Form
+from lightning_contrast.augment.fused.base import Form
 
 Auto = Literal["randaugment", "autoaugment", "trivialaugment"]
 

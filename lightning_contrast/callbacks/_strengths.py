@@ -45,7 +45,7 @@ def _saturation(images: Tensor, strength: float) -> Tensor:
 
 
 def _hue(images: Tensor, strength: float) -> Tensor:
-    from lightning_contrast.augment.fused.hue import shift_hue_
+    from lightning_contrast.augment.fused.color import shift_hue_
 
     return shift_hue_(images.clone(), strength * _signs(images))
 

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from lightning_contrast.augment.fused import FusedGaussianBlur
-from lightning_contrast.augment.operation import to_device
+from lightning_contrast.augment.fused.base import to_device
 
 CPU = torch.device("cpu")
 

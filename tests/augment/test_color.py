@@ -8,8 +8,8 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from lightning_contrast.augment.fused import FusedColorJitter, FusedSolarize
-from lightning_contrast.augment.fused.hue import shift_hue_
-from lightning_contrast.augment.operation import to_device
+from lightning_contrast.augment.fused.base import to_device
+from lightning_contrast.augment.fused.color import shift_hue_
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lightning_contrast.augment.fused.color_maps import BRIGHTNESS, CONTRAST, HUE, MAPS, SATURATION, color_maps
+from lightning_contrast.augment.fused.color import BRIGHTNESS, CONTRAST, HUE, MAPS, SATURATION, color_maps
 
 LUMA = np.array([0.299, 0.587, 0.114])
 

@@ -7,8 +7,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from lightning_contrast.augment.fused import FusedResizedCrop
+from lightning_contrast.augment.fused.base import to_device
 from lightning_contrast.augment.fused.resample import apply_weights, resize_weights, tabulated_weights
-from lightning_contrast.augment.operation import to_device
 
 BOXES = torch.tensor(
     [[0, 0, 100, 130], [10, 20, 7, 5], [60, 90, 40, 40], [3, 100, 90, 30], [99, 0, 1, 1], [5, 5, 33, 64]]

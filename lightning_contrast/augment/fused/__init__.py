@@ -1,12 +1,17 @@
 """Fused view operations: the same distributions as the published pipelines in fewer passes over the pixels.
 
 Each operation follows the interface of Kornia: it works inside ``kornia.augmentation.AugmentationSequential`` as
-well as in the policies of `lightning_contrast.augment`. Importing this package imports Kornia.
+well as in the policies of `lightning_contrast.augment`. Kornia is imported when the first operation is looked up.
 """
 
-from lightning_contrast.augment.fused.blur import FusedGaussianBlur
-from lightning_contrast.augment.fused.color import FusedColorJitter
-from lightning_contrast.augment.fused.crop import FusedResizedCrop
-from lightning_contrast.augment.fused.solarize import FusedSolarize
+from typing import TYPE_CHECKING
 
-__all__ = ["FusedColorJitter", "FusedGaussianBlur", "FusedResizedCrop", "FusedSolarize"]
+from lightning_contrast._lazy import attach
+
+if TYPE_CHECKING:
+    from lightning_contrast.augment.fused.blur import FusedGaussianBlur as FusedGaussianBlur
+    from lightning_contrast.augment.fused.color import FusedColorJitter as FusedColorJitter
+    from lightning_contrast.augment.fused.crop import FusedResizedCrop as FusedResizedCrop
+    from lightning_contrast.augment.fused.solarize import FusedSolarize as FusedSolarize
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -9,8 +9,7 @@ from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
 from lightning_contrast._checks import check_choice, check_probability, fail, require
-from lightning_contrast.augment.fused.resample import apply_weights
-from lightning_contrast.augment.operation import (
+from lightning_contrast.augment.fused.base import (
     Draw,
     Form,
     FusedOperation,
@@ -23,6 +22,7 @@ from lightning_contrast.augment.operation import (
     uniform,
     wants_accelerator_form,
 )
+from lightning_contrast.augment.fused.resample import apply_weights
 
 _REACH = 4.0  # standard deviations that the kernel covers where no width is given; 6e-5 of the mass lies beyond
 _SMALL = 64  # pixels of an edge up to which images are blurred together on a CPU, by two matrix products

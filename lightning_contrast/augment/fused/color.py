@@ -1,5 +1,7 @@
 """Brightness, contrast, saturation, hue and grayscale in one operation."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from kornia.augmentation import IntensityAugmentationBase2D
@@ -7,9 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_contrast._checks import check_choice, check_not_negative, check_probability, require
-from lightning_contrast.augment.fused.color_maps import BRIGHTNESS, HUE, MAPS, SATURATION, color_maps
-from lightning_contrast.augment.fused.hue import shift_hue_
-from lightning_contrast.augment.operation import (
+from lightning_contrast.augment.fused.base import (
     Draw,
     Form,
     FusedOperation,
@@ -20,6 +20,15 @@ from lightning_contrast.augment.operation import (
     take,
     uniform,
 )
+
+_CENTRES = (1 / 2, 1 / 3, 2 / 3)  # in turns: red is least around the first, green and blue most around the others
+
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+# Whether a step multiplies colour, grey image and mean grey by its factor: brightness, contrast, saturation, hue.
+_MULTIPLIES = np.array([(True, True, True), (True, True, False), (True, False, False), (False, False, False)])
+
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as torchvision and Pillow weigh
 _RGB = 3
@@ -168,3 +177,95 @@ def _map_(images: Tensor, numbers: Tensor, luma: Tensor) -> None:
     gray = torch.matmul(luma, flat)  # (B, 1, HW)
     added = torch.addcmul(offset, gray.mean(-1, keepdim=True), weight)
     torch.addcmul(gray.mul_(share).add_(added), flat, gain, out=flat).clamp_(0, 1)
+
+
+class ColorMaps(NamedTuple):
+    """The maps of each image of a batch.
+
+    Attributes:
+        numbers: Gain, share, weight and offset of each map, ``(B, 2 * MAPS, 4)``: ``MAPS`` before the hue and as many
+            after it, unused ones the identity.
+        counts: How many are used before and after the hue, ``(B, 2)``; all are after it where there is none.
+    """
+
+    numbers: NDArray[np.float32]
+    counts: NDArray[np.int64]
+
+
+def color_maps(
+    kinds: NDArray[np.int64], factors: NDArray[np.float32], *, additive_brightness: bool = False
+) -> ColorMaps:
+    """Put the steps of each image together into as few maps as give the same as one step after the other.
+
+    With grey(x) the luma, every step but the hue is ``x -> gain * x + share * grey(x) + weight * mean(grey(x)) +
+    offset``, and so is a sequence of steps: an image is the sum of its colour ``x - grey(x)``, its grey image
+    ``grey(x) - mean(grey(x))`` and its mean, of which a step multiplies some by its factor. Values are cut to 0..1
+    after each step; only a step that makes images brighter, richer in contrast or more saturated can leave that range,
+    so that a map ends there, and at the hue.
+
+    Args:
+        kinds: What each step does, ``(B, S)``: `BRIGHTNESS`, `CONTRAST`, `SATURATION` or, at most once, `HUE`; at most
+            `MAPS` steps but the hue.
+        factors: The factor of each step, ``(B, S)``, >= 0; 1 changes nothing. Those of the hue are not read.
+        additive_brightness: Factors of brightness are added, in -1..1; 0 changes nothing.
+    """
+    hue = kinds == HUE
+    added = (kinds == BRIGHTNESS) & additive_brightness
+    changes = ~hue & (factors != np.where(added, 0, 1))
+    ends = changes & (added | (factors > 1))
+    half = hue.cumsum(axis=1)
+    half[half[:, -1] == 0] = 1
+    place = ends.cumsum(axis=1) - ends
+    place -= half * (ends & (half == 0)).sum(axis=1, keepdims=True)
+    slot = MAPS * half + place
+    rows = np.arange(len(kinds))
+    factors_of = np.where(_MULTIPLIES[kinds] & ~added[..., None], factors[..., None], np.float32(1))
+    scale = np.ones((len(kinds), 2 * MAPS, 3), np.float32)
+    offset = np.zeros((len(kinds), 2 * MAPS), np.float32)
+    for step in range(kinds.shape[1]):
+        scale[rows, slot[:, step]] *= factors_of[:, step]
+        if additive_brightness:
+            offset[rows, slot[:, step]] += np.where(added[:, step], factors[:, step], 0)  # what ends a map
+    gain, share, weight = scale[..., 0], scale[..., 1] - scale[..., 0], scale[..., 2] - scale[..., 1]
+    counts = [((place + 1) * (changes & (half == h))).max(axis=1) for h in (0, 1)]
+    return ColorMaps(np.stack([gain, share, weight, offset], axis=2), np.stack(counts, axis=1))
+
+
+MAPS = 4  # that an image can need before its hue is shifted, and after it
+
+
+def shift_hue_(images: Tensor, turns: Tensor) -> Tensor:
+    """Shift the hue of RGB images in HSV in place, value and saturation kept.
+
+    Equals ``torchvision.transforms.functional.adjust_hue`` on float images, up to rounding. With V the maximum, m the
+    minimum and C = V - m, the hue in sixths of a turn is ``1 + (g + b - r - m) / C`` with the sign of ``g - b``. With
+    the shifted hue h in 0..1 turns each channel is a ramp between V and m in the distance of h from its centre,
+    ``clamp(6 |h - centre| - 1, 0, 1)``: no tables of sectors and no branches.
+
+    Args:
+        images: RGB in 0..1, ``(B, 3, H, W)``; overwritten.
+        turns: Shift of each image in turns, ``(B,)``, -0.5..0.5.
+
+    Returns:
+        ``images``.
+    """
+    red, green, blue = images[:, 0], images[:, 1], images[:, 2]
+    ramp = torch.empty_like(images)
+    spare, difference = ramp[:, 0], ramp[:, 1]  # until the ramps are made
+    value = torch.maximum(red, green)
+    torch.maximum(value, blue, out=value)
+    least = torch.minimum(red, green)
+    torch.minimum(least, blue, out=least)
+    chroma = value - least
+    hue = torch.sub(green, red).add_(blue).sub_(least)
+    # in turns; where chroma is 0 the hue is of no effect, but must be finite
+    torch.mul(chroma, 6, out=spare).add_(torch.finfo(images.dtype).tiny)
+    hue.div_(spare).add_(1 / 6)
+    torch.copysign(hue, torch.sub(green, blue, out=difference), out=hue)
+    hue.add_(turns[:, None, None] + 1).frac_()
+    for channel, centre in enumerate(_CENTRES):
+        torch.sub(hue, centre, out=ramp[:, channel])
+    ramp.abs_().mul_(6).sub_(1).clamp_(0, 1)
+    torch.addcmul(least, chroma, ramp[:, 0], out=red)
+    torch.addcmul(value[:, None], chroma[:, None], ramp[:, 1:], value=-1, out=images[:, 1:])
+    return images

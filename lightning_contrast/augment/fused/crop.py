@@ -11,8 +11,8 @@ from kornia.constants import Resample
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
+from lightning_contrast.augment.fused.base import Draw, Form, FusedOperation, Plan, uniform, wants_accelerator_form
 from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
-from lightning_contrast.augment.operation import Draw, Form, FusedOperation, Plan, uniform, wants_accelerator_form
 
 _TRIES = 10
 _SMALL = 64  # pixels of an edge up to which two matrix products beat a loop over images on a CPU

@@ -5,7 +5,7 @@ from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
 from lightning_contrast._checks import check_choice, check_probability
-from lightning_contrast.augment.operation import (
+from lightning_contrast.augment.fused.base import (
     Draw,
     Form,
     FusedOperation,
