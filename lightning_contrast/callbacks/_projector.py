@@ -10,7 +10,7 @@ from fsspec.core import url_to_fs
 from torch import Tensor
 
 from lightning_contrast.callbacks._gallery import Gallery
-from lightning_contrast.callbacks._publish import png_bytes, write_file
+from lightning_contrast.callbacks.reporting import png_bytes, write_file
 
 CONFIG = "projector_config.pbtxt"
 

@@ -14,9 +14,9 @@ from lightning_contrast._checks import check_at_least, check_choice, check_word,
 from lightning_contrast.callbacks._diagnosis import Finding, Record, Thresholds, diagnose
 from lightning_contrast.callbacks._facts import read_facts
 from lightning_contrast.callbacks._measure import measure_reservoir
-from lightning_contrast.callbacks._monitor_log import draw_spectra, log_values
 from lightning_contrast.callbacks._observer import Observer
 from lightning_contrast.callbacks._reservoir import Reservoir
+from lightning_contrast.callbacks.reporting import draw_spectra, log_values
 from lightning_contrast.distributed import all_reduce_mean
 
 WINDOW = 8

@@ -19,9 +19,9 @@ from lightning_contrast.callbacks._map import Layout, check_layout, class_word, 
 from lightning_contrast.callbacks._pictures import Display, fitted, statistics_of
 from lightning_contrast.callbacks._probe_base import Labels, read_labels
 from lightning_contrast.callbacks._projector import write_projector
-from lightning_contrast.callbacks._publish import publish, tensorboard_folders
 from lightning_contrast.callbacks._strips import Strips
 from lightning_contrast.callbacks._view_tap import count_images
+from lightning_contrast.callbacks.reporting import publish, tensorboard_folders
 from lightning_contrast.contracts import split_batch
 
 EDGE = 64

@@ -16,9 +16,8 @@ from lightning_contrast.callbacks._curves import Curves, draw_curves, in_words, 
 from lightning_contrast.callbacks._extra_pass import encode, extra_pass
 from lightning_contrast.callbacks._features import FeatureTap, warn_of_nan
 from lightning_contrast.callbacks._labelled import SEED, check_source, like, training_loader
-from lightning_contrast.callbacks._monitor_log import log_values
-from lightning_contrast.callbacks._publish import picture_of, publish
 from lightning_contrast.callbacks._strengths import Changes, changed, chosen_changes, fitting_changes, similarity
+from lightning_contrast.callbacks.reporting import log_values, picture_of, publish
 from lightning_contrast.contracts import TOLERANCE, replace_images, split_batch
 from lightning_contrast.seeding import derived_seed, isolated
 

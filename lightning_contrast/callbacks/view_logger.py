@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail
 from lightning_contrast.callbacks._pictures import Display, Row, Statistics, Tile, centred, fitted, grid, statistics_of
-from lightning_contrast.callbacks._publish import publish
 from lightning_contrast.callbacks._views import Transfer, map_batches
+from lightning_contrast.callbacks.reporting import publish
 from lightning_contrast.contracts import Images, split_batch
 
 MOST = 224
