@@ -13,8 +13,7 @@ from benchmarks.common import report
 from benchmarks.end_to_end import BATCH, fit
 from benchmarks.overhead import simclr
 from lightning_contrast.callbacks._events import Events
-from lightning_contrast.callbacks._features import FeatureTap
-from lightning_contrast.callbacks._view_tap import ViewTap
+from lightning_contrast.callbacks.capture.features import FeatureTap, ViewTap
 
 
 class Stopwatch:

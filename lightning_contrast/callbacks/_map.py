@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_contrast._checks import check_choice, require
 from lightning_contrast.callbacks._gallery import Gallery
-from lightning_contrast.callbacks._labelled import SEED
+from lightning_contrast.callbacks.capture.dataloaders import SEED
 from lightning_contrast.callbacks.reporting import picture_of
 from lightning_contrast.seeding import derived_seed, isolated
 

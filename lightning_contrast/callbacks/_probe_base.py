@@ -1,22 +1,20 @@
 """What the online probes share: they read features and labels beside a run and score them at validation."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_word, fail, require
-from lightning_contrast.callbacks._extra_pass import complete
-from lightning_contrast.callbacks._features import FeatureTap, warn_of_nan
 from lightning_contrast.callbacks._probe_scores import Scores
-from lightning_contrast.callbacks._probe_task import Task, class_targets
-from lightning_contrast.callbacks._repeats import Repeats
-from lightning_contrast.contracts import split_batch
-
-Labels: TypeAlias = str | int | Callable[[Any], Tensor] | None
+from lightning_contrast.callbacks._probe_task import Task
+from lightning_contrast.callbacks.capture.dataloaders import Repeats
+from lightning_contrast.callbacks.capture.features import FeatureTap, warn_of_nan
+from lightning_contrast.callbacks.capture.forward_pass import complete
+from lightning_contrast.callbacks.capture.labels import Labels, find_labels
 
 
 class Step(NamedTuple):
@@ -236,42 +234,3 @@ class OnlineProbe(L.Callback):
         """Return the names of a layer's value: the first layer has the probe's own name too."""
         keys = [f"{self.name}/{key}"] if layer == self.layers[0] else []
         return keys if len(self.layers) == 1 else [*keys, f"{self.name}/{layer}/{key}"]
-
-
-def find_labels(batch: Any, source: Labels, owner: str) -> Any:
-    """Return what stands where the labels of a batch should be.
-
-    Args:
-        batch: What the loader gave, with views in the place of images or not.
-        source: See `OnlineProbe`.
-        owner: Name of the callback, for messages.
-
-    Raises:
-        ValueError: If there is nothing.
-    """
-    mend = f"{owner} needs labels: let the loader yield (images, labels), or say where they are with `labels=`"
-    if callable(source):
-        return source(batch)
-    if source is None:
-        found = split_batch(batch)[1]
-        if found is None:
-            fail("labels", "be in the batch", type(batch).__name__, mend)
-        return found
-    if isinstance(source, str):
-        if not isinstance(batch, Mapping) or source not in batch:
-            keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            fail("labels", f"name a key of the batch ({source!r} is none)", keys, mend)
-        return batch[source]
-    size = len(batch) if isinstance(batch, Sequence) else 0
-    require(-size <= source < size, "labels", f"be an index into a batch of {size} items", source, mend)
-    return batch[source]
-
-
-def read_labels(batch: Any, source: Labels, owner: str) -> Tensor:
-    """Return the classes (B,) of a batch, int64; arguments are those of `find_labels`.
-
-    Raises:
-        TypeError: If what stands there is not a tensor of integers.
-        ValueError: If there is nothing, or it has another shape.
-    """
-    return class_targets(find_labels(batch, source, owner))

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.callbacks._probe_scores import ClassScores, MultilabelScores, RegressionScores, Scores
+from lightning_contrast.callbacks.capture.labels import class_targets
 
 IGNORED = -1
 """The label of an image that has none."""
@@ -219,21 +220,6 @@ def build_task(name: str, outputs: int, class_weights: ClassWeights) -> Task:
     require(class_weights is None, "class_weights", f"be None for the task {name!r}", class_weights, mend)
     check_at_least("num_classes", outputs, 1)
     return MultilabelTask(outputs) if name == "multilabel" else RegressionTask(outputs)
-
-
-def class_targets(found: Any) -> Tensor:
-    """Return classes (B,), int64, as they were found in a batch.
-
-    Raises:
-        TypeError: If they are not a tensor of integers.
-        ValueError: If they do not have the shape (B,).
-    """
-    mend = "Give one class number for each image"
-    if not isinstance(found, Tensor) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        what = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
-        fail("labels", "be a tensor of integer classes", what, mend, TypeError)
-    require(found.ndim == 1, "labels", "have the shape (B,)", tuple(found.shape), mend)
-    return found.long()
 
 
 def _tensor(found: Any, mend: str) -> Tensor:

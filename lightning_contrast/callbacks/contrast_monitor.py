@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_contrast._checks import check_at_least, check_positive, check_word, fail
 from lightning_contrast.callbacks._contrast import against_batch, against_queue
 from lightning_contrast.callbacks._facts import temperature_of
-from lightning_contrast.callbacks._probe_base import Labels, read_labels
-from lightning_contrast.callbacks._view_tap import ViewTap, count_images
+from lightning_contrast.callbacks.capture.features import ViewTap, count_images
+from lightning_contrast.callbacks.capture.labels import Labels, read_labels
 from lightning_contrast.callbacks.reporting import log_values
 from lightning_contrast.contracts import split_batch
 from lightning_contrast.nn.memory_bank import MemoryBank

@@ -13,8 +13,8 @@ from lightning_contrast.callbacks._costs import Costs
 from lightning_contrast.callbacks._energy import EnergyMeter
 from lightning_contrast.callbacks._events import CATEGORIES, VIEWS, Events
 from lightning_contrast.callbacks._flops import StepFlops
-from lightning_contrast.callbacks._view_tap import count_images
 from lightning_contrast.callbacks._views import HOOK, Transfer
+from lightning_contrast.callbacks.capture.features import count_images
 from lightning_contrast.callbacks.reporting import log_values
 from lightning_contrast.distributed import gather, world_size
 

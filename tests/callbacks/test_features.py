@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_contrast.callbacks._features import FeatureTap, named_layers, pool
+from lightning_contrast.callbacks.capture.features import FeatureTap, named_layers, pool
 
 
 class Net(nn.Module):

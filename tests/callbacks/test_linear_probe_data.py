@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_contrast as lc
 from lightning_contrast.callbacks import OnlineLinearProbe
-from lightning_contrast.callbacks._extra_pass import extra_pass
-from lightning_contrast.callbacks._features import FeatureTap
-from lightning_contrast.callbacks._labelled import LabelledStream, check_source, rank_share
+from lightning_contrast.callbacks.capture.dataloaders import LabelledStream, check_source, rank_share
+from lightning_contrast.callbacks.capture.features import FeatureTap
+from lightning_contrast.callbacks.capture.forward_pass import extra_pass
 from tests.callbacks.probe_modules import (
     CLASSES,
     classifier,

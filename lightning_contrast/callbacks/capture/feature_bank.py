@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from lightning_contrast._checks import require
-from lightning_contrast.callbacks._extra_pass import encode, extra_pass
-from lightning_contrast.callbacks._features import FeatureTap
-from lightning_contrast.callbacks._labelled import SEED, like
+from lightning_contrast.callbacks.capture.dataloaders import SEED, like
+from lightning_contrast.callbacks.capture.features import FeatureTap
+from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
 from lightning_contrast.distributed import gather, rank, world_size
 from lightning_contrast.seeding import derived_seed, isolated
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from lightning_contrast._checks import fail
-from lightning_contrast.callbacks._features import OUTPUT_KEY, OUTPUT_NAMES, FeatureTap
+from lightning_contrast.callbacks.capture.features import OUTPUT_KEY, OUTPUT_NAMES, FeatureTap
 from lightning_contrast.contracts import split_batch
 
 

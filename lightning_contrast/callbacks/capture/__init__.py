@@ -1,0 +1,1 @@
+"""Capture of features, labels and batches that callbacks share."""
