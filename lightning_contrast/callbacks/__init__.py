@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from lightning_contrast._lazy import attach
 
 if TYPE_CHECKING:
-    from lightning_contrast.callbacks.collapse_monitor import CollapseMonitor as CollapseMonitor
-    from lightning_contrast.callbacks.contrast_monitor import ContrastMonitor as ContrastMonitor
+    from lightning_contrast.callbacks.collapse.contrast_monitor import ContrastMonitor as ContrastMonitor
+    from lightning_contrast.callbacks.collapse.monitor import CollapseMonitor as CollapseMonitor
     from lightning_contrast.callbacks.embedding_logger import EmbeddingLogger as EmbeddingLogger
     from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
     from lightning_contrast.callbacks.invariance_monitor import InvarianceMonitor as InvarianceMonitor

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_contrast.callbacks import ContrastMonitor, MomentumUpdate, QueueUpdate
-from lightning_contrast.callbacks._contrast import against_batch, against_queue
+from lightning_contrast.callbacks.collapse.contrast_monitor import against_batch, against_queue
 from lightning_contrast.losses import nt_xent
 from lightning_contrast.nn import MemoryBank
 from tests.callbacks.monitor_modules import Queued, TwoViews, views_loader

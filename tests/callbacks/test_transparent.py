@@ -14,7 +14,8 @@ import pytorch_lightning
 import torch
 from lightning.pytorch.utilities.compile import from_compiled
 
-from lightning_contrast.callbacks import CollapseMonitor, MomentumUpdate, QueueUpdate, StepSeed, collapse_monitor
+from lightning_contrast.callbacks import CollapseMonitor, MomentumUpdate, QueueUpdate, StepSeed
+from lightning_contrast.callbacks.collapse import monitor as collapse_monitor
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact
 from lightning_contrast.testing._trace import _leaves, first_difference
 from tests.callbacks.probe_modules import quiet_fit

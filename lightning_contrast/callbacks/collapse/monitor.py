@@ -11,11 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_word, fail
-from lightning_contrast.callbacks._diagnosis import Finding, Record, Thresholds, diagnose
-from lightning_contrast.callbacks._facts import read_facts
-from lightning_contrast.callbacks._measure import measure_reservoir
-from lightning_contrast.callbacks._observer import Observer
-from lightning_contrast.callbacks._reservoir import Reservoir
+from lightning_contrast.callbacks.collapse.diagnosis import Finding, Record, Thresholds, diagnose
+from lightning_contrast.callbacks.collapse.measurements import Reservoir, measure_reservoir
+from lightning_contrast.callbacks.collapse.model_facts import read_facts
+from lightning_contrast.callbacks.collapse.observer import Observer
 from lightning_contrast.callbacks.reporting import draw_spectra, log_values
 from lightning_contrast.distributed import all_reduce_mean
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_contrast._checks import fail
-from lightning_contrast.callbacks._reservoir import Entry
 from lightning_contrast.callbacks.capture.features import FeatureTap, ViewTap, count_images, named_layers
+from lightning_contrast.callbacks.collapse.measurements import Entry
 from lightning_contrast.contracts import batch_indices
 from lightning_contrast.distributed import world_size
 from lightning_contrast.nn.memory_bank import MemoryBank

@@ -5,8 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_contrast.callbacks._causes import cause_of_collapse, cause_of_dimensional, cause_of_prototypes
-from lightning_contrast.callbacks._facts import Facts
+from lightning_contrast.callbacks.collapse.model_facts import (
+    Facts,
+    cause_of_collapse,
+    cause_of_dimensional,
+    cause_of_prototypes,
+)
 
 Record = dict[str, Any]
 """One measurement: "step", and for each space ("features", "projections", "teacher", "scores", "queue") its numbers."""

@@ -1,0 +1,1 @@
+"""Monitors of representation collapse and of instance discrimination."""
