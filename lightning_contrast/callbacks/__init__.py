@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks.collapse.monitor import CollapseMonitor as CollapseMonitor
     from lightning_contrast.callbacks.embedding_logger import EmbeddingLogger as EmbeddingLogger
     from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
-    from lightning_contrast.callbacks.invariance_monitor import InvarianceMonitor as InvarianceMonitor
+    from lightning_contrast.callbacks.invariance.monitor import InvarianceMonitor as InvarianceMonitor
     from lightning_contrast.callbacks.knn import OnlineKNN as OnlineKNN
     from lightning_contrast.callbacks.linear_probe import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks.logger_guard import LoggerGuard as LoggerGuard

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_contrast.augment import simclr_cifar_views
 from lightning_contrast.callbacks import InvarianceMonitor, StepSeed, ViewAugmentation
-from lightning_contrast.callbacks._curves import in_words
-from lightning_contrast.callbacks._strengths import CHANGES, changed, similarity
+from lightning_contrast.callbacks.invariance.perturbations import CHANGES, changed, similarity
+from lightning_contrast.callbacks.invariance.report import in_words
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.probe_modules import (
     Loaders,

@@ -11,12 +11,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail, require
-from lightning_contrast.callbacks._curves import Curves, draw_curves, in_words, mean_of
-from lightning_contrast.callbacks._strengths import Changes, changed, chosen_changes, fitting_changes, similarity
 from lightning_contrast.callbacks.capture.dataloaders import SEED, check_source, like, training_loader
 from lightning_contrast.callbacks.capture.feature_bank import can_share
 from lightning_contrast.callbacks.capture.features import FeatureTap, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
+from lightning_contrast.callbacks.invariance.perturbations import (
+    Changes,
+    changed,
+    chosen_changes,
+    fitting_changes,
+    similarity,
+)
+from lightning_contrast.callbacks.invariance.report import Curves, draw_curves, in_words, mean_of
 from lightning_contrast.callbacks.reporting import log_values, picture_of, publish
 from lightning_contrast.contracts import TOLERANCE, replace_images, split_batch
 from lightning_contrast.seeding import derived_seed, isolated

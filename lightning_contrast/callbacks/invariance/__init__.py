@@ -1,0 +1,1 @@
+"""Monitor of the invariances that features acquire."""
