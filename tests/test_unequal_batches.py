@@ -9,10 +9,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_contrast as lc
 from lightning_contrast import distributed
-from lightning_contrast.callbacks._probe_base import Step
-from lightning_contrast.callbacks._probe_head import default_lr
-from lightning_contrast.callbacks._probe_learner import Learner
-from lightning_contrast.callbacks._probe_task import ClassTask
+from lightning_contrast.callbacks.probes.base import Step
+from lightning_contrast.callbacks.probes.linear_head import Learner, default_lr
+from lightning_contrast.callbacks.probes.tasks import ClassTask
 from lightning_contrast.testing import ChildError, run_processes
 from tests.methods.cases import CASES, fill_queue, make
 from tests.methods.test_contract import BATCH, PIXELS, as_is, gradients, rows_of, step_batch

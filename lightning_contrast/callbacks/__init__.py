@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks.embedding_logger import EmbeddingLogger as EmbeddingLogger
     from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
     from lightning_contrast.callbacks.invariance.monitor import InvarianceMonitor as InvarianceMonitor
-    from lightning_contrast.callbacks.knn import OnlineKNN as OnlineKNN
-    from lightning_contrast.callbacks.linear_probe import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks.logger_guard import LoggerGuard as LoggerGuard
     from lightning_contrast.callbacks.momentum_update import MomentumUpdate as MomentumUpdate
     from lightning_contrast.callbacks.nonfinite_guard import NonFiniteGuard as NonFiniteGuard
+    from lightning_contrast.callbacks.probes.knn import OnlineKNN as OnlineKNN
+    from lightning_contrast.callbacks.probes.linear_probe import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks.queue_update import QueueUpdate as QueueUpdate
     from lightning_contrast.callbacks.step_seed import StepSeed as StepSeed
     from lightning_contrast.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor

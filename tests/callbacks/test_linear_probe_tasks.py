@@ -6,9 +6,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_contrast.callbacks import OnlineLinearProbe
-from lightning_contrast.callbacks._probe_head import LinearHead
-from lightning_contrast.callbacks._probe_scores import ClassScores, MultilabelScores, RegressionScores
-from lightning_contrast.callbacks._probe_task import build_task
+from lightning_contrast.callbacks.probes.linear_head import LinearHead
+from lightning_contrast.callbacks.probes.metrics import ClassScores, MultilabelScores, RegressionScores
+from lightning_contrast.callbacks.probes.tasks import build_task
 from tests.callbacks.probe_modules import CLASSES, classifier, equal_states, images_and_labels, labelled, quiet_fit
 from tests.callbacks.test_linear_probe_data import Plain
 from tests.launch import run_processes

@@ -8,13 +8,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, fail, require
-from lightning_contrast.callbacks._probe_base import OnlineProbe, Step
-from lightning_contrast.callbacks._probe_scores import Scores
-from lightning_contrast.callbacks._probe_share import Share
-from lightning_contrast.callbacks._probe_task import ClassTask
 from lightning_contrast.callbacks.capture.dataloaders import check_source, training_loader
 from lightning_contrast.callbacks.capture.feature_bank import Bank, Chunks, can_share, encoded
 from lightning_contrast.callbacks.capture.labels import Labels
+from lightning_contrast.callbacks.probes.base import OnlineProbe, Step
+from lightning_contrast.callbacks.probes.metrics import Scores, Share
+from lightning_contrast.callbacks.probes.tasks import ClassTask
 from lightning_contrast.distributed import world_size
 from lightning_contrast.metrics.neighbours import search, vote
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
-from lightning_contrast.callbacks._probe_scores import ClassScores, MultilabelScores, RegressionScores, Scores
 from lightning_contrast.callbacks.capture.labels import class_targets
+from lightning_contrast.callbacks.probes.metrics import ClassScores, MultilabelScores, RegressionScores, Scores
 
 IGNORED = -1
 """The label of an image that has none."""

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_positive, fail, require
-from lightning_contrast.callbacks._probe_base import OnlineProbe, Step
-from lightning_contrast.callbacks._probe_head import LinearHead
-from lightning_contrast.callbacks._probe_learner import Learner, MakeOptimizer, MakeSchedule
-from lightning_contrast.callbacks._probe_scores import Scores
-from lightning_contrast.callbacks._probe_task import ClassWeights, TaskName, build_task
 from lightning_contrast.callbacks.capture.dataloaders import SEED, LabelledStream
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
 from lightning_contrast.callbacks.capture.labels import Labels
+from lightning_contrast.callbacks.probes.base import OnlineProbe, Step
+from lightning_contrast.callbacks.probes.linear_head import Learner, LinearHead, MakeOptimizer, MakeSchedule
+from lightning_contrast.callbacks.probes.metrics import Scores
+from lightning_contrast.callbacks.probes.tasks import ClassWeights, TaskName, build_task
 from lightning_contrast.seeding import derived_seed, isolated
 
 

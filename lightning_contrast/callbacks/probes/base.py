@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_word, fail, require
-from lightning_contrast.callbacks._probe_scores import Scores
-from lightning_contrast.callbacks._probe_task import Task
 from lightning_contrast.callbacks.capture.dataloaders import Repeats
 from lightning_contrast.callbacks.capture.features import FeatureTap, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import complete
 from lightning_contrast.callbacks.capture.labels import Labels, find_labels
+from lightning_contrast.callbacks.probes.metrics import Scores
+from lightning_contrast.callbacks.probes.tasks import Task
 
 
 class Step(NamedTuple):

@@ -1,0 +1,1 @@
+"""Online linear probe and k-NN."""
