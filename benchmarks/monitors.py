@@ -12,8 +12,8 @@ import lightning_contrast as lc
 from benchmarks.common import report
 from benchmarks.end_to_end import BATCH, fit
 from benchmarks.overhead import simclr
-from lightning_contrast.callbacks._events import Events
 from lightning_contrast.callbacks.capture.features import FeatureTap, ViewTap
+from lightning_contrast.callbacks.throughput.trainer_events import Events
 
 
 class Stopwatch:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks.probes.linear_probe import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks.queue_update import QueueUpdate as QueueUpdate
     from lightning_contrast.callbacks.step_seed import StepSeed as StepSeed
-    from lightning_contrast.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
+    from lightning_contrast.callbacks.throughput.monitor import ThroughputMonitor as ThroughputMonitor
     from lightning_contrast.callbacks.view_augmentation import ViewAugmentation as ViewAugmentation
     from lightning_contrast.callbacks.view_logger import ViewLogger as ViewLogger
 

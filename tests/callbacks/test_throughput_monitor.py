@@ -11,11 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_contrast.callbacks import StepSeed, ThroughputMonitor, ViewAugmentation
-from lightning_contrast.callbacks import throughput_monitor as module_of_monitor
-from lightning_contrast.callbacks._clock import CudaClock, Ledger
-from lightning_contrast.callbacks._costs import Costs
-from lightning_contrast.callbacks._energy import EnergyMeter
-from lightning_contrast.callbacks._flops import StepFlops
+from lightning_contrast.callbacks.throughput import monitor as module_of_monitor
+from lightning_contrast.callbacks.throughput.report import Costs, EnergyMeter, StepFlops
+from lightning_contrast.callbacks.throughput.timer import CudaClock, Ledger
 from lightning_contrast.distributed import rank
 from lightning_contrast.testing import HostSyncs, assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.probe_modules import (

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightning_contrast.callbacks._clock import Ledger
+from lightning_contrast.callbacks.throughput.timer import Ledger
 
 DATA, VIEWS, NETWORK, OPTIMIZER, PLUGINS, TRAINER = "data", "views", "network", "optimizer", "plugins", "trainer"
 CATEGORIES = (DATA, VIEWS, NETWORK, OPTIMIZER, PLUGINS, TRAINER)

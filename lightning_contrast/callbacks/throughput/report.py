@@ -1,11 +1,28 @@
 """What a run costs, as numbers to log and in words."""
 
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_contrast.callbacks._events import CATEGORIES, DATA, NETWORK, OPTIMIZER, PLUGINS, TRAINER, VIEWS
+from lightning_contrast.callbacks.throughput.trainer_events import (
+    CATEGORIES,
+    DATA,
+    NETWORK,
+    OPTIMIZER,
+    PLUGINS,
+    TRAINER,
+    VIEWS,
+)
+
+RAPL = Path("/sys/class/powercap")
+
 
 IN_WORDS = {
     DATA: "waits for data",
@@ -144,3 +161,132 @@ def _scaled(number: float) -> str:
     """Return a number with the letter of its thousands, so that a unit can follow."""
     letter = next((letter for letter, size in _LETTERS.items() if number >= size), "")
     return f"{number / _LETTERS.get(letter, 1.0):.3g} {letter}"
+
+
+class EnergyMeter:
+    """Adds up the energy of this machine's processors, and of the GPU of this process.
+
+    Processors: the RAPL counters of the packages and of their memory in ``/sys/class/powercap``, which Linux lets root
+    read, for all that the machine does. GPU: the power that NVML tells (needs ``nvidia-ml-py``) at each reading, times
+    the time since the last one. Where neither can be read, ``watts`` times the time.
+
+    Args:
+        device: Of this process.
+        watts: Power to assume where nothing can be measured; None: then there is no energy.
+        processors: Whether this process is the one of its machine that reads the processors.
+        root: Where the counters are.
+        clock: Gives seconds.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        watts: float | None = None,
+        *,
+        processors: bool = True,
+        root: Path = RAPL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock, self._time = clock, clock()
+        self._device = device if device.type == "cuda" and _power(device) is not None else None
+        zones = [zone for zone in sorted(root.glob("*-rapl:*")) if _is_counted(zone)] if processors else []
+        self._zones = {zone: joules for zone in zones if (joules := _joules(zone)) is not None}
+        self.sources = [f"{_text(zone / 'name')} (RAPL)" for zone in self._zones]
+        self.sources += ["GPU (NVML)"] if self._device else []
+        self._watts = None if self.sources else watts
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything is measured and not assumed."""
+        return bool(self.sources)
+
+    def take(self) -> float | None:
+        """Return the joules since the last call, None where they are not known."""
+        if not self.measured and self._watts is None:
+            return None
+        now = self._clock()
+        seconds, self._time = now - self._time, now
+        total = (self._watts or 0.0) * seconds
+        for zone, before in self._zones.items():
+            after = _joules(zone)
+            if after is None:
+                continue
+            turned = _joules(zone, "max_energy_range_uj") or 0.0 if after < before else 0.0
+            self._zones[zone] = after
+            total += after - before + turned
+        if self._device is not None:
+            total += (_power(self._device) or 0.0) * seconds
+        return total
+
+
+def _is_counted(zone: Path) -> bool:
+    """Tell whether a zone is a whole package or its memory: cores and graphics are parts of the package."""
+    return (_text(zone / "name") or "").startswith(("package", "dram"))
+
+
+def _joules(zone: Path, name: str = "energy_uj") -> float | None:
+    text = _text(zone / name)
+    return float(text) / 1e6 if text else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _power(device: torch.device) -> float | None:
+    """Return the watts of a GPU, None where they cannot be read."""
+    try:
+        return torch.cuda.power_draw(device) / 1000
+    except Exception:  # noqa: BLE001  (NVML's error is of a package that may be missing)
+        return None
+
+
+class _NoModules:
+    """Stands for the counter's tracker of modules, which would hook every module and tensor of the process."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing."""
+
+
+class StepFlops:
+    """Counts with `torch.utils.flop_counter` what runs between `begin` and `end`: no operation more, none less.
+
+    The counter reads the shapes of the operations of the real step, so nothing is computed twice and no random number
+    is drawn. Counted are matrix products, convolutions and attention, a multiplication and an addition as two; what a
+    checkpointed layer computes again counts again.
+    """
+
+    def __init__(self) -> None:
+        self._mode: Any = None
+
+    def begin(self) -> bool:
+        """Begin to count, and tell whether that is possible: compiled code would not run compiled under a counter."""
+        if _compiles():
+            return False
+        self._mode = FlopCounterMode(display=False)
+        self._mode.mod_tracker = _NoModules()
+        self._mode.__enter__()
+        return True
+
+    def end(self) -> int:
+        """Return the operations since `begin`; 0 where nothing was counted."""
+        mode, self._mode = self._mode, None
+        if mode is None:
+            return 0
+        mode.__exit__(None, None, None)
+        return int(mode.get_total_flops())
+
+
+def _compiles() -> bool:
+    """Tell whether anything in this process was given to ``torch.compile``."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
+    backends: dict[int, Any] = getattr(frames, "cached_backends", {})
+    return any(backend is not None for backend in backends.values())  # None: of code that must not be compiled

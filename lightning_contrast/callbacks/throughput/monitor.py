@@ -8,14 +8,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, check_word, fail
-from lightning_contrast.callbacks._clock import Clock, CudaClock, HostClock, Ledger
-from lightning_contrast.callbacks._costs import Costs
-from lightning_contrast.callbacks._energy import EnergyMeter
-from lightning_contrast.callbacks._events import CATEGORIES, VIEWS, Events
-from lightning_contrast.callbacks._flops import StepFlops
 from lightning_contrast.callbacks._views import HOOK, Transfer
 from lightning_contrast.callbacks.capture.features import count_images
 from lightning_contrast.callbacks.reporting import log_values
+from lightning_contrast.callbacks.throughput.report import Costs, EnergyMeter, StepFlops
+from lightning_contrast.callbacks.throughput.timer import Clock, CudaClock, HostClock, Ledger
+from lightning_contrast.callbacks.throughput.trainer_events import CATEGORIES, VIEWS, Events
 from lightning_contrast.distributed import gather, world_size
 
 

@@ -1,0 +1,1 @@
+"""Monitor of the cost of training steps."""
