@@ -7,7 +7,6 @@ from lightning_contrast._lazy import attach
 if TYPE_CHECKING:
     from lightning_contrast.callbacks.collapse.contrast_monitor import ContrastMonitor as ContrastMonitor
     from lightning_contrast.callbacks.collapse.monitor import CollapseMonitor as CollapseMonitor
-    from lightning_contrast.callbacks.embedding_logger import EmbeddingLogger as EmbeddingLogger
     from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
     from lightning_contrast.callbacks.invariance.monitor import InvarianceMonitor as InvarianceMonitor
     from lightning_contrast.callbacks.logger_guard import LoggerGuard as LoggerGuard
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks.step_seed import StepSeed as StepSeed
     from lightning_contrast.callbacks.throughput.monitor import ThroughputMonitor as ThroughputMonitor
     from lightning_contrast.callbacks.view_augmentation import ViewAugmentation as ViewAugmentation
-    from lightning_contrast.callbacks.view_logger import ViewLogger as ViewLogger
+    from lightning_contrast.callbacks.visualization.embedding_logger import EmbeddingLogger as EmbeddingLogger
+    from lightning_contrast.callbacks.visualization.view_logger import ViewLogger as ViewLogger
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast.callbacks import EmbeddingLogger, ViewAugmentation
-from lightning_contrast.callbacks._gallery import Gallery, Share
-from lightning_contrast.callbacks._map import places_of
-from lightning_contrast.callbacks._projector import write_projector
+from lightning_contrast.callbacks.visualization.projector import write_projector
+from lightning_contrast.callbacks.visualization.sample import Gallery, Share
+from lightning_contrast.callbacks.visualization.scatter import places_of
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.picture_runs import Flip, Pixels, enlarged, events, fit, loader, pictures, tile
 from tests.callbacks.probe_modules import adversary, classifier, images_and_labels, labelled, trainers

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast.callbacks import ViewAugmentation, ViewLogger
-from lightning_contrast.callbacks import view_logger as implementation
+from lightning_contrast.callbacks.visualization import view_logger as implementation
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.picture_runs import MEAN, STD, Flip, Pixels, enlarged, events, fit, loader, pictures, tile
 from tests.callbacks.probe_modules import images_and_labels, trainers

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_contrast.callbacks._gallery import Gallery
-from lightning_contrast.callbacks._map import class_word
-from lightning_contrast.callbacks._pictures import Color, Row, Tile, grid
+from lightning_contrast.callbacks.visualization.images import Color, Row, Tile, grid
+from lightning_contrast.callbacks.visualization.sample import Gallery
+from lightning_contrast.callbacks.visualization.scatter import class_word
 
 if TYPE_CHECKING:
     from PIL.Image import Image

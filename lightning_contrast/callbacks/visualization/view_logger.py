@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail
-from lightning_contrast.callbacks._pictures import Display, Row, Statistics, Tile, centred, fitted, grid, statistics_of
 from lightning_contrast.callbacks._views import Transfer, map_batches
 from lightning_contrast.callbacks.reporting import publish
+from lightning_contrast.callbacks.visualization.images import (
+    Display,
+    Row,
+    Statistics,
+    Tile,
+    centred,
+    fitted,
+    grid,
+    statistics_of,
+)
 from lightning_contrast.contracts import Images, split_batch
 
 MOST = 224

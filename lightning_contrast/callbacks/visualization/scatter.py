@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_contrast._checks import check_choice, require
-from lightning_contrast.callbacks._gallery import Gallery
 from lightning_contrast.callbacks.capture.dataloaders import SEED
 from lightning_contrast.callbacks.reporting import picture_of
+from lightning_contrast.callbacks.visualization.sample import Gallery
 from lightning_contrast.seeding import derived_seed, isolated
 
 if TYPE_CHECKING:

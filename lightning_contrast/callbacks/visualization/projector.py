@@ -9,8 +9,8 @@ import torch
 from fsspec.core import url_to_fs
 from torch import Tensor
 
-from lightning_contrast.callbacks._gallery import Gallery
 from lightning_contrast.callbacks.reporting import png_bytes, write_file
+from lightning_contrast.callbacks.visualization.sample import Gallery
 
 CONFIG = "projector_config.pbtxt"
 

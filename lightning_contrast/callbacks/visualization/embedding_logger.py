@@ -10,17 +10,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail
-from lightning_contrast.callbacks._gallery import Gallery, Part, Share, gather_gallery
-from lightning_contrast.callbacks._map import Layout, check_layout, class_word, draw_map
-from lightning_contrast.callbacks._pictures import Display, fitted, statistics_of
-from lightning_contrast.callbacks._projector import write_projector
-from lightning_contrast.callbacks._strips import Strips
 from lightning_contrast.callbacks.capture.dataloaders import check_source, training_loader
 from lightning_contrast.callbacks.capture.feature_bank import encoded
 from lightning_contrast.callbacks.capture.features import FeatureTap, count_images, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import complete
 from lightning_contrast.callbacks.capture.labels import Labels, read_labels
 from lightning_contrast.callbacks.reporting import publish, tensorboard_folders
+from lightning_contrast.callbacks.visualization.images import Display, fitted, statistics_of
+from lightning_contrast.callbacks.visualization.neighbours import Strips
+from lightning_contrast.callbacks.visualization.projector import write_projector
+from lightning_contrast.callbacks.visualization.sample import Gallery, Part, Share, gather_gallery
+from lightning_contrast.callbacks.visualization.scatter import Layout, check_layout, class_word, draw_map
 from lightning_contrast.contracts import split_batch
 
 EDGE = 64
