@@ -1,8 +1,15 @@
 """Loss functions: pure functions on tensors, global over all ranks, in full precision under autocast."""
 
 from lightning_contrast.losses.clustering import msn_loss, sinkhorn, swav_loss
-from lightning_contrast.losses.contrastive import info_nce, nt_xent, sup_con
-from lightning_contrast.losses.distillation import dino_loss, ibot_patch_loss, koleo_loss
+from lightning_contrast.losses.contrastive import (
+    debiased_nt_xent,
+    decoupled_nt_xent,
+    hard_negative_nt_xent,
+    info_nce,
+    nt_xent,
+    sup_con,
+)
+from lightning_contrast.losses.distillation import dino_loss, ibot_patch_loss, ijepa_loss, koleo_loss, masked_patch_loss
 from lightning_contrast.losses.geometric import (
     alignment,
     margin_contrastive_loss,
@@ -11,11 +18,9 @@ from lightning_contrast.losses.geometric import (
     uniformity,
 )
 from lightning_contrast.losses.image_text import clip_loss, siglip_loss
-from lightning_contrast.losses.masked import ijepa_loss, masked_patch_loss
 from lightning_contrast.losses.negatives import Negatives
 from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
 from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
-from lightning_contrast.losses.reweighted import debiased_nt_xent, decoupled_nt_xent, hard_negative_nt_xent
 from lightning_contrast.losses.synthetic import mochi_negatives
 
 __all__ = [

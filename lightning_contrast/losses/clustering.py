@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, fail, require
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses._prepare import check_matrix
+from lightning_contrast.losses.checks import check_matrix
 from lightning_contrast.precision import full_precision, normalize
 
 

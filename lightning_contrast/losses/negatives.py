@@ -25,7 +25,7 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive, require
 from lightning_contrast.losses._core import Columns, rows_lse, self_lse
 from lightning_contrast.losses._per_row import per_row
-from lightning_contrast.losses._prepare import Scalar
+from lightning_contrast.losses.checks import Scalar
 
 KINDS = ("uniform", "debiased", "hard", "decoupled", "decoupled_weighted", "top_k", "heated")
 

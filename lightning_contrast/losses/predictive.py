@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses._prepare import Scalar, check_pair
+from lightning_contrast.losses.checks import Scalar, check_pair
 from lightning_contrast.losses.contrastive import info_nce
 from lightning_contrast.precision import full_precision, normalize
 

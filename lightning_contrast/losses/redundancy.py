@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch, check_not_negative
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses._prepare import check_pair
+from lightning_contrast.losses.checks import check_pair
 from lightning_contrast.precision import full_precision
 
 BATCH_NORM_EPSILON = 1e-5

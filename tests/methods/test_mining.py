@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_contrast.methods._mining import global_classes, mine
+from lightning_contrast.losses.mining import global_classes, mine
 
 
 def situation(size=9, classes=3):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lightning_contrast as lc
-from lightning_contrast.methods._mining import nearest_neighbours
+from lightning_contrast.losses.mining import nearest_neighbours
 from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 from tests.methods.test_contract import run_step, step_batch
 
