@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_positive, fail
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses._core import Columns, rows_lse, self_lse
 from lightning_contrast.losses.checks import (
     Scalar,
     check_floating,
@@ -19,6 +18,7 @@ from lightning_contrast.losses.checks import (
     check_tile_size,
     inverse_temperature,
 )
+from lightning_contrast.losses.kernels.logsumexp import Columns, rows_lse, self_lse
 from lightning_contrast.losses.negatives import Field, Negatives, anchor_losses, as_negatives
 from lightning_contrast.precision import full_precision, normalize
 

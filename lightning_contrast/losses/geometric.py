@@ -7,8 +7,8 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch, check_positive, fail
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses._core import Columns, self_lse
 from lightning_contrast.losses.checks import check_matrix, check_pair, check_tile_size
+from lightning_contrast.losses.kernels.logsumexp import Columns, self_lse
 from lightning_contrast.precision import full_precision, normalize
 
 

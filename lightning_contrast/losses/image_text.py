@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses._core import Columns, pair_lse
-from lightning_contrast.losses._sigmoid import softplus_sums
 from lightning_contrast.losses.checks import Scalar, check_pair, check_scalar, check_tile_size
 from lightning_contrast.losses.contrastive import check_groups
+from lightning_contrast.losses.kernels.logsumexp import Columns, pair_lse
+from lightning_contrast.losses.kernels.sigmoid import softplus_sums
 from lightning_contrast.losses.negatives import Field, Negatives, anchor_losses, as_negatives
 from lightning_contrast.precision import full_precision, normalize
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive, require
-from lightning_contrast.losses._core import Columns, rows_lse, self_lse
-from lightning_contrast.losses._per_row import per_row
 from lightning_contrast.losses.checks import Scalar
+from lightning_contrast.losses.kernels.logsumexp import Columns, rows_lse, self_lse
+from lightning_contrast.losses.kernels.per_row import per_row
 
 KINDS = ("uniform", "debiased", "hard", "decoupled", "decoupled_weighted", "top_k", "heated")
 

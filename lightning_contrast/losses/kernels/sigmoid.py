@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch
-from lightning_contrast.losses._tiles import Diagonal, Tiles, make_plan
 from lightning_contrast.losses.checks import Scalar
+from lightning_contrast.losses.kernels.tiles import Diagonal, Tiles, make_plan
 
 
 def _pass_on(x: Tensor, rows: int) -> Tensor:

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch
-from lightning_contrast.losses._tiles import Diagonal, Plan, Weights, make_plan, sweep_gradient, sweep_lse
 from lightning_contrast.losses.checks import Scalar
+from lightning_contrast.losses.kernels.tiles import Diagonal, Plan, Weights, make_plan, sweep_gradient, sweep_lse
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_contrast import distributed
-from lightning_contrast.losses._core import Columns, Shares, leave_out_plan
-from lightning_contrast.losses._tiles import Plan, leave_out, split
+from lightning_contrast.losses.kernels.logsumexp import Columns, Shares, leave_out_plan
+from lightning_contrast.losses.kernels.tiles import Plan, leave_out, split
 
 ELEMENTS = 2**22  # similarities in memory at a time
 
