@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_contrast import distributed, optim
-from lightning_contrast._checks import check_not_negative, check_positive, require
+from lightning_contrast._checks import check_not_negative, check_positive, fail, require
 from lightning_contrast.callbacks._defaults import missing, owned
+from lightning_contrast.callbacks._extension import planned
 from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.methods._plan import FollowsEpochs, global_batch_size, planned_steps, rate_factor
 from lightning_contrast.methods._ranks import ClipsShards, has_local_batchnorm, outermost, shard_submodules, start_state
 from lightning_contrast.methods._saved import caller, settings_as_dicts, unsaved_arguments
-from lightning_contrast.nn import build_backbone, check_image_size
+from lightning_contrast.nn import ScheduledTemperature, build_backbone, check_image_size
+from lightning_contrast.nn.temperature import Temperature
 
 
 class ContrastiveModule(ClipsShards, FollowsEpochs):
@@ -147,3 +149,63 @@ class ContrastiveModule(ClipsShards, FollowsEpochs):
         ignored = ([ignore] if isinstance(ignore, str) else list(ignore or ())) + unsaved_arguments(frame)
         super().save_hyperparameters(*args, ignore=ignored, frame=frame, logger=logger)
         self.hparams.update(settings_as_dicts(frame))
+
+
+def require_crops(module: ContrastiveModule, batch: Any, global_views: int = 2) -> list[Tensor]:
+    """Return the views of a training batch, global ones first, or say what is wrong with the batch.
+
+    Local views are those that come after the global ones: any number, of any size, none of them needed. Where views
+    have several sizes, those that begin with one size are the global ones.
+
+    Args:
+        module: The method.
+        batch: A training batch.
+        global_views: How many global views the method takes.
+
+    Returns:
+        At least ``global_views`` views, each (B, C, h, w).
+
+    Raises:
+        ValueError: If the batch holds one tensor of images, fewer views, more global views, or views of unequal batch
+            sizes.
+    """
+    images, _ = split_batch(batch)
+    if isinstance(images, Tensor):
+        return module.views(batch, global_views)  # which says what to add
+    mend = f"Give a policy that makes {global_views} global views and then local ones"
+    require(len(images) >= global_views, "batch", f"hold at least {global_views} views", len(images), mend)
+    sizes = [tuple(view.shape[-2:]) for view in images]
+    first = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if first is not None and first > global_views:
+        fail("views", f"begin with {global_views} global views", f"{first} of one size: {sizes}", mend)
+    return module.views(batch, len(images))
+
+
+def temperature_of(module: L.LightningModule) -> float | Tensor:
+    """Return the temperature of this step, and log ``train/temperature`` where it is not a fixed number.
+
+    A schedule is a function of ``trainer.global_step``, a number on the host, so that a resumed run goes on exactly
+    where it stopped and nothing waits for the device. All micro-batches of a step have one temperature.
+
+    Args:
+        module: A method with an attribute ``temperature``.
+
+    Returns:
+        A number, or a tensor of one element with gradient where the temperature is learned.
+    """
+    temperature = cast("Temperature", module.temperature)
+    if isinstance(temperature, int | float):
+        return temperature
+    value: float | Tensor
+    if isinstance(temperature, nn.Module):
+        value = temperature()
+    elif isinstance(temperature, ScheduledTemperature):
+        step: float = module.global_step
+        total: float | None = None
+        if temperature.steps is None:
+            step, total = planned(module.trainer, step, module.trainer.estimated_stepping_batches)
+        value = temperature(step, total)
+    else:
+        value = temperature(module.global_step)
+    module.log("train/temperature", value.detach() if isinstance(value, Tensor) else value)
+    return value

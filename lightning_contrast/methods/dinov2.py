@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_choice, check_not_negative, check_positive, check_probability, check_range
 from lightning_contrast.losses import dino_loss, koleo_loss, masked_patch_loss
-from lightning_contrast.methods._crops import forward_by_size, require_crops
-from lightning_contrast.methods._distillation import teacher_of, teacher_statistics
+from lightning_contrast.methods._crops import forward_by_size
 from lightning_contrast.methods._layer_rates import apply_rates, split_by_rate
-from lightning_contrast.methods._masked import MaskedDistillationModule, draw_masks, join_globals, pick
+from lightning_contrast.methods._masked import draw_masks, join_globals, pick
+from lightning_contrast.methods.base import require_crops
+from lightning_contrast.methods.distillation import MaskedDistillationModule, teacher_of, teacher_statistics
 from lightning_contrast.nn import Center, dino_head, dinov2_masks
 from lightning_contrast.optim import OptimizerLike
 

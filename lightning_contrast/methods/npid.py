@@ -19,8 +19,7 @@ from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.contracts import require_indices
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses import info_nce
-from lightning_contrast.methods._temperature import temperature_of
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import ContrastiveModule, temperature_of
 from lightning_contrast.nn import MemoryBank, moco_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay

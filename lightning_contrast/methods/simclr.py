@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_choice, require
 from lightning_contrast.losses import Negatives, nt_xent
 from lightning_contrast.losses.negatives import as_negatives
-from lightning_contrast.methods._batch import SameImages, check_mask_same, groups_of
-from lightning_contrast.methods._temperature import temperature_of
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, groups_of
 from lightning_contrast.nn import Norm, hidden_layers, simclr_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike

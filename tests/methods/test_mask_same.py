@@ -5,7 +5,7 @@ import torch
 
 import lightning_contrast as lc
 from lightning_contrast.losses import Negatives
-from lightning_contrast.methods._batch import groups_of
+from lightning_contrast.methods.false_negatives import groups_of
 from tests.launch import run_processes
 from tests.losses import oracles
 from tests.methods.cases import CASES, TinyBackbone, make
