@@ -18,7 +18,8 @@ from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import dino_loss
 from lightning_contrast.methods._crops import forward_by_size
 from lightning_contrast.methods.base import require_crops
-from lightning_contrast.methods.distillation import DistillationModule, teacher_of, teacher_statistics, vit_defaults
+from lightning_contrast.methods.distillation import DistillationModule, teacher_of, vit_defaults
+from lightning_contrast.metrics.teacher import teacher_statistics
 from lightning_contrast.nn import Center, Norm, dino_head
 from lightning_contrast.optim import OptimizerLike
 

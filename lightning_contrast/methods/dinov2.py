@@ -19,7 +19,8 @@ from lightning_contrast.methods._crops import forward_by_size
 from lightning_contrast.methods._layer_rates import apply_rates, split_by_rate
 from lightning_contrast.methods._masked import draw_masks, join_globals, pick
 from lightning_contrast.methods.base import require_crops
-from lightning_contrast.methods.distillation import MaskedDistillationModule, teacher_of, teacher_statistics
+from lightning_contrast.methods.distillation import MaskedDistillationModule, teacher_of
+from lightning_contrast.metrics.teacher import teacher_statistics
 from lightning_contrast.nn import Center, dino_head, dinov2_masks
 from lightning_contrast.optim import OptimizerLike
 
