@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_probability
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import dino_loss
-from lightning_contrast.methods._crops import forward_by_size
 from lightning_contrast.methods.base import require_crops
-from lightning_contrast.methods.distillation import DistillationModule, teacher_of, vit_defaults
+from lightning_contrast.methods.distillation import DistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
 from lightning_contrast.nn import Center, Norm, dino_head
+from lightning_contrast.nn.backbones import vit_defaults
+from lightning_contrast.nn.multi_crop import forward_by_size
+from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 
 _GLOBAL_VIEWS = 2

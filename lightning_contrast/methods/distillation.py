@@ -1,10 +1,8 @@
 """What the methods with a student, a teacher and prototypes share beside their algorithms: schedules and clipping."""
 
-import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import lightning as L
 from torch import Tensor, nn
@@ -18,9 +16,7 @@ from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import MaskedViT, build_masked_backbone
 from lightning_contrast.optim import OptimizerLike
 
-_Module = TypeVar("_Module", bound=nn.Module)
 _SCHEDULED = "scheduled_decay"  # key of the parameter group whose weight decay follows the schedule
-_VIT_NAME = re.compile(r"small_vit$|(vit|deit3?)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+")
 
 
 class DistillationModule(ContrastiveModule):
@@ -189,41 +185,6 @@ def _steps(module: ContrastiveModule, epochs: int) -> tuple[int, int]:
         return module.current_epoch, epochs
     step = module.global_step + shift_of(module.trainer)
     return step, epochs * math.ceil(batches / module.trainer.accumulate_grad_batches)
-
-
-def vit_defaults(backbone: str | nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the ``backbone_kwargs`` of a student: a ViT by name takes views of any size and drops paths at 0.1.
-
-    Args:
-        backbone: As the user gave it; a module is left as it is.
-        kwargs: As the user gave them; they win.
-    """
-    if isinstance(backbone, str) and _VIT_NAME.match(backbone):
-        return {"dynamic_img_size": True, "drop_path_rate": 0.1} | dict(kwargs or {})
-    return None if kwargs is None else dict(kwargs)
-
-
-def teacher_of(network: _Module) -> _Module:
-    """Return a copy that follows the network as its teacher: without gradients, and without drops in train mode too.
-
-    Args:
-        network: A part of the student.
-    """
-    return without_drop(copy.deepcopy(network)).requires_grad_(False)
-
-
-def without_drop(network: _Module) -> _Module:
-    """Switch stochastic depth and dropout off for good, in place: a teacher drops nothing, also in train mode.
-
-    Args:
-        network: The teacher.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        elif isinstance(getattr(module, "drop_prob", None), float):  # timm's DropPath
-            module.drop_prob = 0.0  # type: ignore[assignment]  # nn.Module is typed to hold modules and tensors
-    return network
 
 
 class MaskedDistillationModule(DistillationModule):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.losses import ijepa_loss
-from lightning_contrast.methods.distillation import StretchedModule, without_drop
+from lightning_contrast.methods.distillation import StretchedModule
 from lightning_contrast.nn import JepaMaskSampler, JepaPredictor, select_patches, sincos_positions
 from lightning_contrast.nn.small_vit import SMALL_VIT
+from lightning_contrast.nn.teacher import without_drop
 from lightning_contrast.optim import OptimizerLike
 
 _PATCHES_ONLY = {"class_token": False, "global_pool": "avg", "fc_norm": False}

@@ -15,10 +15,10 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_probability
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import info_nce, mochi_negatives
-from lightning_contrast.methods._shuffle import Shuffle
 from lightning_contrast.methods.base import ContrastiveModule, temperature_of
 from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
 from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows

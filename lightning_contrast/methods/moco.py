@@ -19,11 +19,11 @@ from lightning_contrast._checks import check_at_least, check_choice, check_proba
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import Negatives, info_nce
 from lightning_contrast.losses.negatives import as_negatives
-from lightning_contrast.methods._shuffle import Shuffle
 from lightning_contrast.methods.base import ContrastiveModule, temperature_of
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, groups_of, marks_of
 from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
 from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
 from lightning_contrast.precision import unit_rows

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, require
 from lightning_contrast.losses import msn_loss
-from lightning_contrast.methods._crops import forward_by_size
 from lightning_contrast.methods.base import require_crops
-from lightning_contrast.methods.distillation import StretchedModule, without_drop
+from lightning_contrast.methods.distillation import StretchedModule
 from lightning_contrast.metrics.teacher import teacher_statistics
 from lightning_contrast.nn import Norm, msn_head
+from lightning_contrast.nn.multi_crop import forward_by_size
+from lightning_contrast.nn.teacher import without_drop
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision
 

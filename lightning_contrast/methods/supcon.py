@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_positive
 from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import sup_con
-from lightning_contrast.methods._temperature import with_constant_factor
 from lightning_contrast.methods.base import ContrastiveModule, temperature_of
 from lightning_contrast.nn import supcon_head
-from lightning_contrast.nn.temperature import Temperature, check_temperature
+from lightning_contrast.nn.temperature import Temperature, check_temperature, with_constant_factor
 from lightning_contrast.optim import OptimizerLike, warmup_cosine
 
 

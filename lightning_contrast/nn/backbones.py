@@ -12,6 +12,9 @@ from lightning_contrast._checks import check_at_least, fail
 from lightning_contrast.nn.small_vit import SMALL_VIT, small_vit
 from lightning_contrast.nn.stems import use_small_stem, widen_stem
 
+_VIT_NAME = re.compile(r"small_vit$|(vit|deit3?)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+")
+
+
 SMALL_CONVNET = "small_convnet"
 _WIDE_NAME = re.compile(r"resnet(18|34|50|101|152)x(\d+)")
 _STAGE_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -240,3 +243,15 @@ def _conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
+
+
+def vit_defaults(backbone: str | nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the ``backbone_kwargs`` of a student: a ViT by name takes views of any size and drops paths at 0.1.
+
+    Args:
+        backbone: As the user gave it; a module is left as it is.
+        kwargs: As the user gave them; they win.
+    """
+    if isinstance(backbone, str) and _VIT_NAME.match(backbone):
+        return {"dynamic_img_size": True, "drop_path_rate": 0.1} | dict(kwargs or {})
+    return None if kwargs is None else dict(kwargs)

@@ -6,15 +6,16 @@ so `StepSeed` makes them a function of the step.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
+from lightning_contrast.nn.vision_transformers import MaskedViT
 
 ATTEMPTS = 10  # to place a block, before an image is left with what it has
 _LOWEST_ASPECT = 0.3  # of a block, height by width; the highest is its inverse
@@ -202,3 +203,40 @@ def _unpack(masks: Sequence[int], patches: int) -> Tensor:
     packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for mask in masks), np.uint8)
     bits = np.unpackbits(packed.reshape(len(masks), size), axis=1, count=patches, bitorder="little")
     return torch.from_numpy(bits).bool()
+
+
+def join_globals(views: Sequence[Tensor]) -> Tensor:
+    """Return the two global views of a batch as one, (2B, C, h, w), view by view.
+
+    Args:
+        views: The views, global ones first, each (B, C, h, w).
+
+    Raises:
+        ValueError: If the global views differ in size.
+    """
+    sizes = [tuple(view.shape[-2:]) for view in views[:2]]
+    mend = "Give a policy whose global views have one size; local views may have others"
+    require(sizes[0] == sizes[1], "views", "begin with two global views of one size", sizes, mend)
+    return torch.cat([views[0], views[1]])
+
+
+def draw_masks(sampler: Callable[..., Tensor], backbone: MaskedViT, images: Tensor, **settings: Any) -> MaskedPatches:
+    """Draw a mask for each image.
+
+    Args:
+        sampler: `ibot_masks` or `dinov2_masks`.
+        backbone: What cuts the images into patches.
+        images: Images (B, C, h, w).
+        settings: Further arguments of the sampler.
+    """
+    return masked_patches(sampler(len(images), backbone.grid_size(images), **settings), images.device)
+
+
+def pick(patches: Tensor, rows: Tensor) -> Tensor:
+    """Return the masked patches (M, F) of all patches (B, N, F).
+
+    Args:
+        patches: Patches of all images.
+        rows: Which to take among all B N.
+    """
+    return patches.flatten(0, 1).index_select(0, rows)

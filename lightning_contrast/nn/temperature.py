@@ -141,3 +141,22 @@ def check_temperature(temperature: Temperature | Mapping[str, Any]) -> Temperatu
         mend = "Give `nn.LearnedTemperature()`, `nn.ScheduledTemperature(start, end)` or a function of the step"
         fail("temperature", "be a number, a module or a function", type(temperature).__name__, mend, TypeError)
     return temperature
+
+
+def with_constant_factor(loss: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return a loss that has the temperature as a factor, with that factor taken for a constant.
+
+    The factor keeps the size of the gradient alike over temperatures. A learned temperature must not see it: it would
+    fall for the sake of the factor alone.
+
+    Args:
+        loss: A scalar ``temperature * f(temperature)``.
+        temperature: What the loss was called with.
+
+    Returns:
+        The same value.
+    """
+    if not isinstance(temperature, Tensor):
+        return loss
+    temperature = temperature.reshape(())
+    return loss * (temperature.detach() / temperature)

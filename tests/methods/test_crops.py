@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_contrast.methods._crops import forward_by_size
 from lightning_contrast.methods.base import require_crops
+from lightning_contrast.nn.multi_crop import forward_by_size
 from tests.methods.cases import TinyBackbone, make
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
-from lightning_contrast.methods._shuffle import Shuffle
 from lightning_contrast.nn import SplitBatchNorm2d
+from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 from tests.methods.test_contract import BATCH, BATCHES, Data, run_step, step_batch, trainer

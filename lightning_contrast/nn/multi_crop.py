@@ -1,4 +1,4 @@
-"""Batches of global and local views, and one pass of a network for each size of them."""
+"""One forward pass per view size."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
