@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_choice, check_not_negative, check_positive, check_probability, check_range
 from lightning_contrast.losses import dino_loss, koleo_loss, masked_patch_loss
-from lightning_contrast.methods._layer_rates import apply_rates, split_by_rate
 from lightning_contrast.methods.base import require_crops
 from lightning_contrast.methods.distillation import MaskedDistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
@@ -24,6 +23,7 @@ from lightning_contrast.nn.masking import draw_masks, join_globals, pick
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.optim.layer_decay import apply_rates, split_by_rate
 
 
 class DINOv2(MaskedDistillationModule):

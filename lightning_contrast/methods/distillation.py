@@ -15,6 +15,7 @@ from lightning_contrast.callbacks._extension import planned, shift_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import MaskedViT, build_masked_backbone
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.optim.schedules import warmed_up
 
 _SCHEDULED = "scheduled_decay"  # key of the parameter group whose weight decay follows the schedule
 
@@ -153,20 +154,6 @@ class DistillationModule(ContrastiveModule):
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             mend = "Build the optimizer with fused=False, set `clip_grad=None`, or use bf16-mixed"
             fail("clip_grad", "be None for a fused optimizer under 16-mixed", self.clip_grad, mend)
-
-
-def warmed_up(now: int, start: float, end: float, warmup: int) -> float:
-    """Return the teacher's temperature: even steps from ``start`` to ``end``, then ``end``.
-
-    Args:
-        now: Epoch, or optimizer step, >= 0.
-        start: Temperature at 0.
-        end: Temperature at the last one of the warm-up and later.
-        warmup: Length of the warm-up in epochs, or steps; 0 for none.
-    """
-    if now >= warmup:
-        return end
-    return start + (end - start) * now / max(1, warmup - 1)
 
 
 def _steps(module: ContrastiveModule, epochs: int) -> tuple[int, int]:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_not_negative, check_positive
 from lightning_contrast.losses import dino_loss, masked_patch_loss
 from lightning_contrast.methods.base import require_crops
-from lightning_contrast.methods.distillation import MaskedDistillationModule, warmed_up
+from lightning_contrast.methods.distillation import MaskedDistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
 from lightning_contrast.nn import Center, Norm, check_mask_ratios, ibot_head, ibot_masks
 from lightning_contrast.nn.masking import draw_masks, join_globals, pick
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.optim.schedules import warmed_up
 
 
 class IBOT(MaskedDistillationModule):

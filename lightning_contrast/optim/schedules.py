@@ -7,7 +7,12 @@ teacher's momentum return the value. Steps count from 0, in optimizer steps.
 import math
 from collections.abc import Sequence
 
-from lightning_contrast._checks import check_choice, check_not_negative, check_positive, require
+from lightning_contrast._checks import (
+    check_choice,
+    check_not_negative,
+    check_positive,
+    require,
+)
 
 
 def warmup_cosine(step: float, warmup_steps: int, total_steps: float, *, start: float = 0.0, end: float = 0.0) -> float:
@@ -156,3 +161,17 @@ def _cosine(step: float, total: float, start: float, end: float) -> float:
     """Return the half cosine from ``start`` at step 0 to ``end`` at step ``total`` and after it."""
     progress = 1.0 if step >= total else step / total
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmed_up(now: int, start: float, end: float, warmup: int) -> float:
+    """Return the teacher's temperature: even steps from ``start`` to ``end``, then ``end``.
+
+    Args:
+        now: Epoch, or optimizer step, >= 0.
+        start: Temperature at 0.
+        end: Temperature at the last one of the warm-up and later.
+        warmup: Length of the warm-up in epochs, or steps; 0 for none.
+    """
+    if now >= warmup:
+        return end
+    return start + (end - start) * now / max(1, warmup - 1)

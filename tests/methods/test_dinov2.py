@@ -11,8 +11,8 @@ from torch import nn
 import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.methods import dinov2
-from lightning_contrast.methods._layer_rates import layer_rates
 from lightning_contrast.nn import dinov2_masks
+from lightning_contrast.optim.layer_decay import layer_rates
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make, tiny_vit
 from tests.methods.programs import dinov2_loss
