@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
-from lightning_contrast.callbacks._defaults import owned
-from lightning_contrast.callbacks._extension import Plan, is_other_length, set_plan, steps_per_epoch
-from lightning_contrast.callbacks._steps import has_gradients
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.runtime.default_callbacks import owned
+from lightning_contrast.runtime.optimizer_steps import has_gradients
+from lightning_contrast.runtime.schedule_position import Plan, is_other_length, set_plan, steps_per_epoch
 
 __all__ = ["Extension", "HeadWarmup", "extend_training", "from_pretrained_backbone"]
 

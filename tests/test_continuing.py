@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.callbacks._extension import Plan, planned
 from lightning_contrast.continuing import HeadWarmup, extend_training, from_pretrained_backbone
+from lightning_contrast.runtime.schedule_position import Plan, planned
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCHES, data, trainer
 

@@ -7,11 +7,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_contrast._checks import check_choice, check_probability, fail
-from lightning_contrast.callbacks._defaults import drop_if_foreign
-from lightning_contrast.callbacks._extension import planned
-from lightning_contrast.callbacks._steps import StepWatch, batches_done, has_gradients, step_was_skipped, total_steps
 from lightning_contrast.nn.ema import BUFFER_RULES, BufferRule
 from lightning_contrast.nn.ema_sharded import Averager, Pairs, check_pairs
+from lightning_contrast.runtime.default_callbacks import drop_if_foreign
+from lightning_contrast.runtime.optimizer_steps import (
+    StepWatch,
+    batches_done,
+    has_gradients,
+    step_was_skipped,
+    total_steps,
+)
+from lightning_contrast.runtime.schedule_position import planned
 
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 _SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")

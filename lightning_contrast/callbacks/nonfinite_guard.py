@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice
-from lightning_contrast.callbacks._steps import clear_skipped, mark_skipped, step_was_skipped
 from lightning_contrast.nn.ema import clean_name
+from lightning_contrast.runtime.optimizer_steps import clear_skipped, mark_skipped, step_was_skipped
 
 _AVERAGES = ("running_mean", "running_var", "num_batches_tracked")
 

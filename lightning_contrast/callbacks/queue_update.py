@@ -8,9 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import fail
-from lightning_contrast.callbacks._defaults import drop_if_foreign
-from lightning_contrast.callbacks._steps import step_was_skipped
 from lightning_contrast.nn.memory_bank import MemoryBank
+from lightning_contrast.runtime.default_callbacks import drop_if_foreign
+from lightning_contrast.runtime.optimizer_steps import step_was_skipped
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 

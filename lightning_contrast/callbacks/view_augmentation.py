@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail
 from lightning_contrast.augment.policy import ViewPolicy  # named for configuration files: functions return it
-from lightning_contrast.callbacks._views import Transfer, map_batches, transform_images
 from lightning_contrast.contracts import check_images, check_views
+from lightning_contrast.runtime.batch_transfer import Transfer, map_batches, transform_images
 from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"

@@ -12,14 +12,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_contrast import distributed, optim
 from lightning_contrast._checks import check_not_negative, check_positive, fail, require
-from lightning_contrast.callbacks._defaults import missing, owned
-from lightning_contrast.callbacks._extension import planned
 from lightning_contrast.contracts import require_views, split_batch
-from lightning_contrast.methods._plan import FollowsEpochs, global_batch_size, planned_steps, rate_factor
-from lightning_contrast.methods._ranks import ClipsShards, has_local_batchnorm, outermost, shard_submodules, start_state
-from lightning_contrast.methods._saved import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.nn import ScheduledTemperature, build_backbone, check_image_size
 from lightning_contrast.nn.temperature import Temperature
+from lightning_contrast.runtime.default_callbacks import missing, owned
+from lightning_contrast.runtime.fsdp import ClipsShards, has_local_batchnorm, outermost, shard_submodules, start_state
+from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
+from lightning_contrast.runtime.run_length import FollowsEpochs, global_batch_size, planned_steps, rate_factor
+from lightning_contrast.runtime.schedule_position import planned
 
 
 class ContrastiveModule(ClipsShards, FollowsEpochs):

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive, check_probability, fail, require
 from lightning_contrast.callbacks import MomentumUpdate
-from lightning_contrast.callbacks._extension import planned, shift_of
 from lightning_contrast.methods.base import ContrastiveModule
 from lightning_contrast.nn import MaskedViT, build_masked_backbone
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.schedules import warmed_up
+from lightning_contrast.runtime.schedule_position import planned, shift_of
 
 _SCHEDULED = "scheduled_decay"  # key of the parameter group whose weight decay follows the schedule
 

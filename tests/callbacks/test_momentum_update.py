@@ -482,7 +482,7 @@ def test_bad_modules_are_refused_before_the_first_step(make, error, words):
 
 
 def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
-    from lightning_contrast.callbacks._steps import StepWatch
+    from lightning_contrast.runtime.optimizer_steps import StepWatch
 
     with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got 'object'"):
         StepWatch().open([object()])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_contrast.callbacks import OnlineLinearProbe, StepSeed, ViewAugmentation
-from lightning_contrast.callbacks._views import Transfer
+from lightning_contrast.runtime.batch_transfer import Transfer
 from lightning_contrast.seeding import derived_seed
 from tests.callbacks.probe_modules import images_and_labels
 from tests.callbacks.step_modules import QUIET

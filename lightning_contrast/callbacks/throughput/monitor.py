@@ -8,13 +8,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, check_word, fail
-from lightning_contrast.callbacks._views import HOOK, Transfer
 from lightning_contrast.callbacks.capture.features import count_images
 from lightning_contrast.callbacks.reporting import log_values
 from lightning_contrast.callbacks.throughput.report import Costs, EnergyMeter, StepFlops
 from lightning_contrast.callbacks.throughput.timer import Clock, CudaClock, HostClock, Ledger
 from lightning_contrast.callbacks.throughput.trainer_events import CATEGORIES, VIEWS, Events
 from lightning_contrast.distributed import gather, world_size
+from lightning_contrast.runtime.batch_transfer import HOOK, Transfer
 
 
 class ThroughputMonitor(L.Callback):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail
-from lightning_contrast.callbacks._views import Transfer, map_batches
 from lightning_contrast.callbacks.reporting import publish
 from lightning_contrast.callbacks.visualization.images import (
     Display,
@@ -22,6 +21,7 @@ from lightning_contrast.callbacks.visualization.images import (
     statistics_of,
 )
 from lightning_contrast.contracts import Images, split_batch
+from lightning_contrast.runtime.batch_transfer import Transfer, map_batches
 
 MOST = 224
 """Edge of the largest tile in pixels; larger views are shown smaller."""

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import fail, require
-from lightning_contrast.callbacks._extension import is_other_length, planned, set_shift, steps_per_epoch
 from lightning_contrast.optim import check_warmup
+from lightning_contrast.runtime.schedule_position import is_other_length, planned, set_shift, steps_per_epoch
 
 _SHIFT_KEY = "lightning_contrast_shift"  # in a checkpoint
 

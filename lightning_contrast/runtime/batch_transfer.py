@@ -1,4 +1,4 @@
-"""How batches are turned into views: the one wrapper around the strategy's transfer, seeds, and value checks."""
+"""Transforms that run on the device right after a batch was transferred."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
