@@ -1,6 +1,6 @@
 """Softmax losses over all negatives of the global batch: NT-Xent, InfoNCE, SupCon.
 
-None of them forms the similarity matrix: see `lightning_contrast.losses._tiles`. Each returns the loss of the joined
+None of them forms the similarity matrix: see `lightning_contrast.losses.kernels.tiles`. Each returns the loss of the joined
 batch of all ranks, the same on every rank, with a gradient whose mean over ranks is that of one process.
 """
 

@@ -17,7 +17,7 @@ from lightning_contrast.optim import LARS
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCH, Data, as_is, gradients, run_step, step_batch, trainer
-from tests.methods.test_crops import crops
+from tests.nn.test_multi_crop import crops
 
 CASE = CASES["SwAV"]
 EPSILON, TEMPERATURE = 0.3, 0.2

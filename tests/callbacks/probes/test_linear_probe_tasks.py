@@ -10,7 +10,7 @@ from lightning_contrast.callbacks.probes.linear_head import LinearHead
 from lightning_contrast.callbacks.probes.metrics import ClassScores, MultilabelScores, RegressionScores
 from lightning_contrast.callbacks.probes.tasks import build_task
 from tests.callbacks.probe_modules import CLASSES, classifier, equal_states, images_and_labels, labelled, quiet_fit
-from tests.callbacks.test_linear_probe_data import Plain
+from tests.callbacks.probes.test_linear_probe_data import Plain
 from tests.launch import run_processes
 
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from tests.callbacks.probe_modules import (
     labelled,
     quiet_fit,
 )
+from tests.callbacks.probes.test_linear_probe import Records, plain_regression
 from tests.callbacks.strategies import fit_ranks
-from tests.callbacks.test_linear_probe import Records, plain_regression
 from tests.launch import run_processes
 
 CPU = torch.device("cpu")

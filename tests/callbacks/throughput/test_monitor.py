@@ -285,7 +285,7 @@ class Linear(L.LightningModule):
 
 @pytest.fixture
 def nothing_compiled(monkeypatch):
-    monkeypatch.setattr("lightning_contrast.callbacks._flops._compiles", lambda: False)
+    monkeypatch.setattr("lightning_contrast.callbacks.throughput.report._compiles", lambda: False)
 
 
 def test_operations_of_an_image_are_counted_once(nothing_compiled):
