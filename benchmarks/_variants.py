@@ -7,12 +7,12 @@ _NN = "lightning_contrast.nn"
 _CHANGES = {
     "40 epochs": [],
     "stock views": ["trainer.callbacks.0.init_args.policy.init_args.fused=false"],
-    "debiased": [f"{_SIMCLR}.negatives={{kind: debiased, tau_plus: 0.1}}"],
-    "hard": [f"{_SIMCLR}.negatives={{kind: hard, tau_plus: 0.1, beta: 1.0}}"],
-    "decoupled": [f"{_SIMCLR}.negatives=decoupled"],
-    "decoupled_weighted": [f"{_SIMCLR}.negatives=decoupled_weighted"],
-    "top 64": [f"{_SIMCLR}.negatives={{kind: top_k, k: 64}}"],
-    "heated": [f"{_SIMCLR}.negatives={{kind: heated, heat: 0.5}}"],
+    "debiased": [f"{_SIMCLR}.weighting={{kind: debiased, tau_plus: 0.1}}"],
+    "hard": [f"{_SIMCLR}.weighting={{kind: hard, tau_plus: 0.1, beta: 1.0}}"],
+    "decoupled": [f"{_SIMCLR}.weighting=decoupled"],
+    "decoupled_weighted": [f"{_SIMCLR}.weighting=decoupled_weighted"],
+    "top 64": [f"{_SIMCLR}.weighting={{kind: top_k, k: 64}}"],
+    "heated": [f"{_SIMCLR}.weighting={{kind: heated, heat: 0.5}}"],
     "same labels masked": [f"{_SIMCLR}.mask_same=label"],
     "learned temperature": [
         f"{_TEMPERATURE}={{class_path: {_NN}.LearnedTemperature, init_args: {{init: 0.2}}}}",

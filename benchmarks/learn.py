@@ -109,7 +109,7 @@ def run(name: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
             if name not in RANDOM:
                 trainer.fit(model, datamodule=data)
             groups = (data.images("train"), *data.artists("val"))
-            spaces = [evaluation.encode(model, images, policy.plain) for images in groups]
+            spaces = [evaluation.encode(model, images, policy.eval_transform) for images in groups]
     train, noto, fluent = spaces
     labels = (data.labels("train"), data.labels("val"))
     judged = torch.cat([noto, fluent])

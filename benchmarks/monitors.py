@@ -12,7 +12,7 @@ import lightning_contrast as lc
 from benchmarks.common import report
 from benchmarks.end_to_end import BATCH, fit
 from benchmarks.overhead import simclr
-from lightning_contrast.callbacks.capture.features import FeatureTap, ViewTap
+from lightning_contrast.callbacks.capture.features import FeatureHook, ViewHook
 from lightning_contrast.callbacks.throughput.trainer_events import Events
 
 
@@ -66,13 +66,13 @@ def main():
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(0, verbose=False)
     torch.set_num_threads(1)
-    collapse, throughput = lc.CollapseMonitor(), lc.ThroughputMonitor()
-    watches = {"CollapseMonitor": Stopwatch(), "ThroughputMonitor": Stopwatch()}
+    collapse, throughput = lc.CollapseMonitor(), lc.TrainingCostMonitor()
+    watches = {"CollapseMonitor": Stopwatch(), "TrainingCostMonitor": Stopwatch()}
     watches["CollapseMonitor"].wrap(collapse)
-    watches["CollapseMonitor"].wrap(FeatureTap, "_hook")
-    watches["CollapseMonitor"].wrap(ViewTap, "_hook")
-    watches["ThroughputMonitor"].wrap(throughput)
-    watches["ThroughputMonitor"].wrap(Events, "_on_start", "_on_stop", "enter", "leave")
+    watches["CollapseMonitor"].wrap(FeatureHook, "_hook")
+    watches["CollapseMonitor"].wrap(ViewHook, "_hook")
+    watches["TrainingCostMonitor"].wrap(throughput)
+    watches["TrainingCostMonitor"].wrap(Events, "_on_start", "_on_stop", "enter", "leave")
     whole = Whole(list(watches.values()))
     views = lc.ViewAugmentation(lc.augment.simclr_cifar_views(32))
     fit(simclr(), options.epochs, [views, collapse, throughput, whole], datamodule=lc.data.EmojiDataModule(BATCH))

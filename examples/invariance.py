@@ -52,7 +52,7 @@ def train(colour: bool) -> tuple[dict[str, object], dict[str, object]]:
     for run in (trainer.validate, trainer.fit):
         run(model, datamodule=data)
         groups = (data.images("train"), *data.artists("val"))
-        bank, noto, fluent = (evaluation.encode(model, images, policy.plain) for images in groups)
+        bank, noto, fluent = (evaluation.encode(model, images, policy.eval_transform) for images in groups)
         test = torch.cat([noto, fluent])
         knn = evaluation.knn_top1(bank, data.labels("train"), test, data.labels("val"), num_classes=data.num_classes)
         neighbour, linear = colour_scores(bank, test)

@@ -45,7 +45,10 @@ trainer = L.Trainer(
 
 def features(network: torch.nn.Module) -> list[torch.Tensor]:
     """Return the features of the training images, and of the judged images by either artist."""
-    return [evaluation.encode(network, group, policy.plain) for group in (data.images("train"), *data.artists("val"))]
+    return [
+        evaluation.encode(network, group, policy.eval_transform)
+        for group in (data.images("train"), *data.artists("val"))
+    ]
 
 
 def score(train: torch.Tensor, noto: torch.Tensor, fluent: torch.Tensor) -> dict[str, float]:

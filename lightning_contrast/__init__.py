@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from lightning_contrast import augment as augment
     from lightning_contrast import callbacks as callbacks
     from lightning_contrast import checkpoints as checkpoints
-    from lightning_contrast import continuing as continuing
     from lightning_contrast import contracts as contracts
     from lightning_contrast import data as data
     from lightning_contrast import distributed as distributed
@@ -19,11 +18,12 @@ if TYPE_CHECKING:
     from lightning_contrast import metrics as metrics
     from lightning_contrast import nn as nn
     from lightning_contrast import optim as optim
+    from lightning_contrast import resuming as resuming
     from lightning_contrast import testing as testing
     from lightning_contrast.callbacks import CollapseMonitor as CollapseMonitor
-    from lightning_contrast.callbacks import ContrastMonitor as ContrastMonitor
     from lightning_contrast.callbacks import EmbeddingLogger as EmbeddingLogger
     from lightning_contrast.callbacks import GradientCache as GradientCache
+    from lightning_contrast.callbacks import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
     from lightning_contrast.callbacks import InvarianceMonitor as InvarianceMonitor
     from lightning_contrast.callbacks import LoggerGuard as LoggerGuard
     from lightning_contrast.callbacks import MomentumUpdate as MomentumUpdate
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks import QueueUpdate as QueueUpdate
     from lightning_contrast.callbacks import StepSeed as StepSeed
-    from lightning_contrast.callbacks import ThroughputMonitor as ThroughputMonitor
+    from lightning_contrast.callbacks import TrainingCostMonitor as TrainingCostMonitor
     from lightning_contrast.callbacks import ViewAugmentation as ViewAugmentation
     from lightning_contrast.callbacks import ViewLogger as ViewLogger
     from lightning_contrast.methods import *  # noqa: F403

@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import Tensor
 
 
-def fail(name: str, rule: str, value: object, mend: str, error: type[Exception] = ValueError) -> NoReturn:
+def fail(name: str, rule: str, value: object, hint: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raise ``error`` in the style of the package.
 
     Args:
@@ -17,35 +17,35 @@ def fail(name: str, rule: str, value: object, mend: str, error: type[Exception] 
         mend: A sentence without its full stop that tells how to put it right.
         error: ValueError for values and shapes, TypeError for objects.
     """
-    raise error(f"`{name}` must {rule}, got {value!r}. {mend}.")
+    raise error(f"`{name}` must {rule}, got {value!r}. {hint}.")
 
 
-def require(condition: bool, name: str, rule: str, value: object, mend: str) -> None:
+def require(condition: bool, name: str, rule: str, value: object, hint: str) -> None:
     """Raise a ValueError unless ``condition`` holds."""
     if not condition:
-        fail(name, rule, value, mend)
+        fail(name, rule, value, hint)
 
 
-def check_positive(name: str, value: float, mend: str = "Give a number above 0") -> None:
+def check_positive(name: str, value: float, hint: str = "Give a number above 0") -> None:
     """Check ``value > 0``."""
-    require(value > 0, name, "be > 0", value, mend)
+    require(value > 0, name, "be > 0", value, hint)
 
 
-def check_not_negative(name: str, value: float, mend: str = "Give 0 or a number above it") -> None:
+def check_not_negative(name: str, value: float, hint: str = "Give 0 or a number above it") -> None:
     """Check ``value >= 0``."""
-    require(value >= 0, name, "be >= 0", value, mend)
+    require(value >= 0, name, "be >= 0", value, hint)
 
 
-def check_at_least(name: str, value: int, minimum: int, mend: str | None = None) -> None:
+def check_at_least(name: str, value: int, minimum: int, hint: str | None = None) -> None:
     """Check that ``value`` is a whole number of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        fail(name, "be a whole number", value, mend or f"Give an int of at least {minimum}", TypeError)
-    require(value >= minimum, name, f"be >= {minimum}", value, mend or f"Give at least {minimum}")
+        fail(name, "be a whole number", value, hint or f"Give an int of at least {minimum}", TypeError)
+    require(value >= minimum, name, f"be >= {minimum}", value, hint or f"Give at least {minimum}")
 
 
-def check_probability(name: str, value: float, mend: str = "Give a number from 0 to 1") -> None:
+def check_probability(name: str, value: float, hint: str = "Give a number from 0 to 1") -> None:
     """Check ``0 <= value <= 1``."""
-    require(0 <= value <= 1, name, "lie in [0, 1]", value, mend)
+    require(0 <= value <= 1, name, "lie in [0, 1]", value, hint)
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -58,9 +58,9 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     fail(name, f"be one of {', '.join(map(repr, options))}", value, hint)
 
 
-def check_word(name: str, value: object, mend: str = "It is the first part of what is logged") -> None:
+def check_word(name: str, value: object, hint: str = "It is the first part of what is logged") -> None:
     """Check that ``value`` is a str that is not empty."""
-    require(isinstance(value, str) and value != "", name, "be a word", value, mend)
+    require(isinstance(value, str) and value != "", name, "be a word", value, hint)
 
 
 def check_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor, dims: int) -> None:
@@ -74,8 +74,8 @@ def check_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor, dims: int) 
 
 def check_batch(name: str, size: int, minimum: int = 2) -> None:
     """Check that a batch has the rows that a loss needs."""
-    mend = "Raise `batch_size`, or set `drop_last=True` so that no short batch is left over"
-    require(size >= minimum, name, f"have a batch of at least {minimum}", size, mend)
+    hint = "Raise `batch_size`, or set `drop_last=True` so that no short batch is left over"
+    require(size >= minimum, name, f"have a batch of at least {minimum}", size, hint)
 
 
 def check_range(name: str, values: Sequence[float], low: float, high: float) -> None:

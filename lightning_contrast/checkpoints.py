@@ -20,7 +20,7 @@ __all__ = ["AtomicCheckpointIO", "check_checkpoint", "latest_checkpoint", "load_
 
 _ZIP = b"PK\x03\x04"
 _BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch < 1.6 begin
-_MEND = "Go on from an earlier checkpoint; `latest_checkpoint(folder)` finds the newest whole one"
+_HINT = "Go on from an earlier checkpoint; `latest_checkpoint(folder)` finds the newest whole one"
 _SHARDED = (".metadata", "meta.pt")  # written last, in this order
 
 
@@ -78,8 +78,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _sync_folder(local.parent)
         except OSError as error:
             what = f"Cannot write the checkpoint {local}: {error.strerror or error}."
-            mend = "Checkpoints before it are whole: make room, or write elsewhere, and go on from the last one."
-            raise OSError(error.errno, f"{what} {mend}") from error
+            hint = "Checkpoints before it are whole: make room, or write elsewhere, and go on from the last one."
+            raise OSError(error.errno, f"{what} {hint}") from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -239,7 +239,7 @@ def _check_whole(path: Path) -> None:
         fail("checkpoint", "be an existing file", str(path), "Give the path of a `.ckpt` file", FileNotFoundError)
     damage = _damage(path)
     if damage is not None:
-        raise ValueError(f"`checkpoint` must be whole, but {path} {damage}. {_MEND}.")
+        raise ValueError(f"`checkpoint` must be whole, but {path} {damage}. {_HINT}.")
 
 
 def _load(path: str | os.PathLike[str], **options: Any) -> Any:
@@ -254,4 +254,4 @@ def _load(path: str | os.PathLike[str], **options: Any) -> Any:
             "It is not loaded. Load it with `weights_only=False` only if you wrote it yourself."
         ) from error
     except (EOFError, RuntimeError) as error:
-        raise ValueError(f"`checkpoint` must be a file of `torch.save`, but {path} is not: {error} {_MEND}.") from error
+        raise ValueError(f"`checkpoint` must be a file of `torch.save`, but {path} is not: {error} {_HINT}.") from error

@@ -12,7 +12,7 @@ import lightning as L
 
 from lightning_contrast import augment, callbacks, data, methods
 
-_MEND = 'Install the extra: pip install "lightning_contrast[cli]"'
+_HINT = 'Install the extra: pip install "lightning_contrast[cli]"'
 
 
 def main(args: list[str] | None = None, *, run: bool = True) -> Any:
@@ -47,5 +47,5 @@ def main(args: list[str] | None = None, *, run: bool = True) -> Any:
         )
     except ModuleNotFoundError as error:
         if error.name is None or "jsonargparse" in str(error):
-            raise ModuleNotFoundError(f"The command line needs jsonargparse. {_MEND}.", name="jsonargparse") from error
+            raise ModuleNotFoundError(f"The command line needs jsonargparse. {_HINT}.", name="jsonargparse") from error
         raise

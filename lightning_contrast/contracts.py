@@ -146,8 +146,8 @@ def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
     """
     images, _ = split_batch(batch)
     if isinstance(images, Tensor):
-        mend = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or let the loader yield a list of views"
-        fail("batch", f"hold a list of {count} views", f"one tensor of shape {tuple(images.shape)}", mend)
+        hint = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or let the loader yield a list of views"
+        fail("batch", f"hold a list of {count} views", f"one tensor of shape {tuple(images.shape)}", hint)
     require(
         len(images) == count, "batch", f"hold {count} views", len(images), f"Give a policy that makes {count} views"
     )
@@ -209,13 +209,13 @@ def check_images(images: Tensor, *, values: bool, evaluating: bool) -> Tensor:
         TypeError: If they are neither uint8 nor float.
         ValueError: If they are not 4-D, NaN, or outside 0..1.
     """
-    mend = "Yield a batch of images, or name them in a dict"
-    require(images.ndim == 4, "images", "have the shape (B, C, H, W)", tuple(images.shape), mend)
+    hint = "Yield a batch of images, or name them in a dict"
+    require(images.ndim == 4, "images", "have the shape (B, C, H, W)", tuple(images.shape), hint)
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
-        mend = "Convert them in the dataset: `.to(torch.uint8)`, or a float in 0..1"
-        fail("images", "be uint8 in 0..255 or float in 0..1", str(images.dtype), mend, TypeError)
+        hint = "Convert them in the dataset: `.to(torch.uint8)`, or a float in 0..1"
+        fail("images", "be uint8 in 0..255 or float in 0..1", str(images.dtype), hint, TypeError)
     images = images.float()
     if values and images.numel() > 0:
         low, high = (float(bound) for bound in torch.aminmax(images))
@@ -229,22 +229,22 @@ def _check_range(low: float, high: float, evaluating: bool) -> None:
     if low >= -TOLERANCE and high <= 1 + TOLERANCE:
         return
     if low >= 0 and high <= 255:
-        mend = "Divide by 255, or leave them as uint8"
+        hint = "Divide by 255, or leave them as uint8"
     else:
-        mend = "Remove Normalize from the dataset's transform: the policy normalises"
+        hint = "Remove Normalize from the dataset's transform: the policy normalises"
     if evaluating:
-        mend += "; or set `evaluate=False`, which leaves validation, test and prediction batches as they are"
-    fail("images", "lie in 0..1 where they are float", (low, high), mend)
+        hint += "; or set `evaluate=False`, which leaves validation, test and prediction batches as they are"
+    fail("images", "lie in 0..1 where they are float", (low, high), hint)
 
 
 def check_views(views: Any, images: Tensor) -> list[Tensor]:
     """Return what a policy made, as a list, or say what it should have been."""
     if not is_views(views) or not isinstance(views, Sequence):
-        mend = "Return one tensor (B, C, h, w) for each view"
-        fail("policy(images)", "be a list of views", type(views).__name__, mend, TypeError)
+        hint = "Return one tensor (B, C, h, w) for each view"
+        fail("policy(images)", "be a list of views", type(views).__name__, hint, TypeError)
     sizes = [len(view) for view in views]
-    mend = "Return every image in every view"
-    require(set(sizes) == {len(images)}, "policy(images)", f"hold {len(images)} images in each view", sizes, mend)
+    hint = "Return every image in every view"
+    require(set(sizes) == {len(images)}, "policy(images)", f"hold {len(images)} images in each view", sizes, hint)
     return list(views)
 
 
@@ -260,8 +260,8 @@ def require_labels(batch: Any, method: str) -> Tensor:
     """
     _, labels = split_batch(batch)
     if labels is None:
-        mend = 'Yield (images, labels) or a dict with "label" from the loader'
-        fail("batch", f"hold labels for {method}", "none", mend)
+        hint = 'Yield (images, labels) or a dict with "label" from the loader'
+        fail("batch", f"hold labels for {method}", "none", hint)
     return labels
 
 
@@ -277,6 +277,6 @@ def require_indices(batch: Any, method: str) -> Tensor:
     """
     indices = batch_indices(batch)
     if indices is None:
-        mend = 'Set `indices=True` on the data module, or yield (images, labels, indices) or a dict with "index"'
-        fail("batch", f"hold sample indices for {method}", "none", mend)
+        hint = 'Set `indices=True` on the data module, or yield (images, labels, indices) or a dict with "index"'
+        fail("batch", f"hold sample indices for {method}", "none", hint)
     return indices

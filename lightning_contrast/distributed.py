@@ -45,7 +45,7 @@ def batch_sizes(size: int, device: torch.device | None = None) -> list[int]:
     return [int(n) for n in torch.cat(_all_gather_equal(own)).tolist()]
 
 
-def check_equal(name: str, value: float, mend: str, device: torch.device | None = None) -> None:
+def check_equal(name: str, value: float, hint: str, device: torch.device | None = None) -> None:
     """Raise on every rank where a number differs between ranks: what they would do next, they would not do together.
 
     Args:
@@ -62,7 +62,7 @@ def check_equal(name: str, value: float, mend: str, device: torch.device | None 
     own = torch.tensor([value], dtype=torch.float64, device=device)
     values = torch.cat(_all_gather_equal(own)).tolist()
     if len(set(values)) > 1:
-        fail(name, "be the same on all ranks", [int(n) if n < float("inf") else n for n in values], mend)
+        fail(name, "be the same on all ranks", [int(n) if n < float("inf") else n for n in values], hint)
 
 
 def gather(x: Tensor, sizes: list[int] | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import pytest
 import lightning_contrast as lc
 
 PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
-METHODS = [name for name in lc.methods.__all__ if name != "ContrastiveModule"]
+METHODS = [name for name in lc.methods.__all__ if name != "SelfSupervisedModule"]
 
 CONDITIONS = {
     "fit": "A run on one process; every trainable parameter gets a gradient, the step gives loss and features.",
@@ -43,9 +43,9 @@ CONDITIONS = {
     "method, inductor for SimCLR, BYOL and MoCo.",
     "second fit": "`fit` twice, and `fit`, `validate`, `fit`: the same weights, and plug-ins that go on.",
     "copied": "`deepcopy` and `pickle` after a fit give the same module, that trains on.",
-    "watched": "A linear probe, k-NN, `CollapseMonitor`, `ThroughputMonitor`, `InvarianceMonitor`, `ViewLogger`, "
-    "`EmbeddingLogger` and (where a step has two views of a projection) `ContrastMonitor` at once change nothing in a "
-    "run.",
+    "watched": "A linear probe, k-NN, `CollapseMonitor`, `TrainingCostMonitor`, `InvarianceMonitor`, `ViewLogger`, "
+    "`EmbeddingLogger` and (where a step has two views of a projection) `InstanceDiscriminationMonitor` at once change "
+    "nothing in a run.",
     "exported": "`export_backbone`: the weights load strictly into a fresh network of the same kind, the ONNX graph "
     "gives the same features (1e-4) for any batch size; both carry the input's size, mean and std.",
 }

@@ -320,6 +320,6 @@ def test_continuing_refuses_a_damaged_checkpoint(tmp_path, checkpoint):
     path.write_bytes(checkpoint)
     cut(path)
     with pytest.raises(ValueError, match=r"must be whole, but .*last\.ckpt was cut off"):
-        lc.continuing.extend_training(path, 1)
+        lc.resuming.extend_training(path, 1)
     with pytest.raises(ValueError, match=r"must be whole, but .*last\.ckpt was cut off"):
-        lc.continuing.from_pretrained_backbone(lc.SimCLR("small_convnet"), path)
+        lc.resuming.from_pretrained_backbone(lc.SimCLR("small_convnet"), path)

@@ -24,7 +24,7 @@ SMALL_BACKBONES = ("small_convnet", "small_vit")
 
 
 def method_names():
-    return {name for name in lc.methods.__all__ if name != "ContrastiveModule"}
+    return {name for name in lc.methods.__all__ if name != "SelfSupervisedModule"}
 
 
 def small(path, tmp_path):

@@ -13,7 +13,7 @@ LAYERS = [
     {"nn", "optim", "augment", "metrics"},
     {"callbacks", "checkpoints", "data"},
     {"methods"},
-    {"evaluation", "testing", "continuing"},
+    {"evaluation", "testing", "resuming"},
     {"cli"},
     {"__init__", "__main__"},
 ]

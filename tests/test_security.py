@@ -235,8 +235,8 @@ ENTRIES = {
     "fit with AtomicCheckpointIO": lambda path: fit(small(), [AtomicCheckpointIO()], ckpt_path=path),
     "validate": validate,
     "load_from_checkpoint": lc.SimCLR.load_from_checkpoint,
-    "extend_training": lambda path: lc.continuing.extend_training(path, 1),
-    "from_pretrained_backbone": lambda path: lc.continuing.from_pretrained_backbone(small(), path),
+    "extend_training": lambda path: lc.resuming.extend_training(path, 1),
+    "from_pretrained_backbone": lambda path: lc.resuming.from_pretrained_backbone(small(), path),
     "command line": command_line,
 }
 

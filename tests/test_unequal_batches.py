@@ -133,7 +133,7 @@ def plug_ins():
         lc.OnlineLinearProbe(num_classes=1, task="regression", labels=lambda batch: batch[1].double(), name="numbers"),
         lc.OnlineKNN(num_classes=3, k=3),
         lc.CollapseMonitor(),
-        lc.ContrastMonitor(),
+        lc.InstanceDiscriminationMonitor(),
     ]
 
 

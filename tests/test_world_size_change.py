@@ -6,7 +6,7 @@ import torch
 
 import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate
-from lightning_contrast.continuing import extend_training
+from lightning_contrast.resuming import extend_training
 from lightning_contrast.testing import run_processes
 from tests.methods.cases import CASES, make
 from tests.methods.test_contract import rows_of, state, step_batch

@@ -23,14 +23,14 @@ def check_images(images: object, channels: int) -> Tensor:
     if not isinstance(images, Tensor):
         fail("images", "be a tensor (B, C, H, W)", type(images).__name__, "Stack the images of the batch", TypeError)
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        mend = "Convert with `images.to(torch.uint8)` if the values are 0..255, else divide them by their largest value"
-        fail("images", "be uint8 in 0..255 or floating in 0..1", str(images.dtype), mend, TypeError)
-    mend = "Give a batch (B, C, H, W); one image is `image[None]`"
-    require(images.ndim == 4, "images", "have 4 dimensions", tuple(images.shape), mend)
-    mend = f"Make the policy with `channels={images.shape[1]}`, or give images with {channels} channels"
-    require(images.shape[1] == channels, "images", f"have {channels} channels", tuple(images.shape), mend)
-    mend = "Leave out empty batches"
-    require(images.numel() > 0, "images", "hold at least one image of at least one pixel", tuple(images.shape), mend)
+        hint = "Convert with `images.to(torch.uint8)` if the values are 0..255, else divide them by their largest value"
+        fail("images", "be uint8 in 0..255 or floating in 0..1", str(images.dtype), hint, TypeError)
+    hint = "Give a batch (B, C, H, W); one image is `image[None]`"
+    require(images.ndim == 4, "images", "have 4 dimensions", tuple(images.shape), hint)
+    hint = f"Make the policy with `channels={images.shape[1]}`, or give images with {channels} channels"
+    require(images.shape[1] == channels, "images", f"have {channels} channels", tuple(images.shape), hint)
+    hint = "Leave out empty batches"
+    require(images.numel() > 0, "images", "hold at least one image of at least one pixel", tuple(images.shape), hint)
     return images
 
 
@@ -64,8 +64,8 @@ def statistics(
     if mean is None or std is None:
         return [0.0] * channels, [1.0] * channels
     for name, values in (("mean", mean), ("std", std)):
-        mend = f"Give {channels} numbers on the scale of pixels in 0..1"
-        require(len(values) == channels, name, "have one number a channel", tuple(values), mend)
-    mend = "Give the standard deviation of each channel, on the scale of pixels in 0..1"
-    require(all(s > 0 for s in std), "std", "be above 0", tuple(std), mend)
+        hint = f"Give {channels} numbers on the scale of pixels in 0..1"
+        require(len(values) == channels, name, "have one number a channel", tuple(values), hint)
+    hint = "Give the standard deviation of each channel, on the scale of pixels in 0..1"
+    require(all(s > 0 for s in std), "std", "be above 0", tuple(std), hint)
     return [float(m) for m in mean], [float(s) for s in std]

@@ -33,11 +33,11 @@ class StockView(nn.Module):
         recipe: The numbers of the view.
         mean: Subtracted at the end, one number a channel.
         std: Divided by at the end, one number a channel.
-        front: What the images go through first.
+        pre_transform: What the images go through first.
     """
 
     def __init__(
-        self, recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], front: nn.Module | None = None
+        self, recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None = None
     ) -> None:
         super().__init__()
         size = (recipe.size, recipe.size)
@@ -47,7 +47,7 @@ class StockView(nn.Module):
         jitter = K.ColorJitter(*recipe.jitter, p=recipe.jitter_p)
         gray = [K.RandomGrayscale(p=recipe.gray_p)] if recipe.gray_p > 0 else []
         operations = [
-            *([front] if front is not None else []),
+            *([pre_transform] if pre_transform is not None else []),
             crop,
             nn.Hardtanh(0.0, 1.0),
             K.RandomHorizontalFlip(p=recipe.flip),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_choice, require
-from lightning_contrast.augment.fused.base import Form, FusedOperation
+from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import as_float, check_images, full_precision, statistics
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewRecipe
@@ -26,7 +26,7 @@ class ViewPolicy(nn.Module):
         channels: Number of channels of the images.
         mean: Subtracted from every channel at the end; None subtracts nothing.
         std: Every channel is divided by it at the end; None divides by nothing.
-        interpolation: How `plain` resizes: ``"bilinear"`` or ``"bicubic"``.
+        interpolation: How `eval_transform` resizes: ``"bilinear"`` or ``"bicubic"``.
 
     Attributes:
         size: As given.
@@ -76,7 +76,7 @@ class ViewPolicy(nn.Module):
             return [view(images) for view in self.views]
 
     @torch.no_grad()
-    def plain(self, images: Tensor) -> Tensor:
+    def eval_transform(self, images: Tensor) -> Tensor:
         """Return the images as evaluation sees them: resized, centre-cropped to the policy's size and normalised.
 
         The shorter side is resized to the size (antialiased); images of that size already are not resampled.
@@ -114,7 +114,7 @@ def make_policy(
     channels: int = 3,
     color: bool = True,
     auto: Auto | None = None,
-    form: Form = None,
+    backend: Backend = None,
 ) -> ViewPolicy:
     """Build a policy with one view for each recipe; the first gives the policy's size.
 
@@ -126,18 +126,18 @@ def make_policy(
         channels: Number of channels.
         color: Whether to keep saturation, hue and grayscale.
         auto: Automatic augmentation in front.
-        form: See `Form`.
+        backend: See `Backend`.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
     from lightning_contrast.augment.kornia_view import StockView, auto_augment
 
-    check_choice("form", form, (None, "cpu", "accelerator"))
+    check_choice("backend", backend, (None, "cpu", "accelerator"))
     check_choice("auto", auto, (None, "randaugment", "autoaugment", "trivialaugment"))
     check_at_least("channels", channels, 1)
-    mend = "Set `color=False`, which leaves out saturation, hue and grayscale"
-    require(channels in (1, _RGB) or not color, "channels", "be 3 (or 1) for the colour operations", channels, mend)
+    hint = "Set `color=False`, which leaves out saturation, hue and grayscale"
+    require(channels in (1, _RGB) or not color, "channels", "be 3 (or 1) for the colour operations", channels, hint)
     require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Leave `auto` out")
     mean, std = statistics(mean, std, channels)
     views: list[nn.Module] = []
@@ -145,17 +145,17 @@ def make_policy(
         if not color or channels != _RGB:
             brightness, contrast, _, _ = recipe.jitter
             recipe = dataclasses.replace(recipe, jitter=(brightness, contrast, 0.0, 0.0), gray_p=0.0)  # noqa: PLW2901
-        front = None if auto is None else auto_augment(auto)
+        pre_transform = None if auto is None else auto_augment(auto)
         if fused:
-            views.append(fused_view(recipe, mean, std, front, form))
+            views.append(fused_view(recipe, mean, std, pre_transform, backend))
         else:
-            views.append(StockView(recipe, mean, std, front))
+            views.append(StockView(recipe, mean, std, pre_transform))
     interpolation = "bicubic" if recipes[0].bicubic else "bilinear"
     return ViewPolicy(views, size=recipes[0].size, channels=channels, mean=mean, std=std, interpolation=interpolation)
 
 
 def fused_view(
-    recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], front: nn.Module | None, form: Form
+    recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None, backend: Backend
 ) -> FusedView:
     """Build one view of fused operations; what a recipe never does is left out."""
     from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
@@ -179,4 +179,4 @@ def fused_view(
         operations.append(FusedGaussianBlur(recipe.blur_p, BLUR_SIGMA, kernel_size=recipe.blur_kernel))
     if recipe.solarize_p > 0:
         operations.append(FusedSolarize(recipe.solarize_p))
-    return FusedView(crop, operations, mean, std, front=front, form=form)
+    return FusedView(crop, operations, mean, std, pre_transform=pre_transform, backend=backend)

@@ -10,7 +10,7 @@ from lightning_contrast._checks import (
     check_range,
     require,
 )
-from lightning_contrast.augment.fused.base import Form
+from lightning_contrast.augment.fused.base import Backend
 
 Auto = Literal["randaugment", "autoaugment", "trivialaugment"]
 
@@ -24,14 +24,14 @@ class ViewOptions(TypedDict, total=False):
         color: False leaves out saturation, hue and grayscale, which mean nothing but for RGB.
         auto: ``"randaugment"``, ``"autoaugment"`` or ``"trivialaugment"``: Kornia's, in front of each view. Their
             code reads single values on the host, so these views may wait for an accelerator; all others never do.
-        form: ``"cpu"``, ``"accelerator"`` or None for the form that suits the device of the images.
+        backend: ``"cpu"``, ``"accelerator"`` or None for the form that suits the device of the images.
     """
 
     fused: bool
     channels: int
     color: bool
     auto: Auto | None
-    form: Form
+    backend: Backend
 
 
 @dataclasses.dataclass(frozen=True)

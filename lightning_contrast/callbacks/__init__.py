@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from lightning_contrast._lazy import attach
 
 if TYPE_CHECKING:
-    from lightning_contrast.callbacks.collapse.contrast_monitor import ContrastMonitor as ContrastMonitor
+    from lightning_contrast.callbacks.collapse.contrast_monitor import (
+        InstanceDiscriminationMonitor as InstanceDiscriminationMonitor,
+    )
     from lightning_contrast.callbacks.collapse.monitor import CollapseMonitor as CollapseMonitor
     from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
     from lightning_contrast.callbacks.invariance.monitor import InvarianceMonitor as InvarianceMonitor
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks.probes.linear_probe import OnlineLinearProbe as OnlineLinearProbe
     from lightning_contrast.callbacks.queue_update import QueueUpdate as QueueUpdate
     from lightning_contrast.callbacks.step_seed import StepSeed as StepSeed
-    from lightning_contrast.callbacks.throughput.monitor import ThroughputMonitor as ThroughputMonitor
+    from lightning_contrast.callbacks.throughput.monitor import TrainingCostMonitor as TrainingCostMonitor
     from lightning_contrast.callbacks.view_augmentation import ViewAugmentation as ViewAugmentation
     from lightning_contrast.callbacks.visualization.embedding_logger import EmbeddingLogger as EmbeddingLogger
     from lightning_contrast.callbacks.visualization.view_logger import ViewLogger as ViewLogger

@@ -91,8 +91,8 @@ class ChunkedForward:
         others, _ = tree_flatten((args[1:], kwargs))
         if not isinstance(batch, Tensor) or any(isinstance(other, Tensor) for other in others):
             got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
-            mend = "Name a submodule that gets one tensor, such as the backbone"
-            fail("module", "take one tensor, as its first argument, to run in chunks", got, mend, TypeError)
+            hint = "Name a submodule that gets one tensor, such as the backbone"
+            fail("module", "take one tensor, as its first argument, to run in chunks", got, hint, TypeError)
 
         def contexts() -> tuple[Any, Any]:
             return nullcontext(), frozen_running_statistics(self.module)
@@ -111,8 +111,8 @@ def _concatenate(outputs: list[Any], sizes: list[int]) -> Any:
     for leaf in flat[0]:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != sizes[0]:
             got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            mend = "Name a submodule whose outputs have one row for each image"
-            fail("module", f"return tensors of {sizes[0]} rows for {sizes[0]} images", got, mend, TypeError)
+            hint = "Name a submodule whose outputs have one row for each image"
+            fail("module", f"return tensors of {sizes[0]} rows for {sizes[0]} images", got, hint, TypeError)
     columns = [torch.cat(column) for column in zip(*flat, strict=True)]
     return tree_unflatten(columns, tree_flatten(outputs[0])[1])
 

@@ -67,8 +67,8 @@ class LoggerGuard(Callback):
             except Exception as error:
                 what = f"The logger {kind} failed in `{name}` at step {trainer.global_step}: {error!r}."
                 if self.action == "raise" and not self._is_failing:
-                    mend = "`LoggerGuard('continue')` trains on without it."
-                    raise RuntimeError(f"{what} {mend}") from error
+                    hint = "`LoggerGuard('continue')` trains on without it."
+                    raise RuntimeError(f"{what} {hint}") from error
                 self.failures[kind] = self.failures.get(kind, 0) + 1
                 if self.failures[kind] == 1:
                     rank_zero_warn(f"{what} The run goes on; further failures are counted.", category=RuntimeWarning)

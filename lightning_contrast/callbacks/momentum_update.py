@@ -103,8 +103,8 @@ class MomentumUpdate(Callback):
         if drop_if_foreign(self, trainer, pl_module) or stage != "fit":
             return
         if not hasattr(pl_module, "momentum_pairs") and not hasattr(pl_module, "step_states"):
-            mend = "Return [(online_module, momentum_module), ...] from it, or leave `MomentumUpdate` out"
-            fail("pl_module", "have a method `momentum_pairs`", type(pl_module).__name__, mend, TypeError)
+            hint = "Return [(online_module, momentum_module), ...] from it, or leave `MomentumUpdate` out"
+            fail("pl_module", "have a method `momentum_pairs`", type(pl_module).__name__, hint, TypeError)
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
             self._check_end(math.inf)
 
@@ -112,8 +112,8 @@ class MomentumUpdate(Callback):
         """Check the pairs, which may not exist before ``configure_model``."""
         pairs = _pairs(pl_module)
         if not pairs and not _step_states(pl_module):
-            mend = "Leave `MomentumUpdate` out"
-            fail("momentum_pairs", "give at least one pair", pairs, mend)
+            hint = "Leave `MomentumUpdate` out"
+            fail("momentum_pairs", "give at least one pair", pairs, hint)
         check_pairs(pairs, _root(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

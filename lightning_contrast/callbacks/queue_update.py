@@ -42,8 +42,8 @@ class QueueUpdate(Callback):
         ignored: list[str] = list(getattr(pl_module, _IGNORED_BY_DDP, []))
         for name, queue in _queues(pl_module).items():
             if id(queue) not in names:
-                mend = "Assign it to an attribute in `__init__`, so that checkpoints and strategies see it"
-                fail("queues", "give submodules of the module", name, mend)
+                hint = "Assign it to an attribute in `__init__`, so that checkpoints and strategies see it"
+                fail("queues", "give submodules of the module", name, hint)
             ignored += [f"{names[id(queue)]}.{buffer}" for buffer, _ in queue.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, sorted(set(ignored)))  # type: ignore[no-untyped-call]
 
@@ -89,8 +89,8 @@ def _batch_size(loader: Any) -> int | None:
 def _queues(pl_module: LightningModule) -> dict[str, nn.Module]:
     """Return the queues by the name of the step output that feeds them."""
     if not hasattr(pl_module, "queues"):
-        mend = 'Return {"keys": queue} from it, or leave `QueueUpdate` out'
-        fail("pl_module", "have a method `queues`", type(pl_module).__name__, mend, TypeError)
+        hint = 'Return {"keys": queue} from it, or leave `QueueUpdate` out'
+        fail("pl_module", "have a method `queues`", type(pl_module).__name__, hint, TypeError)
     queues: dict[str, nn.Module] = pl_module.queues()  # type: ignore[operator]  # checked above
     if not queues:
         fail("queues", "give at least one queue", queues, "Leave `QueueUpdate` out")
@@ -100,8 +100,8 @@ def _queues(pl_module: LightningModule) -> dict[str, nn.Module]:
 def _output(outputs: Any, name: str) -> Tensor:
     """Return an entry of the step output, or tell what there is."""
     if not isinstance(outputs, dict):
-        mend = f'Return {{"loss": loss, "{name}": ...}} from `training_step`'
-        fail("outputs", "be a dict", type(outputs).__name__, mend, TypeError)
+        hint = f'Return {{"loss": loss, "{name}": ...}} from `training_step`'
+        fail("outputs", "be a dict", type(outputs).__name__, hint, TypeError)
     value = outputs.get(name)
     if not isinstance(value, Tensor):
         there = ", ".join(map(repr, outputs))

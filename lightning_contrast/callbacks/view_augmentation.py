@@ -32,7 +32,7 @@ class Policy(Protocol):
         """Return V views (B, C, h, w), float, of images (B, C, H, W), uint8 or float in 0..1."""
         ...
 
-    def plain(self, images: Tensor) -> Tensor:
+    def eval_transform(self, images: Tensor) -> Tensor:
         """Return the images resized, cut to the policy's size and normalised, (B, C, h, w), float."""
         ...
 
@@ -41,7 +41,7 @@ class ViewAugmentation(L.Callback):
     """Makes the views of every training batch, on its device, in front of every step and every other callback.
 
     In training ``policy(images)`` takes the place of the images in the batch, a list of views; in validation, sanity
-    check, test and prediction ``policy.plain(images)``, so that one place owns the preprocessing. Everything else in
+    check, test and prediction ``policy.eval_transform(images)``, so that one place owns the preprocessing. Everything else in
     the batch stays as it is, and nothing is written into the loader's own tensors. Batches may be a tensor, a tuple,
     list, NamedTuple, dict or dataclass as in `lightning_contrast.contracts`, or collections of them from a
     `CombinedLoader`. A loader that yields views already is refused: remove one of the two.
@@ -60,16 +60,16 @@ class ViewAugmentation(L.Callback):
         evaluate: False leaves the batches of validation, test and prediction as the loader gives them.
 
     Raises:
-        TypeError: If the policy cannot be called or lacks ``plain`` where that is needed.
+        TypeError: If the policy cannot be called or lacks ``eval_transform`` where that is needed.
     """
 
     def __init__(self, policy: Policy | ViewPolicy, seed: int | None = None, evaluate: bool = True) -> None:
         if not callable(policy):
-            mend = "Give for example `augment.simclr_views(32)`"
-            fail("policy", "be callable with a batch of images", type(policy).__name__, mend, TypeError)
-        if evaluate and not callable(getattr(policy, "plain", None)):
-            mend = "Give it a method `plain(images)`, or set `evaluate=False`"
-            fail("policy", "have a method `plain`", type(policy).__name__, mend, TypeError)
+            hint = "Give for example `augment.simclr_views(32)`"
+            fail("policy", "be callable with a batch of images", type(policy).__name__, hint, TypeError)
+        if evaluate and not callable(getattr(policy, "eval_transform", None)):
+            hint = "Give it a method `eval_transform(images)`, or set `evaluate=False`"
+            fail("policy", "have a method `eval_transform`", type(policy).__name__, hint, TypeError)
         if seed is not None:
             check_at_least("seed", seed, 0)
         self.policy, self.seed, self.evaluate = policy, seed, evaluate
@@ -82,8 +82,8 @@ class ViewAugmentation(L.Callback):
             step = getattr(pl_module, name, None)
             ours = self.evaluate or name == "training_step"
             if ours and step is not None and is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-                mend = f"Write `{name}(self, batch, batch_idx)`, or make the views in the step"
-                fail(name, "take a batch, for ViewAugmentation to make views of", "`dataloader_iter`", mend, TypeError)
+                hint = f"Write `{name}(self, batch, batch_idx)`, or make the views in the step"
+                fail(name, "take a batch, for ViewAugmentation to make views of", "`dataloader_iter`", hint, TypeError)
         if isinstance(self.policy, nn.Module):
             self.policy.to(trainer.strategy.root_device)
         self._trainer = trainer
@@ -128,7 +128,7 @@ class ViewAugmentation(L.Callback):
         return check_views(self.policy(images), images)
 
     def _plain(self, images: Tensor) -> Tensor:
-        return self.policy.plain(self._check(images, evaluating=True))
+        return self.policy.eval_transform(self._check(images, evaluating=True))
 
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
         values = images.device.type == "cpu" or (not evaluating) not in self._checked

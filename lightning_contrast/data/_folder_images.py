@@ -167,8 +167,8 @@ def _as_image(value: Any) -> Tensor:
     return image.to(torch.float32)
 
 
-def _refuse(rule: str, value: object, mend: str) -> NoReturn:
-    raise ValueError(f"`loader` must {rule}, got {value}. {mend}.")
+def _refuse(rule: str, value: object, hint: str) -> NoReturn:
+    raise ValueError(f"`loader` must {rule}, got {value}. {hint}.")
 
 
 def _kind(image: Tensor) -> str:

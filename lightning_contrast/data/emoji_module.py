@@ -76,8 +76,8 @@ class EmojiDataModule(InMemoryDataModule):
         self.background = _colour(background)
         folds = range(1, _FOLDS)
         ok = validation_fold is None or (type(validation_fold) is int and validation_fold in folds)
-        mend = "Fold 0 is the test set; None validates on it"
-        require(ok, "validation_fold", f"be None or one of {[*folds]}", validation_fold, mend)
+        hint = "Fold 0 is the test set; None validates on it"
+        require(ok, "validation_fold", f"be None or one of {[*folds]}", validation_fold, hint)
         self.validation_fold = validation_fold
 
     @cached_property
@@ -142,13 +142,13 @@ class EmojiDataModule(InMemoryDataModule):
 
 
 def _colour(background: str | tuple[int, int, int]) -> tuple[int, int, int]:
-    rule, mend = "be 'white', 'black' or (red, green, blue) in 0..255", "Give a name or three whole numbers"
+    rule, hint = "be 'white', 'black' or (red, green, blue) in 0..255", "Give a name or three whole numbers"
     if isinstance(background, str):
         if background not in _COLOURS:
-            fail("background", rule, background, mend)
+            fail("background", rule, background, hint)
         return _COLOURS[background]
     values = tuple(background) if isinstance(background, tuple | list) else ()
     ok = len(values) == 3 and all(type(value) is int and 0 <= value <= 255 for value in values)
-    require(ok, "background", rule, background, mend)
+    require(ok, "background", rule, background, hint)
     red, green, blue = values
     return red, green, blue

@@ -121,8 +121,8 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         self.class_names = found["train"][1] or found.get("val", ([], ()))[1]
         for split, (files, classes) in found.items():
             extra = sorted(set(classes) - set(self.class_names))
-            mend = "Name the class folders alike"
-            require(not extra, "val_dir", "have no class that `train_dir` has not", extra, mend)
+            hint = "Name the class folders alike"
+            require(not extra, "val_dir", "have no class that `train_dir` has not", extra, hint)
             numbers = {name: number for number, name in enumerate(self.class_names)}
             labels = [numbers[name] if name is not None else -1 for _, name in files]
             paths = [path for path, _ in files]
@@ -193,17 +193,17 @@ def _list_images(
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     ends = ", ".join(extensions) or "any"
     if not classes:
-        mend = f"Files that count end in {ends}; set `extensions` for others"
-        require(bool(loose), argument, "hold images, or class folders with images", str(folder), mend)
+        hint = f"Files that count end in {ends}; set `extensions` for others"
+        require(bool(loose), argument, "hold images, or class folders with images", str(folder), hint)
         return [(path, None) for path in loose], ()
     if loose:
-        mend = f"Move images like {loose[0]} into class folders, or take the folders away"
-        fail(argument, "hold class folders or images, not both", str(folder), mend)
+        hint = f"Move images like {loose[0]} into class folders, or take the folders away"
+        fail(argument, "hold class folders or images, not both", str(folder), hint)
     files: list[tuple[str, str | None]] = []
     for name in classes:
         inside = _files(folder / name, extensions, deep=True)
-        mend = f"Remove empty class folders; files that count end in {ends}"
-        require(bool(inside), argument, "hold images in every class folder", str(folder / name), mend)
+        hint = f"Remove empty class folders; files that count end in {ends}"
+        require(bool(inside), argument, "hold images in every class folder", str(folder / name), hint)
         files += [(path, name) for path in inside]
     return files, tuple(classes)
 

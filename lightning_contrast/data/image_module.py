@@ -86,15 +86,15 @@ class ImageDataModule(InMemoryDataModule):
         self._source = _SOURCES[dataset]
         native = 1 if self._source.grey else 3
         choices = "None, 1 or 3" if self._source.grey else "None or 3"
-        mend = "3 repeats a grey set; colours are made grey by an augmentation"
-        require(channels in {None, native, 3}, "channels", f"be {choices} for {dataset}", channels, mend)
+        hint = "3 repeats a grey set; colours are made grey by an augmentation"
+        require(channels in {None, native, 3}, "channels", f"be {choices} for {dataset}", channels, hint)
         self.channels = channels or native
         check_choice("train_split", train_split, self._source.train_splits)
         self.train_split = train_split
         check_at_least("validation_size", validation_size, 0)
-        mend = "Validate on the test images, or train on labelled ones"
+        hint = "Validate on the test images, or train on labelled ones"
         labelled = validation_size == 0 or "unlabeled" not in train_split
-        require(labelled, "validation_size", f"be 0 where `train_split` is {train_split!r}", validation_size, mend)
+        require(labelled, "validation_size", f"be 0 where `train_split` is {train_split!r}", validation_size, hint)
         self.validation_size = validation_size
         self.num_classes = self._source.num_classes
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -120,9 +120,9 @@ class ImageDataModule(InMemoryDataModule):
         if split == "test" or (split == "val" and self.validation_size == 0):
             return self._part("test")
         images, labels = self._part(self.train_split)
-        mend = "Hold out fewer"
+        hint = "Hold out fewer"
         fits = self.validation_size < len(images)
-        require(fits, "validation_size", f"be < {len(images)}, the training images", self.validation_size, mend)
+        require(fits, "validation_size", f"be < {len(images)}, the training images", self.validation_size, hint)
         rows = slice(None, self.validation_size) if split == "val" else slice(self.validation_size, None)
         return images[rows], labels[rows]
 
@@ -158,8 +158,8 @@ class ImageDataModule(InMemoryDataModule):
             if download:
                 raise  # the network's own message
             where = f"hold {self.dataset_name}, whole, as torchvision lays it out ({self._source.files})"
-            mend = f"Set `download=True`, or set `root` to the folder that has it{_HINTS.get(self.dataset_name, '')}"
-            raise FileNotFoundError(f"`root` must {where}, got {str(self.root)!r}. {mend}.") from error
+            hint = f"Set `download=True`, or set `root` to the folder that has it{_HINTS.get(self.dataset_name, '')}"
+            raise FileNotFoundError(f"`root` must {where}, got {str(self.root)!r}. {hint}.") from error
 
     def _idx_files(self, part: str) -> tuple[Path, Path] | None:
         """Return the files of a part in MNIST's format, if they are there."""

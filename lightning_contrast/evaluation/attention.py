@@ -26,7 +26,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Tens
     Args:
         model: A method of ours, of which the ``backbone`` is looked at; or a vision transformer of timm with a class
             token. DINO evaluates its teacher: pass ``model.momentum_backbone``.
-        images: What the model takes, (B, C, H, W) float: ``policy.plain(images)`` of the views it was trained on.
+        images: What the model takes, (B, C, H, W) float: ``policy.eval_transform(images)`` of the views it was trained on.
         layer: Which attention layer, counted from 0, or from the end if negative.
 
     Returns:
@@ -49,8 +49,8 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Tens
     patch = cast("Any", owner).patch_embed.patch_size
     height, width = (-(-side // edge) for side, edge in zip(images.shape[-2:], patch, strict=True))
     if rows.shape[-1] != height * width:
-        mend = "Use a vision transformer that keeps all patches in its attention"
-        fail("model", f"attend to {height} x {width} patches", f"{rows.shape[-1]}", mend)
+        hint = "Use a vision transformer that keeps all patches in its attention"
+        fail("model", f"attend to {height} x {width} patches", f"{rows.shape[-1]}", hint)
     maps: Tensor = rows.reshape(*rows.shape[:2], height, width)
     return maps
 
@@ -177,8 +177,8 @@ def _attentions(backbone: nn.Module) -> list[nn.Module]:
         m for m in backbone.modules() if hasattr(m, "fused_attn") and isinstance(getattr(m, "attn_drop", 0), nn.Module)
     ]
     if not found:
-        mend = 'Use a vision transformer of timm, such as "vit_small_patch16_224"'
-        fail("model", "have self-attention with a class token", type(backbone).__name__, mend, TypeError)
+        hint = 'Use a vision transformer of timm, such as "vit_small_patch16_224"'
+        fail("model", "have self-attention with a class token", type(backbone).__name__, hint, TypeError)
     return found
 
 
@@ -189,8 +189,8 @@ def _tokens(backbone: nn.Module) -> tuple[nn.Module, int]:
             if getattr(module, "cls_token", None) is None:
                 break
             return module, cast("int", module.num_prefix_tokens)
-    mend = "Build the vision transformer with class_token=True"
-    fail("model", "have a class token before its patches", type(backbone).__name__, mend)
+    hint = "Build the vision transformer with class_token=True"
+    fail("model", "have a class token before its patches", type(backbone).__name__, hint)
 
 
 def _record(backbone: nn.Module, attention: Any, images: Tensor) -> Tensor:

@@ -88,9 +88,9 @@ def _spec_of_trainer(model: nn.Module) -> Any:
 
 def _checked(spec: Any) -> dict[str, Any]:
     """Return the spec as a dict of plain numbers."""
-    mend = 'Give {"size": ..., "mean": ..., "std": ...}: a checkpoint of a run with `ViewAugmentation` holds it'
+    hint = 'Give {"size": ..., "mean": ..., "std": ...}: a checkpoint of a run with `ViewAugmentation` holds it'
     if not isinstance(spec, Mapping) or spec.keys() != {"size", "mean", "std"}:
-        fail("input_spec", "hold the size, mean and std of the images", spec, mend)
+        fail("input_spec", "hold the size, mean and std of the images", spec, hint)
     check_at_least("size", spec["size"], 1)
     lists = {key: None if spec[key] is None else [float(value) for value in spec[key]] for key in ("mean", "std")}
     return {"size": int(spec["size"]), **lists}
@@ -104,8 +104,8 @@ def _backbone_of(model: nn.Module) -> nn.Module:
     if not isinstance(backbone, nn.Module):
         fail("model", "have a module as `backbone`", type(backbone).__name__, "Give the network itself", TypeError)
     if any(isinstance(weight, DTensor) or is_fsdp1_shard(weight) for weight in backbone.parameters()):
-        mend = "Load a full checkpoint into a module without a Trainer, and export that"
-        fail("model", "hold whole weights", "a module that FSDP has sharded", mend)
+        hint = "Load a full checkpoint into a module without a Trainer, and export that"
+        fail("model", "hold whole weights", "a module that FSDP has sharded", hint)
     return cast("nn.Module", backbone.vit) if isinstance(backbone, MaskedViT) else backbone
 
 
@@ -115,8 +115,8 @@ def _write_onnx(backbone: nn.Module, path: Path, spec: dict[str, Any]) -> None:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
-        mend = "pip install 'lightning_contrast[export]'"
-        raise ModuleNotFoundError(f"ONNX needs onnx, onnxscript and onnxruntime: {mend}.") from error
+        hint = "pip install 'lightning_contrast[export]'"
+        raise ModuleNotFoundError(f"ONNX needs onnx, onnxscript and onnxruntime: {hint}.") from error
     network = copy.deepcopy(backbone).cpu().float().eval().to(memory_format=torch.contiguous_format)
     images = torch.rand(2, _channels(network, spec), spec["size"], spec["size"])
     with _silence("torch.onnx", "onnxscript", "onnx_ir"):

@@ -19,7 +19,7 @@ def encode(
     Args:
         model: Maps images to features (B, F): a method of ours, a backbone, any module.
         images: What ``preprocess`` takes, (N, C, H, W).
-        preprocess: Makes the model's input of a batch of images: ``policy.plain`` of the views that it was trained on.
+        preprocess: Maps a batch of images to the model's input: ``policy.eval_transform`` of its training views.
         batch_size: Images a pass.
 
     Returns:

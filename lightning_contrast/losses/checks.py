@@ -13,8 +13,8 @@ def check_floating(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         fail(name, "be a tensor", type(x).__name__, "Give the output of a network", TypeError)
     if not x.is_floating_point():
-        mend = "Give embeddings, or convert integers with `.float()`"
-        fail(name, "be a floating point tensor", x.dtype, mend, TypeError)
+        hint = "Give embeddings, or convert integers with `.float()`"
+        fail(name, "be a floating point tensor", x.dtype, hint, TypeError)
 
 
 def check_matrix(name: str, x: Tensor, width: int | None = None) -> None:
@@ -47,13 +47,13 @@ def check_tile_size(tile_size: int | None) -> None:
         fail("tile_size", "be >= 1", tile_size, "Leave it out to have it chosen")
 
 
-def check_scalar(name: str, value: Scalar, mend: str) -> Scalar:
+def check_scalar(name: str, value: Scalar, hint: str) -> Scalar:
     """Check a number > 0, or a tensor with one element, which is returned without dimensions and not read."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             fail(name, "have one element", tuple(value.shape), "Give a number or a tensor of one number")
         return value.reshape(())
-    check_positive(name, value, mend)
+    check_positive(name, value, hint)
     return float(value)
 
 

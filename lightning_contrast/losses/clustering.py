@@ -161,8 +161,8 @@ def msn_loss(
     check_not_negative("me_max_weight", me_max_weight)
     views, rest = divmod(len(anchors), len(targets)) if len(targets) else (1, len(anchors))  # a rank may have none
     if rest or (len(targets) == 0 and not distributed.is_distributed()):
-        mend = "Stack the views of all images one after the other"
-        fail("anchors", f"have a multiple of {len(targets)} rows, at least one", len(anchors), mend)
+        hint = "Stack the views of all images one after the other"
+        fail("anchors", f"have a multiple of {len(targets)} rows, at least one", len(anchors), hint)
     directions = normalize(prototypes)
     predictions = (normalize(anchors) @ directions.T / temperature).log_softmax(1)  # (V B, K)
     goals = _msn_targets(targets, directions, temperature * target_sharpen_temperature, balance=sinkhorn)

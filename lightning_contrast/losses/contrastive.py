@@ -1,7 +1,7 @@
 """Softmax losses over all negatives of the global batch: NT-Xent, InfoNCE, SupCon.
 
-None of them forms the similarity matrix: see `lightning_contrast.losses.kernels.tiles`. Each returns the loss of the joined
-batch of all ranks, the same on every rank, with a gradient whose mean over ranks is that of one process.
+None of them forms the similarity matrix: see `lightning_contrast.losses.kernels.tiles`. Each returns the loss of the
+joined batch of all ranks, the same on every rank, with a gradient whose mean over ranks is that of one process.
 """
 
 import torch
@@ -18,8 +18,8 @@ from lightning_contrast.losses.checks import (
     check_tile_size,
     inverse_temperature,
 )
-from lightning_contrast.losses.kernels.logsumexp import Columns, rows_lse, self_lse
-from lightning_contrast.losses.negatives import Field, Negatives, anchor_losses, as_negatives
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse, self_lse
+from lightning_contrast.losses.negatives import AnchorBatch, Negatives, anchor_losses, as_negatives
 from lightning_contrast.precision import full_precision, normalize
 
 
@@ -29,7 +29,7 @@ def nt_xent(
     z_b: Tensor,
     *,
     temperature: Scalar,
-    handling: Negatives | str = "uniform",
+    weighting: Negatives | str = "uniform",
     groups: Tensor | None = None,
     tile_size: int | None = None,
 ) -> Tensor:
@@ -43,7 +43,7 @@ def nt_xent(
         z_a: Embeddings of the first view, ``(B, D)``.
         z_b: Embeddings of the second view, ``(B, D)``.
         temperature: Divisor of the cosine similarities; unitless, > 0; a number, or a learned tensor of one element.
-        handling: How the negatives count, a `Negatives` or the name of one with its default numbers.
+        weighting: How the negatives count, a `Negatives` or the name of one with its default numbers.
         groups: Group of each image, ``(B,)`` integers: images of one group, such as known duplicates or samples of one
             class, are not negatives of each other; None: all other images are.
         tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
@@ -58,15 +58,15 @@ def nt_xent(
     check_pair("z_a", z_a, "z_b", z_b)
     check_tile_size(tile_size)
     check_groups(groups, len(z_a))
-    scale, handling = inverse_temperature(temperature), as_negatives(handling)
+    scale, weighting = inverse_temperature(temperature), as_negatives(weighting)
     z = normalize(torch.cat([z_a, z_b]))  # (2B, D)
     positive = (z[: len(z_a)] * z[len(z_a) :]).sum(1).repeat(2)  # (2B,)
-    if handling.plain and groups is None:
-        return global_mean(self_lse(z, scale, Columns(tile_size=tile_size, views=2)) - positive * scale)
-    columns = Columns(
+    if weighting.is_uniform and groups is None:
+        return global_mean(self_lse(z, scale, NegativeMask(tile_size=tile_size, views=2)) - positive * scale)
+    columns = NegativeMask(
         skip_partner=True, groups=None if groups is None else groups.repeat(2), tile_size=tile_size, views=2
     )
-    return global_mean(anchor_losses(Field(z, z, positive, scale, columns, views=True), handling))
+    return global_mean(anchor_losses(AnchorBatch(z, z, positive, scale, columns, views=True), weighting))
 
 
 @full_precision
@@ -78,7 +78,7 @@ def info_nce(
     temperature: Scalar,
     negatives_mask: Tensor | None = None,
     extra_negatives: Tensor | None = None,
-    handling: Negatives | str = "uniform",
+    weighting: Negatives | str = "uniform",
     groups: Tensor | None = None,
     negatives_groups: Tensor | None = None,
     tile_size: int | None = None,
@@ -97,8 +97,8 @@ def info_nce(
         temperature: Divisor of the cosine similarities; unitless, > 0; a number, or a learned tensor of one element.
         negatives_mask: Which negatives count, ``(K,)`` bool; False marks a row that is not filled yet.
         extra_negatives: Further negatives of each query of its own, ``(B, S, D)``, such as `mochi_negatives` makes;
-            only with ``handling="uniform"``.
-        handling: How the negatives count, a `Negatives` or the name of one with its default numbers.
+            only with ``weighting="uniform"``.
+        weighting: How the negatives count, a `Negatives` or the name of one with its default numbers.
         groups: Group of each query, ``(B,)`` integers: images of one group, such as known duplicates or samples of one
             class, are not negatives of each other; None: none are left out.
         negatives_groups: Group of each negative, ``(K,)``, where ``negatives`` and ``groups`` are given.
@@ -117,17 +117,17 @@ def info_nce(
     scale = inverse_temperature(temperature)
     check_negatives(negatives, negatives_mask, query.shape[1])
     check_query_groups(groups, negatives_groups, len(query), negatives)
-    handling = as_negatives(handling)
+    weighting = as_negatives(weighting)
     query, key = normalize(query), normalize(key)
     positive = (query * key).sum(1)  # (B,)
-    if negatives is None and extra_negatives is None and handling.plain and groups is None:
-        return global_mean(rows_lse(query, key, scale, Columns(tile_size=tile_size)) - positive * scale)
+    if negatives is None and extra_negatives is None and weighting.is_uniform and groups is None:
+        return global_mean(rows_lse(query, key, scale, NegativeMask(tile_size=tile_size)) - positive * scale)
     bank = key if negatives is None else normalize(negatives.to(query.dtype))
-    columns = Columns(negatives is None, groups, negatives_groups, negatives_mask, tile_size)
-    field = Field(query, bank, positive, scale, columns, together=negatives is None)
+    columns = NegativeMask(negatives is None, groups, negatives_groups, negatives_mask, tile_size)
+    field = AnchorBatch(query, bank, positive, scale, columns, together=negatives is None)
     if extra_negatives is None:
-        return global_mean(anchor_losses(field, handling))
-    check_extra(extra_negatives, query, handling)
+        return global_mean(anchor_losses(field, weighting))
+    check_extra(extra_negatives, query, weighting)
     extra = normalize(extra_negatives.to(query.dtype).flatten(0, 1)).view_as(extra_negatives)
     own = (extra @ query.unsqueeze(2)).squeeze(2) * scale  # (B, S)
     others = torch.logaddexp(field.lse(scale), own.logsumexp(1))
@@ -160,20 +160,20 @@ def check_query_groups(groups: Tensor | None, others: Tensor | None, size: int, 
     check_groups(groups, size)
     if (others is not None) != (groups is not None and negatives is not None):
         given = "given" if others is not None else "None"
-        mend = "Give both groups where there are `negatives`, and `groups` alone where the other keys are the negatives"
-        fail("negatives_groups", "come with `groups` and `negatives`", given, mend)
+        hint = "Give both groups where there are `negatives`, and `groups` alone where the other keys are the negatives"
+        fail("negatives_groups", "come with `groups` and `negatives`", given, hint)
     if others is not None and negatives is not None:
         check_labels(others, len(negatives), "negatives_groups")
 
 
-def check_extra(extra: Tensor, query: Tensor, handling: Negatives) -> None:
+def check_extra(extra: Tensor, query: Tensor, weighting: Negatives) -> None:
     """Check negatives of each query, ``(B, S, D)``."""
     check_floating("extra_negatives", extra)
     if extra.ndim != 3 or extra.shape[0] != len(query) or extra.shape[2] != query.shape[1]:
         rule = f"have shape ({len(query)}, S, {query.shape[1]})"
         fail("extra_negatives", rule, tuple(extra.shape), "Give S negatives for each query")
-    if not handling.plain:
-        fail("handling", "be 'uniform' with `extra_negatives`", handling.kind, "Leave one of them out")
+    if not weighting.is_uniform:
+        fail("weighting", "be 'uniform' with `extra_negatives`", weighting.kind, "Leave one of them out")
 
 
 @full_precision
@@ -217,7 +217,7 @@ def sup_con(
     z = normalize(torch.cat([z_a, z_b]))  # (2B, D)
     sums, counts = class_sums(z, labels.repeat(2))  # (2B, D), (2B,)
     positive = ((z * sums).sum(1) - (z * z).sum(1)) / (counts - 1) * scale  # an anchor is not its own positive
-    return global_mean(self_lse(z, scale, Columns(tile_size=tile_size, views=2)) - positive) * factor
+    return global_mean(self_lse(z, scale, NegativeMask(tile_size=tile_size, views=2)) - positive) * factor
 
 
 def check_labels(labels: Tensor, size: int, name: str = "labels") -> None:
@@ -272,8 +272,8 @@ def debiased_nt_xent(
         ValueError: If shapes differ, the batch is smaller than 2, or a number is out of its range.
         TypeError: If the embeddings are not floating point.
     """
-    handling = Negatives("debiased", tau_plus=tau_plus)
-    return nt_xent(z_a, z_b, temperature=temperature, handling=handling, tile_size=tile_size)
+    weighting = Negatives("debiased", tau_plus=tau_plus)
+    return nt_xent(z_a, z_b, temperature=temperature, weighting=weighting, tile_size=tile_size)
 
 
 def hard_negative_nt_xent(
@@ -299,8 +299,8 @@ def hard_negative_nt_xent(
         ValueError: If shapes differ, the batch is smaller than 2, or a number is out of its range.
         TypeError: If the embeddings are not floating point.
     """
-    handling = Negatives("hard", tau_plus=tau_plus, beta=beta)
-    return nt_xent(z_a, z_b, temperature=temperature, handling=handling, tile_size=tile_size)
+    weighting = Negatives("hard", tau_plus=tau_plus, beta=beta)
+    return nt_xent(z_a, z_b, temperature=temperature, weighting=weighting, tile_size=tile_size)
 
 
 def decoupled_nt_xent(
@@ -325,5 +325,5 @@ def decoupled_nt_xent(
         ValueError: If shapes differ, the batch is smaller than 2, or a number is out of its range.
         TypeError: If the embeddings are not floating point.
     """
-    handling = Negatives("decoupled") if sigma is None else Negatives("decoupled_weighted", sigma=sigma)
-    return nt_xent(z_a, z_b, temperature=temperature, handling=handling, tile_size=tile_size)
+    weighting = Negatives("decoupled") if sigma is None else Negatives("decoupled_weighted", sigma=sigma)
+    return nt_xent(z_a, z_b, temperature=temperature, weighting=weighting, tile_size=tile_size)

@@ -8,7 +8,7 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch, check_positive, fail
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import check_matrix, check_pair, check_tile_size
-from lightning_contrast.losses.kernels.logsumexp import Columns, self_lse
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask, self_lse
 from lightning_contrast.precision import full_precision, normalize
 
 
@@ -66,7 +66,7 @@ def uniformity(z: Tensor, *, t: float = 2.0, tile_size: int | None = None) -> Te
         check_batch("z", len(z))
     unit = normalize(z)
     # d^2 = 2 - 2 cos, so that the potentials of a row sum to exp(lse - 2 t).
-    rows = self_lse(unit, 2 * t, Columns(tile_size=tile_size)) - 2 * t  # (B,)
+    rows = self_lse(unit, 2 * t, NegativeMask(tile_size=tile_size)) - 2 * t  # (B,)
     peak = _global_max(rows)
     total = distributed.all_reduce_sum_with_gradient((rows - peak).exp().sum())
     count = _global_count(z)

@@ -6,12 +6,12 @@ from torch import Tensor
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import Scalar, check_pair, check_scalar, check_tile_size
 from lightning_contrast.losses.contrastive import check_groups
-from lightning_contrast.losses.kernels.logsumexp import Columns, pair_lse
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask, pair_lse
 from lightning_contrast.losses.kernels.sigmoid import softplus_sums
-from lightning_contrast.losses.negatives import Field, Negatives, anchor_losses, as_negatives
+from lightning_contrast.losses.negatives import AnchorBatch, Negatives, anchor_losses, as_negatives
 from lightning_contrast.precision import full_precision, normalize
 
-_SCALE_MEND = "Give the multiplier itself, `log_scale.exp()`, not its logarithm"
+_SCALE_HINT = "Give the multiplier itself, `log_scale.exp()`, not its logarithm"
 
 
 @full_precision
@@ -20,7 +20,7 @@ def clip_loss(
     text: Tensor,
     *,
     logit_scale: Scalar,
-    handling: Negatives | str = "uniform",
+    weighting: Negatives | str = "uniform",
     groups: Tensor | None = None,
     tile_size: int | None = None,
 ) -> Tensor:
@@ -34,7 +34,7 @@ def clip_loss(
         text: Embeddings of their texts, ``(B, D)``.
         logit_scale: Multiplier of the cosine similarities, already exponentiated; > 0; a number, or a learned tensor
             of one element, which is not read on the host.
-        handling: How the negatives count, a `Negatives` or the name of one with its default numbers.
+        weighting: How the negatives count, a `Negatives` or the name of one with its default numbers.
         groups: Group of each pair, ``(B,)`` integers: pairs of one group, such as known duplicates or samples of one
             class, are not negatives of each other; None: all other pairs are.
         tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
@@ -48,17 +48,17 @@ def clip_loss(
     """
     check_pair("image", image, "text", text)
     check_tile_size(tile_size)
-    scale = check_scalar("logit_scale", logit_scale, _SCALE_MEND)
+    scale = check_scalar("logit_scale", logit_scale, _SCALE_HINT)
     check_groups(groups, len(image))
-    handling = as_negatives(handling)
+    weighting = as_negatives(weighting)
     image, text = normalize(image), normalize(text)
     positive = (image * text).sum(1)  # (B,)
-    if handling.plain and groups is None:
-        by_image, by_text = pair_lse(image, text, scale, Columns(tile_size=tile_size))
+    if weighting.is_uniform and groups is None:
+        by_image, by_text = pair_lse(image, text, scale, NegativeMask(tile_size=tile_size))
         return global_mean(0.5 * (by_image + by_text) - positive * scale)
-    columns = Columns(skip_partner=True, groups=groups, tile_size=tile_size)
-    by_image = anchor_losses(Field(image, text, positive, scale, columns), handling)
-    by_text = anchor_losses(Field(text, image, positive, scale, columns), handling)
+    columns = NegativeMask(skip_partner=True, groups=groups, tile_size=tile_size)
+    by_image = anchor_losses(AnchorBatch(image, text, positive, scale, columns), weighting)
+    by_text = anchor_losses(AnchorBatch(text, image, positive, scale, columns), weighting)
     return global_mean(0.5 * (by_image + by_text))
 
 
@@ -90,7 +90,7 @@ def siglip_loss(
     """
     check_pair("image", image, "text", text)
     check_tile_size(tile_size)
-    scale = check_scalar("logit_scale", logit_scale, _SCALE_MEND)
+    scale = check_scalar("logit_scale", logit_scale, _SCALE_HINT)
     bias: Scalar = logit_bias.reshape(()) if isinstance(logit_bias, Tensor) else float(logit_bias)
     image, text = normalize(image), normalize(text)
     matches = F.logsigmoid((image * text).sum(1) * scale + bias)  # (B,)

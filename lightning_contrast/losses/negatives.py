@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive, require
 from lightning_contrast.losses.checks import Scalar
-from lightning_contrast.losses.kernels.logsumexp import Columns, rows_lse, self_lse
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse, self_lse
 from lightning_contrast.losses.kernels.per_row import per_row
 
 KINDS = ("uniform", "debiased", "hard", "decoupled", "decoupled_weighted", "top_k", "heated")
@@ -63,25 +63,25 @@ class Negatives:
         check_share("heat", self.heat, "Give 0 for one temperature for all")
 
     @property
-    def plain(self) -> bool:
+    def is_uniform(self) -> bool:
         """Tell whether every negative counts once and the positive is in the denominator."""
         return self.kind == "uniform"
 
 
-def check_share(name: str, value: float, mend: str) -> None:
+def check_share(name: str, value: float, hint: str) -> None:
     """Check ``0 <= value < 1``."""
-    require(0 <= value < 1, name, "lie in [0, 1)", value, mend)
+    require(0 <= value < 1, name, "lie in [0, 1)", value, hint)
 
 
-def as_negatives(handling: Negatives | str | Mapping[str, Any]) -> Negatives:
+def as_negatives(weighting: Negatives | str | Mapping[str, Any]) -> Negatives:
     """Return the handling that a name with default numbers, a handling or the dict of its fields stands for."""
-    if isinstance(handling, Mapping):  # as a checkpoint keeps it
-        return Negatives(**handling)
-    return handling if isinstance(handling, Negatives) else Negatives(handling)
+    if isinstance(weighting, Mapping):  # as a checkpoint keeps it
+        return Negatives(**weighting)
+    return weighting if isinstance(weighting, Negatives) else Negatives(weighting)
 
 
 @dataclass(frozen=True)
-class Field:
+class AnchorBatch:
     """The anchors of this rank and the negatives that they meet.
 
     Args:
@@ -98,7 +98,7 @@ class Field:
     y: Tensor
     positive: Tensor
     scale: Scalar
-    columns: Columns
+    columns: NegativeMask
     views: bool = False
     together: bool = True
 
@@ -131,29 +131,29 @@ class Field:
         return total - same
 
 
-def anchor_losses(field: Field, handling: Negatives) -> Tensor:
+def anchor_losses(field: AnchorBatch, weighting: Negatives) -> Tensor:
     """Return the loss of each anchor.
 
     Args:
         field: Anchors, positives and negatives.
-        handling: How the negatives count.
+        weighting: How the negatives count.
 
     Returns:
         ``(N,)`` in nats.
     """
     positive = field.positive * field.scale
-    if handling.kind in ("decoupled", "decoupled_weighted"):
+    if weighting.kind in ("decoupled", "decoupled_weighted"):
         negative = field.lse(field.scale)
-        if handling.kind == "decoupled_weighted":
-            positive = _positive_weights(field.positive, handling.sigma) * positive
+        if weighting.kind == "decoupled_weighted":
+            positive = _positive_weights(field.positive, weighting.sigma) * positive
         # An anchor without negatives, as before the first keys are in a queue, has nothing to be told from.
         return torch.where(negative.isneginf(), 0.0, negative - positive)
-    if handling.kind in ("debiased", "hard"):
-        negative = _corrected(field, positive, handling)
-    elif handling.kind == "top_k":
-        negative = field.per_row(lambda s, bias, scale: _lse_of_top(s + bias, scale, handling.k))
-    elif handling.kind == "heated":
-        negative = field.per_row(lambda s, bias, scale: _lse_heated(s, bias, scale, handling.heat))
+    if weighting.kind in ("debiased", "hard"):
+        negative = _corrected(field, positive, weighting)
+    elif weighting.kind == "top_k":
+        negative = field.per_row(lambda s, bias, scale: _lse_of_top(s + bias, scale, weighting.k))
+    elif weighting.kind == "heated":
+        negative = field.per_row(lambda s, bias, scale: _lse_heated(s, bias, scale, weighting.heat))
     else:
         negative = field.lse(field.scale)
     return torch.logaddexp(positive, negative) - positive
@@ -178,20 +178,20 @@ def _positive_weights(positive: Tensor, sigma: float) -> Tensor:
     return 2 - len(everyone) * (positive.detach() / sigma - everyone.logsumexp(0)).exp()
 
 
-def _corrected(field: Field, positive: Tensor, handling: Negatives) -> Tensor:
+def _corrected(field: AnchorBatch, positive: Tensor, weighting: Negatives) -> Tensor:
     """Return the logarithm of the sum over negatives, reweighted and with the false negatives taken off."""
     count = field.count()
     empty = count == 0  # such an anchor gets finite numbers here and minus infinity at the end
     log_count = count.clamp_min(1).log()
-    negative = field.lse(field.scale * (1 + handling.beta) if handling.kind == "hard" else field.scale)
+    negative = field.lse(field.scale * (1 + weighting.beta) if weighting.kind == "hard" else field.scale)
     negative = negative.masked_fill(empty, 0.0)
-    if handling.kind == "hard":
-        weights = field.lse(field.scale * handling.beta) if handling.beta > 0 else log_count
+    if weighting.kind == "hard":
+        weights = field.lse(field.scale * weighting.beta) if weighting.beta > 0 else log_count
         negative = negative - weights.masked_fill(empty, 0.0) + log_count
     # A sum of N exponentials of cosines over a temperature is never below this, so the difference must not be either.
     floor = log_count - field.scale
     peak = torch.maximum(torch.maximum(negative, positive + log_count), floor).detach()
-    false = handling.tau_plus * (positive + log_count - peak).exp()
-    difference = ((negative - peak).exp() - false) / (1 - handling.tau_plus)
+    false = weighting.tau_plus * (positive + log_count - peak).exp()
+    difference = ((negative - peak).exp() - false) / (1 - weighting.tau_plus)
     least = (floor - peak).exp().clamp_min(torch.finfo(negative.dtype).tiny)
     return (torch.maximum(difference, least).log() + peak).masked_fill(empty, -torch.inf)

@@ -7,7 +7,7 @@ from lightning_contrast._lazy import attach
 if TYPE_CHECKING:
     from lightning_contrast.methods.align_uniform import AlignUniform as AlignUniform
     from lightning_contrast.methods.barlow_twins import BarlowTwins as BarlowTwins
-    from lightning_contrast.methods.base import ContrastiveModule as ContrastiveModule
+    from lightning_contrast.methods.base import SelfSupervisedModule as SelfSupervisedModule
     from lightning_contrast.methods.byol import BYOL as BYOL
     from lightning_contrast.methods.dino import DINO as DINO
     from lightning_contrast.methods.dinov2 import DINOv2 as DINOv2

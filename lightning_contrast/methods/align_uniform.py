@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_not_negative, check_positive
 from lightning_contrast.losses import alignment, uniformity
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import moco_head
 from lightning_contrast.optim import OptimizerLike, step_decay
 
 _MILESTONES = (0.775, 0.85, 0.925)
 
 
-class AlignUniform(ContrastiveModule):
+class AlignUniform(SelfSupervisedModule):
     """Minimise the distance of positive pairs and the potential of all pairs.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F). Logs ``train/alignment`` and

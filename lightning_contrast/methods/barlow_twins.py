@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive
 from lightning_contrast.losses import barlow_twins_loss
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Norm, barlow_projector
 from lightning_contrast.optim import OptimizerLike
 
 
-class BarlowTwins(ContrastiveModule):
+class BarlowTwins(SelfSupervisedModule):
     """Correlate each dimension of the projections with itself across the views, and with no other.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F). Statistics are those of all ranks' images.

@@ -22,7 +22,7 @@ from lightning_contrast.runtime.run_length import FollowsEpochs, global_batch_si
 from lightning_contrast.runtime.schedule_position import planned
 
 
-class ContrastiveModule(ClipsShards, FollowsEpochs):
+class SelfSupervisedModule(ClipsShards, FollowsEpochs):
     """Base of the methods: features, evaluation steps, optimizer and schedule, default plug-ins, sharding.
 
     Args:
@@ -81,8 +81,8 @@ class ContrastiveModule(ClipsShards, FollowsEpochs):
         """Return the images (B, C, H, W) of an evaluation batch; of a list of views, the first."""
         images, _ = split_batch(batch)
         images = images if isinstance(images, Tensor) else images[0]
-        mend = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or let the loader yield normalised floats"
-        require(images.is_floating_point(), "images", "be floating point", str(images.dtype), mend)
+        hint = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or let the loader yield normalised floats"
+        require(images.is_floating_point(), "images", "be floating point", str(images.dtype), hint)
         check_image_size(self.backbone, images)
         return images
 
@@ -151,7 +151,7 @@ class ContrastiveModule(ClipsShards, FollowsEpochs):
         self.hparams.update(settings_as_dicts(frame))
 
 
-def require_crops(module: ContrastiveModule, batch: Any, global_views: int = 2) -> list[Tensor]:
+def require_crops(module: SelfSupervisedModule, batch: Any, global_views: int = 2) -> list[Tensor]:
     """Return the views of a training batch, global ones first, or say what is wrong with the batch.
 
     Local views are those that come after the global ones: any number, of any size, none of them needed. Where views
@@ -172,12 +172,12 @@ def require_crops(module: ContrastiveModule, batch: Any, global_views: int = 2) 
     images, _ = split_batch(batch)
     if isinstance(images, Tensor):
         return module.views(batch, global_views)  # which says what to add
-    mend = f"Give a policy that makes {global_views} global views and then local ones"
-    require(len(images) >= global_views, "batch", f"hold at least {global_views} views", len(images), mend)
+    hint = f"Give a policy that makes {global_views} global views and then local ones"
+    require(len(images) >= global_views, "batch", f"hold at least {global_views} views", len(images), hint)
     sizes = [tuple(view.shape[-2:]) for view in images]
     first = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if first is not None and first > global_views:
-        fail("views", f"begin with {global_views} global views", f"{first} of one size: {sizes}", mend)
+        fail("views", f"begin with {global_views} global views", f"{first} of one size: {sizes}", hint)
     return module.views(batch, len(images))
 
 

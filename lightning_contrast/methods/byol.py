@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_probability
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import byol_loss
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Norm, byol_mlp
 from lightning_contrast.optim import OptimizerLike
 
 
-class BYOL(ContrastiveModule):
+class BYOL(SelfSupervisedModule):
     """Predict each view's target projection from the other view.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).

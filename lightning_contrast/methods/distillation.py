@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive, check_probability, fail, require
 from lightning_contrast.callbacks import MomentumUpdate
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import MaskedViT, build_masked_backbone
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.schedules import warmed_up
@@ -20,7 +20,7 @@ from lightning_contrast.runtime.schedule_position import planned, shift_of
 _SCHEDULED = "scheduled_decay"  # key of the parameter group whose weight decay follows the schedule
 
 
-class DistillationModule(ContrastiveModule):
+class DistillationModule(SelfSupervisedModule):
     """Schedules of DINO's program (https://github.com/facebookresearch/dino, ``main_dino.py``) and its clipping.
 
     The learning rate rises from 0 to its peak in the warm-up and falls as a cosine to ``final_lr``; the weight decay
@@ -107,8 +107,8 @@ class DistillationModule(ContrastiveModule):
         """Build the optimizer and its schedule per optimizer step."""
         configured = super().configure_optimizers()
         peak = max(group["initial_lr"] for group in configured["optimizer"].param_groups)
-        mend = "Lower it: the learning rate falls to it from its peak"
-        require(self.final_lr <= peak, "final_lr", f"be at most the peak of {peak:g}", self.final_lr, mend)
+        hint = "Lower it: the learning rate falls to it from its peak"
+        require(self.final_lr <= peak, "final_lr", f"be at most the peak of {peak:g}", self.final_lr, hint)
         self._final_factor = self.final_lr / peak  # asked for from step 1 on; a schedule starts at 0 or at its peak
         return configured
 
@@ -152,11 +152,11 @@ class DistillationModule(ContrastiveModule):
         """Refuse gradients that a fused optimizer will unscale only in its step."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            mend = "Build the optimizer with fused=False, set `clip_grad=None`, or use bf16-mixed"
-            fail("clip_grad", "be None for a fused optimizer under 16-mixed", self.clip_grad, mend)
+            hint = "Build the optimizer with fused=False, set `clip_grad=None`, or use bf16-mixed"
+            fail("clip_grad", "be None for a fused optimizer under 16-mixed", self.clip_grad, hint)
 
 
-def _steps(module: ContrastiveModule, epochs: int) -> tuple[int, int]:
+def _steps(module: SelfSupervisedModule, epochs: int) -> tuple[int, int]:
     """Return how many optimizer steps a run has done, and how many a number of epochs takes.
 
     Where the loader has no length both are counted in epochs.
@@ -181,7 +181,7 @@ class MaskedDistillationModule(DistillationModule):
         backbone: See `build_masked_backbone`.
         defaults: See there.
         momentum: Share of the teacher that the first step keeps, in [0, 1].
-        settings: Further arguments of `ContrastiveModule`.
+        settings: Further arguments of `SelfSupervisedModule`.
     """
 
     backbone: MaskedViT
@@ -238,7 +238,7 @@ class StretchedModule(DistillationModule):
     Args:
         backbone: See `build_masked_backbone`.
         backbone_kwargs: Further arguments of a backbone given by name.
-        **settings: What `ContrastiveModule` takes.
+        **settings: What `SelfSupervisedModule` takes.
     """
 
     backbone: MaskedViT
@@ -268,8 +268,8 @@ class StretchedModule(DistillationModule):
         """
         check_probability("momentum", momentum)
         check_probability("warmup_start", warmup_start)
-        mend = "Give 1 for schedules that end with the run"
-        require(stretch >= 1, "schedule_stretch", "be >= 1", stretch, mend)
+        hint = "Give 1 for schedules that end with the run"
+        require(stretch >= 1, "schedule_stretch", "be >= 1", stretch, hint)
         self.momentum, self.stretch, self.warmup_start = momentum, stretch, warmup_start
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:

@@ -152,9 +152,9 @@ class IJEPA(StretchedModule):
     def _check_grid(self, images: Tensor) -> None:
         grid, size = self.mask_sampler.grid, tuple(images.shape[-2:])
         if self.backbone.grid_size(images) != grid:
-            mend = f"Make such views, or build the backbone with backbone_kwargs=dict(img_size={size[0]})"
+            hint = f"Make such views, or build the backbone with backbone_kwargs=dict(img_size={size[0]})"
             patch = self.backbone.vit.patch_embed.patch_size
-            fail("images", f"be {grid[0] * patch[0]} x {grid[1] * patch[1]} pixels for its masks", size, mend)
+            fail("images", f"be {grid[0] * patch[0]} x {grid[1] * patch[1]} pixels for its masks", size, hint)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return the context encoder with the target encoder; the predictor has no teacher."""
@@ -183,5 +183,5 @@ def _check_patches_only(vit: Any) -> None:
     plain = vit.num_prefix_tokens == 0 and vit.global_pool == "avg" and not unused
     rule = "pool its patches by their mean, without class or register tokens and without a norm behind the mean"
     found = f"{type(vit).__name__} with {vit.num_prefix_tokens} such tokens and global_pool={vit.global_pool!r}"
-    mend = 'Build it with class_token=False, global_pool="avg" and fc_norm=False'
-    require(plain, "backbone", rule, found, mend)
+    hint = 'Build it with class_token=False, global_pool="avg" and fc_norm=False'
+    require(plain, "backbone", rule, found, hint)

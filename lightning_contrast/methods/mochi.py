@@ -15,7 +15,7 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_probability
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import info_nce, mochi_negatives
-from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
 from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.shuffle_batchnorm import Shuffle
@@ -24,7 +24,7 @@ from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 
 
-class MoCHi(ContrastiveModule):
+class MoCHi(SelfSupervisedModule):
     """Contrast a query with its key, a queue of past keys, and mixes of those that are most similar to it.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).

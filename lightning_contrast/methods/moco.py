@@ -19,7 +19,7 @@ from lightning_contrast._checks import check_at_least, check_choice, check_proba
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import Negatives, info_nce
 from lightning_contrast.losses.negatives import as_negatives
-from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, groups_of, marks_of
 from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
 from lightning_contrast.nn.feature_queue import QueueDtype
@@ -29,7 +29,7 @@ from lightning_contrast.optim import OptimizerLike, step_decay
 from lightning_contrast.precision import unit_rows
 
 
-class MoCo(ContrastiveModule):
+class MoCo(SelfSupervisedModule):
     """Contrast a query with its key and a queue of past keys.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).
@@ -47,7 +47,7 @@ class MoCo(ContrastiveModule):
         queue_dtype: "float32", "float16" or "int8".
         temperature: Divisor of the cosine similarities, > 0; None is the paper's 0.07 (v1) or 0.2 (v2). A number,
             `nn.LearnedTemperature`, `nn.ScheduledTemperature`, or a function of the optimizer step.
-        negatives: How the queue's keys count: a `losses.Negatives`, or the name of one.
+        weighting: How the queue's keys count: a `losses.Negatives`, or the name of one.
         mask_same: Which keys are known to show the same and do not count as negatives: those of images with the same
             "label" or "index" in the batch; None: all count. A label below 0 is unknown.
         symmetric: Both views are queries and keys; the two losses are added and both keys enter the queue.
@@ -76,7 +76,7 @@ class MoCo(ContrastiveModule):
         queue_size: int = 65536,
         queue_dtype: QueueDtype = "float32",
         temperature: Temperature | None = None,
-        negatives: Negatives | str = "uniform",
+        weighting: Negatives | str = "uniform",
         mask_same: SameImages | None = None,
         symmetric: bool = False,
         shuffle: bool = True,
@@ -103,7 +103,7 @@ class MoCo(ContrastiveModule):
         if temperature is None:
             temperature = 0.07 if head_layers == 1 else 0.2
         self.head_layers, self.momentum, self.temperature = head_layers, momentum, check_temperature(temperature)
-        self.negatives, self.mask_same = as_negatives(negatives), check_mask_same(mask_same)
+        self.weighting, self.mask_same = as_negatives(weighting), check_mask_same(mask_same)
         self.symmetric, self.keys_per_image = symmetric, 1 + symmetric
         self.shuffle, self.batchnorm_splits = shuffle, batchnorm_splits
         if batchnorm_splits > 1:
@@ -175,7 +175,7 @@ class MoCo(ContrastiveModule):
             self.queue.features,
             temperature=temperature,
             negatives_mask=self.queue.mask,
-            handling=self.negatives,
+            weighting=self.weighting,
             groups=groups,
             negatives_groups=self.queue.labels,
         )

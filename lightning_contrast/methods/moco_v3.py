@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_probability
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import moco_v3_loss
-from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
 from lightning_contrast.nn import Norm, build_backbone, moco_v3_predictor, moco_v3_projector
 from lightning_contrast.nn.temperature import Temperature, check_temperature, with_constant_factor
 from lightning_contrast.optim import OptimizerLike
 
 
-class MoCoV3(ContrastiveModule):
+class MoCoV3(SelfSupervisedModule):
     """Contrast predictions with the momentum network's keys of the other view.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F). The paper has one recipe for ResNets and one

@@ -14,7 +14,7 @@ from lightning_contrast._checks import check_at_least
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
 from lightning_contrast.losses.mining import nearest_neighbours
-from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
 from lightning_contrast.nn import FeatureQueue, Norm, nnclr_predictor, nnclr_projector
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.temperature import Temperature, check_temperature
@@ -22,7 +22,7 @@ from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 
 
-class NNCLR(ContrastiveModule):
+class NNCLR(SelfSupervisedModule):
     """Contrast the nearest neighbours of one view's projections with the other view's predictions.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).

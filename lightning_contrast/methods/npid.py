@@ -19,7 +19,7 @@ from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.contracts import require_indices
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses import info_nce
-from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
 from lightning_contrast.nn import MemoryBank, moco_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
@@ -28,7 +28,7 @@ from lightning_contrast.precision import full_precision, unit_rows
 _EPSILON = 1e-7  # of the program
 
 
-class NPID(ContrastiveModule):
+class NPID(SelfSupervisedModule):
     """Tell every training image from all others by a memory bank.
 
     A batch holds one view (B, C, h, w) and the sample indices (B,); `forward` gives features (B, F).
@@ -87,8 +87,8 @@ class NPID(ContrastiveModule):
         check_at_least("noise", noise, 0)
         check_probability("momentum", momentum)
         self.noise, self.temperature = noise, check_temperature(temperature)
-        fixed, mend = isinstance(temperature, int | float), "Set `noise=0`: Z of the noise estimate is taken once"
-        require(fixed or noise == 0, "temperature", "be a number with `noise`", type(temperature).__name__, mend)
+        fixed, hint = isinstance(temperature, int | float), "Set `noise=0`: Z of the noise estimate is taken once"
+        require(fixed or noise == 0, "temperature", "be a number with `noise`", type(temperature).__name__, hint)
         self.projector = projector or moco_head(self.feature_dim, None, projection_dim, layers=1)
         self.bank = MemoryBank(num_samples, projection_dim, momentum)
         # Z of the paper, taken once from the first batch; 0 until then.

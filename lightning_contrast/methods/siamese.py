@@ -15,13 +15,13 @@ from lightning_contrast._checks import check_choice, check_positive
 from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import margin_contrastive_loss
 from lightning_contrast.losses.mining import MINERS, Miner, global_classes, mine
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import moco_head
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 
 
-class SiameseMargin(ContrastiveModule):
+class SiameseMargin(SelfSupervisedModule):
     """Pull two views together and push views of other images away up to a margin.
 
     A batch holds two views (B, C, h, w), and labels (B,) with ``use_labels``; `forward` gives features (B, F).

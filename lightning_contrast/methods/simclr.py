@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_choice, require
 from lightning_contrast.losses import Negatives, nt_xent
 from lightning_contrast.losses.negatives import as_negatives
-from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, groups_of
 from lightning_contrast.nn import Norm, hidden_layers, simclr_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 
 
-class SimCLR(ContrastiveModule):
+class SimCLR(SelfSupervisedModule):
     """Contrast the two views of each image with all other images.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).
@@ -40,7 +40,7 @@ class SimCLR(ContrastiveModule):
         projector: A module (B, F) -> (B, D) in the place of the head.
         temperature: Divisor of the cosine similarities, > 0; the paper has 0.1 on ImageNet and 0.5 on CIFAR-10. A
             number, `nn.LearnedTemperature`, `nn.ScheduledTemperature`, or a function of the optimizer step.
-        negatives: How the other images count: a `losses.Negatives`, or the name of one.
+        weighting: How the other images count: a `losses.Negatives`, or the name of one.
         mask_same: Which other images are known to show the same and do not count as negatives: those with the same
             "label" or "index" in the batch; None: all count. A label below 0 is unknown.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
@@ -64,7 +64,7 @@ class SimCLR(ContrastiveModule):
         projection_dim: int = 128,
         projector: nn.Module | None = None,
         temperature: Temperature = 0.1,
-        negatives: Negatives | str = "uniform",
+        weighting: Negatives | str = "uniform",
         mask_same: SameImages | None = None,
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
@@ -84,10 +84,10 @@ class SimCLR(ContrastiveModule):
         check_choice("head_layers", head_layers, (2, 3))
         check_choice("evaluation_layer", evaluation_layer, (0, 1))
         tappable = evaluation_layer == 0 or (head_layers == 3 and projector is None)
-        mend = "Set `head_layers=3` and no `projector`, or `evaluation_layer=0`"
-        require(tappable, "evaluation_layer", "be 0 without SimCLR v2's own head", evaluation_layer, mend)
+        hint = "Set `head_layers=3` and no `projector`, or `evaluation_layer=0`"
+        require(tappable, "evaluation_layer", "be 0 without SimCLR v2's own head", evaluation_layer, hint)
         self.temperature = check_temperature(temperature)
-        self.negatives, self.mask_same = as_negatives(negatives), check_mask_same(mask_same)
+        self.weighting, self.mask_same = as_negatives(weighting), check_mask_same(mask_same)
         head = projector or simclr_head(self.feature_dim, None, projection_dim, layers=head_layers, norm=head_norm)
         self.tap: nn.Module = nn.Identity()
         if evaluation_layer == 1:
@@ -109,7 +109,7 @@ class SimCLR(ContrastiveModule):
             projection_a,
             projection_b,
             temperature=temperature_of(self),
-            handling=self.negatives,
+            weighting=self.weighting,
             groups=groups_of(batch, self.mask_same, "SimCLR"),  # (B,)
         )
         self.log("train/loss", loss, batch_size=len(view_a))

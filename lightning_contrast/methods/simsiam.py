@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lightning_contrast import optim
 from lightning_contrast.losses import negative_cosine
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Norm, simsiam_predictor, simsiam_projector
 
 
-class SimSiam(ContrastiveModule):
+class SimSiam(SelfSupervisedModule):
     """Predict the projection of one view from the other, with a stopped gradient.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F). Logs ``train/projection_std``, the mean

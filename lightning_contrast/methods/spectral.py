@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_positive
 from lightning_contrast.losses import spectral_contrastive_loss
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Norm, spectral_head
 from lightning_contrast.optim import OptimizerLike
 
 
-class SpectralContrastive(ContrastiveModule):
+class SpectralContrastive(SelfSupervisedModule):
     """Factorise the graph of augmentations: the spectral contrastive loss.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).

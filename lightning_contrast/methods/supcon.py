@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_positive
 from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import sup_con
-from lightning_contrast.methods.base import ContrastiveModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
 from lightning_contrast.nn import supcon_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature, with_constant_factor
 from lightning_contrast.optim import OptimizerLike, warmup_cosine
 
 
-class SupCon(ContrastiveModule):
+class SupCon(SelfSupervisedModule):
     """Contrast the images of a class with those of the others.
 
     A batch holds two views (B, C, h, w) and labels (B,); `forward` gives features (B, F).

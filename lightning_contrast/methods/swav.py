@@ -17,7 +17,7 @@ from lightning_contrast import distributed, optim
 from lightning_contrast._checks import check_at_least, check_positive
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import swav_loss
-from lightning_contrast.methods.base import ContrastiveModule, require_crops
+from lightning_contrast.methods.base import SelfSupervisedModule, require_crops
 from lightning_contrast.nn import FeatureQueue, Norm, Prototypes, mlp_head
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.optim import OptimizerLike
@@ -25,7 +25,7 @@ from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.fsdp import whole_weights
 
 
-class SwAV(ContrastiveModule):
+class SwAV(SelfSupervisedModule):
     """Predict the codes of the two global views from all other views.
 
     A batch holds two global views (B, C, h, w) and then any number of local views, which may be of other sizes; none

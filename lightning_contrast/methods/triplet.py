@@ -16,13 +16,13 @@ from lightning_contrast._checks import check_choice, check_positive
 from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import triplet_loss
 from lightning_contrast.losses.mining import MINERS, Miner, global_classes, mine
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import moco_head
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 
 
-class Triplet(ContrastiveModule):
+class Triplet(SelfSupervisedModule):
     """Keep the other view nearer than other images, by a margin.
 
     A batch holds two views (B, C, h, w), and labels (B,) with ``use_labels``; `forward` gives features (B, F). The

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative
 from lightning_contrast.losses import vicreg_loss
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Norm, vicreg_expander
 from lightning_contrast.optim import OptimizerLike
 
 
-class VICReg(ContrastiveModule):
+class VICReg(SelfSupervisedModule):
     """Regularise invariance, variance and covariance of the expanded features of two views.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F). Variance and covariance are those of all

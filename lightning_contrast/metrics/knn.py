@@ -105,8 +105,8 @@ class KNNAccuracy(Metric):
             ValueError: If the bank has fewer than ``k`` rows, or there are no queries.
         """
         bank, queries = self.bank, self.queries
-        mend = "Call `update_bank` and `update` before `compute`"
-        require(len(bank) > 0 and len(queries) > 0, "KNNAccuracy", "have a bank and queries", len(bank), mend)
+        hint = "Call `update_bank` and `update` before `compute`"
+        require(len(bank) > 0 and len(queries) > 0, "KNNAccuracy", "have a bank and queries", len(bank), hint)
         labels = dim_zero_cat(self.query_labels)
         predictions = knn_predict(
             dim_zero_cat(queries),

@@ -43,8 +43,8 @@ def _sums(features: Tensor | Sequence[Tensor], groups: Tensor | None) -> tuple[T
     """Return the sum of the within-image covariances, of the outer products of the means, of the means; and n."""
     rows, index, count = _grouped(features, groups)
     sizes = torch.bincount(index, minlength=count)
-    mend = "Give at least two views of every image, all of them at once: one view says nothing of the spread of views"
-    require(int(sizes.min()) >= 2, "groups", "have at least two rows each", int(sizes.min()), mend)
+    hint = "Give at least two views of every image, all of them at once: one view says nothing of the spread of views"
+    require(int(sizes.min()) >= 2, "groups", "have at least two rows each", int(sizes.min()), hint)
     weights = 1 / sizes.to(rows.dtype)
     means = rows.new_zeros(count, rows.shape[1]).index_add_(0, index, rows) * weights.unsqueeze(1)
     spread = (rows - means[index]) * weights.sqrt()[index].unsqueeze(1)  # each image counts the same
@@ -59,15 +59,15 @@ def _grouped(features: Tensor | Sequence[Tensor], groups: Tensor | None) -> tupl
         require(same, "features", "be views of equal 2-D shapes", shapes, "Row i of each view belongs to image i")
         features = torch.stack(list(features), dim=1)
     if groups is None:
-        mend = "Give (n, q, D), a list of q views (n, D), or `groups`, the image of each row"
-        require(features.ndim == 3, "features", "be 3-D where `groups` is None", tuple(features.shape), mend)
+        hint = "Give (n, q, D), a list of q views (n, D), or `groups`, the image of each row"
+        require(features.ndim == 3, "features", "be 3-D where `groups` is None", tuple(features.shape), hint)
         n, q, _ = features.shape
         index, features = torch.arange(n, device=features.device).repeat_interleave(q), features.flatten(0, 1)
         count = n
     else:
         if groups.shape != features.shape[:1] or groups.is_floating_point():
-            mend = "Give the number of the image for each row of `features` (N, D)"
-            fail("groups", f"be integers of shape ({len(features)},)", f"{tuple(groups.shape)} {groups.dtype}", mend)
+            hint = "Give the number of the image for each row of `features` (N, D)"
+            fail("groups", f"be integers of shape ({len(features)},)", f"{tuple(groups.shape)} {groups.dtype}", hint)
         names, index = torch.unique(groups, return_inverse=True)
         count = len(names)
     check_features("features", features)

@@ -176,15 +176,15 @@ def knn_predict(
 def check_features(name: str, features: Tensor) -> None:
     """Check that features are floating and 2-D."""
     ok = features.ndim == 2 and features.is_floating_point()
-    mend = "Give one row of features for each image"
-    require(ok, name, "be floating and 2-D", f"{tuple(features.shape)} {features.dtype}", mend)
+    hint = "Give one row of features for each image"
+    require(ok, name, "be floating and 2-D", f"{tuple(features.shape)} {features.dtype}", hint)
 
 
 def check_class_labels(name: str, labels: Tensor, rows: int, num_classes: int) -> None:
     """Check that ``labels`` are ``rows`` class numbers in 0..num_classes - 1."""
     ok = labels.shape == (rows,) and not (labels.is_floating_point() or labels.dtype == torch.bool)
-    mend = "Give one class number for each row of features"
-    require(ok, name, f"be integers of shape ({rows},)", f"{tuple(labels.shape)} {labels.dtype}", mend)
+    hint = "Give one class number for each row of features"
+    require(ok, name, f"be integers of shape ({rows},)", f"{tuple(labels.shape)} {labels.dtype}", hint)
     if rows > 0:
         low, high = (int(bound) for bound in torch.aminmax(labels))
         fits = low >= 0 and high < num_classes

@@ -207,8 +207,8 @@ class _Spectrum(Metric):
         width = x.shape[1]
         if self.gram.numel() == 0:
             self.gram, self.total = x.new_zeros(width, width), x.new_zeros(width)
-        mend = "Use one metric for each layer"
-        require(width == len(self.total), "features", f"be {len(self.total)} wide", width, mend)
+        hint = "Use one metric for each layer"
+        require(width == len(self.total), "features", f"be {len(self.total)} wide", width, hint)
         self.gram += x.T @ x
         self.total += x.sum(dim=0)
         self.rows += len(x)

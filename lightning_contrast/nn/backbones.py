@@ -57,12 +57,12 @@ def build_backbone(
         module = _create(backbone, dict(backbone_kwargs or {}))
     elif isinstance(backbone, nn.Module):
         if backbone_kwargs:
-            mend = "Give these arguments where you build the module, or pass a timm name"
-            fail("backbone_kwargs", "be None where `backbone` is a module", dict(backbone_kwargs), mend)
+            hint = "Give these arguments where you build the module, or pass a timm name"
+            fail("backbone_kwargs", "be None where `backbone` is a module", dict(backbone_kwargs), hint)
         module = backbone
     else:
-        mend = 'Pass a timm name such as "resnet18", or a module'
-        fail("backbone", "be a name or an nn.Module", type(backbone).__name__, mend, TypeError)
+        hint = 'Pass a timm name such as "resnet18", or a module'
+        fail("backbone", "be a name or an nn.Module", type(backbone).__name__, hint, TypeError)
     if feature_dim is not None:
         check_at_least("feature_dim", feature_dim, 1)
     else:
@@ -88,14 +88,14 @@ def read_feature_dim(module: nn.Module) -> int:
     """
     classes = getattr(module, "num_classes", 0)
     if isinstance(classes, int) and classes > 0 and hasattr(module, "reset_classifier"):
-        mend = "Call `reset_classifier(0)` on it, or pass `feature_dim` if its outputs are what you want"
-        fail("backbone", "have no classifier", f"{type(module).__name__} with {classes} classes", mend)
+        hint = "Call `reset_classifier(0)` on it, or pass `feature_dim` if its outputs are what you want"
+        fail("backbone", "have no classifier", f"{type(module).__name__} with {classes} classes", hint)
     for name in ("head_hidden_size", "num_features"):
         width = getattr(module, name, None)
         if isinstance(width, int) and width > 0:
             return width
-    mend = "Pass `feature_dim`, the width of the features that it returns"
-    fail("backbone", "tell the width of its features as `num_features`", type(module).__name__, mend)
+    hint = "Pass `feature_dim`, the width of the features that it returns"
+    fail("backbone", "tell the width of its features as `num_features`", type(module).__name__, hint)
 
 
 def check_image_size(module: nn.Module, images: Tensor) -> None:
@@ -113,8 +113,8 @@ def check_image_size(module: nn.Module, images: Tensor) -> None:
     channels, height, width = images.shape[-3:]
     expected = _in_channels(module)
     if expected is not None and expected != channels:
-        mend = f"Build the backbone with backbone_kwargs=dict(in_chans={channels}), or convert the images"
-        fail("images", f"have {expected} channels for this {type(module).__name__}", channels, mend)
+        hint = f"Build the backbone with backbone_kwargs=dict(in_chans={channels}), or convert the images"
+        fail("images", f"have {expected} channels for this {type(module).__name__}", channels, hint)
     patch_embed = getattr(module, "patch_embed", None)
     if patch_embed is not None:
         _check_patches(type(module).__name__, patch_embed, height, width)
@@ -122,12 +122,12 @@ def check_image_size(module: nn.Module, images: Tensor) -> None:
     info = getattr(module, "feature_info", None)
     reduction = info[-1].get("reduction") if isinstance(info, list) and info else None
     if isinstance(reduction, int) and min(height, width) < reduction and _has_unpadded_stride(module):
-        mend = "Enlarge the images, or set small_images=True"
+        hint = "Enlarge the images, or set small_images=True"
         fail(
             "images",
             f"be at least {reduction} pixels wide and high for this {type(module).__name__}",
             (height, width),
-            mend,
+            hint,
         )
 
 
@@ -137,16 +137,16 @@ def _check_patches(name: str, patch_embed: nn.Module, height: int, width: int) -
     patch = getattr(patch_embed, "patch_size", None)
     if size is not None and getattr(patch_embed, "strict_img_size", True):
         if tuple(size) != (height, width):
-            mend = (
+            hint = (
                 f"Build the backbone with backbone_kwargs=dict(img_size={height}, patch_size=...), "
                 f"or make views of {size[0]} pixels"
             )
-            fail("images", f"be {size[0]} x {size[1]} pixels for this {name}", (height, width), mend)
+            fail("images", f"be {size[0]} x {size[1]} pixels for this {name}", (height, width), hint)
         return
     divisible = not isinstance(patch, tuple) or (height % patch[0] == 0 and width % patch[1] == 0)
     if not divisible and not getattr(patch_embed, "dynamic_img_pad", False):
-        mend = "Make views of such a size, or add dynamic_img_pad=True to backbone_kwargs"
-        fail("images", f"have sides that are multiples of {patch} for this {name}", (height, width), mend)
+        hint = "Make views of such a size, or add dynamic_img_pad=True to backbone_kwargs"
+        fail("images", f"have sides that are multiples of {patch} for this {name}", (height, width), hint)
 
 
 def _in_channels(module: nn.Module) -> int | None:
@@ -172,8 +172,8 @@ def _has_unpadded_stride(module: nn.Module) -> bool:
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """Build the network of this name without a classifier."""
     if "num_classes" in kwargs:
-        mend = "Leave it out: a backbone has no classifier"
-        fail("backbone_kwargs", "not hold `num_classes`", kwargs["num_classes"], mend)
+        hint = "Leave it out: a backbone has no classifier"
+        fail("backbone_kwargs", "not hold `num_classes`", kwargs["num_classes"], hint)
     if name == SMALL_CONVNET:
         kwargs = {("channels" if key == "in_chans" else key): value for key, value in kwargs.items()}
         return SmallConvNet(**kwargs)
@@ -187,8 +187,8 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         known = [*timm.list_models(), SMALL_CONVNET, SMALL_VIT, "resnet18x2", "resnet50x2", "resnet50x4"]
         near = get_close_matches(name, known, n=3)
-        mend = f"Did you mean {' or '.join(map(repr, near))}" if near else "See timm.list_models() for the names"
-        fail("backbone", "be a name that timm knows, or a module", name, mend)
+        hint = f"Did you mean {' or '.join(map(repr, near))}" if near else "See timm.list_models() for the names"
+        fail("backbone", "be a name that timm knows, or a module", name, hint)
     return timm.create_model(name, num_classes=0, **kwargs)
 
 

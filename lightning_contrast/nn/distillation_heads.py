@@ -14,7 +14,7 @@ from lightning_contrast._checks import check_at_least, check_choice
 from lightning_contrast.nn.mlp import Norm
 from lightning_contrast.nn.weight_norm import WeightNormLinear
 
-_PROTOTYPES_MEND = "A distribution needs at least two; DINO has 65536, iBOT 8192"
+_PROTOTYPES_HINT = "A distribution needs at least two; DINO has 65536, iBOT 8192"
 
 
 class DistillationHead(nn.Module):
@@ -162,7 +162,7 @@ def _bottleneck(mlp: nn.Module, features: Tensor) -> Tensor:
 
 
 def _last_layer(dim: int, prototypes: int, norm_last_layer: bool, name: str = "prototypes") -> WeightNormLinear:
-    check_at_least(name, prototypes, 2, _PROTOTYPES_MEND)
+    check_at_least(name, prototypes, 2, _PROTOTYPES_HINT)
     return WeightNormLinear(dim, prototypes, train_scale=not norm_last_layer)
 
 

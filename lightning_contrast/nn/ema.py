@@ -94,23 +94,23 @@ def check_same_structure(online: nn.Module, target: nn.Module, *, shapes: bool =
     """
     ours, theirs = _tensors(online), _tensors(target)
     names, target_names = [name for name, _ in ours], [name for name, _ in theirs]
-    mend = "Make the momentum module with `copy.deepcopy(online)`"
+    hint = "Make the momentum module with `copy.deepcopy(online)`"
     for name in [*names, *target_names]:
         if (name in names) != (name in target_names):
             owner, other = ("online", "momentum") if name in names else ("momentum", "online")
             raise ValueError(
                 f"`momentum_pairs` must hold modules of the same structure, got {name!r} in the {owner} module and not "
-                f"in the {other} module. {mend}."
+                f"in the {other} module. {hint}."
             )
     if names != target_names:
         raise ValueError(
-            f"`momentum_pairs` must hold modules of the same structure, got tensors in another order. {mend}."
+            f"`momentum_pairs` must hold modules of the same structure, got tensors in another order. {hint}."
         )
     for (name, source), (_, follower) in zip(ours, theirs, strict=True):
         if shapes and source.shape != follower.shape:
             raise ValueError(
                 f"`momentum_pairs` must hold modules of the same structure, got {name!r} of shape "
-                f"{tuple(source.shape)} in the online and {tuple(follower.shape)} in the momentum module. {mend}."
+                f"{tuple(source.shape)} in the online and {tuple(follower.shape)} in the momentum module. {hint}."
             )
 
 

@@ -108,18 +108,18 @@ class FeatureQueue(nn.Module):
         self.position.add_(len(rows)).remainder_(self.size)
 
     def _check(self, keys: Tensor, labels: Tensor | None) -> None:
-        mend = f"Give one row of {self.dim} numbers for each key"
-        require(keys.ndim == 2 and keys.shape[-1] == self.dim, "keys", f"be (N, {self.dim})", tuple(keys.shape), mend)
+        hint = f"Give one row of {self.dim} numbers for each key"
+        require(keys.ndim == 2 and keys.shape[-1] == self.dim, "keys", f"be (N, {self.dim})", tuple(keys.shape), hint)
         if len(keys) > self.size:
             raise ValueError(f"Cannot push {len(keys)} keys into a queue of size {self.size}; raise `queue_size`.")
         if (labels is None) != (self.labels is None):
-            given, mend = ("None", "Give one label for each key") if labels is None else ("labels", "Leave them out")
+            given, hint = ("None", "Give one label for each key") if labels is None else ("labels", "Leave them out")
             rule = (
                 f"be given where the queue was made with labels=True and only there (labels={self.labels is not None})"
             )
-            require(False, "labels", rule, given, mend)
+            require(False, "labels", rule, given, hint)
         if labels is not None:
-            require(labels.shape == keys.shape[:1], "labels", f"be ({len(keys)},)", tuple(labels.shape), mend)
+            require(labels.shape == keys.shape[:1], "labels", f"be ({len(keys)},)", tuple(labels.shape), hint)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Refuse rows of another dtype, whose bits mean other numbers."""

@@ -84,9 +84,9 @@ class JepaMaskSampler:
         self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
         height, width = self._block_size(0.0, context_scale, (1.0, 1.0))
         smallest = height * width
-        mend = "Lower `min_keep`, or give larger images or smaller patches"
+        hint = "Lower `min_keep`, or give larger images or smaller patches"
         rule = f"be below the {smallest} patches of the smallest context block on a grid of {grid[0]} x {grid[1]}"
-        require(min_keep < smallest, "min_keep", rule, min_keep, mend)
+        require(min_keep < smallest, "min_keep", rule, min_keep, hint)
 
     def __call__(self, batch_size: int, generator: torch.Generator | None = None) -> JepaMasks:
         """Return the masks of a batch, on the CPU.

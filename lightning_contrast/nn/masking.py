@@ -146,8 +146,8 @@ def check_mask_ratios(ratios: Sequence[float], spreads: Sequence[float], shape: 
         ValueError: If a ratio and its spread leave 0..1, there is not one spread for each ratio, or no such shape.
     """
     require(len(ratios) > 0, "mask_ratios", "hold at least one ratio", tuple(ratios), "Give (0.0, 0.3)")
-    mend = "Give one spread for each ratio, 0 for none"
-    require(len(ratios) == len(spreads), "mask_spreads", f"have {len(ratios)} numbers", tuple(spreads), mend)
+    hint = "Give one spread for each ratio, 0 for none"
+    require(len(ratios) == len(spreads), "mask_spreads", f"have {len(ratios)} numbers", tuple(spreads), hint)
     for ratio, spread in zip(ratios, spreads, strict=True):
         inside = 0 <= ratio - spread <= ratio <= ratio + spread <= 1
         require(inside, "mask_ratios", "stay in [0, 1] with their spreads", (ratio, spread), "Lower the spread")
@@ -215,8 +215,8 @@ def join_globals(views: Sequence[Tensor]) -> Tensor:
         ValueError: If the global views differ in size.
     """
     sizes = [tuple(view.shape[-2:]) for view in views[:2]]
-    mend = "Give a policy whose global views have one size; local views may have others"
-    require(sizes[0] == sizes[1], "views", "begin with two global views of one size", sizes, mend)
+    hint = "Give a policy whose global views have one size; local views may have others"
+    require(sizes[0] == sizes[1], "views", "begin with two global views of one size", sizes, hint)
     return torch.cat([views[0], views[1]])
 
 

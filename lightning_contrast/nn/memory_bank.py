@@ -66,9 +66,9 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: If the shapes do not fit, or, on the CPU, an index lies outside [0, N).
         """
-        mend = f"Give one row of {self.dim} numbers and one index for each sample"
-        require(keys.ndim == 2 and keys.shape[-1] == self.dim, "keys", f"be (B, {self.dim})", tuple(keys.shape), mend)
-        require(indices.shape == keys.shape[:1], "indices", f"be ({len(keys)},)", tuple(indices.shape), mend)
+        hint = f"Give one row of {self.dim} numbers and one index for each sample"
+        require(keys.ndim == 2 and keys.shape[-1] == self.dim, "keys", f"be (B, {self.dim})", tuple(keys.shape), hint)
+        require(indices.shape == keys.shape[:1], "indices", f"be ({len(keys)},)", tuple(indices.shape), hint)
         if indices.device.type == "cpu":  # elsewhere it would wait for the device
             self.check_indices(indices)
         features = self.features
@@ -87,8 +87,8 @@ class MemoryBank(nn.Module):
         if len(indices) == 0:
             return
         low, high = int(indices.min()), int(indices.max())
-        mend = "Set `num_samples` to the size of the training set"
-        require(low >= 0 and high < self.num_samples, "indices", f"lie in [0, {self.num_samples})", (low, high), mend)
+        hint = "Set `num_samples` to the size of the training set"
+        require(low >= 0 and high < self.num_samples, "indices", f"lie in [0, {self.num_samples})", (low, high), hint)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows between the parentheses."""

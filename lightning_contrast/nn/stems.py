@@ -32,18 +32,18 @@ def use_small_stem(module: nn.Module) -> nn.Module:
     """
     name = type(module).__name__
     if hasattr(module, "patch_embed"):
-        mend = (
+        hint = (
             "Its patches are cut with a fixed size: choose them with "
             "backbone_kwargs=dict(img_size=32, patch_size=4) (and window_size=4 for a Swin) and leave small_images out"
         )
-        fail("small_images", f"be False for {name}", True, mend)
+        fail("small_images", f"be False for {name}", True, hint)
     pooled = isinstance(getattr(module, "maxpool", None), nn.Module)
     listed = any(base.__name__ in STEM_FAMILIES for base in type(module).__mro__)
     stems = ("conv1",) if pooled else ("conv_stem", "stem") if listed else ("conv_stem",)
     removed = next((_keep_resolution(module, stem) for stem in stems if hasattr(module, stem)), 0)
     if not removed:
-        mend = "Give the module a stem of stride 1 yourself and leave small_images out"
-        fail("small_images", f"be False for {name}, whose stem is not known", True, mend)
+        hint = "Give the module a stem of stride 1 yourself and leave small_images out"
+        fail("small_images", f"be False for {name}, whose stem is not known", True, hint)
     if pooled:
         removed *= 1 if isinstance(module.maxpool, nn.Identity) else 2
         module.maxpool = nn.Identity()

@@ -138,8 +138,8 @@ def check_temperature(temperature: Temperature | Mapping[str, Any]) -> Temperatu
     if isinstance(temperature, int | float) and not isinstance(temperature, bool):
         check_positive("temperature", temperature)
     elif not callable(temperature):
-        mend = "Give `nn.LearnedTemperature()`, `nn.ScheduledTemperature(start, end)` or a function of the step"
-        fail("temperature", "be a number, a module or a function", type(temperature).__name__, mend, TypeError)
+        hint = "Give `nn.LearnedTemperature()`, `nn.ScheduledTemperature(start, end)` or a function of the step"
+        fail("temperature", "be a number, a module or a function", type(temperature).__name__, hint, TypeError)
     return temperature
 
 

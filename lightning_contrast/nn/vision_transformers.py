@@ -107,8 +107,8 @@ class MaskedViT(nn.Module):
     def _check(self, images: Tensor, mask: Tensor | None, keep: Tensor | None) -> None:
         rows, columns = self.grid_size(images)
         if self.vit.dynamic_img_size:  # the adapter takes the root of the number of patches
-            mend = "Make square views"
-            require(rows == columns, "images", "be square", tuple(images.shape[-2:]), mend)
+            hint = "Make square views"
+            require(rows == columns, "images", "be square", tuple(images.shape[-2:]), hint)
         expected = (len(images), rows * columns)
         if mask is not None and tuple(mask.shape) != expected:
             fail("mask", f"have shape {expected}", tuple(mask.shape), "Give one value for each patch of each image")

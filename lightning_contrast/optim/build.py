@@ -27,8 +27,8 @@ def check_optimizer(optimizer: OptimizerLike) -> None:
     if isinstance(optimizer, str):
         check_choice("optimizer", optimizer, OPTIMIZERS)
     elif not callable(optimizer):
-        mend = f"Pass one of {', '.join(map(repr, OPTIMIZERS))}, or an optimizer class"
-        fail("optimizer", "be a name or a callable", type(optimizer).__name__, mend, TypeError)
+        hint = f"Pass one of {', '.join(map(repr, OPTIMIZERS))}, or an optimizer class"
+        fail("optimizer", "be a name or a callable", type(optimizer).__name__, hint, TypeError)
 
 
 def build_optimizer(
@@ -64,8 +64,8 @@ def build_optimizer(
     given = {"lr": lr} if _takes_lr(optimizer) else {}
     built = optimizer(groups, **given, **options)
     if not isinstance(built, Optimizer):
-        mend = "Return a torch.optim.Optimizer over the groups that it is given"
-        fail("optimizer", "return an optimizer", type(built).__name__, mend, TypeError)
+        hint = "Return a torch.optim.Optimizer over the groups that it is given"
+        fail("optimizer", "return an optimizer", type(built).__name__, hint, TypeError)
     return built
 
 

@@ -55,8 +55,8 @@ def check_warmup(warmup_steps: int, total_steps: float) -> None:
     check_positive("total_steps", total_steps)
     check_not_negative("warmup_steps", warmup_steps)
     rule = f"be at most the {total_steps} steps of the run"
-    mend = "Shorten the warm-up (`warmup_epochs` of a method), or train longer"
-    require(warmup_steps <= total_steps, "warmup_steps", rule, warmup_steps, mend)
+    hint = "Shorten the warm-up (`warmup_epochs` of a method), or train longer"
+    require(warmup_steps <= total_steps, "warmup_steps", rule, warmup_steps, hint)
 
 
 def constant(step: int) -> float:

@@ -99,6 +99,6 @@ def transform_images(batch: Any, transform: Callable[[Tensor], Images], owner: s
     """
     images, _ = split_batch(batch)
     if not isinstance(images, Tensor):
-        mend = f"Remove {owner}, or the transform that makes views in the loader"
-        fail("batch", "hold images (B, C, H, W)", f"a list of {len(images)} views", mend, TypeError)
+        hint = f"Remove {owner}, or the transform that makes views in the loader"
+        fail("batch", "hold images (B, C, H, W)", f"a list of {len(images)} views", hint, TypeError)
     return replace_images(batch, transform(images))

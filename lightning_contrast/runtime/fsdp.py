@@ -50,8 +50,8 @@ def shard_submodules(module: nn.Module, mesh: DeviceMesh, methods: Mapping[str, 
         ValueError: If the mesh asks for tensor parallelism.
     """
     tensor_parallel = mesh["tensor_parallel"].size()
-    mend = "Use `ModelParallelStrategy(tensor_parallel_size=1)`"
-    require(tensor_parallel == 1, "tensor_parallel_size", "be 1", tensor_parallel, mend)
+    hint = "Use `ModelParallelStrategy(tensor_parallel_size=1)`"
+    require(tensor_parallel == 1, "tensor_parallel_size", "be 1", tensor_parallel, hint)
     for name, child in module.named_children():
         if any(True for _ in child.parameters()) and not isinstance(child, FSDPModule):
             for weight in child.parameters():

@@ -33,8 +33,8 @@ class StepWatch:
         self.close()
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer):
-                mend = "Return a torch.optim.Optimizer from `configure_optimizers`"
-                fail("optimizer", "be a torch.optim.Optimizer", type(optimizer).__name__, mend, TypeError)
+                hint = "Return a torch.optim.Optimizer from `configure_optimizers`"
+                fail("optimizer", "be a torch.optim.Optimizer", type(optimizer).__name__, hint, TypeError)
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def close(self) -> None:

@@ -29,16 +29,16 @@ def planned_steps(trainer: L.Trainer, warmup_epochs: int) -> tuple[int, int]:
     """
     total = trainer.estimated_stepping_batches
     batches = _batches_per_epoch(trainer)
-    mend = "Give each rank as many, as a DistributedSampler does, or set `limit_train_batches` to the smallest number"
-    distributed.check_equal("training batches of an epoch", batches, mend, trainer.strategy.root_device)
+    hint = "Give each rank as many, as a DistributedSampler does, or set `limit_train_batches` to the smallest number"
+    distributed.check_equal("training batches of an epoch", batches, hint, trainer.strategy.root_device)
     _set_up_again_on_resume(trainer)
     if not 0 < total < math.inf:
-        mend = "Set `max_epochs` or `max_steps` on the Trainer: the schedule needs the end of the run"
-        fail("max_epochs", "end the run", trainer.max_epochs, mend)
+        hint = "Set `max_epochs` or `max_steps` on the Trainer: the schedule needs the end of the run"
+        fail("max_epochs", "end the run", trainer.max_epochs, hint)
     if warmup_epochs == 0:
         return 0, int(total)
-    mend = "Set `limit_train_batches` on the Trainer, or `warmup_epochs=0`"
-    require(batches < math.inf, "warmup_epochs", "be 0 for a loader without a length", warmup_epochs, mend)
+    hint = "Set `limit_train_batches` on the Trainer, or `warmup_epochs=0`"
+    require(batches < math.inf, "warmup_epochs", "be 0 for a loader without a length", warmup_epochs, hint)
     warmup = warmup_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
     check_warmup(warmup, int(total))
     return warmup, int(total)

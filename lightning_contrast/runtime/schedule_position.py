@@ -10,7 +10,7 @@ RAMP_SHARE = 0.1  # of the added steps: the way back from the end of the schedul
 
 
 @dataclass(frozen=True)
-class Plan:
+class SchedulePlan:
     """The steps of a longer run as steps of the old one, without a jump at the checkpoint.
 
     From a checkpoint on the way the rest of the old schedules is stretched over the rest of the new run. From the end
@@ -45,15 +45,15 @@ class Plan:
         return back + (self.total - back) * (since - ramp) / (added - ramp)
 
 
-def set_plan(trainer: Any, plan: Plan | None) -> None:
+def set_plan(trainer: Any, plan: SchedulePlan | None) -> None:
     """Give a Trainer a plan for all its schedules, or take it away."""
     setattr(trainer, _PLAN, plan)
 
 
-def plan_of(trainer: Any) -> Plan | None:
+def plan_of(trainer: Any) -> SchedulePlan | None:
     """Return the plan of a Trainer whose run was extended."""
     plan = getattr(trainer, _PLAN, None)
-    return plan if isinstance(plan, Plan) else None
+    return plan if isinstance(plan, SchedulePlan) else None
 
 
 def planned(trainer: Any, step: float, total: float) -> tuple[float, float]:

@@ -67,8 +67,8 @@ class Point:
             counts: Calls in each step and in each write of the run.
         """
         among = counts["write" if kind == "write" else "step"]
-        mend = "Lower `every_n_train_steps`, or train longer"
-        require(bool(among), "every_n_train_steps", "let the run write a checkpoint", "none written", mend)
+        hint = "Lower `every_n_train_steps`, or train longer"
+        require(bool(among), "every_n_train_steps", "let the run write a checkpoint", "none written", hint)
         instance = draw.randrange(len(among))
         return cls(kind, instance, draw.randrange(max(among[instance], 1)), draw.uniform(0, _LATEST))
 

@@ -89,8 +89,8 @@ def make(name: str, factory: Callable[[], Any], kind: type | None = None) -> Any
         kind: What it must make; None: anything.
     """
     if isinstance(factory, torch.nn.Module) or not callable(factory):
-        mend = f"Give a function without arguments, such as `lambda: {type(factory).__name__}(...)`"
-        fail(name, "be a function: two runs need two of them", type(factory).__name__, mend, TypeError)
+        hint = f"Give a function without arguments, such as `lambda: {type(factory).__name__}(...)`"
+        fail(name, "be a function: two runs need two of them", type(factory).__name__, hint, TypeError)
     made = factory()
     if kind is not None and not isinstance(made, kind):
         fail(name, f"make a {kind.__name__}", type(made).__name__, "Return one from it", TypeError)

@@ -75,8 +75,8 @@ def assert_resume_exact(
 
         whole = run(0)
         if not path.exists():
-            mend = "Stop earlier, or train longer"
-            raise ValueError(f"`stop` must come before the end of the run, got {stop!r}. {mend}.")
+            hint = "Stop earlier, or train longer"
+            raise ValueError(f"`stop` must come before the end of the run, got {stop!r}. {hint}.")
         kept = list(torch.load(path, map_location="cpu", weights_only=weights_only)["state_dict"])
         done = save.done
         resumed = run(1, kept, ckpt_path=path, weights_only=weights_only)

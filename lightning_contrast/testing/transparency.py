@@ -111,8 +111,8 @@ def _made(callback: Any) -> list[L.Callback]:
     several = list(made) if isinstance(made, list | tuple) and made else [made]
     for one in several:
         if not isinstance(one, L.Callback):
-            mend = "Give a callback, a list of them, or a function without arguments that makes one"
-            fail("callback", "be a Callback", type(one).__name__, mend, TypeError)
+            hint = "Give a callback, a list of them, or a function without arguments that makes one"
+            fail("callback", "be a Callback", type(one).__name__, hint, TypeError)
     return several
 
 

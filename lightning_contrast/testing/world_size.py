@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_at_least, check_positive, fail
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.testing._runs import fit, required_arguments, seeded
 from lightning_contrast.testing.processes import run_processes
 
@@ -228,19 +228,19 @@ def _made(subject: Any) -> Any:
     if isinstance(subject, nn.Module):
         return copy.deepcopy(subject)
     if not callable(subject):
-        mend = "Give a function that makes a LightningModule or a loss, or a loss"
-        fail("make_module_or_loss", "be callable", type(subject).__name__, mend, TypeError)
+        hint = "Give a function that makes a LightningModule or a loss, or a loss"
+        fail("make_module_or_loss", "be callable", type(subject).__name__, hint, TypeError)
     return subject() if inspect.isclass(subject) or required_arguments(subject) == 0 else subject
 
 
 def _default_batch(subject: Any, world_size: int) -> Any:
     rows = 4 * world_size
-    if isinstance(subject, ContrastiveModule):
+    if isinstance(subject, SelfSupervisedModule):
         views = [torch.rand(rows, 3, 32, 32) for _ in range(2)]
         return [views, torch.arange(rows) % 3, torch.arange(rows)]
     if isinstance(subject, L.LightningModule):
-        mend = "Pass the batch of all ranks together"
-        fail("batch", "be given for a module of one's own", None, mend)
+        hint = "Pass the batch of all ranks together"
+        fail("batch", "be given for a module of one's own", None, hint)
     call = subject.forward if isinstance(subject, nn.Module) else subject
     return tuple(torch.randn(rows, 16, dtype=torch.float64) for _ in range(required_arguments(call)))
 
@@ -249,8 +249,8 @@ def _rows(value: Any, rank: int, world_size: int) -> Any:
     """Return the share of a rank."""
     if isinstance(value, Tensor):
         if value.ndim == 0 or len(value) % world_size:
-            mend = "Give tensors with one row for each image"
-            fail("batch", f"have rows that divide by {world_size}", tuple(value.shape), mend)
+            hint = "Give tensors with one row for each image"
+            fail("batch", f"have rows that divide by {world_size}", tuple(value.shape), hint)
         size = len(value) // world_size
         return value[rank * size : (rank + 1) * size]
     return _mapped(value, lambda item: _rows(item, rank, world_size))

@@ -136,9 +136,9 @@ def test_both_forms_agree(photos, name):
     """The same draw in blocks and in batched kernels; uint8 is left out, which the blocks keep in 8 bits."""
     images = photos.float() / 255
     views = {}
-    for form in ("cpu", "accelerator"):
+    for backend in ("cpu", "accelerator"):
         torch.manual_seed(0)
-        views[form] = POLICIES[name](size=70, form=form)(images)
+        views[backend] = POLICIES[name](size=70, backend=backend)(images)
     for a, b in zip(views["cpu"], views["accelerator"], strict=True):
         different = (a - b).abs() > 1e-4  # a value on the threshold of the solarization may fall on either side
         assert different.float().mean() < 1e-3
@@ -146,12 +146,12 @@ def test_both_forms_agree(photos, name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_host_synchronisation(emoji, name):
-    policy = POLICIES[name](size=32, form="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
+    policy = POLICIES[name](size=32, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
     policy(emoji[:16])
     with HostSyncs() as syncs:
         policy(emoji[:16])
         policy(emoji[:16] / 255)
-        policy.plain(emoji[:16])
+        policy.eval_transform(emoji[:16])
     # Sizes and places of crops are drawn on the host in the first place; the next test has them apart.
     assert not [place for place in syncs.places if not place.endswith("in uniform: numpy")]
 
@@ -164,14 +164,14 @@ def test_nothing_is_read_from_the_device(name):
         for images in (torch.empty(8, 3, 80, 90, dtype=torch.uint8), torch.empty(8, 3, 80, 90)):
             views = policy(images.to("meta"))
             assert all(view.is_meta for view in views)
-            assert policy.plain(images.to("meta")).is_meta
+            assert policy.eval_transform(images.to("meta")).is_meta
     assert not syncs.places
 
 
-@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+@pytest.mark.parametrize("backend", ["cpu", "accelerator"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_random_numbers_come_from_the_global_generator(emoji, name, form):
-    policy = POLICIES[name](size=16, form=form)
+def test_random_numbers_come_from_the_global_generator(emoji, name, backend):
+    policy = POLICIES[name](size=16, backend=backend)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with torch.random.fork_rng(devices=[]):
@@ -213,26 +213,26 @@ def test_images_of_a_batch_differ(emoji):
 def test_order_of_the_batch_is_kept(emoji):
     """The operations sort the batch inside: view i must still be that of image i."""
     images = torch.arange(300).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 300
-    for form in ("cpu", "accelerator"):
-        (view, _) = augment.simclr_views(8, strength=0.0, blur=0.0, form=form)(images)
+    for backend in ("cpu", "accelerator"):
+        (view, _) = augment.simclr_views(8, strength=0.0, blur=0.0, backend=backend)(images)
         torch.testing.assert_close(view, images.contiguous(), atol=1e-5, rtol=0)
-        (view, _) = augment.simclr_views(200, strength=0.01, blur=1.0, form=form)(images[::50])
+        (view, _) = augment.simclr_views(200, strength=0.01, blur=1.0, backend=backend)(images[::50])
         torch.testing.assert_close(view.mean((1, 2, 3)), images[::50, 0, 0, 0], atol=0.02, rtol=0)
 
 
 def test_plain(emoji):
     policy = augment.simclr_views(32)
-    assert torch.equal(policy.plain(emoji[:4]), emoji[:4].float() / 255)
+    assert torch.equal(policy.eval_transform(emoji[:4]), emoji[:4].float() / 255)
     floats = emoji[:4] / 255
-    plain = policy.plain(floats)
+    plain = policy.eval_transform(floats)
     assert torch.equal(plain, floats)
     assert plain.data_ptr() != floats.data_ptr()
     wide = torch.rand(2, 3, 40, 60)
     expected = torch.nn.functional.interpolate(wide, (32, 48), mode="bicubic", antialias=True).clamp(0, 1)[..., 8:40]
-    torch.testing.assert_close(policy.plain(wide), expected)
-    assert policy.plain(torch.rand(1, 3, 10, 17)).shape == (1, 3, 32, 32)
+    torch.testing.assert_close(policy.eval_transform(wide), expected)
+    assert policy.eval_transform(torch.rand(1, 3, 10, 17)).shape == (1, 3, 32, 32)
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
-    plain = augment.simclr_views(32, mean=mean, std=std).plain(floats)
+    plain = augment.simclr_views(32, mean=mean, std=std).eval_transform(floats)
     torch.testing.assert_close(plain[:, 1], (floats[:, 1] - 0.2) / 0.6)
 
 
@@ -240,9 +240,9 @@ def test_normalisation_is_the_last_step(emoji):
     torch.manual_seed(0)
     raw = augment.moco_v3_views(24)(emoji[:8])
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    for form in ("cpu", "accelerator"):
+    for backend in ("cpu", "accelerator"):
         torch.manual_seed(0)
-        views = augment.moco_v3_views(24, mean=mean.tolist(), std=std.tolist(), form=form)(emoji[:8])
+        views = augment.moco_v3_views(24, mean=mean.tolist(), std=std.tolist(), backend=backend)(emoji[:8])
         for view, other in zip(views, raw, strict=True):
             torch.testing.assert_close(view, (other - mean.view(3, 1, 1)) / std.view(3, 1, 1), atol=2e-5, rtol=0)
 
@@ -257,10 +257,10 @@ def test_input_spec():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_float_dtypes(emoji, dtype):
     images = (emoji[:6] / 255).to(dtype)
-    for form in ("cpu", "accelerator"):
-        views = augment.moco_v3_views(40, form=form)(images)
+    for backend in ("cpu", "accelerator"):
+        views = augment.moco_v3_views(40, backend=backend)(images)
         assert [view.dtype for view in views] == [torch.float32] * 2
-    assert augment.simclr_views(40).plain(images).dtype == torch.float32
+    assert augment.simclr_views(40).eval_transform(images).dtype == torch.float32
 
 
 def test_autocast_changes_nothing(emoji):
@@ -270,7 +270,7 @@ def test_autocast_changes_nothing(emoji):
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = policy(emoji[:8])
-        plain = policy.plain(emoji[:8])
+        plain = policy.eval_transform(emoji[:8])
     assert all(torch.equal(a, b) for a, b in zip(views, mixed, strict=True))
     assert plain.dtype == torch.float32
 
@@ -298,7 +298,7 @@ def test_other_numbers_of_channels(channels):
     for fused in (True, False):
         policy = augment.byol_views(16, channels=channels, color=color, fused=fused and channels != 1)
         assert [view.shape for view in policy(images)] == [(6, channels, 16, 16)] * 2
-        assert policy.plain(images).shape == (6, channels, 16, 16)
+        assert policy.eval_transform(images).shape == (6, channels, 16, 16)
 
 
 def test_policies_can_be_copied(emoji):
@@ -338,7 +338,7 @@ def test_bad_size(name, size):
         (lambda: augment.simclr_views(32, channels=0), "`channels` must be >= 1"),
         (lambda: augment.simclr_views(32, auto="rand"), "Did you mean 'randaugment'|`auto` must be one of"),
         (lambda: augment.simclr_views(32, auto="randaugment", channels=1), "`auto` must be None"),
-        (lambda: augment.simclr_views(32, form="gpu"), "`form` must be one of"),
+        (lambda: augment.simclr_views(32, backend="gpu"), "`backend` must be one of"),
         (lambda: augment.dino_views(global_scale=(1.0, 0.4)), "`scale` must be an ordered pair"),
         (lambda: augment.dino_views(fused=False, global_scale=(1.0, 0.4)), "`scale` must be an ordered pair"),
         (lambda: augment.dino_views(local_views=-1), "`local_views` must be >= 0"),
@@ -370,7 +370,7 @@ def test_unknown_option():
 )
 def test_bad_images(images, error, message, fused):
     policy = augment.simclr_views(8, fused=fused)
-    for call in (policy, policy.plain):
+    for call in (policy, policy.eval_transform):
         with pytest.raises(error, match=message):
             call(images)
 

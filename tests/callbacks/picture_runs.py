@@ -25,10 +25,10 @@ class Flip:
     input_spec = {"size": 8, "mean": list(MEAN), "std": list(STD)}  # noqa: RUF012
 
     def __call__(self, images):
-        plain = self.plain(images)
+        plain = self.eval_transform(images)
         return [plain.flip(2), plain[:, :, :4, :4]]
 
-    def plain(self, images):
+    def eval_transform(self, images):
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         return (images - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 

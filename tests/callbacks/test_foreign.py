@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_contrast.callbacks import ContrastMonitor, OnlineKNN
+from lightning_contrast.callbacks import InstanceDiscriminationMonitor, OnlineKNN
 from lightning_contrast.testing._trace import first_difference
 from tests.callbacks import foreign
 from tests.callbacks.probe_modules import images_and_labels, quiet_fit, quiet_trainer
@@ -29,8 +29,10 @@ class Foreign(NamedTuple):
 
 
 FOREIGN = {
-    # A classifier sees one view: there is nothing that ContrastMonitor could compare, see below.
-    "classifier": Foreign(foreign.Classifier, foreign.labelled_images, L, "encoder", "head", ("ContrastMonitor",)),
+    # A classifier sees one view: there is nothing that InstanceDiscriminationMonitor could compare, see below.
+    "classifier": Foreign(
+        foreign.Classifier, foreign.labelled_images, L, "encoder", "head", ("InstanceDiscriminationMonitor",)
+    ),
     "lightly": Foreign(foreign.LightlySimCLR, foreign.lightly_views, pytorch_lightning, "backbone", "projection_head"),
     "gan": Foreign(foreign.GAN, foreign.labelled_images, L, "discriminator.0", "discriminator.0.3"),
 }
@@ -50,7 +52,11 @@ def test_every_callback_runs_and_changes_nothing(case, tmp_path):
 def test_one_view_is_nothing_to_compare():
     message = r"`features` must name a layer that gives two views .*'encoder' does not.*got '1 view'"
     with pytest.raises(ValueError, match=message):
-        quiet_fit(foreign.Classifier(), [ContrastMonitor("encoder", every_n_steps=1)], *foreign.labelled_images())
+        quiet_fit(
+            foreign.Classifier(),
+            [InstanceDiscriminationMonitor("encoder", every_n_steps=1)],
+            *foreign.labelled_images(),
+        )
 
 
 def test_neighbours_say_that_a_run_without_validation_gives_them_nothing_to_judge():
@@ -89,7 +95,7 @@ class Odd(TwoViews):
         return features
 
 
-WITH_FEATURES = [name for name in WATCHERS if name not in ("ViewLogger", "ThroughputMonitor")]
+WITH_FEATURES = [name for name in WATCHERS if name not in ("ViewLogger", "TrainingCostMonitor")]
 
 
 @pytest.mark.parametrize("name", WITH_FEATURES)

@@ -34,7 +34,7 @@ class Policy(nn.Module):
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         return [images + torch.rand(()) for _ in range(2)]
 
-    def plain(self, images):
+    def eval_transform(self, images):
         return (images.float() / 255 if images.dtype == torch.uint8 else images) / 2
 
 
@@ -475,7 +475,7 @@ def test_what_a_policy_returns_is_checked(made, error, message):
 def test_arguments_are_checked_when_they_are_given():
     with pytest.raises(TypeError, match="`policy` must be callable"):
         ViewAugmentation("simclr")
-    with pytest.raises(TypeError, match="`policy` must have a method `plain`, got 'function'"):
+    with pytest.raises(TypeError, match="`policy` must have a method `eval_transform`, got 'function'"):
         ViewAugmentation(lambda images: [images])
     with pytest.raises(ValueError, match="`seed` must be >= 0"):
         ViewAugmentation(Policy(), seed=-1)

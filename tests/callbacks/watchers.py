@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_contrast.augment import simclr_cifar_views
 from lightning_contrast.callbacks import (
     CollapseMonitor,
-    ContrastMonitor,
     EmbeddingLogger,
+    InstanceDiscriminationMonitor,
     InvarianceMonitor,
     OnlineKNN,
     OnlineLinearProbe,
-    ThroughputMonitor,
+    TrainingCostMonitor,
     ViewAugmentation,
     ViewLogger,
 )
@@ -84,7 +84,9 @@ WATCHERS = {
         collapse_bytes(F, D),
     ),
     "CollapseMonitor, at validation": Watcher(at_validation, "at_validation/rankme", collapse_bytes(F, 0)),
-    "ContrastMonitor": Watcher(lambda layer, pair: ContrastMonitor(pair, every_n_steps=2), "contrast/positive_cosine"),
+    "InstanceDiscriminationMonitor": Watcher(
+        lambda layer, pair: InstanceDiscriminationMonitor(pair, every_n_steps=2), "contrast/positive_cosine"
+    ),
     "ViewLogger": Watcher(lambda layer, pair: ViewLogger(4), "pictures/views_*.png"),
     "EmbeddingLogger": Watcher(
         lambda layer, pair: EmbeddingLogger(layer, samples=16, queries=2),
@@ -95,7 +97,7 @@ WATCHERS = {
         lambda layer, pair: InvarianceMonitor(layer, samples=8, changes=["hue", "crop"], every_n_epochs=1),
         "invariance/crop",
     ),
-    "ThroughputMonitor": Watcher(lambda layer, pair: ThroughputMonitor(every_n_steps=4), "throughput/step_ms"),
+    "TrainingCostMonitor": Watcher(lambda layer, pair: TrainingCostMonitor(every_n_steps=4), "throughput/step_ms"),
 }
 
 

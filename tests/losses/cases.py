@@ -61,29 +61,29 @@ def _oracle(oracle: Callable[..., Tensor], t: float, *rest: Any) -> Callable[...
     return lambda *xs: oracle(*xs, _f64(t), *rest)
 
 
-def _handled(handling: Negatives | str, anchor: Callable[..., Tensor], t: float) -> dict[str, Case]:
+def _handled(weighting: Negatives | str, anchor: Callable[..., Tensor], t: float) -> dict[str, Case]:
     """Return NT-Xent, InfoNCE with a queue, and CLIP with one handling of negatives."""
     tt = _f64(t)
-    name = handling if isinstance(handling, str) else handling.kind
+    name = weighting if isinstance(weighting, str) else weighting.kind
     return {
         f"nt_xent {name}": Case(
-            _temperature(losses.nt_xent, handling=handling),
+            _temperature(losses.nt_xent, weighting=weighting),
             lambda a, b, t: oracles.nt_xent(a, b, t, anchor),
             learned=(t,),
         ),
         f"info_nce {name}": Case(
-            _number(losses.info_nce, t, handling=handling),
+            _number(losses.info_nce, t, weighting=weighting),
             lambda q, k: oracles.info_nce(q, k, None, tt, anchor),
         ),
         f"info_nce queue {name}": Case(
-            _temperature(losses.info_nce, handling=handling),
+            _temperature(losses.info_nce, weighting=weighting),
             lambda q, k, n, t: oracles.info_nce(q, k, n, t, anchor),
             shared=1,
             learned=(t,),
         ),
         f"clip {name}": Case(
             lambda a, b, s, tile_size=None: losses.clip_loss(
-                a, b, logit_scale=s, handling=handling, tile_size=tile_size
+                a, b, logit_scale=s, weighting=weighting, tile_size=tile_size
             ),
             lambda a, b, s: (
                 (oracles.info_nce(a, b, None, 1 / s, anchor) + oracles.info_nce(b, a, None, 1 / s, anchor)) / 2

@@ -86,8 +86,8 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         r"`extra_negatives` must have shape \(4, S, 3\)",
     ),
     "extra handling": (
-        lambda: losses.info_nce(Z, Z, Z, temperature=0.1, extra_negatives=torch.randn(4, 2, 3), handling="hard"),
-        r"`handling` must be 'uniform' with `extra_negatives`",
+        lambda: losses.info_nce(Z, Z, Z, temperature=0.1, extra_negatives=torch.randn(4, 2, 3), weighting="hard"),
+        r"`weighting` must be 'uniform' with `extra_negatives`",
     ),
     "hardest": (lambda: losses.mochi_negatives(Z, Z, hardest=1), r"`hardest` must be >= 2, got 1"),
     "queue of one": (lambda: losses.mochi_negatives(Z, ONE), r"`negatives` must have at least 2 rows, got 1"),

@@ -35,7 +35,7 @@ def test_masked_rows_of_a_queue_do_not_exist(kind: str) -> None:
     t = torch.tensor(0.4, dtype=torch.float64)
 
     def loss(q: torch.Tensor, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        return losses.info_nce(q, k, n, temperature=0.4, negatives_mask=mask, handling=HANDLINGS[kind], tile_size=3)
+        return losses.info_nce(q, k, n, temperature=0.4, negatives_mask=mask, weighting=HANDLINGS[kind], tile_size=3)
 
     def oracle(q: torch.Tensor, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         return oracles.info_nce(q, k, n, t, ANCHORS[kind], mask=mask.tolist())
@@ -51,9 +51,9 @@ def test_masked_rows_of_a_queue_do_not_exist(kind: str) -> None:
 def test_an_empty_queue_gives_no_loss_and_no_gradient(kind: str, temperature: float) -> None:
     tensors = [_rows(4), _rows(4, 1), _rows(8, 2)]
     mask = torch.zeros(8, dtype=torch.bool)
-    handling = HANDLINGS[kind]
+    weighting = HANDLINGS[kind]
     found = value_and_gradients(
-        lambda *x: losses.info_nce(*x, temperature=temperature, negatives_mask=mask, handling=handling), tensors
+        lambda *x: losses.info_nce(*x, temperature=temperature, negatives_mask=mask, weighting=weighting), tensors
     )
     for value in found:
         torch.testing.assert_close(value, torch.zeros_like(value))
@@ -63,7 +63,7 @@ def test_an_empty_queue_gives_no_loss_and_no_gradient(kind: str, temperature: fl
 def test_an_anchor_whose_group_is_the_whole_batch_counts_nothing(kind: str) -> None:
     views, one_group = [_rows(4), _rows(4, 1)], torch.zeros(4, dtype=torch.int64)
     for value in value_and_gradients(
-        lambda a, b: losses.nt_xent(a, b, temperature=0.5, handling=HANDLINGS[kind], groups=one_group), views
+        lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=HANDLINGS[kind], groups=one_group), views
     ):
         torch.testing.assert_close(value, torch.zeros_like(value))
 
@@ -72,18 +72,18 @@ def test_an_anchor_whose_group_is_the_whole_batch_counts_nothing(kind: str) -> N
 def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
     groups, theirs = torch.tensor([5, -1, 5, 2]), torch.tensor([2, 5, 7, 8, -1, 9, 5, 3])
     t = torch.tensor(0.4, dtype=torch.float64)
-    handling, anchor = HANDLINGS[kind], ANCHORS[kind]
+    weighting, anchor = HANDLINGS[kind], ANCHORS[kind]
     views, queue = [_rows(4), _rows(4, 1)], _rows(8, 2)
     _assert_same(
         value_and_gradients(
-            lambda a, b: losses.nt_xent(a, b, temperature=0.4, handling=handling, groups=groups), views
+            lambda a, b: losses.nt_xent(a, b, temperature=0.4, weighting=weighting, groups=groups), views
         ),
         value_and_gradients(lambda a, b: oracles.nt_xent(a, b, t, anchor, groups.tolist()), views),
     )
     _assert_same(
         value_and_gradients(
             lambda q, k, n: losses.info_nce(
-                q, k, n, temperature=0.4, handling=handling, groups=groups, negatives_groups=theirs
+                q, k, n, temperature=0.4, weighting=weighting, groups=groups, negatives_groups=theirs
             ),
             [*views, queue],
         ),
@@ -94,7 +94,7 @@ def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
     )
     _assert_same(
         value_and_gradients(
-            lambda a, b: losses.clip_loss(a, b, logit_scale=2.5, handling=handling, groups=groups), views
+            lambda a, b: losses.clip_loss(a, b, logit_scale=2.5, weighting=weighting, groups=groups), views
         ),
         value_and_gradients(
             lambda a, b: (
@@ -110,7 +110,7 @@ def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("handling", "same_as"),
+    ("weighting", "same_as"),
     [
         (Negatives("debiased", tau_plus=0.0), "uniform"),
         (Negatives("hard", tau_plus=0.1, beta=0.0), Negatives("debiased", tau_plus=0.1)),
@@ -119,10 +119,10 @@ def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
         (Negatives("decoupled_weighted", sigma=1e9), "decoupled"),
     ],
 )
-def test_limits_in_which_one_handling_is_another(handling: Negatives, same_as: Negatives | str) -> None:
+def test_limits_in_which_one_handling_is_another(weighting: Negatives, same_as: Negatives | str) -> None:
     views = [_rows(6), _rows(6, 1)]
-    found = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, handling=handling), views)
-    expected = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, handling=same_as), views)
+    found = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=weighting), views)
+    expected = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=same_as), views)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
 

@@ -30,9 +30,9 @@ class Policy(nn.Module):
         self.views = views
 
     def forward(self, images):
-        return [self.plain(images) + 0.2 * torch.randn(images.shape) for _ in range(self.views)]
+        return [self.eval_transform(images) + 0.2 * torch.randn(images.shape) for _ in range(self.views)]
 
-    def plain(self, images):
+    def eval_transform(self, images):
         return images.float() / 255
 
 

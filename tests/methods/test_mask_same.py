@@ -28,16 +28,16 @@ def known(mask_same):
 
 @pytest.mark.parametrize("mask_same", ["label", "index"])
 @pytest.mark.parametrize(
-    ("handling", "anchor"),
+    ("weighting", "anchor"),
     [("uniform", oracles.uniform), (Negatives("hard", tau_plus=0.02, beta=0.5), oracles.hard(0.02, 0.5))],
 )
-def test_simclr_leaves_them_out_of_the_batch(mask_same, handling, anchor):
-    module = make("SimCLR", norm=False, temperature=0.4, negatives=handling, mask_same=mask_same).double()
+def test_simclr_leaves_them_out_of_the_batch(mask_same, weighting, anchor):
+    module = make("SimCLR", norm=False, temperature=0.4, weighting=weighting, mask_same=mask_same).double()
     batch = marked()
     z_a, z_b = (module.projector(module(view)) for view in batch[0])
     expected = oracles.nt_xent(z_a, z_b, torch.tensor(0.4, dtype=torch.float64), anchor, known(mask_same))
     torch.testing.assert_close(run_step(module, batch)["loss"], expected, rtol=1e-9, atol=1e-9)
-    everyone = make("SimCLR", norm=False, temperature=0.4, negatives=handling).double()
+    everyone = make("SimCLR", norm=False, temperature=0.4, weighting=weighting).double()
     assert abs(run_step(everyone, batch)["loss"].item() - expected.item()) > 1e-3
 
 
@@ -113,16 +113,16 @@ def test_bad_arguments(method):
     with pytest.raises(ValueError, match="`mask_same` must be one of None, 'label', 'index', got 'labels'"):
         method(TinyBackbone(), mask_same="labels", **small)
     with pytest.raises(ValueError, match=r"`negatives` must be one of .*Did you mean 'debiased'"):
-        method(TinyBackbone(), negatives="dibiased", **small)
+        method(TinyBackbone(), weighting="dibiased", **small)
 
 
 @pytest.mark.parametrize("kind", [{"kind": "debiased"}, {"kind": "hard", "beta": 2.0}, {"kind": "top_k", "k": 3}])
 def test_simclr_hands_its_handling_to_the_loss(kind):
-    handling = Negatives(**kind)
-    module = make("SimCLR", norm=False, temperature=0.5, negatives=handling).double()
+    weighting = Negatives(**kind)
+    module = make("SimCLR", norm=False, temperature=0.5, weighting=weighting).double()
     batch = marked()
     z_a, z_b = module.projector(module(torch.cat(batch[0]))).chunk(2)
-    expected = lc.losses.nt_xent(z_a, z_b, temperature=0.5, handling=handling)
+    expected = lc.losses.nt_xent(z_a, z_b, temperature=0.5, weighting=weighting)
     torch.testing.assert_close(run_step(module, batch)["loss"], expected)
     plain = lc.losses.nt_xent(z_a, z_b, temperature=0.5)
     assert not torch.allclose(expected, plain)

@@ -183,14 +183,14 @@ def test_onlookers_change_nothing(name, tmp_path):
         lc.OnlineLinearProbe(num_classes=9),
         lc.OnlineKNN(num_classes=9, k=3),
         lc.CollapseMonitor(every_n_steps=BATCHES, samples=16, snapshot_dir=tmp_path),
-        lc.ThroughputMonitor(),
+        lc.TrainingCostMonitor(),
         lc.InvarianceMonitor(samples=8, changes=["hue", "crop"], png_dir=tmp_path),
         lc.ViewLogger(png_dir=tmp_path),
         lc.EmbeddingLogger(samples=8, layout=None, png_dir=tmp_path),
     ]
     contrasts = CASES[name].views > 1 and name != "IBOT"  # whose projector gives two things
     if contrasts:
-        watchers.append(lc.ContrastMonitor(every_n_steps=1))
+        watchers.append(lc.InstanceDiscriminationMonitor(every_n_steps=1))
     (_, plain, losses, random), (run, watched, same_losses, same_random) = fit([]), fit(watchers)
     assert_equal_states(plain, watched)
     assert losses == same_losses

@@ -298,7 +298,7 @@ def test_a_foreign_loader_gets_its_state_back_although_the_schedule_asked_for_it
 
 def test_checkpoint_brings_negatives_and_the_schedule_of_the_temperature_back(tmp_path):
     negatives, schedule = lc.losses.Negatives("hard", beta=0.5), lc.nn.ScheduledTemperature(0.5, 0.1, steps=9)
-    module = lc.SimCLR("small_convnet", negatives=negatives, temperature=schedule)
+    module = lc.SimCLR("small_convnet", weighting=negatives, temperature=schedule)
     fit = L.Trainer(accelerator="cpu", logger=False, max_epochs=1, default_root_dir=tmp_path)
     fit.strategy.connect(module)
     fit.save_checkpoint(tmp_path / "simclr.ckpt")

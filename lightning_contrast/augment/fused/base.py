@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Form: TypeAlias = Literal["cpu", "accelerator"] | None
+Backend: TypeAlias = Literal["cpu", "accelerator"] | None
 """How an operation computes: ``"cpu"`` in small blocks, ``"accelerator"`` in batched kernels, None by the device."""
 
 Draw: TypeAlias = dict[str, NDArray[Any]]
@@ -33,9 +33,9 @@ def uniform(rows: int, columns: int) -> NDArray[np.float32]:
     return numbers
 
 
-def wants_accelerator_form(form: Form, images: Tensor) -> bool:
+def uses_accelerator_backend(backend: Backend, images: Tensor) -> bool:
     """Tell whether an operation takes its accelerator form for these images."""
-    return images.device.type != "cpu" if form is None else form == "accelerator"
+    return images.device.type != "cpu" if backend is None else backend == "accelerator"
 
 
 def to_device(plan: Mapping[str, Any], device: torch.device) -> Plan:
@@ -109,7 +109,7 @@ class FusedOperation:
     therefore left at 1.
     """
 
-    form: Form
+    backend: Backend
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw the parameters of ``batch`` images of ``height x width`` pixels.

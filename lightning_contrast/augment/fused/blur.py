@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_choice, check_probability, fail, require
 from lightning_contrast.augment.fused.base import (
+    Backend,
     Draw,
-    Form,
     FusedOperation,
     Plan,
     is_empty,
@@ -20,7 +20,7 @@ from lightning_contrast.augment.fused.base import (
     rows_where,
     take,
     uniform,
-    wants_accelerator_form,
+    uses_accelerator_backend,
 )
 from lightning_contrast.augment.fused.resample import apply_weights
 
@@ -61,7 +61,7 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
         p: Probability for an image.
         sigma: Range of the standard deviation in pixels; drawn uniformly.
         kernel_size: Pixels of the kernel, odd; or None. It is cut where an image is too small to be reflected.
-        form: See `Form`.
+        backend: See `Backend`.
         keepdim: Kornia's: return as many dimensions as were given.
     """
 
@@ -71,7 +71,7 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
         sigma: tuple[float, float] = (0.1, 2.0),
         *,
         kernel_size: int | None = None,
-        form: Form = None,
+        backend: Backend = None,
         keepdim: bool = False,
     ) -> None:
         check_probability("p", p)
@@ -79,9 +79,9 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
             fail("sigma", "be an ordered pair above 0", tuple(sigma), "Give (smaller, larger), such as (0.1, 2.0)")
         odd = kernel_size is None or (kernel_size >= 1 and kernel_size % 2 == 1)
         require(odd, "kernel_size", "be odd and >= 1", kernel_size, "Give an odd number of pixels, or None")
-        check_choice("form", form, (None, "cpu", "accelerator"))
+        check_choice("backend", backend, (None, "cpu", "accelerator"))
         super().__init__(p=1.0, keepdim=keepdim)
-        self.probability, self.sigma, self.kernel_size, self.form = p, tuple(sigma), kernel_size, form
+        self.probability, self.sigma, self.kernel_size, self.backend = p, tuple(sigma), kernel_size, backend
         self.flags = {"probability": p, "sigma": self.sigma, "kernel_size": kernel_size}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
@@ -111,7 +111,7 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
         height, width = images.shape[-2:]
         kernel = plan["kernel"].to(images.dtype)
         radius = kernel.shape[1] - 1
-        if min(height, width) > radius and not wants_accelerator_form(self.form, images):
+        if min(height, width) > radius and not uses_accelerator_backend(self.backend, images):
             if max(height, width) > _SMALL:
                 for (row, reach), band in zip(plan["each"], _bands(kernel), strict=True):
                     unused = radius - reach

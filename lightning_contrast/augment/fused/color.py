@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_choice, check_not_negative, check_probability, require
 from lightning_contrast.augment.fused.base import (
+    Backend,
     Draw,
-    Form,
     FusedOperation,
     Plan,
     is_empty,
@@ -55,7 +55,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         grayscale: Probability that an image is turned grey.
         additive_brightness: Add U(-b, b) to the values in the place of the factor (SimCLR v1, BYOL).
         gray_first: Turn grey before the jitter (NPID, MoCo v1).
-        form: See `Form`.
+        backend: See `Backend`.
         keepdim: Kornia's: return as many dimensions as were given.
 
     Shapes: ``(B, C, H, W)`` in 0..1. With one channel saturation, hue and grayscale change nothing; with any number
@@ -73,7 +73,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         grayscale: float = 0.0,
         additive_brightness: bool = False,
         gray_first: bool = False,
-        form: Form = None,
+        backend: Backend = None,
         keepdim: bool = False,
     ) -> None:
         for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
@@ -81,11 +81,11 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         require(0 <= hue <= 0.5, "hue", "lie in [0, 0.5]", hue, "Give the largest shift in turns")
         check_probability("p", p)
         check_probability("grayscale", grayscale)
-        check_choice("form", form, (None, "cpu", "accelerator"))
+        check_choice("backend", backend, (None, "cpu", "accelerator"))
         super().__init__(p=1.0, keepdim=keepdim)
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.probability, self.grayscale = p, grayscale
-        self.additive_brightness, self.gray_first, self.form = additive_brightness, gray_first, form
+        self.additive_brightness, self.gray_first, self.backend = additive_brightness, gray_first, backend
         self.flags = {"probability": p, "grayscale": grayscale}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:

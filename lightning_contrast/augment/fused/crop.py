@@ -11,7 +11,7 @@ from kornia.constants import Resample
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
-from lightning_contrast.augment.fused.base import Draw, Form, FusedOperation, Plan, uniform, wants_accelerator_form
+from lightning_contrast.augment.fused.base import Backend, Draw, FusedOperation, Plan, uniform, uses_accelerator_backend
 from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
 
 _TRIES = 10
@@ -37,7 +37,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
         antialias: Filter where the box shrinks.
         fit: What happens to a box that does not fit: ``"retry"`` or ``"clamp"``.
-        form: See `Form`.
+        backend: See `Backend`.
         keepdim: Kornia's: return as many dimensions as were given.
 
     Shapes: input ``(B, C, H, W)``; result ``(B, C, size, size)`` float.
@@ -53,7 +53,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         interpolation: Interpolation = "bilinear",
         antialias: bool = True,
         fit: Literal["retry", "clamp"] = "retry",
-        form: Form = None,
+        backend: Backend = None,
         keepdim: bool = False,
     ) -> None:
         check_at_least("size", size, 1)
@@ -64,10 +64,10 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         check_probability("flip", flip)
         check_choice("interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
         check_choice("fit", fit, ("retry", "clamp"))
-        check_choice("form", form, (None, "cpu", "accelerator"))
+        check_choice("backend", backend, (None, "cpu", "accelerator"))
         super().__init__(p=1.0, keepdim=keepdim)
         self.size, self.scale, self.ratio, self.flip = size, tuple(scale), tuple(ratio), flip
-        self.interpolation, self.antialias, self.fit, self.form = interpolation, antialias, fit, form
+        self.interpolation, self.antialias, self.fit, self.backend = interpolation, antialias, fit, backend
         self.flags = {"size": (size, size), "resample": Resample.get(interpolation), "antialias": antialias}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
@@ -118,7 +118,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
     def resample(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
         """Return the boxes of ``images`` as ``(B, C, size, size)``, float in 0..1."""
         small = max(*images.shape[-2:], self.size) <= _SMALL
-        if small or interpolation == "nearest" or wants_accelerator_form(self.form, images):
+        if small or interpolation == "nearest" or uses_accelerator_backend(self.backend, images):
             return self._by_products(images, plan, interpolation, antialias)
         return self._one_by_one(images, plan, interpolation, antialias)
 
@@ -127,7 +127,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         top, left, height, width = plan["box"].to(dtype).unbind(1)
         tallest, widest = plan["longest"]
         style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
-        style["tabulated"] = dtype == torch.float32 and not wants_accelerator_form(self.form, images)
+        style["tabulated"] = dtype == torch.float32 and not uses_accelerator_backend(self.backend, images)
         rows = resize_weights(top, height, images.shape[2], self.size, longest=tallest, **style)
         columns = resize_weights(left, width, images.shape[3], self.size, flip=plan["flip"], longest=widest, **style)
         if not images.is_floating_point():

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_choice, check_probability
 from lightning_contrast.augment.fused.base import (
+    Backend,
     Draw,
-    Form,
     FusedOperation,
     Plan,
     is_empty,
@@ -29,16 +29,18 @@ class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
     Args:
         p: Probability for an image.
         threshold: Values from here on become ``1 - value``; in 0..1.
-        form: See `Form`.
+        backend: See `Backend`.
         keepdim: Kornia's: return as many dimensions as were given.
     """
 
-    def __init__(self, p: float = 0.2, *, threshold: float = 0.5, form: Form = None, keepdim: bool = False) -> None:
+    def __init__(
+        self, p: float = 0.2, *, threshold: float = 0.5, backend: Backend = None, keepdim: bool = False
+    ) -> None:
         check_probability("p", p)
         check_probability("threshold", threshold)
-        check_choice("form", form, (None, "cpu", "accelerator"))
+        check_choice("backend", backend, (None, "cpu", "accelerator"))
         super().__init__(p=1.0, keepdim=keepdim)
-        self.probability, self.threshold, self.form = p, threshold, form
+        self.probability, self.threshold, self.backend = p, threshold, backend
         self.flags = {"probability": p, "threshold": threshold}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:

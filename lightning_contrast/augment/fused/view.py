@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast.augment.fused.base import Draw, Form, FusedOperation, Plan, to_device, wants_accelerator_form
+from lightning_contrast.augment.fused.base import (
+    Backend,
+    Draw,
+    FusedOperation,
+    Plan,
+    to_device,
+    uses_accelerator_backend,
+)
 from lightning_contrast.augment.images import as_float
 
 _BLOCK_BYTES = 1 << 23  # of float32 views: smaller blocks pay more starts of operations, larger ones leave the cache
@@ -36,8 +43,8 @@ class FusedView(nn.Module):
         operations: What follows, in order.
         mean: Subtracted at the end, one number a channel.
         std: Divided by at the end, one number a channel.
-        front: What the images go through first, as floats.
-        form: See `Form`.
+        pre_transform: What the images go through first, as floats.
+        backend: See `Backend`.
     """
 
     def __init__(
@@ -47,15 +54,15 @@ class FusedView(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        front: nn.Module | None = None,
-        form: Form = None,
+        pre_transform: nn.Module | None = None,
+        backend: Backend = None,
     ) -> None:
         super().__init__()
-        self.front = front
+        self.pre_transform = pre_transform
         self.operations = nn.ModuleList(cast("Sequence[nn.Module]", [crop, *operations]))
-        self.form = form
+        self.backend = backend
         for operation in self._operations():
-            operation.form = form
+            operation.backend = backend
         self.offset = np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32).reshape(1, -1, 1, 1)
         self.factor = np.array([1 / s for s in std], np.float32).reshape(1, -1, 1, 1)
         self.normalizes = bool((self.offset != 0).any() or (self.factor != 1).any())
@@ -65,14 +72,14 @@ class FusedView(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the views ``(B, C, size, size)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
-        if self.front is not None:
-            images = self.front(as_float(images)).clamp_(0, 1)
+        if self.pre_transform is not None:
+            images = self.pre_transform(as_float(images)).clamp_(0, 1)
         batch, channels, height, width = images.shape
         size = int(cast("Any", self.operations[0]).size)
         draws = [self._operations()[0].draw(batch, height, width)]
         draws += [operation.draw(batch, size, size) for operation in self._operations()[1:]]
         images = images.float() if images.is_floating_point() else images
-        if wants_accelerator_form(self.form, images):
+        if uses_accelerator_backend(self.backend, images):
             return self._compute(images, draws)
         keep_freed_memory()
         views = torch.empty(batch, channels, size, size, device=images.device)

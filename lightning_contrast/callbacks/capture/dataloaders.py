@@ -38,11 +38,11 @@ def check_source(name: str, data: Any) -> None:
     Raises:
         TypeError: If it is neither.
     """
-    mend = "Give a LightningDataModule, or a DataLoader that yields (images, labels)"
+    hint = "Give a LightningDataModule, or a DataLoader that yields (images, labels)"
     if not _is_data_module(data) and (not hasattr(data, "__iter__") or isinstance(data, str | torch.Tensor)):
-        fail(name, "be a DataModule or a loader", type(data).__name__, mend, TypeError)
+        fail(name, "be a DataModule or a loader", type(data).__name__, hint, TypeError)
     if hasattr(data, "__next__"):
-        fail(name, "be a loader that can be read more than once", type(data).__name__, mend, TypeError)
+        fail(name, "be a loader that can be read more than once", type(data).__name__, hint, TypeError)
 
 
 def training_loader(name: str, data: Any, trainer: Any) -> Any:
@@ -55,8 +55,8 @@ def training_loader(name: str, data: Any, trainer: Any) -> Any:
     """
     if not _is_data_module(data):
         return data
-    mend = f"Leave `{name}` out, or give a DataModule of its own"
-    require(data is not trainer.datamodule, name, "be another DataModule than the run's", type(data).__name__, mend)
+    hint = f"Leave `{name}` out, or give a DataModule of its own"
+    require(data is not trainer.datamodule, name, "be another DataModule than the run's", type(data).__name__, hint)
     with isolated(derived_seed(SEED), trainer.strategy.root_device):
         data.trainer = trainer
         if trainer.local_rank == 0:
@@ -133,8 +133,8 @@ class LabelledStream:
                 if self._position == 0:
                     break
                 self._passes, self._position, self._iterator = self._passes + 1, 0, None
-        mend = "Look at its dataset, its batch size and `drop_last`"
-        fail(self.name, "yield at least one batch", type(self._loader).__name__, mend)
+        hint = "Look at its dataset, its batch size and `drop_last`"
+        fail(self.name, "yield at least one batch", type(self._loader).__name__, hint)
 
     def close(self) -> None:
         """Let the workers go; the next batch is the one that would have come."""

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from lightning_contrast._checks import require
 from lightning_contrast.callbacks.capture.dataloaders import SEED, like
-from lightning_contrast.callbacks.capture.features import FeatureTap
+from lightning_contrast.callbacks.capture.features import FeatureHook
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
 from lightning_contrast.distributed import gather, rank, world_size
 from lightning_contrast.seeding import derived_seed, isolated
@@ -88,7 +88,7 @@ def can_share(loader: Any) -> bool:
 def encoded(
     trainer: Any,
     module: Any,
-    taps: Sequence[FeatureTap],
+    hooks: Sequence[FeatureHook],
     loader: Any,
     read: Callable[[Tensor, Any, int], tuple[Tensor, Tensor]],
     *,
@@ -115,24 +115,24 @@ def encoded(
     share = EvenShare(len(loader.dataset), limit) if can_share(loader) and len(loader.dataset) else None
     if share is not None:
         loader = like(loader, share, drop_last=False)
-    kept = {tap.features: Chunks() for tap in taps}
-    with extra_pass(trainer, module, taps):
+    kept = {tap.features: Chunks() for tap in hooks}
+    with extra_pass(trainer, module, hooks):
         with isolated(derived_seed(SEED), device):
             batches = iter(loader)
         for place in range(limit):  # a batch has an image or more
             with isolated(derived_seed(SEED, place, rank()), device):
                 batch = next(batches, None)
                 if batch is None:
-                    mend = "Look at its dataset"
-                    require(place > 0, "bank", "yield at least one batch", type(loader).__name__, mend)
+                    hint = "Look at its dataset"
+                    require(place > 0, "bank", "yield at least one batch", type(loader).__name__, hint)
                     break
-                found, batch = encode(trainer, module, taps, batch)
+                found, batch = encode(trainer, module, hooks, batch)
             own = slice(rank(), None, world_size()) if share is None else slice(None)
-            for number, (tap, of_layer) in enumerate(zip(taps, found, strict=True)):
+            for number, (tap, of_layer) in enumerate(zip(hooks, found, strict=True)):
                 features, labels = read(of_layer, batch, number)
                 chunks = kept[tap.features]
                 room = (limit if share is None else share.rows) - chunks.rows
                 chunks.add(features[own][:room], labels[own][:room])
-            if share is None and kept[taps[0].features].rows * world_size() >= limit:
+            if share is None and kept[hooks[0].features].rows * world_size() >= limit:
                 break
     return kept

@@ -19,7 +19,7 @@ OUTPUT_NAMES = ("backbone", OUTPUT_KEY)
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
-class FeatureTap:
+class FeatureHook:
     """Takes the features of the images of one step, at the price of one hook and no further forward pass.
 
     The layer is found by name whenever the tap is attached, since strategies and SyncBatchNorm replace modules. Of the
@@ -105,9 +105,9 @@ class FeatureTap:
         try:
             self._layer(features)
         except RuntimeError as error:
-            mend = "Call it in the validation step, or name another layer"
+            hint = "Call it in the validation step, or name another layer"
             rule = f"name a layer that the step calls, or that takes the features {tuple(features.shape)}"
-            raise ValueError(f"`features` must {rule}, got {self.features!r}. {mend}.") from error
+            raise ValueError(f"`features` must {rule}, got {self.features!r}. {hint}.") from error
 
     def read(self, module: nn.Module, outputs: Any) -> Tensor:
         """Return the features of the step that has just ended.
@@ -128,8 +128,8 @@ class FeatureTap:
         if self.features in OUTPUT_NAMES and isinstance(outputs, Mapping) and OUTPUT_KEY in outputs:
             found = outputs[OUTPUT_KEY]
             if not isinstance(found, Tensor):
-                mend = "Return the backbone's features (B, F) under that key"
-                fail(f'the step output "{OUTPUT_KEY}"', "be a tensor", type(found).__name__, mend, TypeError)
+                hint = "Return the backbone's features (B, F) under that key"
+                fail(f'the step output "{OUTPUT_KEY}"', "be a tensor", type(found).__name__, hint, TypeError)
             pooled = pool(found, self._rows, self.tokens)
             return self._fail_rows(str(tuple(found.shape))) if pooled is None else pooled
         if taken is not None:
@@ -137,15 +137,15 @@ class FeatureTap:
         if self._layer is None:
             self._fail_unknown(module, named_layers(module))
         if refused is None:
-            mend = "Name a layer that the training and validation steps use"
-            fail("features", "name a layer that is called in each step", self.features, mend)
+            hint = "Name a layer that the training and validation steps use"
+            fail("features", "name a layer that is called in each step", self.features, hint)
         if refused.startswith("("):
             self._fail_rows(refused)
-        mend = "Name a layer that returns one tensor"
-        fail("features", f"name a layer that returns a tensor ({self.features!r} does not)", refused, mend, TypeError)
+        hint = "Name a layer that returns one tensor"
+        fail("features", f"name a layer that returns a tensor ({self.features!r} does not)", refused, hint, TypeError)
 
     def _on_forward(self, layer: nn.Module, args: Any, output: Any) -> None:
-        if self.joins or not FeatureTap.extra_pass:
+        if self.joins or not FeatureHook.extra_pass:
             self._hook(layer, args, output)
 
     def _hook(self, layer: nn.Module, args: Any, output: Any) -> None:
@@ -162,17 +162,17 @@ class FeatureTap:
 
     def _fail_rows(self, shape: str) -> Tensor:
         rule = f"give features of {self._rows} images, one row for each label"
-        mend = "Expected (B, F), (B, N, D) or (B, C, H, W); name another layer, or mend `labels`"
-        raise ValueError(f"`features` {self.features!r} must {rule}, got the shape {shape}. {mend}.")
+        hint = "Expected (B, F), (B, N, D) or (B, C, H, W); name another layer, or mend `labels`"
+        raise ValueError(f"`features` {self.features!r} must {rule}, got the shape {shape}. {hint}.")
 
     def _fail_unknown(self, module: nn.Module, layers: dict[str, nn.Module]) -> Any:
         near = get_close_matches(self.features, layers, n=5, cutoff=0.5)
         children = [name for name in layers if "." not in name]
         hint = f"Near names: {', '.join(map(repr, near))}. " if near else ""
-        mend = f"{hint}It has {', '.join(map(repr, children))} and what lies below them"
+        hint = f"{hint}It has {', '.join(map(repr, children))} and what lies below them"
         if self.features in OUTPUT_NAMES:
-            mend += f'; or return "{OUTPUT_KEY}" from the steps'
-        fail("features", f"name a submodule of {type(module).__name__}", self.features, mend)
+            hint += f'; or return "{OUTPUT_KEY}" from the steps'
+        fail("features", f"name a submodule of {type(module).__name__}", self.features, hint)
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -223,7 +223,7 @@ def warn_of_nan(owner: Any, layer: str, finite: Tensor, where: str = "") -> bool
     return bad > 0
 
 
-class ViewTap(FeatureTap):
+class ViewHook(FeatureHook):
     """Takes the outputs of a layer for all views of the images of one step.
 
     All calls of the layer count whose rows are a multiple of the batch, in their order; the rows of one call are the

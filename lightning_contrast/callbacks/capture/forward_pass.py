@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from lightning_contrast._checks import fail
-from lightning_contrast.callbacks.capture.features import OUTPUT_KEY, OUTPUT_NAMES, FeatureTap
+from lightning_contrast.callbacks.capture.features import OUTPUT_KEY, OUTPUT_NAMES, FeatureHook
 from lightning_contrast.contracts import split_batch
 
 
 @contextmanager
-def extra_pass(trainer: Any, module: nn.Module, taps: Sequence[FeatureTap]) -> Iterator[None]:
+def extra_pass(trainer: Any, module: nn.Module, hooks: Sequence[FeatureHook]) -> Iterator[None]:
     """Put all modules into eval mode and the Trainer into validation, and everything back afterwards.
 
     BatchNorm statistics stay as they are, no gradient is recorded, and a batch that is moved to the device gets the
@@ -31,9 +31,9 @@ def extra_pass(trainer: Any, module: nn.Module, taps: Sequence[FeatureTap]) -> I
     stage = trainer.state.stage
     for layer in modes:
         layer.training = False  # not `eval()`, which a module may have overridden
-    for tap in taps:
+    for tap in hooks:
         tap.joins = True
-    FeatureTap.extra_pass = True
+    FeatureHook.extra_pass = True
     if stage is not None:
         trainer.state.stage = type(stage).VALIDATING
     try:
@@ -41,8 +41,8 @@ def extra_pass(trainer: Any, module: nn.Module, taps: Sequence[FeatureTap]) -> I
             yield
     finally:
         trainer.state.stage = stage
-        FeatureTap.extra_pass = False
-        for tap in taps:
+        FeatureHook.extra_pass = False
+        for tap in hooks:
             tap.joins = False
         for layer, mode in modes.items():
             layer.training = mode
@@ -50,7 +50,7 @@ def extra_pass(trainer: Any, module: nn.Module, taps: Sequence[FeatureTap]) -> I
                 layer.reshard()  # a forward pass without a backward leaves the outermost ones whole
 
 
-def encode(trainer: Any, module: Any, taps: Sequence[FeatureTap], batch: Any) -> tuple[list[Tensor], Any]:
+def encode(trainer: Any, module: Any, hooks: Sequence[FeatureHook], batch: Any) -> tuple[list[Tensor], Any]:
     """Return the features of a batch, inside `extra_pass`.
 
     The module's ``forward`` gets the images; where it has none, or one that does not take them (a generator's), the
@@ -70,13 +70,13 @@ def encode(trainer: Any, module: Any, taps: Sequence[FeatureTap], batch: Any) ->
     images, _ = split_batch(batch)
     images = images if isinstance(images, Tensor) else images[0]
     with trainer.precision_plugin.forward_context():
-        output = _call(trainer, module, taps, images)
+        output = _call(trainer, module, hooks, images)
         outputs = {OUTPUT_KEY: output} if isinstance(output, Tensor) else None
-        complete(trainer, taps, outputs)
-    return [tap.read(module, None if tap.called() else outputs) for tap in taps], batch
+        complete(trainer, hooks, outputs)
+    return [tap.read(module, None if tap.called() else outputs) for tap in hooks], batch
 
 
-def complete(trainer: Any, taps: Sequence[FeatureTap], outputs: Any) -> None:
+def complete(trainer: Any, hooks: Sequence[FeatureHook], outputs: Any) -> None:
     """Run the layers that a step has not called on its output ``"features"``, where it has one.
 
     Args:
@@ -85,7 +85,7 @@ def complete(trainer: Any, taps: Sequence[FeatureTap], outputs: Any) -> None:
         outputs: What the step returned.
     """
     features = outputs.get(OUTPUT_KEY) if isinstance(outputs, dict) else None
-    left_out = [tap for tap in taps if not tap.called(outputs)]
+    left_out = [tap for tap in hooks if not tap.called(outputs)]
     if isinstance(features, Tensor) and left_out:
         with _whole(trainer.strategy.model):
             for tap in left_out:
@@ -102,9 +102,9 @@ def _whole(root: Any) -> AbstractContextManager[Any]:
     return whole
 
 
-def _call(trainer: Any, module: Any, taps: Sequence[FeatureTap], images: Tensor) -> Any:
+def _call(trainer: Any, module: Any, hooks: Sequence[FeatureHook], images: Tensor) -> Any:
     """Send the images through what turns them into features."""
-    layer = taps[0].features
+    layer = hooks[0].features
     child = getattr(module, layer.split(".", maxsplit=1)[0], None)
     entries = [child] if isinstance(child, nn.Module) else []
     if type(module).forward.__qualname__ != "LightningModule.forward":
@@ -113,18 +113,18 @@ def _call(trainer: Any, module: Any, taps: Sequence[FeatureTap], images: Tensor)
         entries.insert(0, root if isinstance(root, FullyShardedDataParallel) else module)
     if not entries:
         names = " or ".join(map(repr, OUTPUT_NAMES))
-        mend = f"Define `forward(images)` in the module, or name a layer instead of {names}"
-        fail("features", "be found by a forward pass of its own", layer, mend)
-    _arm(taps, images)
+        hint = f"Define `forward(images)` in the module, or name a layer instead of {names}"
+        fail("features", "be found by a forward pass of its own", layer, hint)
+    _arm(hooks, images)
     try:
         return entries[0](images)
     except (RuntimeError, TypeError) as error:
         if len(entries) == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
-        _arm(taps, images)
+        _arm(hooks, images)
         return entries[1](images)
 
 
-def _arm(taps: Sequence[FeatureTap], images: Tensor) -> None:
-    for tap in taps:
+def _arm(hooks: Sequence[FeatureHook], images: Tensor) -> None:
+    for tap in hooks:
         tap.arm(len(images))

@@ -23,21 +23,21 @@ def find_labels(batch: Any, source: Labels, owner: str) -> Any:
     Raises:
         ValueError: If there is nothing.
     """
-    mend = f"{owner} needs labels: let the loader yield (images, labels), or say where they are with `labels=`"
+    hint = f"{owner} needs labels: let the loader yield (images, labels), or say where they are with `labels=`"
     if callable(source):
         return source(batch)
     if source is None:
         found = split_batch(batch)[1]
         if found is None:
-            fail("labels", "be in the batch", type(batch).__name__, mend)
+            fail("labels", "be in the batch", type(batch).__name__, hint)
         return found
     if isinstance(source, str):
         if not isinstance(batch, Mapping) or source not in batch:
             keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            fail("labels", f"name a key of the batch ({source!r} is none)", keys, mend)
+            fail("labels", f"name a key of the batch ({source!r} is none)", keys, hint)
         return batch[source]
     size = len(batch) if isinstance(batch, Sequence) else 0
-    require(-size <= source < size, "labels", f"be an index into a batch of {size} items", source, mend)
+    require(-size <= source < size, "labels", f"be an index into a batch of {size} items", source, hint)
     return batch[source]
 
 
@@ -58,9 +58,9 @@ def class_targets(found: Any) -> Tensor:
         TypeError: If they are not a tensor of integers.
         ValueError: If they do not have the shape (B,).
     """
-    mend = "Give one class number for each image"
+    hint = "Give one class number for each image"
     if not isinstance(found, Tensor) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         what = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
-        fail("labels", "be a tensor of integer classes", what, mend, TypeError)
-    require(found.ndim == 1, "labels", "have the shape (B,)", tuple(found.shape), mend)
+        fail("labels", "be a tensor of integer classes", what, hint, TypeError)
+    require(found.ndim == 1, "labels", "have the shape (B,)", tuple(found.shape), hint)
     return found.long()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_positive, check_word, fail
-from lightning_contrast.callbacks.capture.features import ViewTap, count_images
+from lightning_contrast.callbacks.capture.features import ViewHook, count_images
 from lightning_contrast.callbacks.capture.labels import Labels, read_labels
 from lightning_contrast.callbacks.collapse.model_facts import temperature_of
 from lightning_contrast.callbacks.reporting import log_values
@@ -23,7 +23,7 @@ Values = dict[str, tuple[Tensor, Tensor]]
 """A value for each anchor, and whether it counts, by name."""
 
 
-class ContrastMonitor(L.Callback):
+class InstanceDiscriminationMonitor(L.Callback):
     """Logs how an embedding tells the two views of an image from those of other images.
 
     Every ``every_n_steps`` training batches it takes the output of a layer for two views, (B, D) each, which the step
@@ -73,7 +73,7 @@ class ContrastMonitor(L.Callback):
         check_word("name", name)
         self.temperature, self.labels, self.hardest = temperature, labels, hardest
         self.every_n_steps, self.name = every_n_steps, name
-        self._tap = ViewTap(features)
+        self._tap = ViewHook(features)
         self._batches = 0
         self._labels: Tensor | None = None
         self._queue: Tensor | None = None
@@ -84,7 +84,7 @@ class ContrastMonitor(L.Callback):
     @property
     def state_key(self) -> str:
         """Key in a checkpoint's ``"callbacks"``."""
-        return f"ContrastMonitor[{self.name}]"
+        return f"InstanceDiscriminationMonitor[{self.name}]"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin to count; a checkpoint that is resumed is loaded after this."""
@@ -163,8 +163,8 @@ class ContrastMonitor(L.Callback):
             if self._tap.refused():
                 got += f" and {self._tap.refused()}"
             rule = f"name a layer that gives two views (B, D) in each training step ({self._tap.features!r} does not)"
-            mend = 'Name the projection head, or return the second view as the step output "keys"'
-            fail("features", rule, got, mend)
+            hint = 'Name the projection head, or return the second view as the step output "keys"'
+            fail("features", rule, got, hint)
         return taken[0], taken[1], False
 
     def _warn_of_nan(self, cosine: Tensor, batch_idx: int) -> None:
@@ -210,7 +210,7 @@ def against_batch(
         hardest: Negatives looked at for false ones.
 
     Returns:
-        Means over all ranks, by name; see `ContrastMonitor`.
+        Means over all ranks, by name; see `InstanceDiscriminationMonitor`.
     """
     a, b = F.normalize(view_a.float(), dim=1), F.normalize(view_b.float(), dim=1)
     sizes = distributed.batch_sizes(len(a), a.device)
@@ -245,7 +245,7 @@ def against_queue(
         temperature: A scalar, or None.
 
     Returns:
-        Means over all ranks, by name; see `ContrastMonitor`.
+        Means over all ranks, by name; see `InstanceDiscriminationMonitor`.
     """
     q, k, n = (F.normalize(x.float(), dim=1) for x in (query, key, queue.to(query.device)))
     valid = mask.to(query.device).unsqueeze(0).expand(len(q), -1)

@@ -15,7 +15,7 @@ from lightning_contrast.metrics.sphere import uniformity_of
 Entry = dict[str, Tensor]
 
 
-class Reservoir:
+class RollingBuffer:
     """Keeps tensors of the last batches, by name, each with one row for an image in its last dimension but one.
 
     Memory: ``batches`` entries of ``rows`` images each. In a checkpoint it is the same: what all ranks hold, by rank.
@@ -81,7 +81,7 @@ ENOUGH = 8
 """Rows that a measurement needs."""
 
 
-def measure_reservoir(reservoir: Reservoir) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def measure_buffer(buffer: RollingBuffer) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Measure what the reservoirs of all ranks hold; every rank must call it and gets the same.
 
     Args:
@@ -91,12 +91,12 @@ def measure_reservoir(reservoir: Reservoir) -> tuple[dict[str, Any], dict[str, T
     Returns:
         The numbers of each space by name; the singular values of "features" and "projections" on the CPU; their rows.
     """
-    names = reservoir.names()
+    names = buffer.names()
     record: dict[str, Any] = {}
     spectra: dict[str, Tensor] = {}
     taken: dict[str, Tensor] = {}
     for space in [name for name in ("features", "projections") if name in names]:
-        rows, batches = reservoir.gathered(space)
+        rows, batches = buffer.gathered(space)
         views = rows if rows.ndim == 3 else rows.unsqueeze(1)  # (N, V, D)
         record[space], spectrum = measure(views[:, 0], batches)
         record[space] |= {"width": float(views.shape[2]), "rows": float(len(views))}
@@ -104,14 +104,14 @@ def measure_reservoir(reservoir: Reservoir) -> tuple[dict[str, Any], dict[str, T
         if views.shape[1] > 1:
             record[space] |= measure_pairs(views[:, 0], views[:, 1])
         if space == "projections" and "teacher" in names:
-            teacher, _ = reservoir.gathered("teacher")
+            teacher, _ = buffer.gathered("teacher")
             if teacher.shape[2] == views.shape[2]:
                 record["teacher"] = measure_pairs(views[:, 0], teacher[:, -1])
     if {"winners", "entropies", "mean"} <= names:
-        winners, entropies, mean = (reservoir.gathered(name)[0] for name in ("winners", "entropies", "mean"))
+        winners, entropies, mean = (buffer.gathered(name)[0] for name in ("winners", "entropies", "mean"))
         record["scores"] = measure_scores(winners[:, 0], entropies[:, 0], mean.mean(dim=0))
     if "keys" in names:
-        keys, _ = reservoir.gathered("keys")
+        keys, _ = buffer.gathered("keys")
         record["queue"] = {"staleness_cosine": measure_pairs(keys[:, 0], keys[:, 1])["positive_cosine"]}
     return record, spectra, taken
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_word, fail
 from lightning_contrast.callbacks.collapse.diagnosis import Finding, Record, Thresholds, diagnose
-from lightning_contrast.callbacks.collapse.measurements import Reservoir, measure_reservoir
+from lightning_contrast.callbacks.collapse.measurements import RollingBuffer, measure_buffer
 from lightning_contrast.callbacks.collapse.model_facts import read_facts
-from lightning_contrast.callbacks.collapse.observer import Observer
+from lightning_contrast.callbacks.collapse.observer import Recorder
 from lightning_contrast.callbacks.reporting import draw_spectra, log_values
 from lightning_contrast.distributed import all_reduce_mean
 
@@ -86,14 +86,14 @@ class CollapseMonitor(L.Callback):
         check_choice("action", action, ("warn", "stop"))
         check_word("name", name)
         if not (projections is None or isinstance(projections, str)):
-            mend = 'Give the name of a submodule, "auto" or None'
-            fail("projections", "be a name or None", type(projections).__name__, mend, TypeError)
+            hint = 'Give the name of a submodule, "auto" or None'
+            fail("projections", "be a name or None", type(projections).__name__, hint, TypeError)
         self.every_n_steps, self.action, self.name = every_n_steps, action, name
         self.snapshot_dir, self.thresholds = snapshot_dir, thresholds or Thresholds()
         self.course: list[Record] = []
         self.findings: list[Finding] = []
-        self._observer = Observer(features, projections, tokens, -(-samples // WINDOW))
-        self._reservoir = Reservoir(WINDOW)
+        self._observer = Recorder(features, projections, tokens, -(-samples // WINDOW))
+        self._reservoir = RollingBuffer(WINDOW)
         self._batches = 0
         self._named: set[str] = set()
         self._armed = False
@@ -186,7 +186,7 @@ class CollapseMonitor(L.Callback):
 
     def _measure(self, trainer: Any, pl_module: Any, *, on_epoch: bool) -> None:
         """Measure on all ranks alike, log, and name what is wrong."""
-        record, spectra, rows = measure_reservoir(self._reservoir)
+        record, spectra, rows = measure_buffer(self._reservoir)
         if self.every_n_steps is not None:
             self._reservoir.clear()
         record["step"] = int(trainer.global_step)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_contrast._checks import fail
-from lightning_contrast.callbacks.capture.features import FeatureTap, ViewTap, count_images, named_layers
+from lightning_contrast.callbacks.capture.features import FeatureHook, ViewHook, count_images, named_layers
 from lightning_contrast.callbacks.collapse.measurements import Entry
 from lightning_contrast.contracts import batch_indices
 from lightning_contrast.distributed import world_size
@@ -20,20 +20,20 @@ WIDEST = 8192
 """Outputs that are wider are not kept as projections: the logits of a distillation head are counted as scores."""
 
 
-class Observer:
+class Recorder:
     """Taps a module's layers and gives the rows of one step for the reservoir.
 
     Args:
-        features: Where the features come from, see `FeatureTap`.
+        features: Where the features come from, see `FeatureHook`.
         projections: Name of the layer of the projections; "auto" looks for "projector" and "projection_head"; None.
-        tokens: See `FeatureTap`.
+        tokens: See `FeatureHook`.
         rows: Images kept of each batch over all ranks.
     """
 
     def __init__(self, features: str, projections: str | None, tokens: str, rows: int) -> None:
         self.features, self.projections, self.rows = features, projections, rows
-        self._tap = FeatureTap(features, tokens)
-        self._taps: dict[str, ViewTap] = {}
+        self._tap = FeatureHook(features, tokens)
+        self._taps: dict[str, ViewHook] = {}
         self._bank_rows: Tensor | None = None
         self._count = 0
 
@@ -45,7 +45,7 @@ class Observer:
             self._taps.pop(role).detach()
         for role, name in wanted.items():
             limit = 1 if role == PROTOTYPES else 2
-            tap = self._taps.setdefault(role, ViewTap(name, limit=limit, only_rows=self._own_rows()))
+            tap = self._taps.setdefault(role, ViewHook(name, limit=limit, only_rows=self._own_rows()))
             tap.attach(module)
 
     def detach(self) -> None:
@@ -116,8 +116,8 @@ class Observer:
     def _fail_projections(self) -> None:
         shape = self._taps["projections"].refused()
         rule = "name a layer that gives (B, D) or (n B, D) in each training step"
-        mend = "Name another layer, or None for the features alone"
-        fail("projections", rule, f"{self.projections!r}, which {f'gave {shape}' if shape else 'was not called'}", mend)
+        hint = "Name another layer, or None for the features alone"
+        fail("projections", rule, f"{self.projections!r}, which {f'gave {shape}' if shape else 'was not called'}", hint)
 
     def _banked(self, keys: Any) -> Entry:
         """Return the keys beside the rows that the memory bank held of the same images before the step."""

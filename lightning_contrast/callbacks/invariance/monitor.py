@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_contrast._checks import check_at_least, check_word, fail, require
 from lightning_contrast.callbacks.capture.dataloaders import SEED, check_source, like, training_loader
 from lightning_contrast.callbacks.capture.feature_bank import can_share
-from lightning_contrast.callbacks.capture.features import FeatureTap, warn_of_nan
+from lightning_contrast.callbacks.capture.features import FeatureHook, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
 from lightning_contrast.callbacks.invariance.perturbations import (
     Changes,
@@ -93,8 +93,8 @@ class InvarianceMonitor(L.Callback):
         require(std is None or min(std) > 0, "std", "be > 0", std, "Give the deviation of each channel")
         check_word("name", name)
         if isinstance(images, Tensor):
-            mend = "Stack images of one size"
-            require(images.ndim == 4 and len(images) >= 2, "images", "be (N, C, H, W)", tuple(images.shape), mend)
+            hint = "Stack images of one size"
+            require(images.ndim == 4 and len(images) >= 2, "images", "be (N, C, H, W)", tuple(images.shape), hint)
         elif images is not None:
             check_source("images", images)
         self.images, self.samples, self.every_n_epochs = images, samples, every_n_epochs
@@ -103,7 +103,7 @@ class InvarianceMonitor(L.Callback):
         self.first: Curves = {}
         self.curves: Curves = {}
         self.summary = ""
-        self._tap = FeatureTap(features, tokens)
+        self._tap = FeatureHook(features, tokens)
         self._batches: list[Any] | None = None
         self._measured: int | None = None
         self._warned = False
@@ -251,8 +251,8 @@ class InvarianceMonitor(L.Callback):
     def _check_values(self, batch: Any) -> None:
         low, high = (float(bound) for bound in torch.aminmax(self._to_pixels(_images_of(batch))))
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-            mend = "Give the `mean` and `std` that the loader normalises with, or `images=` in 0..1"
-            fail("images", "lie in 0..1", (low, high), mend)
+            hint = "Give the `mean` and `std` that the loader normalises with, or `images=` in 0..1"
+            fail("images", "lie in 0..1", (low, high), hint)
 
     def _read(self, trainer: Any) -> list[Any]:
         """Return the batches of the fixed images, the same on every rank."""

@@ -116,8 +116,8 @@ def chosen_changes(changes: Changes) -> dict[str, Change]:
     """
     if changes is None:
         return dict(CHANGES)
-    mend = 'Give names such as ["hue", "blur"], or {"mine": (function, [0.1, 0.2])}'
-    require(not isinstance(changes, str) and len(changes) > 0, "changes", "be several names", changes, mend)
+    hint = 'Give names such as ["hue", "blur"], or {"mine": (function, [0.1, 0.2])}'
+    require(not isinstance(changes, str) and len(changes) > 0, "changes", "be several names", changes, hint)
     if not isinstance(changes, Mapping):
         for name in changes:
             check_choice("changes", name, CHANGES)
@@ -125,9 +125,9 @@ def chosen_changes(changes: Changes) -> dict[str, Change]:
     found = {}
     for name, own in changes.items():
         if not isinstance(own, tuple | list) or len(own) != 2 or not callable(own[0]):
-            fail(f"changes[{name!r}]", "be a function and its strengths", own, mend, TypeError)
+            fail(f"changes[{name!r}]", "be a function and its strengths", own, hint, TypeError)
         strengths = tuple(float(strength) for strength in own[1])
-        require(len(strengths) > 0, f"changes[{name!r}]", "have a strength or more", own[1], mend)
+        require(len(strengths) > 0, f"changes[{name!r}]", "have a strength or more", own[1], hint)
         found[name] = Change(own[0], strengths)
     return found
 
@@ -145,8 +145,8 @@ def changed(images: Tensor, change: Change, strength: float) -> Tensor:
     """
     result = change.apply(images, strength).clamp(0, 1)
     if result.shape != images.shape:
-        mend = "Resize to the size of the images"
-        fail("changes", f"keep the shape {tuple(images.shape)}", tuple(result.shape), mend)
+        hint = "Resize to the size of the images"
+        fail("changes", f"keep the shape {tuple(images.shape)}", tuple(result.shape), hint)
     return result
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_word, fail, require
 from lightning_contrast.callbacks.capture.dataloaders import Repeats
-from lightning_contrast.callbacks.capture.features import FeatureTap, warn_of_nan
+from lightning_contrast.callbacks.capture.features import FeatureHook, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import complete
 from lightning_contrast.callbacks.capture.labels import Labels, find_labels
 from lightning_contrast.callbacks.probes.metrics import Scores
@@ -37,23 +37,23 @@ class OnlineProbe(L.Callback):
 
     Args:
         task: What the labels are.
-        features: Where the features come from, one name or several, see `FeatureTap`.
+        features: Where the features come from, one name or several, see `FeatureHook`.
         labels: Where the labels come from: None is the batch contract, a str the key of a dict batch, an int the index
             of a tuple or list batch, a callable gets the whole batch.
         name: First part of the names that are logged.
-        tokens: What becomes of a token sequence, see `FeatureTap`.
+        tokens: What becomes of a token sequence, see `FeatureHook`.
     """
 
     def __init__(self, task: Task, *, features: str | Sequence[str], labels: Labels, name: str, tokens: str) -> None:
         if not (labels is None or isinstance(labels, str | int) or callable(labels)) or isinstance(labels, bool):
-            mend = "Give the key or the index of the labels in a batch, or a function of the batch"
-            fail("labels", "be None, a str, an int or a callable", labels, mend, TypeError)
+            hint = "Give the key or the index of the labels in a batch, or a function of the batch"
+            fail("labels", "be None, a str, an int or a callable", labels, hint, TypeError)
         check_word("name", name)
         self.task, self.num_classes, self.labels, self.name = task, task.outputs, labels, name
         self.layers = tuple(features) if isinstance(features, list | tuple) else (features,)
-        mend = 'Give ["backbone", "projector"], for example'
-        require(len(set(self.layers)) == len(self.layers) > 0, "features", "name different layers", features, mend)
-        self._taps = {layer: FeatureTap(layer, tokens) for layer in self.layers}
+        hint = 'Give ["backbone", "projector"], for example'
+        require(len(set(self.layers)) == len(self.layers) > 0, "features", "name different layers", features, hint)
+        self._taps = {layer: FeatureHook(layer, tokens) for layer in self.layers}
         self._batch_targets: Tensor | None = None
         self._seen: set[str] = set()
         self._scores: dict[int, dict[str, Scores]] = {}
@@ -176,18 +176,18 @@ class OnlineProbe(L.Callback):
         if targets is None:
             return []
         stage = where.split(maxsplit=1)[0]
-        taps = list(self._taps.values())
+        hooks = list(self._taps.values())
         if stage != "training":
             with trainer.precision_plugin.forward_context(), torch.no_grad():
-                complete(trainer, taps, outputs)
-        features = [tap.read(pl_module, outputs) for tap in taps]
+                complete(trainer, hooks, outputs)
+        features = [tap.read(pl_module, outputs) for tap in hooks]
         steps = [self._step(*pair, targets, where) for pair in zip(self.layers, features, strict=True)]
         self._seen.add(stage)
         return steps
 
     def _step(self, layer: str, features: Tensor, targets: Tensor, where: str) -> Step:
-        mend = "Mend `labels`: there is one row for each image"
-        require(len(features) == len(targets), "labels", f"have {len(features)} rows", len(targets), mend)
+        hint = "Mend `labels`: there is one row for each image"
+        require(len(features) == len(targets), "labels", f"have {len(features)} rows", len(targets), hint)
         finite = torch.isfinite(features).all(dim=1)
         if not self._warned and (features.device.type == "cpu" or where.split(maxsplit=1)[0] not in self._seen):
             self._warned = warn_of_nan(self, layer, finite, f" in {where}")

@@ -148,8 +148,8 @@ class OnlineKNN(OnlineProbe):
             return None
         bank, labels = found
         widths = (features.shape[1], bank.shape[1])
-        mend = "Name a layer that `forward` and the validation step both call"
-        require(widths[0] == widths[1], "features", "be as wide at validation as in the bank", widths, mend)
+        hint = "Name a layer that `forward` and the validation step both call"
+        require(widths[0] == widths[1], "features", "be as wide at validation as in the bank", widths, hint)
         similarities, indices = search(features, bank, min(max(self.k), len(bank)))
         neighbours = labels[indices]
         shares = [
@@ -177,9 +177,9 @@ class OnlineKNN(OnlineProbe):
                 rank_zero_warn(f'`{self.name}`: there is no training set to encode for `bank="fresh"` without a fit.')
                 return {}
             if not can_share(loader):
-                mend = "Give `bank` a loader of labelled images"
+                hint = "Give `bank` a loader of labelled images"
                 rule = 'be a DataLoader over a set of known length for `bank="fresh"`'
-                fail("train_dataloader", rule, type(loader).__name__, mend, TypeError)
+                fail("train_dataloader", rule, type(loader).__name__, hint, TypeError)
         else:
             if self._loader is None:
                 self._loader = training_loader("bank", self.bank, trainer)

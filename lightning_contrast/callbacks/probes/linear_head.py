@@ -304,17 +304,17 @@ class Learner:
             return torch.optim.SGD(head.parameters(), lr=lr, momentum=SGD_MOMENTUM, nesterov=self.task.nesterov)
         made = self._make_optimizer(list(head.parameters()))
         if not isinstance(made, Optimizer):
-            mend = "Give for example `lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`"
-            fail("optimizer", "return an optimizer", type(made).__name__, mend, TypeError)
+            hint = "Give for example `lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`"
+            fail("optimizer", "return an optimizer", type(made).__name__, hint, TypeError)
         return made
 
     def _restore(self, head: LinearHead, optimizer: Optimizer, state: dict[str, Any]) -> None:
         saved, own = tuple(state["head"]["weight"].shape), tuple(head.weight.shape)
-        mend = "Give the probe the `features` and `num_classes` that it had, or another `name` to begin anew"
-        require(saved == own, self.owner, f"have a classifier of shape {saved}, as the checkpoint has", own, mend)
+        hint = "Give the probe the `features` and `num_classes` that it had, or another `name` to begin anew"
+        require(saved == own, self.owner, f"have a classifier of shape {saved}, as the checkpoint has", own, hint)
         missing = head.state_dict().keys() ^ state["head"].keys()
-        mend = "Give the probe the `task` and `class_weights` that it had, or another `name` to begin anew"
-        require(not missing, self.owner, "have the statistics that the checkpoint has", sorted(missing), mend)
+        hint = "Give the probe the `task` and `class_weights` that it had, or another `name` to begin anew"
+        require(not missing, self.owner, "have the statistics that the checkpoint has", sorted(missing), hint)
         head.load_state_dict(state["head"])
         head.batches = state["batches"]
         optimizer.load_state_dict(state["optimizer"])

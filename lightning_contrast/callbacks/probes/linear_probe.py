@@ -87,12 +87,12 @@ class OnlineLinearProbe(OnlineProbe):
         super().__init__(self.task, features=features, labels=labels, name=name, tokens=tokens)
         if lr is not None:
             check_positive("lr", lr)
-            mend = "Set the rate of the optimizer itself"
-            require(optimizer is None, "lr", "be None where there is an `optimizer`", lr, mend)
+            hint = "Set the rate of the optimizer itself"
+            require(optimizer is None, "lr", "be None where there is an `optimizer`", lr, hint)
         for key, value in (("optimizer", optimizer), ("schedule", schedule)):
             if value is not None and not callable(value):
-                mend = "Give for example `lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`"
-                fail(key, "be callable", type(value).__name__, mend, TypeError)
+                hint = "Give for example `lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`"
+                fail(key, "be callable", type(value).__name__, hint, TypeError)
         check_at_least("every_n_steps", every_n_steps, 1)
         fits = data is not None or every_n_steps == 1
         require(fits, "every_n_steps", "be 1 without `data`", every_n_steps, "Leave it out")
@@ -190,9 +190,9 @@ class OnlineLinearProbe(OnlineProbe):
         """Keep the state until the model is built: where and how wide the features are is not known yet."""
         own = {key: value for key, value in state_dict.items() if key not in ("data", "seen")}
         states = own.get("layers", {self.layers[0]: own})
-        mend = "Give the probe the `features` that it had, or another `name` to begin anew"
+        hint = "Give the probe the `features` that it had, or another `name` to begin anew"
         known = states.keys() == self._learners.keys()
-        require(known, self.name, "have the layers that the checkpoint has", (self.layers, tuple(states)), mend)
+        require(known, self.name, "have the layers that the checkpoint has", (self.layers, tuple(states)), hint)
         for layer, state in states.items():
             self._learners[layer].load_state_dict(state)
         if self._stream is not None and "data" in state_dict:
@@ -206,9 +206,9 @@ class OnlineLinearProbe(OnlineProbe):
         """Learn from the next labelled batch."""
         device = trainer.strategy.root_device
         batch = stream.next(device)
-        taps = list(self._taps.values())
-        with extra_pass(trainer, pl_module, taps), isolated(derived_seed(SEED, self._batches), device):
-            features, batch = encode(trainer, pl_module, taps, batch)
+        hooks = list(self._taps.values())
+        with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED, self._batches), device):
+            features, batch = encode(trainer, pl_module, hooks, batch)
         targets = self._targets_of(batch, "`data`")
         with torch.no_grad():
             for layer, found in zip(self.layers, features, strict=True):

@@ -122,10 +122,10 @@ class MultilabelTask(Task):
 
     def targets(self, found: Any) -> Tensor:
         """Return labels (B, C), int64."""
-        mend = f"Give {self.outputs} numbers 0 or 1 for each image"
-        found = _tensor(found, mend)
+        hint = f"Give {self.outputs} numbers 0 or 1 for each image"
+        found = _tensor(found, hint)
         fits = found.shape[1:] == (self.outputs,)
-        require(fits, "labels", f"have the shape (B, {self.outputs})", tuple(found.shape), mend)
+        require(fits, "labels", f"have the shape (B, {self.outputs})", tuple(found.shape), hint)
         return found.long() if found.dtype == torch.bool or not found.is_floating_point() else _whole(found)
 
     def check(self, targets: Tensor) -> None:
@@ -167,13 +167,13 @@ class RegressionTask(Task):
 
     def targets(self, found: Any) -> Tensor:
         """Return numbers (B, C), float32."""
-        mend = f"Give {self.outputs} numbers for each image"
-        given = _tensor(found, mend)
+        hint = f"Give {self.outputs} numbers for each image"
+        given = _tensor(found, hint)
         if given.dtype == torch.bool or given.is_complex():
-            fail("labels", "be a tensor of numbers", str(given.dtype), mend, TypeError)
+            fail("labels", "be a tensor of numbers", str(given.dtype), hint, TypeError)
         numbers = given.float().unsqueeze(1) if given.ndim == 1 else given.float()
         fits = numbers.ndim == 2 and numbers.shape[1] == self.outputs
-        require(fits, "labels", f"have the shape (B, {self.outputs})", tuple(numbers.shape), mend)
+        require(fits, "labels", f"have the shape (B, {self.outputs})", tuple(numbers.shape), hint)
         return numbers
 
     def check(self, targets: Tensor) -> None:
@@ -216,15 +216,15 @@ def build_task(name: str, outputs: int, class_weights: ClassWeights) -> Task:
     check_choice("task", name, TASKS)
     if name == "classes":
         return ClassTask(outputs, class_weights)
-    mend = 'Leave it out, or set `task="classes"`'
-    require(class_weights is None, "class_weights", f"be None for the task {name!r}", class_weights, mend)
+    hint = 'Leave it out, or set `task="classes"`'
+    require(class_weights is None, "class_weights", f"be None for the task {name!r}", class_weights, hint)
     check_at_least("num_classes", outputs, 1)
     return MultilabelTask(outputs) if name == "multilabel" else RegressionTask(outputs)
 
 
-def _tensor(found: Any, mend: str) -> Tensor:
+def _tensor(found: Any, hint: str) -> Tensor:
     if not isinstance(found, Tensor):
-        fail("labels", "be a tensor", type(found).__name__, mend, TypeError)
+        fail("labels", "be a tensor", type(found).__name__, hint, TypeError)
     return found
 
 
@@ -239,11 +239,11 @@ def _checked_weights(weights: ClassWeights, outputs: int) -> Tensor | None:
         return None
     if weights is None:
         return None
-    mend = f'Give {outputs} positive numbers, or "balanced"'
+    hint = f'Give {outputs} positive numbers, or "balanced"'
     if not isinstance(weights, Tensor):
-        fail("class_weights", 'be "balanced", a tensor or None', type(weights).__name__, mend, TypeError)
+        fail("class_weights", 'be "balanced", a tensor or None', type(weights).__name__, hint, TypeError)
     weights = weights.detach().to(torch.float32, copy=True)
-    require(weights.shape == (outputs,), "class_weights", f"have the shape ({outputs},)", tuple(weights.shape), mend)
+    require(weights.shape == (outputs,), "class_weights", f"have the shape ({outputs},)", tuple(weights.shape), hint)
     fits = bool((weights >= 0).all() and weights.isfinite().all() and weights.sum() > 0)
-    require(fits, "class_weights", "be finite and >= 0, some above 0", weights.tolist(), mend)
+    require(fits, "class_weights", "be finite and >= 0, some above 0", weights.tolist(), hint)
     return weights

@@ -17,7 +17,7 @@ from lightning_contrast.distributed import gather, world_size
 from lightning_contrast.runtime.batch_transfer import HOOK, Transfer
 
 
-class ThroughputMonitor(L.Callback):
+class TrainingCostMonitor(L.Callback):
     """Measures what the steps of a fit cost, and says at its end in words what to do about it.
 
     It works on any LightningModule, under `lightning` and `pytorch_lightning`, with automatic or manual optimization
@@ -94,14 +94,14 @@ class ThroughputMonitor(L.Callback):
     @property
     def state_key(self) -> str:
         """Key in a checkpoint's ``"callbacks"``."""
-        return f"ThroughputMonitor[{self.name}]"
+        return f"TrainingCostMonitor[{self.name}]"
 
     # The hooks, in the order in which the Trainer calls them.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a second one, which would listen to the same events, and forget the last fit."""
-        if any(isinstance(c, ThroughputMonitor) and c is not self for c in trainer.callbacks):
-            fail("callbacks", "hold one ThroughputMonitor", "two", "Remove one of them")
+        if any(isinstance(c, TrainingCostMonitor) and c is not self for c in trainer.callbacks):
+            fail("callbacks", "hold one TrainingCostMonitor", "two", "Remove one of them")
         if stage == "fit":
             self.summary, self.costs, self._epoch = "", Costs(), Costs()
             self._flops_of_step, self._flops_per_image = None, 0.0

@@ -138,8 +138,8 @@ class Costs:
         found = [f"{share:.0%} of the step {IN_WORDS[name]}: {self._mend(name, loader)}." for share, name in large]
         if not found:
             share = self.share(NETWORK)
-            mend = "a lower precision (`bf16-mixed`), `torch.compile` or a smaller network would make it faster"
-            found.append(f"{share:.0%} of the step {IN_WORDS[NETWORK]}, as it should be: {mend}.")
+            hint = "a lower precision (`bf16-mixed`), `torch.compile` or a smaller network would make it faster"
+            found.append(f"{share:.0%} of the step {IN_WORDS[NETWORK]}, as it should be: {hint}.")
         return found
 
     def _mend(self, category: str, loader: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_contrast._checks import check_at_least, check_word, fail
 from lightning_contrast.callbacks.capture.dataloaders import check_source, training_loader
 from lightning_contrast.callbacks.capture.feature_bank import encoded
-from lightning_contrast.callbacks.capture.features import FeatureTap, count_images, warn_of_nan
+from lightning_contrast.callbacks.capture.features import FeatureHook, count_images, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import complete
 from lightning_contrast.callbacks.capture.labels import Labels, read_labels
 from lightning_contrast.callbacks.reporting import publish, tensorboard_folders
@@ -106,7 +106,7 @@ class EmbeddingLogger(L.Callback):
         self.data, self.labels, self.class_names, self.samples = data, labels, class_names, samples
         self.every_n_validations, self.projector, self.layout = every_n_validations, projector, layout
         self.name, self.png_dir = name, png_dir
-        self._tap = FeatureTap(features, tokens)
+        self._tap = FeatureHook(features, tokens)
         self._display = Display(channels, mean, std)
         self._strips = Strips(queries, neighbours)
         self._loader: Any = None
@@ -247,8 +247,8 @@ class EmbeddingLogger(L.Callback):
         images, _ = split_batch(batch)
         images = images if isinstance(images, Tensor) else images[0]
         if images.ndim != 4:
-            mend = "EmbeddingLogger shows images: remove it, or name the images in a dict"
-            fail("batch", "hold images (B, C, H, W)", tuple(images.shape), mend)
+            hint = "EmbeddingLogger shows images: remove it, or name the images in a dict"
+            fail("batch", "hold images (B, C, H, W)", tuple(images.shape), hint)
         pixels = self._display.pixels(images[rows], statistics_of(trainer, training=False))
         labels = self._labels_of(batch)
         return Part(places, features[rows], fitted(pixels, EDGE), None if labels is None else labels[rows].cpu())

@@ -46,8 +46,8 @@ class Display:
                 len(channels) in (1, 3), "channels", "name one channel or three", channels, "Give (red, green, blue)"
             )
         if (mean is None) != (std is None):
-            mend = "Give both, or neither"
-            fail("mean and std", "go together", (mean, std), mend)
+            hint = "Give both, or neither"
+            fail("mean and std", "go together", (mean, std), hint)
         for value in std or ():
             check_positive("std", value)
         self.channels = channels
@@ -69,8 +69,8 @@ class Display:
         """
         count = images.shape[1]
         chosen = list(self.channels or (range(3) if count >= 3 else (0,)))
-        mend = "Name channels that the images have"
-        require(max(chosen) < count, "channels", f"be below {count}, the channels of the images", self.channels, mend)
+        hint = "Name channels that the images have"
+        require(max(chosen) < count, "channels", f"be below {count}, the channels of the images", self.channels, hint)
         shown = images.detach()[:, chosen].cpu()
         if not shown.is_floating_point():
             shown = shown.float() / (1 if shown.dtype == torch.bool else 255)
@@ -90,8 +90,8 @@ class Display:
 
 
 def _per_channel(name: str, values: Sequence[float], count: int, chosen: Sequence[int]) -> Tensor:
-    mend = "Give one number for each channel"
-    require(len(values) in (1, count), name, f"have {count} numbers, one for each channel", list(values), mend)
+    hint = "Give one number for each channel"
+    require(len(values) in (1, count), name, f"have {count} numbers, one for each channel", list(values), hint)
     every = torch.tensor([float(value) for value in values]).expand(count)
     return every[list(chosen)].view(1, -1, 1, 1)
 

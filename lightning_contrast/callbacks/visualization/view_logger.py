@@ -146,8 +146,8 @@ class ViewLogger(L.Callback):
         images = found[0]
         for each in [images] if isinstance(images, Tensor) else images:
             if each.ndim != 4:
-                mend = "ViewLogger shows batches of images: remove it, or name the images in a dict"
-                fail("batch", "hold images (B, C, H, W)", tuple(each.shape), mend)
+                hint = "ViewLogger shows batches of images: remove it, or name the images in a dict"
+                fail("batch", "hold images (B, C, H, W)", tuple(each.shape), hint)
         return images
 
     def _columns(

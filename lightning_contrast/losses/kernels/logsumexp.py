@@ -18,11 +18,18 @@ from torch.autograd.function import once_differentiable
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch
 from lightning_contrast.losses.checks import Scalar
-from lightning_contrast.losses.kernels.tiles import Diagonal, Plan, Weights, make_plan, sweep_gradient, sweep_lse
+from lightning_contrast.losses.kernels.tiles import (
+    Diagonal,
+    LogSumExpGradient,
+    TileConfig,
+    make_plan,
+    sweep_gradient,
+    sweep_lse,
+)
 
 
 @dataclass(frozen=True)
-class Columns:
+class NegativeMask:
     """Which columns an anchor meets.
 
     Args:
@@ -60,15 +67,15 @@ class Shares:
         """Return the rows of all ranks, ``(B, ...)``."""
         return distributed.gather(x, self.sizes) if self.together else x.detach()
 
-    def weights(self, own: Weights) -> Weights:
+    def weights(self, own: LogSumExpGradient) -> LogSumExpGradient:
         """Return the weights of the rows of all ranks."""
         if not self.together:
             return own
         grad, lse = self.gather(torch.stack([own.grad, own.lse], dim=1)).unbind(1)
-        return Weights(grad, lse)
+        return LogSumExpGradient(grad, lse)
 
 
-def leave_out_plan(x: Tensor, columns: Columns, shares: Shares, views: bool, scale: Scalar = 1.0) -> Plan:
+def leave_out_plan(x: Tensor, columns: NegativeMask, shares: Shares, views: bool, scale: Scalar = 1.0) -> TileConfig:
     """Return the plan of the rows ``x`` of this rank against the columns of all.
 
     Args:
@@ -100,7 +107,7 @@ class _SelfLse(torch.autograd.Function):
     """Log-sum-exp of each row's similarities to other rows; the rows are two views of ``N / 2`` images."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: Scalar, columns: Columns) -> Tensor:
+    def forward(ctx: Any, z: Tensor, scale: Scalar, columns: NegativeMask) -> Tensor:
         shares = Shares(z)
         ctx.shares, ctx.scale = shares, scale
         ctx.plan = leave_out_plan(z, columns, shares, True, scale)
@@ -112,7 +119,7 @@ class _SelfLse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         z, lse = ctx.saved_tensors
-        own = Weights(grad, lse)
+        own = LogSumExpGradient(grad, lse)
         everyone = ctx.shares.weights(own)
         alone = not ctx.shares.together
         with torch.autocast(z.device.type, enabled=False):
@@ -129,7 +136,7 @@ class _PairLse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Scalar, columns: Columns, both: bool, together: bool
+        ctx: Any, x: Tensor, y: Tensor, scale: Scalar, columns: NegativeMask, both: bool, together: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.scale, ctx.both = scale, both
         ctx.x = ctx.plan_y = None
@@ -153,7 +160,7 @@ class _PairLse(torch.autograd.Function):
         ctx: Any, grad_x: Tensor, grad_y: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, y, lse_x, lse_y = ctx.saved_tensors
-        from_x, from_y = Weights(grad_x, lse_x), Weights(grad_y, lse_y) if ctx.both else None
+        from_x, from_y = LogSumExpGradient(grad_x, lse_x), LogSumExpGradient(grad_y, lse_y) if ctx.both else None
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad
         want_x = need_x or need_scale
         gradient_x, gradient_y = torch.zeros_like(x), torch.zeros_like(y)
@@ -183,7 +190,7 @@ class _PairLse(torch.autograd.Function):
             )  # fmt: skip
 
 
-def self_lse(z: Tensor, scale: Scalar, columns: Columns) -> Tensor:
+def self_lse(z: Tensor, scale: Scalar, columns: NegativeMask) -> Tensor:
     """Return ``log sum_j exp(scale z_i . z_j)`` over the rows ``j`` of all ranks but ``i`` itself.
 
     Args:
@@ -197,7 +204,7 @@ def self_lse(z: Tensor, scale: Scalar, columns: Columns) -> Tensor:
     return cast("Tensor", _SelfLse.apply(z, scale, columns))
 
 
-def pair_lse(x: Tensor, y: Tensor, scale: Scalar, columns: Columns) -> tuple[Tensor, Tensor]:
+def pair_lse(x: Tensor, y: Tensor, scale: Scalar, columns: NegativeMask) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp of ``scale x_i . y_j`` over ``j`` and over ``i``, each over the rows of all ranks.
 
     Args:
@@ -212,7 +219,7 @@ def pair_lse(x: Tensor, y: Tensor, scale: Scalar, columns: Columns) -> tuple[Ten
     return cast("tuple[Tensor, Tensor]", _PairLse.apply(x, y, scale, columns, True, True))
 
 
-def rows_lse(x: Tensor, y: Tensor, scale: Scalar, columns: Columns, *, together: bool = True) -> Tensor:
+def rows_lse(x: Tensor, y: Tensor, scale: Scalar, columns: NegativeMask, *, together: bool = True) -> Tensor:
     """Return ``log sum_j exp(scale x_i . y_j)``.
 
     Args:

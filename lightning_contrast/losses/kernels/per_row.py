@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_contrast import distributed
-from lightning_contrast.losses.kernels.logsumexp import Columns, Shares, leave_out_plan
-from lightning_contrast.losses.kernels.tiles import Plan, leave_out, split
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask, Shares, leave_out_plan
+from lightning_contrast.losses.kernels.tiles import TileConfig, leave_out, split
 
 ELEMENTS = 2**22  # similarities in memory at a time
 
@@ -26,7 +26,7 @@ class _PerRow(torch.autograd.Function):
         function: RowFunction,
         x: Tensor,
         y: Tensor,
-        columns: Columns,
+        columns: NegativeMask,
         views: bool,
         together: bool,
         *parameters: Tensor,
@@ -68,7 +68,7 @@ class _PerRow(torch.autograd.Function):
         return None, grad_x, grad_y, None, None, None, *grad_parameters
 
 
-def _rows_at_once(plan: Plan, columns: int) -> int:
+def _rows_at_once(plan: TileConfig, columns: int) -> int:
     return max(1, min(plan.tile, ELEMENTS // max(1, columns)))
 
 
@@ -76,7 +76,7 @@ def per_row(
     function: RowFunction,
     x: Tensor,
     y: Tensor,
-    columns: Columns,
+    columns: NegativeMask,
     *parameters: Tensor,
     views: bool = False,
     together: bool = True,

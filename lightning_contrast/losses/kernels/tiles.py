@@ -29,7 +29,7 @@ class Diagonal(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TileConfig:
     """How a sweep over the tiles is done.
 
     Args:
@@ -54,21 +54,21 @@ def make_plan(
     skip: tuple[Diagonal, ...] = (),
     groups: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
-) -> Plan:
+) -> TileConfig:
     """Return the plan for unit rows ``x`` and a scale; a scale on the device is not read, hence not known."""
     tile = tile_size or (CPU_TILE if x.device.type == "cpu" else ACCELERATOR_TILE)
     bounded = not isinstance(scale, Tensor) and scale <= EXP_LIMITS.get(x.dtype, 0.0)
-    return Plan(tile, bounded, skip, groups, bias)
+    return TileConfig(tile, bounded, skip, groups, bias)
 
 
-def leave_out(logits: Tensor, i: slice, j: slice, plan: Plan) -> Tensor:
+def leave_out(logits: Tensor, i: slice, j: slice, plan: TileConfig) -> Tensor:
     """Add the bias, and write minus infinity where the plan leaves pairs out, in place.
 
     Args:
         logits: The tile of rows ``i`` and columns ``j``.
         i: Rows of the tile.
         j: Columns of the tile.
-        plan: See `Plan`.
+        plan: See `TileConfig`.
     """
     if plan.bias is not None:
         logits += plan.bias[j]
@@ -98,11 +98,11 @@ class Tiles:
     Args:
         rows: Scaled rows, ``(N, D)``.
         columns: Columns, ``(M, D)``.
-        plan: See `Plan`.
+        plan: See `TileConfig`.
         triangle: True: rows and columns are the same points, tiles below the diagonal are left out.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, plan: Plan, triangle: bool = False) -> None:
+    def __init__(self, rows: Tensor, columns: Tensor, plan: TileConfig, triangle: bool = False) -> None:
         self.rows, self.columns, self.plan, self.triangle = rows, columns, plan, triangle
         area = min(plan.tile, len(rows)) * min(plan.tile, len(columns))
         self._buffer = rows.new_empty(area)
@@ -160,7 +160,7 @@ class RunningLse:
 def sweep_lse(
     rows: Tensor,
     columns: Tensor,
-    plan: Plan,
+    plan: TileConfig,
     *,
     of_columns: bool = False,
     triangle: bool = False,
@@ -170,7 +170,7 @@ def sweep_lse(
     Args:
         rows: Scaled rows, ``(N, D)``.
         columns: Columns, ``(M, D)``.
-        plan: See `Plan`.
+        plan: See `TileConfig`.
         of_columns: Whether the columns are asked for.
         triangle: Rows and columns are the same points; both results are then the rows'.
 
@@ -191,7 +191,7 @@ def sweep_lse(
 
 
 @dataclass(frozen=True)
-class Weights:
+class LogSumExpGradient:
     """Gradient with respect to log-sum-exps, and the log-sum-exps themselves, both ``(N,)``."""
 
     grad: Tensor
@@ -210,10 +210,10 @@ def sweep_gradient(
     rows: Tensor,
     scaled: Tensor,
     columns: Tensor,
-    plan: Plan,
+    plan: TileConfig,
     *,
-    by_row: Weights | None,
-    by_column: Weights | None,
+    by_row: LogSumExpGradient | None,
+    by_column: LogSumExpGradient | None,
     need_rows: bool = True,
     need_columns: bool = False,
     triangle: bool = False,
@@ -226,7 +226,7 @@ def sweep_gradient(
         rows: Unscaled rows, ``(N, D)``.
         scaled: The rows that the logits were made of, ``(N, D)``.
         columns: Columns, ``(M, D)``.
-        plan: See `Plan`, as in `sweep_lse`.
+        plan: See `TileConfig`, as in `sweep_lse`.
         by_row: Weights of the rows' log-sum-exp, ``(N,)``.
         by_column: Weights of the columns', ``(M,)``.
         need_rows: Whether the first result is asked for.
@@ -270,8 +270,8 @@ def _bounded_gradient(
 def _shifted_gradient(
     tile: Tensor,
     work: Tensor,
-    row: tuple[Weights | None, Tensor | None],
-    column: tuple[Weights | None, Tensor | None],
+    row: tuple[LogSumExpGradient | None, Tensor | None],
+    column: tuple[LogSumExpGradient | None, Tensor | None],
     i: slice,
     j: slice,
 ) -> Tensor:

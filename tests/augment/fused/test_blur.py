@@ -14,16 +14,16 @@ def run(operation, images, draw):
     return operation.compute_(images.clone(), to_device(operation.prepare(draw), CPU))
 
 
-@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+@pytest.mark.parametrize("backend", ["cpu", "accelerator"])
 @pytest.mark.parametrize("kernel_size", [3, 5, 9, 23, None])
 @pytest.mark.parametrize("shape", [(32, 32), (32, 20), (70, 90), (96, 80), (17, 113)])
-def test_equals_torchvision(shape, kernel_size, form):
+def test_equals_torchvision(shape, kernel_size, backend):
     """Taps beyond 4 sigma are left out; they weigh 6e-5."""
     if kernel_size == 23 and shape in {(32, 20), (17, 113)}:
         pytest.skip("torchvision cannot reflect 11 pixels twice")
     torch.manual_seed(0)
     images = torch.rand(12, 3, *shape, dtype=torch.float64)
-    operation = FusedGaussianBlur(0.5, kernel_size=kernel_size, form=form)
+    operation = FusedGaussianBlur(0.5, kernel_size=kernel_size, backend=backend)
     draw = operation.draw(12, *shape)
     assert 0 < draw["blurred"].sum() < 12
     result = run(operation, images, draw)
@@ -34,12 +34,12 @@ def test_equals_torchvision(shape, kernel_size, form):
         assert blurred or torch.equal(view, image)
 
 
-@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+@pytest.mark.parametrize("backend", ["cpu", "accelerator"])
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
-def test_images_smaller_than_the_kernel(size, form):
+def test_images_smaller_than_the_kernel(size, backend):
     torch.manual_seed(0)
     images = torch.rand(4, 3, size, size)
-    operation = FusedGaussianBlur(1.0, (2.0, 2.0), form=form)
+    operation = FusedGaussianBlur(1.0, (2.0, 2.0), backend=backend)
     result = run(operation, images, operation.draw(4, size, size))
     assert result.shape == images.shape
     constant = run(operation, torch.full_like(images, 0.3), operation.draw(4, size, size))

@@ -31,29 +31,29 @@ def expected(images, size, mode, antialias):
     return torch.stack(views)
 
 
-@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+@pytest.mark.parametrize("backend", ["cpu", "accelerator"])
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [1, 17, 64, 150])
-def test_crop_equals_interpolate(photos, size, interpolation, antialias, form):
+def test_crop_equals_interpolate(photos, size, interpolation, antialias, backend):
     images = photos.double() / 255
-    operation = FusedResizedCrop(size, interpolation=interpolation, antialias=antialias, form=form)
+    operation = FusedResizedCrop(size, interpolation=interpolation, antialias=antialias, backend=backend)
     views = operation.compute_(images, plan_of(operation))
     reference = expected(images, size, interpolation, antialias).clamp(0, 1)
     torch.testing.assert_close(views, reference, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["cpu", "accelerator"])
-def test_nearest_is_nearest_exact(photos, form):
+@pytest.mark.parametrize("backend", ["cpu", "accelerator"])
+def test_nearest_is_nearest_exact(photos, backend):
     images = photos.double() / 255
-    operation = FusedResizedCrop(48, interpolation="nearest", form=form)
+    operation = FusedResizedCrop(48, interpolation="nearest", backend=backend)
     reference = expected(images, 48, "nearest-exact", False)
     torch.testing.assert_close(operation.compute_(images, plan_of(operation)), reference, atol=1e-12, rtol=0)
 
 
 def test_uint8_is_that_of_torchvision(photos):
     """Large uint8 images stay uint8 through the resampling: the same 8-bit values as torchvision's."""
-    operation = FusedResizedCrop(96, interpolation="bicubic", form="cpu")
+    operation = FusedResizedCrop(96, interpolation="bicubic", backend="cpu")
     views = operation.compute_(photos, plan_of(operation))
     for view, image, (top, left, height, width), flip in zip(
         views, photos, BOXES.tolist(), FLIPS.tolist(), strict=True
@@ -153,7 +153,7 @@ def test_clamped_boxes_fill_one_side():
         ({"flip": 1.5}, "`flip` must lie in"),
         ({"interpolation": "bilinaer"}, "Did you mean 'bilinear'"),
         ({"fit": "crop"}, "`fit` must be one of"),
-        ({"form": "gpu"}, "`form` must be one of"),
+        ({"backend": "gpu"}, "`backend` must be one of"),
     ],
 )
 def test_bad_arguments(arguments, message):

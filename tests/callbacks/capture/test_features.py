@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_contrast.callbacks.capture.features import FeatureTap, named_layers, pool
+from lightning_contrast.callbacks.capture.features import FeatureHook, named_layers, pool
 
 
 class Net(nn.Module):
@@ -19,7 +19,7 @@ class Net(nn.Module):
 
 
 def tapped(name, module, rows, tokens="mean"):
-    tap = FeatureTap(name, tokens)
+    tap = FeatureHook(name, tokens)
     tap.attach(module)
     tap.arm(rows)
     return tap
@@ -111,7 +111,7 @@ def test_wrappers_do_not_change_names():
 
 def test_attaching_again_hooks_once_and_follows_a_replaced_layer():
     module, x = Net(), torch.randn(3, 4)
-    tap = FeatureTap("backbone")
+    tap = FeatureHook("backbone")
     for _ in range(2):
         tap.attach(module)
     assert len(module.backbone._forward_hooks) == 1
@@ -154,7 +154,7 @@ def test_a_wrong_step_output_is_named():
 
 def test_unknown_names_list_near_ones():
     with pytest.raises(ValueError, match=r"submodule of Net, got 'blocks\.2'\. Near names: .*'blocks\.0'"):
-        FeatureTap("blocks.2").attach(Net())
+        FeatureHook("blocks.2").attach(Net())
     module = nn.ModuleDict({"trunk": nn.Linear(1, 1)})
     tap = tapped("backbone", module, 3)  # the steps may return features
     with pytest.raises(ValueError, match=r"It has 'trunk' and what lies below them; or return \"features\""):

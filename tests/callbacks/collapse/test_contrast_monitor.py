@@ -1,4 +1,4 @@
-"""What `ContrastMonitor` measures, against plain loops, and what it refuses."""
+"""What `InstanceDiscriminationMonitor` measures, against plain loops, and what it refuses."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_contrast.callbacks import ContrastMonitor, MomentumUpdate, QueueUpdate
+from lightning_contrast.callbacks import InstanceDiscriminationMonitor, MomentumUpdate, QueueUpdate
 from lightning_contrast.callbacks.collapse.contrast_monitor import against_batch, against_queue
 from lightning_contrast.losses import nt_xent
 from lightning_contrast.nn import MemoryBank
@@ -122,7 +122,7 @@ def test_two_ranks_measure_the_joined_batch():
 @pytest.mark.parametrize("joined", [True, False])
 def test_it_measures_what_the_step_computed(joined):
     module = TwoViews(joined=joined)
-    run = quiet_fit(module, [ContrastMonitor(every_n_steps=4)], views_loader(), max_epochs=1)
+    run = quiet_fit(module, [InstanceDiscriminationMonitor(every_n_steps=4)], views_loader(), max_epochs=1)
     labels = torch.cat([batch[1] for batch in views_loader()])[48:]
     expected = against_batch(*module.last, torch.tensor(0.5), labels, 10)
     found = {name: run.callback_metrics[f"contrast/{name}"].item() for name in expected}
@@ -131,7 +131,7 @@ def test_it_measures_what_the_step_computed(joined):
 
 def test_a_queue_is_read_before_the_keys_of_the_step_enter_it():
     module = Queued()
-    callbacks = [QueueUpdate(), ContrastMonitor(every_n_steps=3), MomentumUpdate(0.9)]
+    callbacks = [QueueUpdate(), InstanceDiscriminationMonitor(every_n_steps=3), MomentumUpdate(0.9)]
     run = quiet_fit(module, callbacks, views_loader(48), max_epochs=1)
     query, key, queue, mask = module.last
     assert mask.sum() == 32
@@ -144,7 +144,7 @@ def test_a_queue_is_read_before_the_keys_of_the_step_enter_it():
 def test_only_every_nth_batch_is_touched():
     counts = []
 
-    class Counts(ContrastMonitor):
+    class Counts(InstanceDiscriminationMonitor):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             counts.append((len(self._tap._views), self._queue is not None))
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -176,7 +176,7 @@ def test_the_temperature_is_found(where, value):
     module.training_step = lambda batch, i, step=module.training_step: {
         "loss": nt_xent(*module.embed(batch[0])[1], temperature=0.5)
     }
-    monitor = ContrastMonitor(every_n_steps=4, temperature=0.2 if where == "argument" else None)
+    monitor = InstanceDiscriminationMonitor(every_n_steps=4, temperature=0.2 if where == "argument" else None)
     run = quiet_fit(module, [monitor], views_loader(), max_epochs=1)
     assert ("contrast/loss" in run.callback_metrics) == (value is not None)
     if value is not None:
@@ -186,22 +186,24 @@ def test_the_temperature_is_found(where, value):
 
 
 def test_unlabelled_views_and_labels_of_ones_own():
-    run = quiet_fit(TwoViews(), [ContrastMonitor(every_n_steps=4)], views_loader(labels=False), max_epochs=1)
+    run = quiet_fit(
+        TwoViews(), [InstanceDiscriminationMonitor(every_n_steps=4)], views_loader(labels=False), max_epochs=1
+    )
     assert "contrast/top1" in run.callback_metrics
     assert "contrast/false_negatives" not in run.callback_metrics
-    monitor = ContrastMonitor(every_n_steps=4, labels=lambda batch: torch.zeros(16, dtype=torch.int64))
+    monitor = InstanceDiscriminationMonitor(every_n_steps=4, labels=lambda batch: torch.zeros(16, dtype=torch.int64))
     run = quiet_fit(TwoViews(), [monitor], views_loader(labels=False), max_epochs=1)
     assert run.callback_metrics["contrast/false_negatives"].item() == 1
 
 
 def test_a_resumed_run_measures_the_same_batches(tmp_path):
-    whole = ContrastMonitor(every_n_steps=6)
+    whole = InstanceDiscriminationMonitor(every_n_steps=6)
     run = quiet_fit(TwoViews(), [whole], views_loader(), max_epochs=2)
-    first = ContrastMonitor(every_n_steps=6)
+    first = InstanceDiscriminationMonitor(every_n_steps=6)
     half = quiet_fit(TwoViews(), [first], views_loader(), max_epochs=1)
     half.save_checkpoint(tmp_path / "half.ckpt")
     torch.load(tmp_path / "half.ckpt", weights_only=True)
-    second = ContrastMonitor(every_n_steps=6)
+    second = InstanceDiscriminationMonitor(every_n_steps=6)
     resumed = quiet_fit(TwoViews(), [second], views_loader(), max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
     assert second._batches == whole._batches == 8
     assert "contrast/top1" not in half.callback_metrics
@@ -211,17 +213,17 @@ def test_a_resumed_run_measures_the_same_batches(tmp_path):
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="`temperature` must be > 0"):
-        ContrastMonitor(temperature=0.0)
+        InstanceDiscriminationMonitor(temperature=0.0)
     with pytest.raises(ValueError, match="`every_n_steps` must be >= 1"):
-        ContrastMonitor(every_n_steps=0)
+        InstanceDiscriminationMonitor(every_n_steps=0)
     with pytest.raises(ValueError, match=r"(?s)`features` must name a submodule of TwoViews.*Near names: 'projector'"):
-        quiet_fit(TwoViews(), [ContrastMonitor("projectr")], views_loader())
+        quiet_fit(TwoViews(), [InstanceDiscriminationMonitor("projectr")], views_loader())
     with pytest.raises(ValueError, match=r"`features` must name a layer that gives two views .*got '1 view'"):
-        quiet_fit(adversary(L.LightningModule)(), [ContrastMonitor("maker", every_n_steps=1)])
+        quiet_fit(adversary(L.LightningModule)(), [InstanceDiscriminationMonitor("maker", every_n_steps=1)])
     module = TwoViews()
     module.other = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"`features` must name a layer that gives two views .*got 'nothing'"):
-        quiet_fit(module, [ContrastMonitor("other", every_n_steps=1)], views_loader())
+        quiet_fit(module, [InstanceDiscriminationMonitor("other", every_n_steps=1)], views_loader())
 
 
 def test_keys_of_a_memory_bank_are_no_second_view():
@@ -235,4 +237,4 @@ def test_keys_of_a_memory_bank_are_no_second_view():
             return {"loss": projection.square().mean(), "keys": projection.detach()}
 
     with pytest.raises(ValueError, match="got '1 view'"):
-        quiet_fit(Banked(), [ContrastMonitor(every_n_steps=1)], views_loader())
+        quiet_fit(Banked(), [InstanceDiscriminationMonitor(every_n_steps=1)], views_loader())

@@ -12,7 +12,7 @@ from torch import nn
 import lightning_contrast as lc
 from lightning_contrast.callbacks import CollapseMonitor
 from lightning_contrast.callbacks.collapse.diagnosis import Thresholds, diagnose
-from lightning_contrast.callbacks.collapse.measurements import Reservoir, measure, measure_pairs, measure_scores
+from lightning_contrast.callbacks.collapse.measurements import RollingBuffer, measure, measure_pairs, measure_scores
 from lightning_contrast.callbacks.collapse.model_facts import Facts, read_facts
 from tests.callbacks.monitor_modules import Queued, TwoViews, views_loader
 from tests.callbacks.probe_modules import adversary, classifier, labelled, quiet_fit
@@ -312,8 +312,8 @@ def test_measurements_come_after_8_batches_and_then_every_n():
 
 def test_rows_are_bounded_and_so_is_the_course(monkeypatch):
     monkeypatch.setattr("lightning_contrast.callbacks.collapse.monitor.COURSE", 3)
-    monitor, kept, add = CollapseMonitor(every_n_steps=2, samples=40), [], Reservoir.add
-    monkeypatch.setattr(Reservoir, "add", lambda self, entry: (kept.append(entry), add(self, entry)))
+    monitor, kept, add = CollapseMonitor(every_n_steps=2, samples=40), [], RollingBuffer.add
+    monkeypatch.setattr(RollingBuffer, "add", lambda self, entry: (kept.append(entry), add(self, entry)))
     quiet_fit(TwoViews(), [monitor], views_loader(192), max_epochs=1)
     assert [record["step"] for record in monitor.course] == [2, 10, 12]
     assert all(record["features"]["rows"] == 10 for record in monitor.course)

@@ -198,8 +198,8 @@ def test_images_go_through_the_plain_policy_and_stay_8_bit():
     module = Sees(Looks())
     module.training_step = lambda batch, batch_idx: module.weight(torch.ones(1, 1)).mean()
     quiet_fit(module, [ViewAugmentation(policy), monitor], labelled(16), loader(images), max_epochs=1)
-    assert torch.equal(torch.cat(seen[:3]), policy.plain(images))
-    assert torch.equal(torch.cat(seen[3:]), policy.plain(images.flip(-1)))
+    assert torch.equal(torch.cat(seen[:3]), policy.eval_transform(images))
+    assert torch.equal(torch.cat(seen[3:]), policy.eval_transform(images.flip(-1)))
 
 
 def test_normalised_images_are_changed_in_0_to_1():

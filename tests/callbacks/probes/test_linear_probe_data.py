@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_contrast as lc
 from lightning_contrast.callbacks import OnlineLinearProbe
 from lightning_contrast.callbacks.capture.dataloaders import LabelledStream, check_source, rank_share
-from lightning_contrast.callbacks.capture.features import FeatureTap
+from lightning_contrast.callbacks.capture.features import FeatureHook
 from lightning_contrast.callbacks.capture.forward_pass import extra_pass
 from tests.callbacks.probe_modules import (
     CLASSES,
@@ -151,7 +151,7 @@ def test_an_extra_pass_restores_every_mode_and_only_its_taps_hear_it():
     module.backbone.eval()
     modes = {name: layer.training for name, layer in module.named_modules()}
     trainer = quiet_fit(Plain(), [], max_epochs=1, limit_train_batches=1)
-    joins, deaf = FeatureTap("backbone"), FeatureTap("backbone")
+    joins, deaf = FeatureHook("backbone"), FeatureHook("backbone")
     for tap in (joins, deaf):
         tap.attach(module)
         tap.arm(2)
@@ -177,8 +177,8 @@ def test_several_layers_of_a_method_whose_validation_does_not_call_them():
     ]
     seen = []
     policy = lc.augment.simclr_views(16)
-    plain = policy.plain
-    policy.plain = lambda x: seen.append(len(x)) or plain(x)
+    plain = policy.eval_transform
+    policy.eval_transform = lambda x: seen.append(len(x)) or plain(x)
     loader = DataLoader(TensorDataset(images, labels), batch_size=8, drop_last=True)
     run = quiet_fit(model, [lc.ViewAugmentation(policy), *probes], loader, loader, max_epochs=1)
     widths = {layer: head.width for layer, head in probes[0].heads.items()}

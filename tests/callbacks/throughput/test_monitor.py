@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_contrast.callbacks import StepSeed, ThroughputMonitor, ViewAugmentation
+from lightning_contrast.callbacks import StepSeed, TrainingCostMonitor, ViewAugmentation
 from lightning_contrast.callbacks.throughput import monitor as module_of_monitor
 from lightning_contrast.callbacks.throughput.report import Costs, EnergyMeter, StepFlops
 from lightning_contrast.callbacks.throughput.timer import CudaClock, Ledger
@@ -118,7 +118,7 @@ class SlowPolicy:
         self.clock.spend(4)
         return [images, images]
 
-    def plain(self, images):
+    def eval_transform(self, images):
         self.clock.spend(500)
         return images
 
@@ -141,7 +141,7 @@ def timed(library="lightning", automatic=True, views=True, clock=None, **setting
     """Fit 2 epochs of 4 batches of 5 images, 0.1 seconds each, and return the trainer and the monitor."""
     clock = clock or FakeClock()
     trainer, base = trainers()[library] if library != "lightning" else (L.Trainer, L.LightningModule)
-    monitor = ThroughputMonitor(every_n_steps=3)
+    monitor = TrainingCostMonitor(every_n_steps=3)
     monitor._new_clock = lambda: clock
     augment = [ViewAugmentation(SlowPolicy(clock))] if views else []
     callbacks = [monitor, *augment, SlowPlugin(clock)]
@@ -166,7 +166,7 @@ def test_every_second_of_a_step_is_where_it_belongs(library, automatic):
     assert metrics["throughput/step_ms"] == pytest.approx(1000 * total)
     assert monitor.costs.steps == 7  # the first is its warm-up
     assert monitor.costs.images == 35
-    assert monitor.costs.plugins == pytest.approx({"SlowPlugin": 7 * 1.25, "ThroughputMonitor": 0.0})
+    assert monitor.costs.plugins == pytest.approx({"SlowPlugin": 7 * 1.25, "TrainingCostMonitor": 0.0})
     assert f"{5.25 / total:.0%} goes forward and backward" in monitor.summary
 
 
@@ -178,7 +178,7 @@ def test_views_of_a_module_and_accumulated_steps():
             clock.spend(4)
             return batch
 
-    monitor = ThroughputMonitor()
+    monitor = TrainingCostMonitor()
     monitor._new_clock = lambda: clock
     loaders = [DataLoader(SlowSet(clock, 0.1, 20), batch_size=5) for _ in range(2)]
     run = quiet_fit(Views(), [monitor], *loaders, accumulate_grad_batches=2, max_epochs=1, num_sanity_val_steps=0)
@@ -247,7 +247,7 @@ def test_events_of_a_cuda_device_are_recorded_in_its_stream_and_used_again(monke
 
 
 def test_nothing_waits_for_the_device_but_the_end_of_an_epoch():
-    monitor = ThroughputMonitor(every_n_steps=2)
+    monitor = TrainingCostMonitor(every_n_steps=2)
     with HostSyncs() as syncs:
         quiet_fit(classifier()(), [monitor], max_epochs=1)
     files = ("_clock.py", "_events.py", "_flops.py", "_costs.py", "_energy.py")
@@ -259,7 +259,7 @@ def test_nothing_waits_for_the_device_but_the_end_of_an_epoch():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_times_of_a_cuda_device():
-    monitor = ThroughputMonitor()
+    monitor = TrainingCostMonitor()
     run = quiet_fit(classifier()(), [monitor], accelerator="gpu")
     shares = [value for name, value in run.callback_metrics.items() if name.endswith("_share")]
     assert sum(shares) == pytest.approx(1)
@@ -289,7 +289,7 @@ def nothing_compiled(monkeypatch):
 
 
 def test_operations_of_an_image_are_counted_once(nothing_compiled):
-    monitor = ThroughputMonitor()
+    monitor = TrainingCostMonitor()
     run = quiet_fit(Linear(), [monitor])
     assert run.callback_metrics["throughput/gflops_per_image"] == pytest.approx(2 * 2 * 192 * 3 / 1e9)
     rate = run.callback_metrics["throughput/images_per_s"]
@@ -298,7 +298,7 @@ def test_operations_of_an_image_are_counted_once(nothing_compiled):
 
 
 def test_operations_are_those_of_the_counter_of_torch_on_a_copy(nothing_compiled):
-    monitor, batch = ThroughputMonitor(), next(iter(labelled()))
+    monitor, batch = TrainingCostMonitor(), next(iter(labelled()))
     quiet_fit(classifier()(), [monitor])
     with FlopCounterMode(display=False) as counter:
         classifier()().training_step(batch, 0).backward()
@@ -313,7 +313,7 @@ def test_nothing_is_counted_where_code_is_compiled(monkeypatch):
     assert counter.end() == 0
     monkeypatch.setattr(frames, "cached_backends", {0: None, 1: len})
     assert not counter.begin()
-    monitor = ThroughputMonitor()
+    monitor = TrainingCostMonitor()
     run = quiet_fit(Linear(), [monitor])
     assert "throughput/gflops_per_image" not in run.callback_metrics
     assert "FLOP" not in monitor.summary
@@ -329,7 +329,7 @@ def test_nothing_is_counted_where_code_is_compiled(monkeypatch):
     ids=str,
 )
 def test_the_run_is_the_same(settings, nothing_compiled):
-    assert_callback_changes_nothing(lambda: ThroughputMonitor(every_n_steps=2, watts=50.0), **settings)
+    assert_callback_changes_nothing(lambda: TrainingCostMonitor(every_n_steps=2, watts=50.0), **settings)
 
 
 @pytest.mark.parametrize("library", ["lightning", "pytorch_lightning"])
@@ -340,7 +340,7 @@ def test_weights_and_random_numbers_are_those_of_a_run_without_it(library, kind,
     alone, watched = make(), make()
     quiet_fit(alone, [], trainer=trainer)
     after_alone = random_state()
-    run = quiet_fit(watched, [ThroughputMonitor(every_n_steps=2)], trainer=trainer)
+    run = quiet_fit(watched, [TrainingCostMonitor(every_n_steps=2)], trainer=trainer)
     after_watched = random_state()
     assert equal_states(alone.state_dict(), watched.state_dict())
     assert torch.equal(after_alone[0], after_watched[0])
@@ -353,11 +353,11 @@ def test_weights_and_random_numbers_are_those_of_a_run_without_it(library, kind,
 
 @pytest.mark.dist
 def test_the_run_is_the_same_on_two_ranks(nothing_compiled):
-    assert_callback_changes_nothing(lambda: ThroughputMonitor(every_n_steps=2), world_size=2, max_epochs=1)
+    assert_callback_changes_nothing(lambda: TrainingCostMonitor(every_n_steps=2), world_size=2, max_epochs=1)
 
 
 def weights_of_rank(rank, name, watched):
-    take, monitor = TakeWeights(), ThroughputMonitor()
+    take, monitor = TakeWeights(), TrainingCostMonitor()
     run = fit_ranks(sharded(Sharding)(), [take, *([monitor] if watched else [])], Loaders(), name)
     metrics = {key: float(value) for key, value in run.callback_metrics.items()}
     return take.history[-1], metrics
@@ -375,7 +375,7 @@ def test_weights_are_the_same_where_they_are_sharded(name, nothing_compiled):
 
 
 def reduced(_):
-    monitor, mine = ThroughputMonitor(), rank() + 1
+    monitor, mine = TrainingCostMonitor(), rank() + 1
     seconds = {name: float(mine) for name in ("data", "network")}
     own = Costs(seconds, images=10 * mine, steps=5, memory_mib=100.0 * mine, flops=7.0, plugins={"A": float(mine)})
     own.joules = 4.0 if mine == 1 else None
@@ -394,12 +394,12 @@ def test_costs_of_two_ranks():
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped():
     assert_resume_exact(
-        classifier(), lambda: (labelled(), labelled(16, seed=5)), lambda: [StepSeed(0), ThroughputMonitor()]
+        classifier(), lambda: (labelled(), labelled(16, seed=5)), lambda: [StepSeed(0), TrainingCostMonitor()]
     )
 
 
 def test_the_trainer_is_left_as_it_was_and_a_second_fit_begins_anew():
-    monitor = ThroughputMonitor(every_n_steps=None)
+    monitor = TrainingCostMonitor(every_n_steps=None)
     run = quiet_fit(Linear(), [monitor], profiler="simple")
     recorded = dict(run.profiler.recorded_durations)
     assert len(recorded["run_training_batch"]) == 12  # the profiler of the Trainer has seen everything too
@@ -415,7 +415,7 @@ def test_after_an_exception_the_trainer_is_as_it_was(nothing_compiled):
         def training_step(self, batch, batch_idx):
             raise RuntimeError("out of memory")
 
-    monitor = ThroughputMonitor()
+    monitor = TrainingCostMonitor()
     run = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[monitor], accelerator="cpu")
     with pytest.raises(RuntimeError, match="out of memory"):
         quiet_fit(Failing(), [], trainer=run)
@@ -438,7 +438,7 @@ class Remember(L.pytorch.loggers.logger.DummyLogger):
 
 def test_loggers_get_numbers_every_n_steps():
     logger = Remember()
-    quiet_fit(Linear(), [ThroughputMonitor(every_n_steps=2)], logger=logger, max_epochs=1)
+    quiet_fit(Linear(), [TrainingCostMonitor(every_n_steps=2)], logger=logger, max_epochs=1)
     steps = [step for step, metrics in logger.seen if "throughput/images_per_s" in metrics]
     assert steps[:2] == [4, 6]  # at step 2 there was one step after the warm-up, which had not ended
 
@@ -479,7 +479,7 @@ def test_energy_of_a_gpu_is_its_power_times_the_time(tmp_path, monkeypatch):
 
 
 def test_an_estimate_is_called_one():
-    monitor = ThroughputMonitor(watts=100.0, grams_per_kwh=400.0)
+    monitor = TrainingCostMonitor(watts=100.0, grams_per_kwh=400.0)
     if EnergyMeter(ON_CPU).measured:
         pytest.skip("this machine measures")
     run = quiet_fit(Linear(), [monitor])
@@ -508,12 +508,12 @@ def test_advice_names_what_waits():
 
 
 def test_a_fit_without_a_step_beyond_its_warmup_says_so(caplog):
-    monitor = ThroughputMonitor(warmup=1000)
+    monitor = TrainingCostMonitor(warmup=1000)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         run = quiet_fit(Linear(), [monitor])
     assert "no step was timed" in monitor.summary
     assert "throughput/images_per_s" not in run.callback_metrics
-    assert "ThroughputMonitor: no step was timed" in caplog.text
+    assert "TrainingCostMonitor: no step was timed" in caplog.text
 
 
 def test_memory_is_that_of_this_process():
@@ -534,9 +534,9 @@ def test_memory_is_that_of_this_process():
 )
 def test_arguments_are_checked(arguments, words):
     with pytest.raises(ValueError, match=words):
-        ThroughputMonitor(**arguments)
+        TrainingCostMonitor(**arguments)
 
 
 def test_a_second_monitor_is_refused():
-    with pytest.raises(ValueError, match="hold one ThroughputMonitor"):
-        quiet_fit(Linear(), [ThroughputMonitor(), ThroughputMonitor(name="other")])
+    with pytest.raises(ValueError, match="hold one TrainingCostMonitor"):
+        quiet_fit(Linear(), [TrainingCostMonitor(), TrainingCostMonitor(name="other")])

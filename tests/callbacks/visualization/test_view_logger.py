@@ -17,7 +17,7 @@ IMAGES = images_and_labels(24)[0]
 
 
 def normalised(images):
-    return Flip().plain(images)
+    return Flip().eval_transform(images)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -10,18 +10,18 @@ from torch.optim import Optimizer
 
 from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
 from lightning_contrast.checkpoints import load_checkpoint
-from lightning_contrast.methods.base import ContrastiveModule
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.runtime.default_callbacks import owned
 from lightning_contrast.runtime.optimizer_steps import has_gradients
-from lightning_contrast.runtime.schedule_position import Plan, is_other_length, set_plan, steps_per_epoch
+from lightning_contrast.runtime.schedule_position import SchedulePlan, is_other_length, set_plan, steps_per_epoch
 
-__all__ = ["Extension", "HeadWarmup", "extend_training", "from_pretrained_backbone"]
+__all__ = ["ExtendedRun", "HeadWarmup", "extend_training", "from_pretrained_backbone"]
 
-_Method = TypeVar("_Method", bound=ContrastiveModule)
+_Method = TypeVar("_Method", bound=SelfSupervisedModule)
 _CLASSIFIERS = ("head", "fc", "classifier", "last_linear")
 
 
-class Extension(L.Callback):
+class ExtendedRun(L.Callback):
     """Lets all schedules of a run go on without a jump; made by `extend_training`.
 
     Attributes:
@@ -30,7 +30,7 @@ class Extension(L.Callback):
         plan: Where the schedules stand, in optimizer steps of the run before.
     """
 
-    def __init__(self, checkpoint: str, max_epochs: int, plan: Plan, epochs: int) -> None:
+    def __init__(self, checkpoint: str, max_epochs: int, plan: SchedulePlan, epochs: int) -> None:
         self.checkpoint, self.max_epochs, self.plan = checkpoint, max_epochs, plan
         self._epochs = epochs  # that the checkpoint has done
 
@@ -39,18 +39,18 @@ class Extension(L.Callback):
         if stage != "fit":
             return
         if trainer.max_epochs != self.max_epochs:
-            mend = "Set `max_epochs=extension.max_epochs` on the Trainer"
-            fail("max_epochs", f"be {self.max_epochs} for this extension", trainer.max_epochs, mend)
+            hint = "Set `max_epochs=extension.max_epochs` on the Trainer"
+            fail("max_epochs", f"be {self.max_epochs} for this extension", trainer.max_epochs, hint)
         set_plan(trainer, self.plan)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run that does not go on from the checkpoint, or from a later one."""
         if trainer.global_step < self.plan.done:
-            mend = "Pass `ckpt_path=extension.checkpoint`, or a later checkpoint of the extended run, to `fit`"
-            fail("ckpt_path", f"lead to step {self.plan.done} or later", trainer.global_step, mend)
+            hint = "Pass `ckpt_path=extension.checkpoint`, or a later checkpoint of the extended run, to `fit`"
+            fail("ckpt_path", f"lead to step {self.plan.done} or later", trainer.global_step, hint)
         steps, before = steps_per_epoch(trainer), self.plan.done / self._epochs
         if steps is not None and is_other_length(steps, before):  # another number of processes, for example
-            set_plan(trainer, Plan(self._epochs * steps, round(self.plan.total / before * steps)))
+            set_plan(trainer, SchedulePlan(self._epochs * steps, round(self.plan.total / before * steps)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the plan away again."""
@@ -61,7 +61,7 @@ class Extension(L.Callback):
         set_plan(trainer, None)
 
 
-def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs: int | None = None) -> Extension:
+def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs: int | None = None) -> ExtendedRun:
     """Return the callback with which a run goes on for more epochs than it was planned for.
 
     Learning rate, weight decay, momentum and a temperature that is scheduled over the run are functions of one step,
@@ -75,7 +75,7 @@ def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs:
     Add the callback to the Trainer and fit from the checkpoint; a stop within the extension resumes with the same
     callback, from its own checkpoint:
 
-        extension = lc.continuing.extend_training("last.ckpt", more_epochs=100)
+        extension = lc.resuming.extend_training("last.ckpt", more_epochs=100)
         trainer = L.Trainer(max_epochs=extension.max_epochs, callbacks=[extension])
         trainer.fit(model, data, ckpt_path=extension.checkpoint)
 
@@ -90,17 +90,17 @@ def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs:
     """
     check_at_least("more_epochs", more_epochs, 1)
     state = load_checkpoint(checkpoint, mmap=True)
-    mend = "Give a checkpoint that `ModelCheckpoint` or `trainer.save_checkpoint` wrote in a fit"
+    hint = "Give a checkpoint that `ModelCheckpoint` or `trainer.save_checkpoint` wrote in a fit"
     if not isinstance(state, dict) or "loops" not in state:
-        fail("checkpoint", "be a Lightning checkpoint with the state of its loops", str(checkpoint), mend)
+        fail("checkpoint", "be a Lightning checkpoint with the state of its loops", str(checkpoint), hint)
     steps = int(state["global_step"])
     epochs = int(state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
-    require(steps > 0 and epochs > 0, "checkpoint", "have done at least one epoch", (epochs, steps), mend)
+    require(steps > 0 and epochs > 0, "checkpoint", "have done at least one epoch", (epochs, steps), hint)
     if planned_epochs is None:
         planned_epochs = epochs
     check_at_least("planned_epochs", planned_epochs, epochs, f"The checkpoint has done {epochs} already")
-    plan = Plan(done=steps, total=round(steps * planned_epochs / epochs))
-    return Extension(str(checkpoint), planned_epochs + more_epochs, plan, epochs)
+    plan = SchedulePlan(done=steps, total=round(steps * planned_epochs / epochs))
+    return ExtendedRun(str(checkpoint), planned_epochs + more_epochs, plan, epochs)
 
 
 class HeadWarmup(L.Callback):
@@ -129,8 +129,8 @@ class HeadWarmup(L.Callback):
         for parameter in backbone.parameters():  # type: ignore[union-attr]  # a module
             parameter.grad = None
         if not has_gradients([optimizer]):
-            mend = "Set `head_warmup_epochs=0`: this method has no heads to warm up"
-            fail("head_warmup_epochs", "be 0 where only the backbone is trained", self.epochs, mend)
+            hint = "Set `head_warmup_epochs=0`: this method has no heads to warm up"
+            fail("head_warmup_epochs", "be 0 where only the backbone is trained", self.epochs, hint)
 
 
 def from_pretrained_backbone(
@@ -142,7 +142,7 @@ def from_pretrained_backbone(
 ) -> _Method:
     """Start a method from the weights of a backbone: its own backbone, and every momentum copy of it.
 
-        model = lc.continuing.from_pretrained_backbone(
+        model = lc.resuming.from_pretrained_backbone(
             lc.DINO("resnet50"), timm.create_model("resnet50", pretrained=True)
         )
 
@@ -163,7 +163,7 @@ def from_pretrained_backbone(
         TypeError: If the module is no method of this package, or the weights are none.
     """
     check_not_negative("head_warmup_epochs", head_warmup_epochs)
-    if not isinstance(module, ContrastiveModule):
+    if not isinstance(module, SelfSupervisedModule):
         fail("module", "be a method of this package", type(module).__name__, "Give e.g. lc.DINO(...)", TypeError)
     given = _state_of(weights)
     backbone = getattr(module.backbone, "vit", module.backbone)  # the timm network within a `MaskedViT`
@@ -188,8 +188,8 @@ def _state_of(weights: Any) -> dict[str, Tensor]:
         weights = {name.removeprefix("backbone."): t for name, t in whole.items() if name.startswith("backbone.")}
         weights = {name.removeprefix("masked.vit."): t for name, t in weights.items() if name != "masked.mask_token"}
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        mend = "Give a network, its `state_dict()`, or a file with one"
-        fail("weights", "be the weights of a network", type(weights).__name__, mend, TypeError)
+        hint = "Give a network, its `state_dict()`, or a file with one"
+        fail("weights", "be the weights of a network", type(weights).__name__, hint, TypeError)
     return dict(weights)
 
 
@@ -206,6 +206,6 @@ def _fitting(given: dict[str, Tensor], own: Mapping[str, Tensor], skip: Sequence
     left = [name for name in given if name not in own]
     for names, what in ((missing, "are missing"), (left, "are not in the backbone"), (other, "have another shape")):
         if names:
-            mend = "Build the backbone as the weights were made, or name what is to start at random in `skip`"
-            fail("weights", "fit the backbone", f"{len(names)} that {what}, first {names[0]!r}", mend)
+            hint = "Build the backbone as the weights were made, or name what is to start at random in `skip`"
+            fail("weights", "fit the backbone", f"{len(names)} that {what}, first {names[0]!r}", hint)
     return given

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.continuing import HeadWarmup, extend_training, from_pretrained_backbone
+from lightning_contrast.resuming import HeadWarmup, extend_training, from_pretrained_backbone
 from lightning_contrast.runtime.schedule_position import Plan, planned
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCHES, data, trainer
