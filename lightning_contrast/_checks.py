@@ -14,7 +14,7 @@ def fail(name: str, rule: str, value: object, hint: str, error: type[Exception] 
         name: Name of the argument as the user wrote it.
         rule: What must hold, as the words after "must".
         value: What was given.
-        mend: A sentence without its full stop that tells how to put it right.
+        hint: A sentence without its full stop that tells how to put it right.
         error: ValueError for values and shapes, TypeError for objects.
     """
     raise error(f"`{name}` must {rule}, got {value!r}. {hint}.")

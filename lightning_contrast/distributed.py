@@ -51,7 +51,7 @@ def check_equal(name: str, value: float, hint: str, device: torch.device | None 
     Args:
         name: What the number is, for the message.
         value: This rank's, >= 0.
-        mend: A sentence without its full stop that tells how to put it right.
+        hint: A sentence without its full stop that tells how to put it right.
         device: Where the process group can communicate; None is the CPU, right for gloo.
 
     Raises:

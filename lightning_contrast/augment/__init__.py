@@ -1,7 +1,7 @@
 """View policies: modules that turn a batch of images into random views, on the device of the batch.
 
-A policy is called with images and returns a list of views; ``policy.eval_transform(images)`` gives the images as evaluation
-sees them. Kornia is imported when the first policy is made. The fused operations that the policies are made of are in
+A policy maps a batch of images to a list of views; ``policy.eval_transform(images)`` is the deterministic transform of
+evaluation. Kornia is imported when the first policy is made. The fused operations that policies are made of are in
 `lightning_contrast.augment.fused`.
 """
 

@@ -40,11 +40,11 @@ class Policy(Protocol):
 class ViewAugmentation(L.Callback):
     """Makes the views of every training batch, on its device, in front of every step and every other callback.
 
-    In training ``policy(images)`` takes the place of the images in the batch, a list of views; in validation, sanity
-    check, test and prediction ``policy.eval_transform(images)``, so that one place owns the preprocessing. Everything else in
-    the batch stays as it is, and nothing is written into the loader's own tensors. Batches may be a tensor, a tuple,
-    list, NamedTuple, dict or dataclass as in `lightning_contrast.contracts`, or collections of them from a
-    `CombinedLoader`. A loader that yields views already is refused: remove one of the two.
+    In training ``policy(images)`` replaces the images of a batch by a list of views; in validation, sanity check, test
+    and prediction ``policy.eval_transform(images)`` replaces them by one tensor, so that one place owns preprocessing.
+    Everything else in the batch stays as it is, and nothing is written into the loader's own tensors. Batches may be a
+    tensor, a tuple, list, NamedTuple, dict or dataclass as in `lightning_contrast.contracts`, or collections of them
+    from a `CombinedLoader`. A loader that already yields views is refused: remove one of the two.
 
     Images are uint8 in 0..255 or float in 0..1. Values are checked in every batch on the CPU, and in the first batch
     of a fit on an accelerator, where each check would cost a synchronisation.

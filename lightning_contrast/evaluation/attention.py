@@ -26,7 +26,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Tens
     Args:
         model: A method of ours, of which the ``backbone`` is looked at; or a vision transformer of timm with a class
             token. DINO evaluates its teacher: pass ``model.momentum_backbone``.
-        images: What the model takes, (B, C, H, W) float: ``policy.eval_transform(images)`` of the views it was trained on.
+        images: The model's input, (B, C, H, W) float: ``policy.eval_transform(images)`` of its training views.
         layer: Which attention layer, counted from 0, or from the end if negative.
 
     Returns:

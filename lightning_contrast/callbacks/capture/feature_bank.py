@@ -102,7 +102,7 @@ def encoded(
     Args:
         trainer: The Trainer.
         module: The LightningModule.
-        taps: The attached taps of the layers.
+        hooks: The attached hooks of the layers.
         loader: Yields labelled batches.
         read: Gets the features of a layer, the batch on the device and the number of the layer; returns features and
             classes, -1 for rows that must not vote.

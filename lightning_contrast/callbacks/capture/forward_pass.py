@@ -23,7 +23,7 @@ def extra_pass(trainer: Any, module: nn.Module, hooks: Sequence[FeatureHook]) ->
     Args:
         trainer: The Trainer.
         module: The LightningModule.
-        taps: Those that read the pass; all others are deaf.
+        hooks: Hooks that record this pass; all others ignore it.
     """
     root = trainer.strategy.model
     roots = [module] if root is None or root is module else [module, root]
@@ -60,7 +60,7 @@ def encode(trainer: Any, module: Any, hooks: Sequence[FeatureHook], batch: Any) 
     Args:
         trainer: The Trainer.
         module: The LightningModule.
-        taps: The attached taps of the layers.
+        hooks: The attached hooks of the layers.
         batch: A batch of the contract, as its loader gives it; of a list of views the first counts.
 
     Returns:
@@ -81,7 +81,7 @@ def complete(trainer: Any, hooks: Sequence[FeatureHook], outputs: Any) -> None:
 
     Args:
         trainer: The Trainer.
-        taps: The attached taps of the layers, armed.
+        hooks: The attached hooks of the layers, armed.
         outputs: What the step returned.
     """
     features = outputs.get(OUTPUT_KEY) if isinstance(outputs, dict) else None

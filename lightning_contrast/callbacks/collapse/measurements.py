@@ -85,7 +85,7 @@ def measure_buffer(buffer: RollingBuffer) -> tuple[dict[str, Any], dict[str, Ten
     """Measure what the reservoirs of all ranks hold; every rank must call it and gets the same.
 
     Args:
-        reservoir: Entries with "features" (R, F) and maybe "projections" and "teacher" (V, R, D), "winners" and
+        buffer: Entries with "features" (R, F) and maybe "projections" and "teacher" (V, R, D), "winners" and
             "entropies" (R, 1), "mean" (1, K), "keys" (2, R, D).
 
     Returns:
