@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, fail, require
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses.checks import check_matrix
+from lightning_contrast.losses.checks import check_matrix, check_views
 from lightning_contrast.precision import full_precision, normalize
 
 
@@ -104,18 +104,6 @@ def swav_loss(
         codes = sinkhorn(pool, epsilon=epsilon, iterations=iterations, mask=mask)[len(pool) - len(view) :]
         losses += [-(codes * p).sum(1) for other, p in enumerate(predictions) if other != index]
     return global_mean(torch.stack(losses).mean(0))
-
-
-def check_views(name: str, views: Sequence[Tensor], minimum: int) -> None:
-    """Check a sequence of at least ``minimum`` floating tensors of one shape ``(B, K)``."""
-    if isinstance(views, Tensor) or len(views) < minimum:
-        count = f"one tensor {tuple(views.shape)}" if isinstance(views, Tensor) else len(views)
-        fail(name, f"be a list of at least {minimum} tensors", count, "Give one tensor (B, K) for each view")
-    for view in views:
-        check_matrix(name, view)
-        if view.shape != views[0].shape:
-            shapes = [tuple(v.shape) for v in views]
-            fail(name, "have one shape for all views", shapes, "Give one row of each view for every image")
 
 
 @full_precision

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_batch, check_choice, check_positive, fail
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses.checks import check_floating, check_matrix
-from lightning_contrast.losses.clustering import check_views, sinkhorn
+from lightning_contrast.losses.checks import check_floating, check_matrix, check_views
+from lightning_contrast.losses.clustering import sinkhorn
 from lightning_contrast.losses.kernels.tiles import CPU_TILE, split
 from lightning_contrast.precision import full_precision
 

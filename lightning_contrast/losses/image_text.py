@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses.checks import Scalar, check_pair, check_scalar, check_tile_size
-from lightning_contrast.losses.contrastive import check_groups
+from lightning_contrast.losses.checks import Scalar, check_groups, check_pair, check_scalar, check_tile_size
 from lightning_contrast.losses.kernels.logsumexp import NegativeMask, pair_lse
 from lightning_contrast.losses.kernels.sigmoid import softplus_sums
 from lightning_contrast.losses.negatives import AnchorBatch, Negatives, anchor_losses, as_negatives
@@ -56,9 +55,9 @@ def clip_loss(
     if weighting.is_uniform and groups is None:
         by_image, by_text = pair_lse(image, text, scale, NegativeMask(tile_size=tile_size))
         return global_mean(0.5 * (by_image + by_text) - positive * scale)
-    columns = NegativeMask(skip_partner=True, groups=groups, tile_size=tile_size)
-    by_image = anchor_losses(AnchorBatch(image, text, positive, scale, columns), weighting)
-    by_text = anchor_losses(AnchorBatch(text, image, positive, scale, columns), weighting)
+    mask = NegativeMask(skip_partner=True, groups=groups, tile_size=tile_size)
+    by_image = anchor_losses(AnchorBatch(image, text, positive, scale, mask), weighting)
+    by_text = anchor_losses(AnchorBatch(text, image, positive, scale, mask), weighting)
     return global_mean(0.5 * (by_image + by_text))
 
 

@@ -1,19 +1,22 @@
-"""How the negatives of an anchor enter its loss: one interface for NT-Xent, InfoNCE with a queue, and CLIP.
+"""Weighting of the negatives of an anchor: one interface for NT-Xent, InfoNCE with a queue, and CLIP.
 
-With the cosine similarity ``p`` of an anchor to its positive, ``n`` to its negatives, N of them, and temperature T:
+With the cosine similarity ``p`` of an anchor to its positive, ``n`` to its N negatives, and temperature T:
 
-- ``"uniform"``: every negative counts once, ``log(e^(p/T) + sum e^(n/T)) - p/T``.
-- ``"debiased"``: the share ``tau_plus`` of false negatives is taken off the sum (https://arxiv.org/abs/2007.00224).
-- ``"hard"``: debiased, and each negative weighs ``e^(beta n/T)`` (https://arxiv.org/abs/2010.04592).
-- ``"decoupled"``: the positive leaves the denominator, ``log sum e^(n/T) - p/T`` (https://arxiv.org/abs/2110.06848).
-- ``"decoupled_weighted"``: the same with less weight for positives that are close already (width ``sigma``).
-- ``"top_k"``: only the ``k`` most similar negatives count, then as uniform.
-- ``"heated"``: each negative has the temperature ``T (1 - heat (1 + n)/2)``, which falls from T for the opposite
-  direction to ``T (1 - heat)`` for the same one. It is kin to ``"hard"``, which for all negatives alike uses the
-  temperature ``T/(1 + beta)`` and then divides by the mean weight, so that the size of the sum stays: heated sharpens
-  the similar negatives only, keeps the order of similarities for every ``heat``, and lets the sum grow.
+- ``"uniform"``: all negatives weigh the same, ``log(e^(p/T) + sum e^(n/T)) - p/T``.
+- ``"debiased"``: the share ``tau_plus`` of false negatives is subtracted from the sum
+  (https://arxiv.org/abs/2007.00224).
+- ``"hard"``: debiased, and each negative has weight ``e^(beta n/T)`` (https://arxiv.org/abs/2010.04592).
+- ``"decoupled"``: without the positive in the denominator, ``log sum e^(n/T) - p/T``
+  (https://arxiv.org/abs/2110.06848).
+- ``"decoupled_weighted"``: decoupled, with lower weights for positives that are similar already (width ``sigma``).
+- ``"top_k"``: uniform over the ``k`` most similar negatives.
+- ``"heated"``: each negative has its own temperature ``T (1 - heat (1 + n)/2)``, between T for the opposite direction
+  and ``T (1 - heat)`` for the same direction. ``"hard"`` in comparison uses the temperature ``T/(1 + beta)`` for all
+  negatives and divides by the mean weight, which keeps the size of the sum; ``"heated"`` sharpens similar negatives
+  only, preserves the order of similarities for every ``heat``, and increases the sum.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive, require
-from lightning_contrast.losses.checks import Scalar
+from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive
+from lightning_contrast.losses.checks import Scalar, check_share
 from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse, self_lse
 from lightning_contrast.losses.kernels.per_row import per_row
 
@@ -32,19 +35,19 @@ KINDS = ("uniform", "debiased", "hard", "decoupled", "decoupled_weighted", "top_
 
 @dataclass(frozen=True)
 class Negatives:
-    """A way to treat negatives, and its numbers; see the module for the formulas.
+    """A weighting of negatives and its parameters; the module's docstring has the formulas.
 
     Args:
         kind: ``"uniform"``, ``"debiased"``, ``"hard"``, ``"decoupled"``, ``"decoupled_weighted"``, ``"top_k"`` or
             ``"heated"``.
         tau_plus: Share of false negatives, about 1 / number of classes, in [0, 1); for debiased and hard.
         beta: Concentration on hard negatives, >= 0; 0 is debiased; for hard.
-        sigma: Width of the weighting of positives in cosine units, > 0; for decoupled_weighted.
+        sigma: Width of the weighting of positives in units of the cosine, > 0; for decoupled_weighted.
         k: Number of negatives that count, >= 1; for top_k.
-        heat: How far the temperature of the most similar negative falls, in [0, 1); 0 is uniform; for heated.
+        heat: Relative decrease of the temperature of the most similar negative, in [0, 1); 0 is uniform; for heated.
 
     Raises:
-        ValueError: If the kind is unknown or a number is out of its range.
+        ValueError: If the kind is unknown or a number is out of range.
     """
 
     kind: str = "uniform"
@@ -56,140 +59,195 @@ class Negatives:
 
     def __post_init__(self) -> None:
         check_choice("negatives", self.kind, KINDS)
-        check_share("tau_plus", self.tau_plus, "Give about 1 / number of classes")
+        check_share("tau_plus", self.tau_plus, "Usual is 1 / number of classes")
         check_not_negative("beta", self.beta)
         check_positive("sigma", self.sigma)
         check_at_least("k", self.k, 1)
-        check_share("heat", self.heat, "Give 0 for one temperature for all")
+        check_share("heat", self.heat, "0 gives all negatives the same temperature")
 
     @property
     def is_uniform(self) -> bool:
-        """Tell whether every negative counts once and the positive is in the denominator."""
+        """Whether all negatives weigh the same and the positive is in the denominator."""
         return self.kind == "uniform"
 
 
-def check_share(name: str, value: float, hint: str) -> None:
-    """Check ``0 <= value < 1``."""
-    require(0 <= value < 1, name, "lie in [0, 1)", value, hint)
-
-
 def as_negatives(weighting: Negatives | str | Mapping[str, Any]) -> Negatives:
-    """Return the handling that a name with default numbers, a handling or the dict of its fields stands for."""
-    if isinstance(weighting, Mapping):  # as a checkpoint keeps it
+    """Convert the name of a weighting, or the dict of its fields, to `Negatives`."""
+    if isinstance(weighting, Mapping):  # from a checkpoint
         return Negatives(**weighting)
     return weighting if isinstance(weighting, Negatives) else Negatives(weighting)
 
 
 @dataclass(frozen=True)
 class AnchorBatch:
-    """The anchors of this rank and the negatives that they meet.
+    """The anchors of this rank with their positives and negatives.
 
     Args:
         x: Unit rows, ``(N, D)``.
         y: Unit columns, ``(M, D)``.
         positive: Cosine similarity of each anchor to its positive, ``(N,)``.
         scale: 1 / temperature.
-        columns: What is left out; the positive must be.
+        mask: Which columns are negatives; the positive must be masked.
         views: True: ``y`` is ``x``, the two views of N / 2 images.
-        together: True: ``y`` is this rank's share of the columns. False: every rank holds all the columns.
+        sharded: True: ``y`` is this rank's share of the columns. False: every rank holds all columns.
     """
 
     x: Tensor
     y: Tensor
     positive: Tensor
     scale: Scalar
-    columns: NegativeMask
+    mask: NegativeMask
     views: bool = False
-    together: bool = True
+    sharded: bool = True
 
     def lse(self, scale: Scalar) -> Tensor:
-        """Return the log-sum-exp of the scaled similarities to the negatives, ``(N,)``."""
+        """Compute the log-sum-exp of the scaled similarities to the negatives, ``(N,)``."""
         if self.views:
-            return self_lse(self.x, scale, self.columns)
-        return rows_lse(self.x, self.y, scale, self.columns, together=self.together)
+            return self_lse(self.x, scale, self.mask)
+        return rows_lse(self.x, self.y, scale, self.mask, sharded=self.sharded)
 
     def per_row(self, function: Callable[..., Tensor]) -> Tensor:
-        """Return ``function(similarities, bias, scale)`` of each anchor, ``(N,)``."""
+        """Compute ``function(similarities, bias, scale)`` of each anchor, ``(N,)``; see `kernels.per_row`."""
         scale = self.scale if isinstance(self.scale, Tensor) else self.x.new_tensor(self.scale)
-        return per_row(function, self.x, self.y, self.columns, scale, views=self.views, together=self.together)
+        return per_row(function, self.x, self.y, self.mask, scale, views=self.views, sharded=self.sharded)
 
     def count(self) -> Tensor:
-        """Return the number of negatives of each anchor, ``(N,)``."""
-        shared = self.together and distributed.is_distributed()
-        weights = self.x.new_ones(len(self.y)) if self.columns.mask is None else self.columns.mask.to(self.x.dtype)
-        total = distributed.all_reduce_sum(weights.sum()) if shared else weights.sum()
-        groups = self.columns.groups
+        """Count the negatives of each anchor, ``(N,)``."""
+        gathered = self.sharded and distributed.is_distributed()
+        counted = self.mask.column_mask
+        weights = self.x.new_ones(len(self.y)) if counted is None else counted.to(self.x.dtype)
+        total = distributed.all_reduce_sum(weights.sum()) if gathered else weights.sum()
+        groups = self.mask.groups
         if groups is None:
-            left_out = (1 + int(self.views)) if self.columns.skip_partner else int(self.views)
-            return (total - left_out).expand(len(self.x))
-        theirs = groups if self.columns.column_groups is None else self.columns.column_groups
-        if shared:
-            theirs, weights = distributed.gather(theirs), distributed.gather(weights)
-        ordered, order = theirs.sort()
+            masked = (1 + int(self.views)) if self.mask.skip_partner else int(self.views)
+            return (total - masked).expand(len(self.x))
+        column_groups = groups if self.mask.column_groups is None else self.mask.column_groups
+        if gathered:
+            column_groups, weights = distributed.gather(column_groups), distributed.gather(weights)
+        ordered, order = column_groups.sort()
         below = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])
         same = below[torch.searchsorted(ordered, groups, right=True)] - below[torch.searchsorted(ordered, groups)]
         return total - same
 
 
-def anchor_losses(field: AnchorBatch, weighting: Negatives) -> Tensor:
-    """Return the loss of each anchor.
+def losses_from_all(lse: Tensor, positive: Tensor) -> Tensor:
+    """Compute ``-log softmax`` of the positive, given the log-sum-exp of all logits, the positive's included.
 
     Args:
-        field: Anchors, positives and negatives.
-        weighting: How the negatives count.
+        lse: Log-sum-exp of the logits of the positive and the negatives, ``(..., N)``.
+        positive: Logit of the positive, ``(N,)``.
+
+    Returns:
+        ``(..., N)`` in nats.
+    """
+    return lse - positive
+
+
+def losses_from_negatives(lse: Tensor, positive: Tensor) -> Tensor:
+    """Compute ``-log softmax`` of the positive, given the log-sum-exp of the negatives' logits only.
+
+    Args:
+        lse: Log-sum-exp of the logits of the negatives, ``(N,)``; minus infinity where there are none.
+        positive: Logit of the positive, ``(N,)``.
 
     Returns:
         ``(N,)`` in nats.
     """
-    positive = field.positive * field.scale
-    if weighting.kind in ("decoupled", "decoupled_weighted"):
-        negative = field.lse(field.scale)
-        if weighting.kind == "decoupled_weighted":
-            positive = _positive_weights(field.positive, weighting.sigma) * positive
-        # An anchor without negatives, as before the first keys are in a queue, has nothing to be told from.
-        return torch.where(negative.isneginf(), 0.0, negative - positive)
+    return torch.logaddexp(positive, lse) - positive
+
+
+def naive_anchor_losses(
+    positive: Tensor, negatives: Tensor, *, temperature: Scalar, weighting: Negatives | str
+) -> Tensor:
+    """Reference form of `anchor_losses`: takes the ``(N, M)`` matrix of cosine similarities to the negatives.
+
+    Args:
+        positive: Cosine similarity of each anchor to its positive, ``(N,)``.
+        negatives: Cosine similarities to the negatives, ``(N, M)``.
+        temperature: Divisor of the cosine similarities, > 0.
+        weighting: How the negatives are weighted.
+
+    Returns:
+        ``(N,)`` in nats.
+    """
+    weighting, count = as_negatives(weighting), negatives.shape[1]
+    logits, p = negatives / temperature, positive / temperature  # (N, M), (N,)
+    if weighting.kind == "decoupled_weighted":
+        p = (2 - len(p) * (positive.detach() / weighting.sigma).softmax(0)) * p
+    if weighting.kind.startswith("decoupled"):
+        return logits.logsumexp(1) - p
+    if weighting.kind == "top_k":
+        logits = logits.topk(min(weighting.k, count)).values
+    if weighting.kind == "heated":
+        logits = logits / (1 - weighting.heat * (1 + negatives) / 2)
+    total = logits.exp().sum(1)
     if weighting.kind in ("debiased", "hard"):
-        negative = _corrected(field, positive, weighting)
+        if weighting.kind == "hard":
+            total = (logits.exp() * (weighting.beta * logits).softmax(1) * count).sum(1)
+        total = (total - weighting.tau_plus * count * p.exp()) / (1 - weighting.tau_plus)
+        total = total.clamp_min(count * math.exp(-1 / float(temperature)))
+    return (p.exp() + total).log() - p
+
+
+def anchor_losses(anchors: AnchorBatch, weighting: Negatives) -> Tensor:
+    """Compute the loss of each anchor.
+
+    Args:
+        anchors: Anchors, positives and negatives.
+        weighting: How the negatives are weighted.
+
+    Returns:
+        ``(N,)`` in nats.
+    """
+    positive = anchors.positive * anchors.scale
+    if weighting.kind in ("decoupled", "decoupled_weighted"):
+        lse = anchors.lse(anchors.scale)
+        if weighting.kind == "decoupled_weighted":
+            positive = _positive_weights(anchors.positive, weighting.sigma) * positive
+        # An anchor without negatives, for example with an empty queue, has no loss.
+        return torch.where(lse.isneginf(), 0.0, lse - positive)
+    if weighting.kind in ("debiased", "hard"):
+        lse = _corrected(anchors, positive, weighting)
     elif weighting.kind == "top_k":
-        negative = field.per_row(lambda s, bias, scale: _lse_of_top(s + bias, scale, weighting.k))
+        lse = anchors.per_row(lambda s, bias, scale: _lse_of_top(s + bias, scale, weighting.k))
     elif weighting.kind == "heated":
-        negative = field.per_row(lambda s, bias, scale: _lse_heated(s, bias, scale, weighting.heat))
+        lse = anchors.per_row(lambda s, bias, scale: _lse_heated(s, bias, scale, weighting.heat))
     else:
-        negative = field.lse(field.scale)
-    return torch.logaddexp(positive, negative) - positive
+        lse = anchors.lse(anchors.scale)
+    return losses_from_negatives(lse, positive)
 
 
 def _lse_of_top(similarities: Tensor, scale: Tensor, k: int) -> Tensor:
-    """Return the log-sum-exp of the ``k`` largest of each row."""
+    """Compute the log-sum-exp of the ``k`` largest of each row."""
     values = similarities.topk(min(k, similarities.shape[1]), dim=1).values
-    left_out = values.isneginf()  # fewer than k are left; infinity times zero would be a NaN in the gradient
-    return (values.masked_fill(left_out, 0.0) * scale).masked_fill(left_out, -torch.inf).logsumexp(1)
+    masked = values.isneginf()  # if fewer than k are not masked; infinity times zero would be NaN in the gradient
+    return (values.masked_fill(masked, 0.0) * scale).masked_fill(masked, -torch.inf).logsumexp(1)
 
 
 def _lse_heated(similarities: Tensor, bias: Tensor, scale: Tensor, heat: float) -> Tensor:
-    """Return the log-sum-exp of each row, each similarity divided by a temperature of its own."""
+    """Compute the log-sum-exp of each row, with a temperature per similarity."""
     logits = similarities * scale / (1 - heat * (1 + similarities) / 2)
     return logits.masked_fill(bias.isneginf(), -torch.inf).logsumexp(1)
 
 
 def _positive_weights(positive: Tensor, sigma: float) -> Tensor:
-    """Return ``2 - B softmax(p / sigma)`` over the positives of all ranks, whose mean is 1, without gradient."""
-    everyone = distributed.gather(positive) / sigma
-    return 2 - len(everyone) * (positive.detach() / sigma - everyone.logsumexp(0)).exp()
+    """Compute ``2 - B softmax(p / sigma)`` over the positives of all ranks, whose mean is 1, without gradient."""
+    gathered = distributed.gather(positive) / sigma
+    return 2 - len(gathered) * (positive.detach() / sigma - gathered.logsumexp(0)).exp()
 
 
-def _corrected(field: AnchorBatch, positive: Tensor, weighting: Negatives) -> Tensor:
-    """Return the logarithm of the sum over negatives, reweighted and with the false negatives taken off."""
-    count = field.count()
-    empty = count == 0  # such an anchor gets finite numbers here and minus infinity at the end
+def _corrected(anchors: AnchorBatch, positive: Tensor, weighting: Negatives) -> Tensor:
+    """Compute the logarithm of the reweighted sum over negatives, with the false negatives subtracted."""
+    count = anchors.count()
+    empty = count == 0  # finite here, minus infinity at the end
     log_count = count.clamp_min(1).log()
-    negative = field.lse(field.scale * (1 + weighting.beta) if weighting.kind == "hard" else field.scale)
+    negative = anchors.lse(anchors.scale * (1 + weighting.beta) if weighting.kind == "hard" else anchors.scale)
     negative = negative.masked_fill(empty, 0.0)
     if weighting.kind == "hard":
-        weights = field.lse(field.scale * weighting.beta) if weighting.beta > 0 else log_count
+        weights = anchors.lse(anchors.scale * weighting.beta) if weighting.beta > 0 else log_count
         negative = negative - weights.masked_fill(empty, 0.0) + log_count
-    # A sum of N exponentials of cosines over a temperature is never below this, so the difference must not be either.
-    floor = log_count - field.scale
+    # The lower bound of a sum of N exponentials of scaled cosines, to which the difference is clamped as well.
+    floor = log_count - anchors.scale
     peak = torch.maximum(torch.maximum(negative, positive + log_count), floor).detach()
     false = weighting.tau_plus * (positive + log_count - peak).exp()
     difference = ((negative - peak).exp() - false) / (1 - weighting.tau_plus)

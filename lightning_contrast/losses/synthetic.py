@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, fail
-from lightning_contrast.losses.checks import check_matrix
-from lightning_contrast.losses.contrastive import check_negatives
+from lightning_contrast.losses.checks import check_matrix, check_negatives
 from lightning_contrast.precision import full_precision, normalize
 
 

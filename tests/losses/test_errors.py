@@ -1,4 +1,4 @@
-"""Bad input: each with an error that names the argument, the rule, the value and the mend."""
+"""Bad input: each with an error that names the argument, the rule, the value and a hint."""
 
 from collections.abc import Callable
 
@@ -99,7 +99,7 @@ TYPE_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "not a tensor": (lambda: losses.byol_loss([1.0], Z), r"`prediction` must be a tensor, got 'list'"),
     "float tile": (
         lambda: losses.nt_xent(Z, Z, temperature=0.1, tile_size=2.5),
-        r"`tile_size` must be a whole number or None, got 2\.5",
+        r"`tile_size` must be an integer or None, got 2\.5",
     ),
     "float labels": (lambda: losses.sup_con(Z, Z, LABELS.float(), temperature=0.1), r"`labels` must be an integer"),
     "integer mask": (

@@ -1,1 +1,1 @@
-"""Tiled kernels of the losses; read them only to make the losses faster."""
+"""Tiled kernels of the losses: needed only to make the losses faster; each loss shows its formula as ``naive_*``."""

@@ -1,11 +1,11 @@
-"""The contrastive core: differentiable log-sum-exps over similarities that are never formed, across all ranks.
+"""Differentiable log-sum-exps over similarities that are never materialized, across all ranks.
 
-A loss takes its positives by plain autograd, which is cheap, and from here the normaliser of each anchor. The gradient
-of a log-sum-exp is a softmax, so that backward needs the log-sum-exp only and makes the tiles a second time.
+A loss computes its positives with plain autograd, which is cheap, and the normalizer of each anchor with this module.
+The gradient of a log-sum-exp is a softmax, so backward needs only the log-sum-exp and recomputes the tiles.
 
-Across ranks each rank computes the anchors that it holds against the columns of all ranks. For the gradient of its own
-rows it needs the log-sum-exp and the incoming gradient of the others' anchors, two numbers a row, and no other
-exchange: no gradient of a gathered matrix travels.
+With several ranks each rank computes its own anchors against the columns of all ranks. For the gradient of its own
+rows it needs the log-sum-exp and the incoming gradient of the other ranks' anchors, two numbers per row; the gradient
+of a gathered matrix is never communicated.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from lightning_contrast.losses.kernels.tiles import (
     Diagonal,
     LogSumExpGradient,
     TileConfig,
-    make_plan,
+    make_tile_config,
     sweep_gradient,
     sweep_lse,
 )
@@ -30,105 +30,111 @@ from lightning_contrast.losses.kernels.tiles import (
 
 @dataclass(frozen=True)
 class NegativeMask:
-    """Which columns an anchor meets.
+    """Which columns of the similarity matrix are negatives of an anchor.
 
     Args:
-        skip_partner: Leave out the anchor's positive.
-        groups: Group of each row of this rank, ``(N,)`` integers: columns of the anchor's own group are left out.
-        column_groups: Group of each column, where rows and columns are not the same images.
-        mask: Columns that count, ``(M,)`` bool, for columns that every rank holds.
+        skip_partner: Mask the anchor's positive.
+        groups: Group of each row of this rank, ``(N,)`` integers: columns of the anchor's own group are masked.
+        column_groups: Group of each column, ``(M,)``, if rows and columns are not the same images.
+        column_mask: Columns that count, ``(M,)`` bool, for columns that every rank holds.
         tile_size: Largest edge of a tile; None chooses it.
-        views: Rows of an image; the batch of all ranks must have at least 2 images.
+        views: Rows per image; the batch of all ranks must have at least 2 images.
     """
 
     skip_partner: bool = False
     groups: Tensor | None = None
     column_groups: Tensor | None = None
-    mask: Tensor | None = None
+    column_mask: Tensor | None = None
     tile_size: int | None = None
     views: int = 1
 
 
-class Shares:
-    """The rows of all ranks, gathered without gradient, and where this rank's begin.
+class GatheredRows:
+    """The rows of all ranks, gathered without gradient, and the position of this rank's rows among them.
 
     Args:
         x: Rows of this rank, ``(B_r, D)``.
-        together: False: this rank is taken for the only one.
+        sharded: True: each rank holds other rows. False: every rank holds the same rows, and nothing is gathered.
     """
 
-    def __init__(self, x: Tensor, together: bool = True) -> None:
-        self.together = together and distributed.is_distributed()
-        self.sizes = distributed.batch_sizes(len(x), x.device) if self.together else [len(x)]
-        self.start = sum(self.sizes[: distributed.rank()]) if self.together else 0
-        self.all = self.gather(x)
+    def __init__(self, x: Tensor, sharded: bool = True) -> None:
+        self.sharded = sharded and distributed.is_distributed()
+        self.sizes = distributed.batch_sizes(len(x), x.device) if self.sharded else [len(x)]
+        self.start = sum(self.sizes[: distributed.rank()]) if self.sharded else 0
+        self.rows = self.gather(x)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return the rows of all ranks, ``(B, ...)``."""
-        return distributed.gather(x, self.sizes) if self.together else x.detach()
+        """Return the rows of all ranks, ``(B, ...)``, given this rank's ``(B_r, ...)``."""
+        return distributed.gather(x, self.sizes) if self.sharded else x.detach()
 
-    def weights(self, own: LogSumExpGradient) -> LogSumExpGradient:
-        """Return the weights of the rows of all ranks."""
-        if not self.together:
+    def gather_gradient(self, own: LogSumExpGradient) -> LogSumExpGradient:
+        """Return the log-sum-exp gradient of the rows of all ranks."""
+        if not self.sharded:
             return own
         grad, lse = self.gather(torch.stack([own.grad, own.lse], dim=1)).unbind(1)
         return LogSumExpGradient(grad, lse)
 
 
-def leave_out_plan(x: Tensor, columns: NegativeMask, shares: Shares, views: bool, scale: Scalar = 1.0) -> TileConfig:
-    """Return the plan of the rows ``x`` of this rank against the columns of all.
+def masked_tile_config(
+    x: Tensor, mask: NegativeMask, columns: GatheredRows, views: bool, scale: Scalar = 1.0
+) -> TileConfig:
+    """Build the tile config of this rank's rows against the columns of all ranks.
 
     Args:
         x: Rows, ``(N, D)``.
-        columns: What is left out.
-        shares: The columns of all ranks.
-        views: True: rows and columns are the same, two views of N / 2 images, and no row meets itself.
-        scale: Factor of the similarities.
+        mask: Which columns are negatives.
+        columns: The columns of all ranks.
+        views: True: rows and columns are the same, two views of N / 2 images, and each row's pair with itself is
+            masked.
+        scale: Factor of the similarities, a number or a scalar tensor.
     """
-    if shares.together:  # every rank sees the same sizes, so that all of them raise or none does
-        check_batch("the embeddings of all ranks", sum(shares.sizes) // columns.views)
-    half, start = len(x) // 2, shares.start
+    if columns.sharded:  # every rank sees the same sizes, so all ranks raise or none
+        check_batch("the embeddings of all ranks", sum(columns.sizes) // mask.views)
+    half, start = len(x) // 2, columns.start
     skip: tuple[Diagonal, ...] = ()
     if views:
         skip = (Diagonal(0, start, len(x)),)
-        if columns.skip_partner:
+        if mask.skip_partner:
             skip += (Diagonal(0, start + half, half), Diagonal(half, start, half))
-    elif columns.skip_partner:
+    elif mask.skip_partner:
         skip = (Diagonal(0, start, len(x)),)
-    theirs = columns.groups if columns.column_groups is None else columns.column_groups
-    groups = None if columns.groups is None or theirs is None else (columns.groups, shares.gather(theirs))
+    column_groups = mask.groups if mask.column_groups is None else mask.column_groups
+    groups = None
+    if mask.groups is not None and column_groups is not None:
+        groups = (mask.groups, columns.gather(column_groups))
     bias = None
-    if columns.mask is not None:
-        bias = torch.zeros_like(columns.mask, dtype=x.dtype).masked_fill(~columns.mask, -torch.inf)
-    return make_plan(x, scale, columns.tile_size, skip, groups, bias)
+    if mask.column_mask is not None:
+        bias = torch.zeros_like(mask.column_mask, dtype=x.dtype).masked_fill(~mask.column_mask, -torch.inf)
+    return make_tile_config(x, scale, mask.tile_size, skip, groups, bias)
 
 
 class _SelfLse(torch.autograd.Function):
     """Log-sum-exp of each row's similarities to other rows; the rows are two views of ``N / 2`` images."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: Scalar, columns: NegativeMask) -> Tensor:
-        shares = Shares(z)
-        ctx.shares, ctx.scale = shares, scale
-        ctx.plan = leave_out_plan(z, columns, shares, True, scale)
-        lse, _ = sweep_lse(z * scale, shares.all, ctx.plan, triangle=not shares.together)
-        ctx.save_for_backward(z, lse)
+    def forward(ctx: Any, z: Tensor, scale: Scalar, mask: NegativeMask) -> Tensor:
+        ctx.columns = GatheredRows(z)
+        ctx.config = masked_tile_config(z, mask, ctx.columns, True, scale)
+        ctx.scale = scale
+        scaled = z * scale
+        lse, _ = sweep_lse(scaled, ctx.columns.rows, ctx.config, triangle=not ctx.columns.sharded)
+        ctx.save_for_backward(z, scaled, lse)
         return lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        z, lse = ctx.saved_tensors
+        z, scaled, lse = ctx.saved_tensors
         own = LogSumExpGradient(grad, lse)
-        everyone = ctx.shares.weights(own)
-        alone = not ctx.shares.together
+        gathered = ctx.columns.gather_gradient(own)
+        triangle = not ctx.columns.sharded
         with torch.autocast(z.device.type, enabled=False):
             gradient, _ = sweep_gradient(
-                z, z * ctx.scale, ctx.shares.all, ctx.plan, by_row=own, by_column=everyone, triangle=alone
+                z, scaled, ctx.columns.rows, ctx.config, by_row=own, by_column=gathered, triangle=triangle
             )
-            # Each similarity was met from both its ends, hence the half.
+            # Each similarity counts twice, from either of its rows.
             grad_scale = 0.5 * (z * gradient).sum() if ctx.needs_input_grad[1] else None
-            return gradient * ctx.scale, grad_scale, None
+            return gradient.mul_(ctx.scale), grad_scale, None
 
 
 class _PairLse(torch.autograd.Function):
@@ -136,19 +142,20 @@ class _PairLse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Scalar, columns: NegativeMask, both: bool, together: bool
+        ctx: Any, x: Tensor, y: Tensor, scale: Scalar, mask: NegativeMask, both: bool, sharded: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.scale, ctx.both = scale, both
-        ctx.x = ctx.plan_y = None
-        ctx.y = Shares(y, together)
-        ctx.plan_x = leave_out_plan(x, columns, ctx.y, False, scale)
-        lse_x, lse_y = sweep_lse(x * scale, ctx.y.all, ctx.plan_x, of_columns=both and not ctx.y.together)
-        if ctx.y.together and (both or ctx.needs_input_grad[1]):
-            ctx.x = Shares(x)
-            turned = replace(columns, groups=columns.column_groups, column_groups=columns.groups)
-            ctx.plan_y = leave_out_plan(y, columns if columns.column_groups is None else turned, ctx.x, False, scale)
-        if ctx.y.together:
-            lse_y = sweep_lse(y * scale, ctx.x.all, ctx.plan_y)[0] if both else y.new_zeros(len(y))
+        ctx.x = ctx.config_y = None
+        ctx.y = GatheredRows(y, sharded)
+        ctx.config_x = masked_tile_config(x, mask, ctx.y, False, scale)
+        lse_x, lse_y = sweep_lse(x * scale, ctx.y.rows, ctx.config_x, of_columns=both and not ctx.y.sharded)
+        if ctx.y.sharded and (both or ctx.needs_input_grad[1]):
+            ctx.x = GatheredRows(x)
+            turned = replace(mask, groups=mask.column_groups, column_groups=mask.groups)
+            ctx.config_y = masked_tile_config(y, mask if mask.column_groups is None else turned, ctx.x, False, scale)
+        if ctx.y.sharded and both:
+            lse_y, _ = sweep_lse(y * scale, ctx.x.rows, ctx.config_y)
+        lse_y = y.new_zeros(len(y)) if lse_y is None else lse_y
         ctx.save_for_backward(x, y, lse_x, lse_y)
         if not both:
             ctx.mark_non_differentiable(lse_y)
@@ -165,22 +172,22 @@ class _PairLse(torch.autograd.Function):
         want_x = need_x or need_scale
         gradient_x, gradient_y = torch.zeros_like(x), torch.zeros_like(y)
         with torch.autocast(x.device.type, enabled=False):
-            if not ctx.y.together:
+            if not ctx.y.sharded:
                 gradient_x, gradient_y = sweep_gradient(
-                    x, x * ctx.scale, y, ctx.plan_x, by_row=from_x, by_column=from_y,
+                    x, x * ctx.scale, y, ctx.config_x, by_row=from_x, by_column=from_y,
                     need_rows=want_x, need_columns=need_y,
                 )  # fmt: skip
             else:
-                # All ranks' weights are gathered before either sweep, in one order on every rank.
-                all_x = ctx.x.weights(from_x) if need_y else None
-                all_y = ctx.y.weights(from_y) if from_y is not None else None
+                # The gradients of all ranks are gathered before either sweep, in the same order on every rank.
+                all_x = ctx.x.gather_gradient(from_x) if need_y else None
+                all_y = ctx.y.gather_gradient(from_y) if from_y is not None else None
                 if want_x:
                     gradient_x, _ = sweep_gradient(
-                        x, x * ctx.scale, ctx.y.all, ctx.plan_x, by_row=from_x, by_column=all_y
+                        x, x * ctx.scale, ctx.y.rows, ctx.config_x, by_row=from_x, by_column=all_y
                     )
                 if need_y:
                     gradient_y, _ = sweep_gradient(
-                        y, y * ctx.scale, ctx.x.all, ctx.plan_y, by_row=from_y, by_column=all_x
+                        y, y * ctx.scale, ctx.x.rows, ctx.config_y, by_row=from_y, by_column=all_x
                     )
             grad_scale = (x * gradient_x).sum() if need_scale else None
             return (
@@ -190,46 +197,46 @@ class _PairLse(torch.autograd.Function):
             )  # fmt: skip
 
 
-def self_lse(z: Tensor, scale: Scalar, columns: NegativeMask) -> Tensor:
-    """Return ``log sum_j exp(scale z_i . z_j)`` over the rows ``j`` of all ranks but ``i`` itself.
+def self_lse(z: Tensor, scale: Scalar, mask: NegativeMask) -> Tensor:
+    """Compute ``log sum_j exp(scale z_i . z_j)`` over the rows ``j`` of all ranks except ``i`` itself.
 
     Args:
         z: Unit rows of this rank, ``(2B, D)``, all first views before all second views.
         scale: Factor of the similarities, > 0.
-        columns: What else is left out.
+        mask: Which further pairs are masked.
 
     Returns:
-        One value for each row of this rank, ``(2B,)``; minus infinity where no column is left.
+        One value per row of this rank, ``(2B,)``; minus infinity where all columns are masked.
     """
-    return cast("Tensor", _SelfLse.apply(z, scale, columns))
+    return cast("Tensor", _SelfLse.apply(z, scale, mask))
 
 
-def pair_lse(x: Tensor, y: Tensor, scale: Scalar, columns: NegativeMask) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp of ``scale x_i . y_j`` over ``j`` and over ``i``, each over the rows of all ranks.
+def pair_lse(x: Tensor, y: Tensor, scale: Scalar, mask: NegativeMask) -> tuple[Tensor, Tensor]:
+    """Compute the log-sum-exps of ``scale x_i . y_j`` over ``j`` and over ``i``, each over the rows of all ranks.
 
     Args:
         x: Unit rows of this rank, ``(B, D)``.
         y: Their partners, ``(B, D)``.
         scale: Factor of the similarities, > 0.
-        columns: What is left out.
+        mask: Which pairs are masked.
 
     Returns:
         For each ``x`` of this rank over the ``y``, and for each ``y`` over the ``x``, ``(B,)`` each.
     """
-    return cast("tuple[Tensor, Tensor]", _PairLse.apply(x, y, scale, columns, True, True))
+    return cast("tuple[Tensor, Tensor]", _PairLse.apply(x, y, scale, mask, True, True))
 
 
-def rows_lse(x: Tensor, y: Tensor, scale: Scalar, columns: NegativeMask, *, together: bool = True) -> Tensor:
-    """Return ``log sum_j exp(scale x_i . y_j)``.
+def rows_lse(x: Tensor, y: Tensor, scale: Scalar, mask: NegativeMask, *, sharded: bool = True) -> Tensor:
+    """Compute ``log sum_j exp(scale x_i . y_j)``.
 
     Args:
         x: Unit rows of this rank, ``(B, D)``.
         y: Columns, ``(M, D)``.
         scale: Factor of the similarities, > 0.
-        columns: What is left out.
-        together: True: ``y`` is this rank's share of the columns. False: every rank holds all the columns.
+        mask: Which pairs are masked.
+        sharded: True: ``y`` is this rank's share of the columns. False: every rank holds all columns.
 
     Returns:
-        One value for each row of this rank, ``(B,)``; minus infinity where no column is left.
+        One value per row of this rank, ``(B,)``; minus infinity where all columns are masked.
     """
-    return cast("Tensor", _PairLse.apply(x, y, scale, columns, False, together)[0])
+    return cast("Tensor", _PairLse.apply(x, y, scale, mask, False, sharded)[0])

@@ -1,7 +1,7 @@
 """Sums of ``softplus`` over the logits of all pairs that do not match, in tiles, with the columns in a ring of ranks.
 
-A sigmoid loss needs no normaliser, so each tile's gradient is final: no rank has to see more than one other rank's
-share at a time. In backward the gradient of a share travels along with it and is home after a full turn.
+A sigmoid loss needs no normalizer, so the gradient of each tile is final: a rank holds at most one other rank's
+columns at a time. In backward the gradient of these columns travels with them and is complete after a full turn.
 """
 
 from typing import Any, cast
@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch
 from lightning_contrast.losses.checks import Scalar
-from lightning_contrast.losses.kernels.tiles import Diagonal, Tiles, make_plan
+from lightning_contrast.losses.kernels.tiles import Diagonal, Tiles, make_tile_config
 
 
 def _pass_on(x: Tensor, rows: int) -> Tensor:
-    """Send ``x`` to the next rank and return the ``rows`` rows that the one before sends."""
+    """Send ``x`` to the next rank and receive ``rows`` rows from the previous one."""
     world, rank = distributed.world_size(), distributed.rank()
     received = x.new_empty(rows, *x.shape[1:])
     jobs = [
@@ -32,17 +32,17 @@ def _pass_on(x: Tensor, rows: int) -> Tensor:
 
 
 def _owner_after(hops: int) -> int:
-    """Return whose share this rank holds after so many hops."""
+    """Return the rank whose columns this rank holds after ``hops`` exchanges."""
     return (distributed.rank() - hops) % distributed.world_size()
 
 
 class _SoftplusSums(torch.autograd.Function):
-    """For each row the sum over the columns of all ranks, its partner left out, of ``softplus(scale x.y + bias)``."""
+    """Sum of ``softplus(scale x.y + bias)`` of each row over the columns of all ranks except its partner."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None) -> Tensor:
         ctx.sizes = distributed.batch_sizes(len(y), y.device)
-        if len(ctx.sizes) > 1:  # every rank sees the same sizes, so that all of them raise or none does
+        if len(ctx.sizes) > 1:  # every rank sees the same sizes, so all ranks raise or none
             check_batch("the embeddings of all ranks", sum(ctx.sizes))
         ctx.scale, ctx.bias, ctx.tile_size = scale, bias, tile_size
         total, share = x.new_zeros(len(x)), y.detach()
@@ -60,7 +60,7 @@ class _SoftplusSums(torch.autograd.Function):
         x, y = ctx.saved_tensors
         grad_x, grad_bias = torch.zeros_like(x), x.new_zeros(())
         weighted = x * grad.unsqueeze(1)  # (B, D)
-        share = torch.cat([y, torch.zeros_like(y)], dim=1)  # a share and its gradient travel together
+        share = torch.cat([y, torch.zeros_like(y)], dim=1)  # columns and their gradient travel together
         with torch.autocast(x.device.type, enabled=False):
             for hops in range(len(ctx.sizes)):
                 if hops:
@@ -88,15 +88,15 @@ class _SoftplusSums(torch.autograd.Function):
 
 
 def _tiles(x: Tensor, columns: Tensor, ctx: Any, hops: int) -> Tiles:
-    """Return the tiles against one rank's share; in the own share each row leaves out its partner."""
+    """Return the tiles against one rank's columns; the partners of this rank's rows are masked."""
     skip = () if hops else (Diagonal(0, 0, len(x)),)
     offset = torch.zeros_like(columns[:, 0]) + ctx.bias
-    plan = make_plan(x, ctx.scale, ctx.tile_size, skip, bias=offset)
-    return Tiles(x * ctx.scale, columns, plan)
+    config = make_tile_config(x, ctx.scale, ctx.tile_size, skip, bias=offset)
+    return Tiles(x * ctx.scale, columns, config)
 
 
 def softplus_sums(x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None = None) -> Tensor:
-    """Return ``sum_j softplus(scale x_i . y_j + bias)`` over all ``j`` of all ranks but the partner of ``i``.
+    """Compute ``sum_j softplus(scale x_i . y_j + bias)`` over the ``j`` of all ranks except the partner of ``i``.
 
     Args:
         x: Unit rows of this rank, ``(B, D)``.
@@ -106,6 +106,6 @@ def softplus_sums(x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: 
         tile_size: Largest edge of a tile; None chooses it.
 
     Returns:
-        One value for each row of this rank, ``(B,)``.
+        One value per row of this rank, ``(B,)``.
     """
     return cast("Tensor", _SoftplusSums.apply(x, y, scale, bias, tile_size))

@@ -1,10 +1,10 @@
-"""Sums over the tiles of a similarity matrix that is never formed: plain arithmetic, no autograd, no communication.
+"""Log-sum-exps over a tiled similarity matrix and their gradients: plain arithmetic, no autograd, no communication.
 
-A tile of ``tile x tile`` logits stays in the cache of a processor core while it is exponentiated and summed. Of a
-symmetric matrix only the tiles on and above the diagonal are computed; each serves its rows and its columns.
+A tile of ``tile x tile`` logits stays in the cache of a processor core while it is exponentiated and summed. For a
+symmetric matrix only the tiles on and above the diagonal are computed; each contributes to its rows and its columns.
 
-Where the logits are known to be bounded (cosines times a known, moderate scale) ``exp`` is taken as it is. Where they
-are not, every tile is shifted by the running maximum of each row, which costs one more pass.
+If the logits are known to be bounded (cosines times a known, moderate scale), ``exp`` is applied directly. Otherwise
+every tile is shifted by the running maximum of each row, which costs one more pass over the tile.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 CPU_TILE, ACCELERATOR_TILE = 1024, 4096  # 4 MiB and 64 MiB of float32
-# Cosines times these scales, summed over 1e9 columns, neither overflow nor underflow.
+# Exponentials of cosines times these scales, summed over 1e9 columns, neither overflow nor underflow.
 EXP_LIMITS = {torch.float32: 60.0, torch.float64: 600.0}
 
 
 class Diagonal(NamedTuple):
-    """Pairs to leave out: row ``first_row + n`` and column ``first_column + n`` for ``n < length``."""
+    """Masked pairs: row ``first_row + n`` with column ``first_column + n`` for ``n < length``."""
 
     first_row: int
     first_column: int
@@ -30,14 +30,14 @@ class Diagonal(NamedTuple):
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a sweep over the tiles is done.
+    """Tile size and masked pairs of a similarity matrix.
 
     Args:
         tile: Largest number of rows and of columns of a tile.
-        bounded: True where ``exp`` of every logit, and sums of them, fit the dtype.
-        skip: Pairs to leave out.
-        groups: Group of each row ``(N,)`` and of each column ``(M,)``: pairs of equal groups are left out.
-        bias: What is added to all logits of a column, ``(M,)``: minus infinity leaves the column out.
+        bounded: True if ``exp`` of every logit, and sums of them, fit the dtype.
+        skip: Masked pairs.
+        groups: Group of each row ``(N,)`` and of each column ``(M,)``: pairs of equal groups are masked.
+        bias: Added to all logits of a column, ``(M,)``: minus infinity masks the column.
     """
 
     tile: int
@@ -47,7 +47,7 @@ class TileConfig:
     bias: Tensor | None = None
 
 
-def make_plan(
+def make_tile_config(
     x: Tensor,
     scale: float | Tensor,
     tile_size: int | None,
@@ -55,27 +55,37 @@ def make_plan(
     groups: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> TileConfig:
-    """Return the plan for unit rows ``x`` and a scale; a scale on the device is not read, hence not known."""
+    """Choose the tile size for unit rows ``x`` ``(N, D)``, and whether their logits are bounded.
+
+    Args:
+        x: Unit rows, ``(N, D)``.
+        scale: Factor of the similarities, a number or a scalar tensor, which is not read on the host and therefore
+            counts as unbounded.
+        tile_size: Largest edge of a tile; None chooses by device.
+        skip: See `TileConfig`.
+        groups: See `TileConfig`.
+        bias: See `TileConfig`.
+    """
     tile = tile_size or (CPU_TILE if x.device.type == "cpu" else ACCELERATOR_TILE)
     bounded = not isinstance(scale, Tensor) and scale <= EXP_LIMITS.get(x.dtype, 0.0)
     return TileConfig(tile, bounded, skip, groups, bias)
 
 
-def leave_out(logits: Tensor, i: slice, j: slice, plan: TileConfig) -> Tensor:
-    """Add the bias, and write minus infinity where the plan leaves pairs out, in place.
+def mask_logits(logits: Tensor, i: slice, j: slice, config: TileConfig) -> Tensor:
+    """Add the bias and set masked pairs to minus infinity, in place.
 
     Args:
-        logits: The tile of rows ``i`` and columns ``j``.
+        logits: The tile of rows ``i`` and columns ``j``, shape ``(len(i), len(j))``.
         i: Rows of the tile.
         j: Columns of the tile.
-        plan: See `TileConfig`.
+        config: See `TileConfig`.
     """
-    if plan.bias is not None:
-        logits += plan.bias[j]
-    if plan.groups is not None:
-        rows, columns = plan.groups
+    if config.bias is not None:
+        logits += config.bias[j]
+    if config.groups is not None:
+        rows, columns = config.groups
         logits.masked_fill_(rows[i, None] == columns[None, j], -torch.inf)
-    for first_row, first_column, length in plan.skip:
+    for first_row, first_column, length in config.skip:
         start, stop = max(i.start, first_row), min(i.stop, first_row + length)
         if start < stop:
             band = logits[start - i.start : stop - i.start]
@@ -86,31 +96,31 @@ def leave_out(logits: Tensor, i: slice, j: slice, plan: TileConfig) -> Tensor:
 
 
 def split(size: int, tile: int) -> list[slice]:
-    """Cut ``size`` rows into even parts of at most ``tile``."""
+    """Split ``size`` rows into even parts of at most ``tile``."""
     parts = max(1, -(-size // tile))
     cuts = [size * part // parts for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(cuts)]
 
 
 class Tiles:
-    """Logits of one tile after the other, in one buffer that is overwritten.
+    """Iterator over tiles of logits, all in one buffer that is overwritten.
 
     Args:
         rows: Scaled rows, ``(N, D)``.
         columns: Columns, ``(M, D)``.
-        plan: See `TileConfig`.
-        triangle: True: rows and columns are the same points, tiles below the diagonal are left out.
+        config: See `TileConfig`.
+        triangle: Rows and columns are the same points; tiles below the diagonal are skipped.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, plan: TileConfig, triangle: bool = False) -> None:
-        self.rows, self.columns, self.plan, self.triangle = rows, columns, plan, triangle
-        area = min(plan.tile, len(rows)) * min(plan.tile, len(columns))
+    def __init__(self, rows: Tensor, columns: Tensor, config: TileConfig, triangle: bool = False) -> None:
+        self.rows, self.columns, self.config, self.triangle = rows, columns, config, triangle
+        area = min(config.tile, len(rows)) * min(config.tile, len(columns))
         self._buffer = rows.new_empty(area)
         self._work = rows.new_empty(0)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        for i in split(len(self.rows), self.plan.tile):
-            for j in split(len(self.columns), self.plan.tile):
+        for i in split(len(self.rows), self.config.tile):
+            for j in split(len(self.columns), self.config.tile):
                 if not self.triangle or i.start <= j.start:
                     yield i, j, self._logits(i, j)
 
@@ -118,7 +128,7 @@ class Tiles:
         height, width = i.stop - i.start, j.stop - j.start
         logits = self._buffer[: height * width].view(height, width)
         torch.mm(self.rows[i], self.columns[j].T, out=logits)
-        return leave_out(logits, i, j, self.plan)
+        return mask_logits(logits, i, j, self.config)
 
     def work(self, like: Tensor) -> Tensor:
         """Return a second buffer in the shape of a tile."""
@@ -127,82 +137,96 @@ class Tiles:
         return self._work[: like.numel()].view_as(like)
 
 
-class RunningLse:
-    """Log-sum-exp of rows (or columns) whose logits come in tiles.
+class RunningLogSumExp:
+    """Log-sum-exp of rows (or columns) whose logits arrive tile by tile.
 
     Args:
-        size: Number of rows.
-        like: Tensor whose dtype and device are used.
-        bounded: True: tiles come as exponentials. False: as logits.
+        bounded: True: tiles hold exponentials. False: tiles hold logits.
     """
 
-    def __init__(self, size: int, like: Tensor, bounded: bool) -> None:
-        self.total = like.new_zeros(size)
-        # Finite, so that a row of which everything is left out so far gives exp(-inf) = 0 and not a NaN.
-        self.peak = None if bounded else like.new_full((size,), torch.finfo(like.dtype).min / 2)
+    def __init__(self, bounded: bool) -> None:
+        self.bounded = bounded
+        self._totals: dict[int, Tensor] = {}  # by the first row of a part: the first tile's sum needs no addition
+        self._peaks: dict[int, Tensor] = {}
 
     def add(self, part: slice, tile: Tensor, dim: int, work: Tensor | None) -> None:
-        """Take in the tile of rows ``part``, summed over ``dim``."""
-        if self.peak is None or work is None:
-            self.total[part] += tile.sum(dim)
+        """Add the tile of rows ``part``, shape ``(rows, columns)``, summed over ``dim``.
+
+        Args:
+            part: Rows of the tile, or columns with ``dim=0``.
+            tile: Exponentials or logits.
+            dim: Dimension to sum over.
+            work: Buffer in the shape of the tile; needed for logits only.
+        """
+        start = part.start
+        if work is None:
+            total = tile.sum(dim)
+            self._totals[start] = self._totals[start].add_(total) if start in self._totals else total
             return
-        peak = torch.maximum(self.peak[part], tile.amax(dim))
-        torch.sub(tile, peak.unsqueeze(dim), out=work).exp_()
-        self.total[part] = self.total[part] * (self.peak[part] - peak).exp() + work.sum(dim)
-        self.peak[part] = peak
+        # The floor is finite: a row with all logits masked so far gives exp(-inf) = 0 and no NaN.
+        peak = tile.amax(dim).clamp_min_(torch.finfo(tile.dtype).min / 2)
+        if start in self._peaks:
+            peak = torch.maximum(self._peaks[start], peak)
+        total = torch.sub(tile, peak.unsqueeze(dim), out=work).exp_().sum(dim)
+        if start in self._peaks:
+            total += self._totals[start] * (self._peaks[start] - peak).exp()
+        self._totals[start], self._peaks[start] = total, peak
 
     def result(self) -> Tensor:
-        """Return the log-sum-exp, minus infinity where every logit was left out."""
-        lse = self.total.log()
-        return lse if self.peak is None else lse + self.peak
+        """Return the log-sum-exps, ``(N,)``; minus infinity where every logit is masked."""
+        lse = torch.cat([self._totals[start] for start in sorted(self._totals)]).log()
+        return lse if self.bounded else lse + torch.cat([self._peaks[start] for start in sorted(self._peaks)])
 
 
 def sweep_lse(
     rows: Tensor,
     columns: Tensor,
-    plan: TileConfig,
+    config: TileConfig,
     *,
     of_columns: bool = False,
     triangle: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp of each row and of each column of ``rows @ columns.T`` with what the plan adds.
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the log-sum-exp of each row, and optionally of each column, of the masked ``rows @ columns.T``.
 
     Args:
         rows: Scaled rows, ``(N, D)``.
         columns: Columns, ``(M, D)``.
-        plan: See `TileConfig`.
-        of_columns: Whether the columns are asked for.
-        triangle: Rows and columns are the same points; both results are then the rows'.
+        config: See `TileConfig`.
+        of_columns: Whether to compute the second result.
+        triangle: Rows and columns are the same points, so that only half of the tiles are computed.
 
     Returns:
-        ``(N,)`` and ``(M,)``; the second is meaningless where it is not asked for.
+        ``(N,)``, and ``(M,)`` or None.
     """
-    tiles = Tiles(rows, columns, plan, triangle)
-    by_row = RunningLse(len(rows), rows, plan.bounded)
-    by_column = by_row if triangle else RunningLse(len(columns), rows, plan.bounded)
+    tiles = Tiles(rows, columns, config, triangle)
+    by_row = RunningLogSumExp(config.bounded)
+    by_column = by_row if triangle else RunningLogSumExp(config.bounded)
     for i, j, tile in tiles:
-        if plan.bounded:
+        if config.bounded:
             tile.exp_()
-        work = None if plan.bounded else tiles.work(tile)
+        work = None if config.bounded else tiles.work(tile)
         by_row.add(i, tile, 1, work)
         if of_columns or (triangle and i != j):
             by_column.add(j, tile, 0, work)
-    return by_row.result(), by_column.result()
+    return by_row.result(), by_column.result() if of_columns else None
 
 
 @dataclass(frozen=True)
 class LogSumExpGradient:
-    """Gradient with respect to log-sum-exps, and the log-sum-exps themselves, both ``(N,)``."""
+    """Gradient with respect to log-sum-exps, and the log-sum-exps themselves, ``(N,)`` each."""
 
     grad: Tensor
     lse: Tensor
 
-    def folded(self) -> Tensor:
-        """Return the factor that turns ``exp(logit)`` into the gradient with respect to the logit."""
-        return torch.where(self.lse.isneginf(), 0.0, self.grad * (-self.lse).exp())
+    def factor(self) -> Tensor:
+        """Return ``grad * exp(-lse)``, ``(N,)``, which turns ``exp(logit)`` into the gradient of the logit.
 
-    def safe_lse(self) -> Tensor:
-        """Return the log-sum-exp, 0 where everything was left out: its exponentials are 0 all the same."""
+        Only for bounded logits. The clamp keeps the factor finite where every logit is masked, and acts nowhere else.
+        """
+        return self.lse.neg().clamp_(max=EXP_LIMITS[self.lse.dtype] + 1).exp_().mul_(self.grad)
+
+    def shift(self) -> Tensor:
+        """Return the log-sum-exps, ``(N,)``; 0 where every logit is masked, since ``exp(-inf - 0)`` is 0 as well."""
         return self.lse.masked_fill(self.lse.isneginf(), 0.0)
 
 
@@ -210,7 +234,7 @@ def sweep_gradient(
     rows: Tensor,
     scaled: Tensor,
     columns: Tensor,
-    plan: TileConfig,
+    config: TileConfig,
     *,
     by_row: LogSumExpGradient | None,
     by_column: LogSumExpGradient | None,
@@ -218,71 +242,92 @@ def sweep_gradient(
     need_columns: bool = False,
     triangle: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``G @ columns`` and ``G.T @ rows``, where ``G`` is the gradient with respect to the logits.
+    """Compute ``G @ columns`` and ``G.T @ rows``, where ``G`` is the gradient with respect to the logits.
 
-    ``G[i, j] = grad_i exp(logit_ij - lse_i) + grad_j exp(logit_ij - lse_j)``, the softmax of each row and each column.
+    ``G[i, j] = grad_i exp(logit_ij - lse_i) + grad_j exp(logit_ij - lse_j)``, the softmax over each row and column.
 
     Args:
         rows: Unscaled rows, ``(N, D)``.
-        scaled: The rows that the logits were made of, ``(N, D)``.
+        scaled: The rows that the logits are made of, ``(N, D)``.
         columns: Columns, ``(M, D)``.
-        plan: See `TileConfig`, as in `sweep_lse`.
-        by_row: Weights of the rows' log-sum-exp, ``(N,)``.
-        by_column: Weights of the columns', ``(M,)``.
-        need_rows: Whether the first result is asked for.
-        need_columns: Whether the second is.
-        triangle: Rows and columns are the same points: the first result is the sum of both.
+        config: The same as for `sweep_lse`.
+        by_row: Gradient of the rows' log-sum-exps, ``(N,)``.
+        by_column: Gradient of the columns' log-sum-exps, ``(M,)``.
+        need_rows: Whether to compute the first result.
+        need_columns: Whether to compute the second result.
+        triangle: Rows and columns are the same points, and so are ``by_row`` and ``by_column``; the first result is
+            the sum of both.
 
     Returns:
-        ``(N, D)`` and ``(M, D)``; zeros where not asked for.
+        ``(N, D)`` and ``(M, D)``; zeros where not computed.
     """
-    tiles = Tiles(scaled, columns, plan, triangle)
-    grad_rows = torch.zeros_like(rows)
-    grad_columns = grad_rows if triangle else torch.zeros_like(columns)
-    factors = [w.folded() if w is not None else None for w in (by_row, by_column)]
-    shifts = [w.safe_lse() if w is not None else None for w in (by_row, by_column)]
+    tiles = Tiles(scaled, columns, config, triangle)
+    grad_rows = PartialSums(rows, need_rows)
+    grad_columns = grad_rows if triangle else PartialSums(columns, need_columns)
+    row_terms = _terms(by_row, config)
+    column_terms = row_terms if by_column is by_row else _terms(by_column, config)
+    gradient_of = _bounded_gradient if config.bounded else _shifted_gradient
     for i, j, tile in tiles:
-        if plan.bounded:
-            gradient = _bounded_gradient(tile, tiles.work(tile), factors[0], factors[1], i, j)
-        else:
-            gradient = _shifted_gradient(tile, tiles.work(tile), (by_row, shifts[0]), (by_column, shifts[1]), i, j)
+        gradient = gradient_of(tile, tiles.work(tile), row_terms, column_terms, i, j)
         if need_rows:
-            grad_rows[i].addmm_(gradient, columns[j])
+            grad_rows.add_product(i, gradient, columns[j])
         if need_columns or (triangle and i != j):
-            grad_columns[j].addmm_(gradient.T, rows[i])
-    return grad_rows, grad_columns
+            grad_columns.add_product(j, gradient.T, rows[i])
+    return grad_rows.total, grad_columns.total
+
+
+class PartialSums:
+    """Sums of matrix products, part by part.
+
+    Args:
+        like: Tensor with the shape ``(N, D)`` of the sums.
+        needed: False: no product is added, and the sums stay zero.
+    """
+
+    def __init__(self, like: Tensor, needed: bool) -> None:
+        self.total = torch.empty_like(like) if needed else torch.zeros_like(like)
+        self._started: set[int] = set()
+
+    def add_product(self, part: slice, a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``, shape ``(rows, D)``, to the rows ``part``; the first product overwrites them."""
+        self.total[part].addmm_(a, b, beta=int(part.start in self._started))
+        self._started.add(part.start)
+
+
+Terms = tuple[Tensor, Tensor]
+
+
+def _terms(gradient: LogSumExpGradient | None, config: TileConfig) -> Terms | None:
+    """Return gradient and factor (bounded) or gradient and shift of each row, ``(N,)`` each."""
+    if gradient is None:
+        return None
+    return gradient.grad, gradient.factor() if config.bounded else gradient.shift()
 
 
 def _bounded_gradient(
-    tile: Tensor, work: Tensor, row_factor: Tensor | None, column_factor: Tensor | None, i: slice, j: slice
+    tile: Tensor, work: Tensor, row: Terms | None, column: Terms | None, i: slice, j: slice
 ) -> Tensor:
-    """Turn logits into their gradient in place with one ``exp`` for rows and columns."""
+    """Turn logits into their gradient in place, with one ``exp`` for rows and columns."""
     tile.exp_()
-    if row_factor is not None and column_factor is not None:
-        return tile.mul_(torch.add(row_factor[i, None], column_factor[None, j], out=work))
-    if row_factor is not None:
-        return tile.mul_(row_factor[i, None])
-    if column_factor is not None:
-        return tile.mul_(column_factor[None, j])
+    if row is not None and column is not None:
+        return tile.mul_(torch.add(row[1][i, None], column[1][None, j], out=work))
+    if row is not None:
+        return tile.mul_(row[1][i, None])
+    if column is not None:
+        return tile.mul_(column[1][None, j])
     return tile.zero_()
 
 
 def _shifted_gradient(
-    tile: Tensor,
-    work: Tensor,
-    row: tuple[LogSumExpGradient | None, Tensor | None],
-    column: tuple[LogSumExpGradient | None, Tensor | None],
-    i: slice,
-    j: slice,
+    tile: Tensor, work: Tensor, row: Terms | None, column: Terms | None, i: slice, j: slice
 ) -> Tensor:
-    """Turn logits into their gradient in place, with an ``exp`` for the rows and one for the columns."""
-    weights, shift = row
-    if weights is None or shift is None:
+    """Turn logits into their gradient, with one ``exp`` for the rows and one for the columns."""
+    if row is None:
         work.zero_()
     else:
-        torch.sub(tile, shift[i, None], out=work).exp_().mul_(weights.grad[i, None])
-    weights, shift = column
-    if weights is not None and shift is not None:
-        tile.sub_(shift[None, j]).exp_().mul_(weights.grad[None, j])
-        work.add_(tile)
+        grad, shift = row
+        torch.sub(tile, shift[i, None], out=work).exp_().mul_(grad[i, None])
+    if column is not None:
+        grad, shift = column
+        work.add_(tile.sub_(shift[None, j]).exp_().mul_(grad[None, j]))
     return work
