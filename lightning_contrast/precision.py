@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
-
 R = TypeVar("R")
 
 
 def _upcast(value: Any) -> Any:
-    """Return 16-bit tensors as float32, also inside lists and tuples, and everything else as it is."""
+    """Convert 16-bit tensors to float32, also inside lists and tuples."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
@@ -32,25 +31,28 @@ def _device_type(values: tuple[Any, ...]) -> str:
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a loss compute outside autocast, with 16-bit arguments raised to float32; float64 stays float64."""
+    """Decorate a function to run outside autocast, with 16-bit tensor arguments as float32; float64 stays float64."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.autocast(_device_type((*args, *kwargs.values())), enabled=False):
-            raised = {name: _upcast(value) for name, value in kwargs.items()}
-            return function(*map(_upcast, args), **raised)
+            upcast = {name: _upcast(value) for name, value in kwargs.items()}
+            return function(*map(_upcast, args), **upcast)
 
     return wrapper
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Return rows of length 1; a row of zeros stays one.
+    """L2-normalize rows; a row of zeros stays zero.
 
     Args:
         x: Embeddings, ``(B, D)``.
+
+    Returns:
+        Unit rows, ``(B, D)``.
     """
     return F.normalize(x, dim=1)
 
 
 unit_rows = full_precision(normalize)
-"""`normalize` in full precision, for what a method makes of embeddings outside of a loss."""
+"""`normalize` in full precision, for use outside the losses."""

@@ -1,4 +1,4 @@
-"""Loss functions: pure functions on tensors, global over all ranks, in full precision under autocast."""
+"""Loss functions: pure functions of tensors, over the global batch of all ranks, in full precision under autocast."""
 
 from lightning_contrast.losses.clustering import msn_loss, sinkhorn, swav_loss
 from lightning_contrast.losses.contrastive import (

@@ -1,9 +1,8 @@
-"""Which embeddings stand as positives, negatives or neighbours of others: chosen in full precision, no gradient."""
+"""Selection of positives and negatives for triplet and pair losses, in full precision and without gradient."""
 
 from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
@@ -13,39 +12,24 @@ Miner: TypeAlias = Literal["random", "semi-hard", "hardest"]
 MINERS: tuple[Miner, ...] = ("random", "semi-hard", "hardest")
 
 
-@full_precision
-@torch.no_grad()
-def nearest_neighbours(queries: Tensor, bank: Tensor, mask: Tensor) -> Tensor:
-    """Return the row of a bank that is most similar to each query by cosine, or the query where the bank is empty.
+def global_classes(labels: Tensor | None, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Gather the classes of the rows of all ranks.
 
     Args:
-        queries: ``(B, D)``.
-        bank: ``(K, D)``.
-        mask: Which rows of the bank count, ``(K,)`` bool.
+        labels: Class of each row of this rank, ``(B,)`` integers; None: each image of the global batch is its own
+            class.
+        size: Number of rows of this rank, B.
+        device: Device of the embeddings.
 
     Returns:
-        ``(B, D)`` in the queries' dtype (float32 for 16-bit ones).
-    """
-    rows = F.normalize(bank.to(queries.dtype), dim=1)
-    similarity = F.normalize(queries, dim=1) @ rows.T  # (B, K)
-    nearest = similarity.masked_fill(~mask, -torch.inf).argmax(1)
-    return torch.where(mask.any(), rows[nearest], queries)
-
-
-def global_classes(labels: Tensor | None, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the class of each row of this rank, ``(B,)``, and of all ranks, in rank order.
-
-    Args:
-        labels: ``(B,)``; None makes each image of the global batch a class of its own.
-        size: B.
-        device: Where the embeddings are.
+        The class of each row of this rank, ``(B,)``, and of all ranks in rank order, ``(N,)``.
     """
     if labels is not None:
         return labels, distributed.gather(labels)
     sizes = distributed.batch_sizes(size, device)
-    everyone = torch.arange(sum(sizes), device=device)
+    classes = torch.arange(sum(sizes), device=device)
     start = sum(sizes[: distributed.rank()])
-    return everyone[start : start + size], everyone
+    return classes[start : start + size], classes
 
 
 @full_precision
@@ -61,18 +45,18 @@ def mine(
 ) -> tuple[Tensor, Tensor]:
     """Choose a positive and a negative for each anchor.
 
-    "random" draws both. "semi-hard" draws the positive and takes the nearest negative that is farther than it by less
-    than the margin, or the farthest of all where there is none (https://arxiv.org/abs/1503.03832, section 3.2).
-    "hardest" takes the farthest positive and the nearest negative.
+    ``"random"`` draws both. ``"semi-hard"`` draws the positive and takes the nearest negative whose squared distance
+    exceeds that of the positive by less than the margin, or the farthest negative if there is none (FaceNet,
+    https://arxiv.org/abs/1503.03832, section 3.2). ``"hardest"`` takes the farthest positive and the nearest negative.
 
     Args:
-        anchors: ``(B, D)``, normalised where the distance is to be that of unit vectors.
-        candidates: The same of all ranks, ``(N, D)``.
+        anchors: Embeddings, ``(B, D)``; normalize them for distances on the unit sphere.
+        candidates: Embeddings of all ranks to choose from, ``(N, D)``.
         same: Whether a candidate is of the anchor's class, ``(B, N)`` bool.
-        own: Index of the anchor's own image among the candidates, ``(B,)``: the positive where there is no other, and
-            the negative where there is none.
-        miner: How to choose.
-        margin: Of semi-hard negatives, in squared distance.
+        own: Index of the anchor's own image among the candidates, ``(B,)`` integers; chosen as negative if there is
+            no candidate of another class.
+        miner: One of `MINERS`.
+        margin: Margin of semi-hard negatives, in squared distance; > 0.
 
     Returns:
         Indices of the positives and of the negatives, ``(B,)`` each.
@@ -95,6 +79,6 @@ def mine(
 
 
 def _draw(allowed: Tensor) -> Tensor:
-    """Return a random True column of each row of ``(B, N)``."""
-    chances = torch.rand(allowed.shape, device=allowed.device)
-    return chances.masked_fill(~allowed, -1.0).argmax(1)
+    """Draw a random True column of each row of ``(B, N)``."""
+    scores = torch.rand(allowed.shape, device=allowed.device)
+    return scores.masked_fill(~allowed, -1.0).argmax(1)

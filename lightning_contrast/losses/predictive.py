@@ -1,4 +1,4 @@
-"""Losses of the methods with a momentum network or a stop-gradient: BYOL, SimSiam, MoCo v3."""
+"""Losses of methods with a momentum encoder or a stop-gradient: BYOL, SimSiam, MoCo v3."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from lightning_contrast.precision import full_precision, normalize
 
 @full_precision
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return minus the cosine similarity of predictions and targets.
+    """Compute the negative cosine similarity of predictions and targets.
 
-    Implements Eq. 1 of SimSiam (https://arxiv.org/abs/2011.10566), one direction; SimSiam averages two. The target
+    Implements Eq. 1 of SimSiam (https://arxiv.org/abs/2011.10566), one direction; SimSiam averages both. The target
     receives no gradient.
 
     Args:
@@ -33,9 +33,9 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
 
 @full_precision
 def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the squared distance of unit vectors, ``2 - 2 cos``.
+    """Compute the squared distance of predictions and targets on the unit sphere, ``2 - 2 cos``.
 
-    Implements Eq. 2 of BYOL (https://arxiv.org/abs/2006.07733), one direction; BYOL adds two. The target receives no
+    Implements Eq. 2 of BYOL (https://arxiv.org/abs/2006.07733), one direction; BYOL adds both. The target receives no
     gradient.
 
     Args:
@@ -56,11 +56,11 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def moco_v3_loss(
     q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, *, temperature: Scalar, tile_size: int | None = None
 ) -> Tensor:
-    """Return MoCo v3's symmetric contrastive loss.
+    """Compute the symmetric contrastive loss of MoCo v3.
 
-    Implements Algorithm 1 of MoCo v3 (https://arxiv.org/abs/2104.02057): the keys of the other view of the global
-    batch are the candidates, and each direction is multiplied by twice the temperature. Keys receive no gradient.
-    Inputs are L2-normalised here.
+    Implements Algorithm 1 of MoCo v3 (https://arxiv.org/abs/2104.02057): the negatives of a query are the other
+    keys of the other view over the global batch, and each direction is multiplied by twice the temperature. Keys
+    receive no gradient. Inputs are L2-normalized here.
 
     Args:
         q1: Predictions of the first view, ``(B, D)``.
@@ -74,7 +74,7 @@ def moco_v3_loss(
         The sum of both directions, each a mean over the queries of all ranks, a scalar.
 
     Raises:
-        ValueError: If shapes differ, the batch is smaller than 2, or a number is out of its range.
+        ValueError: If shapes differ, the batch is smaller than 2, or a number is out of range.
         TypeError: If the inputs are not floating point.
     """
     check_pair("q1", q1, "k2", k2)

@@ -1,7 +1,9 @@
-"""Losses on the statistics of the embedding's dimensions: Barlow Twins and VICReg.
+"""Losses on the statistics of embedding dimensions: Barlow Twins and VICReg.
 
-Sums of squares of a correlation or covariance matrix ``X'Y`` are taken from whichever is smaller: the ``D x D`` matrix
-itself, or the two ``B x B`` matrices ``XX'`` and ``YY'``, of which they are the inner product.
+The sum of squares of a correlation or covariance matrix ``X'Y`` is computed from whichever is smaller: the ``D x D``
+matrix itself, or the two ``B x B`` matrices ``XX'`` and ``YY'``, whose inner product it is. The ``naive_*`` functions
+always materialize the ``D x D`` matrix; they are the formulas, for one process, and the tests compare the losses with
+them.
 """
 
 import torch
@@ -19,28 +21,43 @@ VARIANCE_EPSILON = 1e-4
 
 
 def _product_norm(x: Tensor, y: Tensor) -> Tensor:
-    """Return the sum of squares of ``x.T @ y`` for ``x``, ``y`` ``(B, D)``."""
+    """Compute the sum of squares of ``x.T @ y`` for ``x``, ``y`` ``(B, D)``."""
     if len(x) >= x.shape[1]:
         return (x.T @ y).square().sum()
     gram_x = x @ x.T
     return (gram_x * (gram_x if y is x else y @ y.T)).sum()
 
 
-def _joined(name: str, x: Tensor) -> Tensor:
-    """Return the rows of all ranks with gradient, of which there must be 2."""
+def _gathered(name: str, x: Tensor) -> Tensor:
+    """Gather the rows of all ranks with gradient and check that there are at least 2."""
     rows = distributed.gather_with_gradient(x)
     check_batch(name, len(rows))
     return rows
 
 
+def naive_barlow_twins_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal_weight: float) -> Tensor:
+    """Reference form of `barlow_twins_loss`: materializes the ``(D, D)`` cross-correlation matrix.
+
+    Args:
+        z_a: Embeddings of the first view, ``(B, D)``.
+        z_b: Embeddings of the second view, ``(B, D)``.
+        off_diagonal_weight: Weight of the off-diagonal terms, >= 0.
+    """
+    a, b = (F.batch_norm(z, None, None, training=True, eps=BATCH_NORM_EPSILON) for z in (z_a, z_b))
+    correlation = a.T @ b / len(a)  # (D, D)
+    identity = torch.eye(len(correlation), dtype=a.dtype, device=a.device)
+    weights = identity + off_diagonal_weight * (1 - identity)
+    return (weights * (correlation - identity).square()).sum()
+
+
 @full_precision
 def barlow_twins_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal_weight: float) -> Tensor:
-    """Return the distance of the cross-correlation of two views to the identity.
+    """Compute the distance of the cross-correlation matrix of two views from the identity.
 
-    Implements Eq. 1 of Barlow Twins (https://arxiv.org/abs/2103.03230). Dimensions are standardised over the global
+    Implements Eq. 1 of Barlow Twins (https://arxiv.org/abs/2103.03230). Dimensions are standardized over the global
     batch as by BatchNorm without affine parameters (biased variance, epsilon 1e-5).
-    Differs from it: under DDP the authors' program gives 1 / (number of ranks) of the gradient, since its sum over
-    ranks is not differentiated; here the mean over ranks is the gradient of one process.
+    Differs from it: under DDP the reference implementation gives 1 / (number of ranks) of the gradient, since its sum
+    over ranks is not differentiated; here the mean over ranks is the gradient of one process.
 
     Args:
         z_a: Embeddings of the first view, ``(B, D)``.
@@ -56,17 +73,43 @@ def barlow_twins_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal_weight: float) -
     """
     check_pair("z_a", z_a, "z_b", z_b)
     check_not_negative("off_diagonal_weight", off_diagonal_weight)
-    a, b = (_standardize(_joined(name, z)) for name, z in (("z_a", z_a), ("z_b", z_b)))
+    a, b = (_standardize(_gathered(name, z)) for name, z in (("z_a", z_a), ("z_b", z_b)))
     diagonal = (a * b).mean(0)  # (D,)
-    everything = _product_norm(a, b) / len(a) ** 2
+    total = _product_norm(a, b) / len(a) ** 2
     on_diagonal = (1 - diagonal).square().sum()
-    return on_diagonal + off_diagonal_weight * (everything - diagonal.square().sum())
+    return on_diagonal + off_diagonal_weight * (total - diagonal.square().sum())
 
 
 def _standardize(x: Tensor) -> Tensor:
-    """Return columns of mean 0 and variance about 1."""
-    centred = x - x.mean(0)
-    return centred * (centred.square().mean(0) + BATCH_NORM_EPSILON).rsqrt()
+    """Standardize columns to mean 0 and variance about 1."""
+    centered = x - x.mean(0)
+    return centered * (centered.square().mean(0) + BATCH_NORM_EPSILON).rsqrt()
+
+
+def naive_vicreg_loss(
+    z_a: Tensor,
+    z_b: Tensor,
+    *,
+    invariance_weight: float = 25.0,
+    variance_weight: float = 25.0,
+    covariance_weight: float = 1.0,
+) -> Tensor:
+    """Reference form of `vicreg_loss`: materializes the ``(D, D)`` covariance matrices.
+
+    Args:
+        z_a: Embeddings of the first view, ``(B, D)``.
+        z_b: Embeddings of the second view, ``(B, D)``.
+        invariance_weight: Weight of the mean squared difference, >= 0.
+        variance_weight: Weight of the hinge on the standard deviations, >= 0.
+        covariance_weight: Weight of the squared off-diagonal covariances, >= 0.
+    """
+    loss = invariance_weight * F.mse_loss(z_a, z_b)
+    for z in (z_a, z_b):
+        covariance = z.T.cov()  # (D, D)
+        loss = loss + variance_weight * F.relu(1 - (covariance.diagonal() + VARIANCE_EPSILON).sqrt()).mean() / 2
+        squared = covariance.square()
+        loss = loss + covariance_weight * (squared.sum() - squared.diagonal().sum()) / z.shape[1]
+    return loss
 
 
 @full_precision
@@ -78,10 +121,10 @@ def vicreg_loss(
     variance_weight: float = 25.0,
     covariance_weight: float = 1.0,
 ) -> Tensor:
-    """Return the variance-invariance-covariance loss.
+    """Compute the variance-invariance-covariance loss.
 
-    Implements Eq. 6 of VICReg (https://arxiv.org/abs/2105.04906) as in the authors' program: the variance term is the
-    mean of both views, the covariance term their sum, both over the global batch.
+    Implements Eq. 6 of VICReg (https://arxiv.org/abs/2105.04906) as the reference implementation does: the
+    variance term is the mean over both views, the covariance term the sum, both over the global batch.
 
     Args:
         z_a: Embeddings of the first view, ``(B, D)``.
@@ -104,11 +147,11 @@ def vicreg_loss(
     invariance = global_mean((z_a - z_b).square().mean(1))
     variance = covariance = z_a.new_zeros(())
     for name, z in (("z_a", z_a), ("z_b", z_b)):
-        rows = _joined(name, z)
-        centred = rows - rows.mean(0)
-        variances = centred.square().sum(0) / (len(rows) - 1)  # (D,)
+        rows = _gathered(name, z)
+        centered = rows - rows.mean(0)
+        variances = centered.square().sum(0) / (len(rows) - 1)  # (D,)
         variance = variance + 0.5 * F.relu(1 - (variances + VARIANCE_EPSILON).sqrt()).mean()
-        off_diagonal = _product_norm(centred, centred) / (len(rows) - 1) ** 2 - variances.square().sum()
+        off_diagonal = _product_norm(centered, centered) / (len(rows) - 1) ** 2 - variances.square().sum()
         covariance = covariance + off_diagonal / rows.shape[1]
     total = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return torch.as_tensor(total)

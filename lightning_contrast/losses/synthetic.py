@@ -1,4 +1,4 @@
-"""Synthetic hard negatives made of those in a queue."""
+"""Synthetic hard negatives from those in a queue."""
 
 import torch
 from torch import Tensor
@@ -20,27 +20,27 @@ def mochi_negatives(
     negatives_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return MoCHi's synthetic negatives of each query, for `info_nce(..., extra_negatives=...)`.
+    """Synthesize hard negatives of each query as in MoCHi, for `info_nce(..., extra_negatives=...)`.
 
-    Implements Eq. 3 and 4 of MoCHi (https://arxiv.org/abs/2010.01028): of the negatives that are most similar to a
-    query, pairs are mixed with each other, and single ones with the query, in which the query's share is below one
-    half. The choice is made for each query on its own. Nothing here receives gradient.
+    Implements Eq. 3 and 4 of MoCHi (https://arxiv.org/abs/2010.01028): among the negatives that are most similar to a
+    query, pairs are mixed with each other, and single negatives with the query, whose share is below one half. The
+    negatives are chosen per query. Nothing here receives gradient.
 
     Args:
-        query: Embeddings, ``(B, D)``; L2-normalised here.
-        negatives: Queue, ``(K, D)``; L2-normalised here.
-        hardest: Number of most similar negatives to draw from, >= 2; N in the paper; at most K are there.
-        pair_mixes: Number of mixes of two negatives for each query, >= 0; s in the paper.
-        query_mixes: Number of mixes of a negative with the query, >= 0; s' in the paper.
-        negatives_mask: Which negatives count, ``(K,)`` bool; False marks a row that is not filled yet. Where fewer
-            count than ``hardest``, the synthetic ones are made of those alone; at least one must count.
-        generator: Source of the random draws; None is torch's global one.
+        query: Embeddings, ``(B, D)``; L2-normalized here.
+        negatives: Queue, ``(K, D)``; L2-normalized here.
+        hardest: Number of most similar negatives to draw from, >= 2; N in the paper; limited to K.
+        pair_mixes: Number of mixes of two negatives per query, >= 0; s in the paper.
+        query_mixes: Number of mixes of a negative with the query per query, >= 0; s' in the paper.
+        negatives_mask: Which negatives count, ``(K,)`` bool; False for rows of a queue that are not filled yet. If
+            fewer than ``hardest`` count, only those are mixed; at least one must count.
+        generator: Random number generator; None uses the global one of torch.
 
     Returns:
         Unit vectors, ``(B, pair_mixes + query_mixes, D)``.
 
     Raises:
-        ValueError: If shapes do not fit or a number is out of its range.
+        ValueError: If shapes do not match or a number is out of range.
         TypeError: If the inputs are not floating point.
     """
     check_matrix("query", query)
@@ -49,22 +49,22 @@ def mochi_negatives(
     check_at_least("pair_mixes", pair_mixes, 0)
     check_at_least("query_mixes", query_mixes, 0)
     if len(negatives) < 2:
-        fail("negatives", "have at least 2 rows", len(negatives), "Wait until the queue is filled")
+        fail("negatives", "have at least 2 rows", len(negatives), "Wait until the queue has entries")
     query, negatives = normalize(query), normalize(negatives.to(query.dtype))
     similarity = query @ negatives.T  # (B, K)
     if negatives_mask is not None:
         similarity = similarity.masked_fill(~negatives_mask, -torch.inf)
     values, indices = similarity.topk(min(hardest, len(negatives)), dim=1)  # (B, N), hardest first
-    filled = (values > -torch.inf).sum(1, keepdim=True).clamp_min(1)  # (B, 1): they come first
+    filled = (values > -torch.inf).sum(1, keepdim=True).clamp_min(1)  # (B, 1); these come first
 
     def draw(count: int) -> Tensor:
-        """Return ``(B, count, D)`` of each query's own hardest."""
+        """Draw ``(B, count, D)`` from each query's hardest negatives."""
         chance = torch.rand(len(query), count, generator=generator, device=query.device, dtype=query.dtype)
         chosen = torch.minimum((chance * filled).long(), filled - 1)
         return negatives[indices.gather(1, chosen)]
 
     def share(count: int, most: float) -> Tensor:
-        """Return mixing shares ``(B, count, 1)`` below ``most``."""
+        """Draw mixing shares ``(B, count, 1)`` below ``most``."""
         return most * torch.rand(len(query), count, 1, generator=generator, device=query.device, dtype=query.dtype)
 
     alpha, beta = share(pair_mixes, 1.0), share(query_mixes, 0.5)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_at_least
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
-from lightning_contrast.losses.mining import nearest_neighbours
 from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
+from lightning_contrast.metrics.neighbours import nearest_row
 from lightning_contrast.nn import FeatureQueue, Norm, nnclr_predictor, nnclr_projector
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.temperature import Temperature, check_temperature
@@ -95,8 +95,8 @@ class NNCLR(SelfSupervisedModule):
         projection_a = self.projector(features)  # (B, D)
         projection_b = self.projector(self.backbone(view_b))  # (B, D)
         prediction_a, prediction_b = self.predictor(projection_a), self.predictor(projection_b)  # (B, D) each
-        neighbour_a = nearest_neighbours(projection_a, self.queue.features, self.queue.mask)  # (B, D), no gradient
-        neighbour_b = nearest_neighbours(projection_b, self.queue.features, self.queue.mask)
+        neighbour_a = nearest_row(projection_a, self.queue.features, self.queue.mask)  # (B, D), no gradient
+        neighbour_b = nearest_row(projection_b, self.queue.features, self.queue.mask)
         temperature = temperature_of(self)
         loss_a = info_nce(neighbour_a, prediction_b, temperature=temperature)
         loss_b = info_nce(neighbour_b, prediction_a, temperature=temperature)

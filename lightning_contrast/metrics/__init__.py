@@ -1,4 +1,4 @@
-"""Measures of features as torchmetrics classes, and the functions behind them."""
+"""Feature metrics as torchmetrics classes, and their functional forms."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Linear CKA: how alike two representations of the same images are, whatever their rotation and scale."""
+"""Linear centered kernel alignment (CKA): similarity of two representations up to rotation and scale."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from lightning_contrast.metrics.neighbours import check_features
 
 
 def cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Return the linear centred kernel alignment of two representations of the same images.
+    """Compute the linear centered kernel alignment (CKA) of two representations of the same images.
 
-    Implements https://arxiv.org/abs/1905.00414, Eq. 5: ``|Y^T X|^2 / (|X^T X| |Y^T Y|)`` (Frobenius norms) of centred
-    features. ``unbiased=True`` takes the unbiased HSIC estimate of https://arxiv.org/abs/2010.15327, Eq. 3, in its
-    place, which does not grow as images get fewer and may fall slightly below 0. Computed in float64.
+    Implements https://arxiv.org/abs/1905.00414, Eq. 5: ``|Y^T X|^2 / (|X^T X| |Y^T Y|)`` (Frobenius norms) of centered
+    features. ``unbiased=True`` instead uses the unbiased HSIC estimate of https://arxiv.org/abs/2010.15327, Eq. 3,
+    which does not grow with fewer images and may be slightly below 0. Computed in float64.
 
     Args:
-        x: ``(N, D)``, floating, N >= 2.
-        y: ``(N, E)``, row i of the same image as row i of ``x``.
-        unbiased: Take the unbiased estimate; needs N >= 4.
+        x: Features ``(N, D)``, floating, N >= 2.
+        y: Features ``(N, E)``, row i of the same image as row i of ``x``.
+        unbiased: Use the unbiased estimate; requires N >= 4.
 
     Returns:
-        A float64 scalar; 1 where one is a rotation and scaling of the other. NaN where one is constant.
+        A float64 scalar; 1 if one is a rotation and scaling of the other, NaN if one is constant.
 
     Raises:
         ValueError: If the numbers of rows differ or are too few.
@@ -41,14 +41,14 @@ def _pair(x: Tensor, y: Tensor, minimum: int) -> tuple[Tensor, Tensor]:
     check_features("x", x)
     check_features("y", y)
     sizes = (len(x), len(y))
-    require(len(x) == len(y), "x", "have as many rows as `y`", sizes, "Row i of both is image i")
-    require(len(x) >= minimum, "x", f"have at least {minimum} rows", len(x), "Give larger batches")
+    require(len(x) == len(y), "x", "have as many rows as `y`", sizes, "Row i of both must be image i")
+    require(len(x) >= minimum, "x", f"have at least {minimum} rows", len(x), "Use larger batches")
     return x.detach().double(), y.detach().double()
 
 
 def _hsic1(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the unbiased HSIC of (x, y), (x, x) and (y, y)."""
-    x, y = x - x.mean(dim=0), y - y.mean(dim=0)  # changes nothing but the rounding
+    """Compute the unbiased HSIC of (x, y), (x, x) and (y, y)."""
+    x, y = x - x.mean(dim=0), y - y.mean(dim=0)  # for smaller rounding errors only
     kernel_x, kernel_y = (z @ z.T for z in (x, y))
     n = len(x)
     for kernel in (kernel_x, kernel_y):
@@ -67,21 +67,21 @@ def _hsic1(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _products(xx: Tensor, yy: Tensor, xy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the squared norm of the cross products and those of each with itself."""
+    """Compute the squared norms of the cross product and of each product with itself."""
     return xy.square().sum(), xx.square().sum(), yy.square().sum()
 
 
 class CKA(Metric):
     """Linear CKA of two representations of the same images over any number of batches and ranks.
 
-    ``unbiased=True``: the minibatch form of https://arxiv.org/abs/2010.15327: the unbiased HSIC estimates of the
-    batches are averaged (each batch counts the same) and then divided. Its expectation does not depend on the batch
-    size; it keeps four numbers. ``unbiased=False``: Eq. 5 of https://arxiv.org/abs/1905.00414 on all rows, exactly,
-    however they were cut into batches; it keeps D^2 + E^2 + D E float64 numbers.
+    ``unbiased=True`` is the minibatch form of https://arxiv.org/abs/2010.15327: the ratio of the unbiased HSIC
+    estimates, averaged over batches with equal weights. Its expectation does not depend on the batch size; the state
+    is four numbers. ``unbiased=False`` is Eq. 5 of https://arxiv.org/abs/1905.00414 over all rows, exact for any split
+    into batches; the state is D^2 + E^2 + D E float64 numbers.
 
     Args:
-        unbiased: Which of the two.
-        kwargs: Of `torchmetrics.Metric`.
+        unbiased: Which of the two forms.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -107,7 +107,7 @@ class CKA(Metric):
     def __init__(self, unbiased: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(unbiased, bool):
-            fail("unbiased", "be True or False", unbiased, "Give a bool", TypeError)
+            fail("unbiased", "be True or False", unbiased, "Pass a bool", TypeError)
         self.unbiased = unbiased
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
         empty = torch.zeros(0, 0, dtype=torch.float64)
@@ -120,14 +120,14 @@ class CKA(Metric):
                 self.add_state(name, empty[0:0].flatten().clone(), dist_reduce_fx="sum")
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add a batch.
+        """Update with a batch of features.
 
         Args:
-            x: ``(B, D)``, floating; B >= 4 where ``unbiased``.
-            y: ``(B, E)``, row i of the same image as row i of ``x``.
+            x: Features ``(B, D)``, floating; B >= 4 if ``unbiased``.
+            y: Features ``(B, E)``, row i of the same image as row i of ``x``.
 
         Raises:
-            ValueError: If the numbers of rows differ or are too few, or the widths differ from before.
+            ValueError: If the numbers of rows differ or are too few, or the widths differ from those before.
         """
         x, y = _pair(x, y, 4 if self.unbiased else 1)
         if self.unbiased:
@@ -135,11 +135,11 @@ class CKA(Metric):
             self.count += 1
             return
         if self.xx.numel() == 0:
-            wide, tall = x.shape[1], y.shape[1]
-            self.xx, self.yy, self.xy = x.new_zeros(wide, wide), x.new_zeros(tall, tall), x.new_zeros(wide, tall)
-            self.x_total, self.y_total = x.new_zeros(wide), x.new_zeros(tall)
+            d, e = x.shape[1], y.shape[1]
+            self.xx, self.yy, self.xy = x.new_zeros(d, d), x.new_zeros(e, e), x.new_zeros(d, e)
+            self.x_total, self.y_total = x.new_zeros(d), x.new_zeros(e)
         widths, known = (x.shape[1], y.shape[1]), tuple(self.xy.shape)
-        require(widths == known, "x and y", f"be {known} wide", widths, "Use one metric for each pair of layers")
+        require(widths == known, "x and y", f"be {known} wide", widths, "Use one metric per pair of layers")
         self.xx += x.T @ x
         self.yy += y.T @ y
         self.xy += x.T @ y
@@ -148,7 +148,7 @@ class CKA(Metric):
         self.count += len(x)
 
     def compute(self) -> Tensor:
-        """Return CKA, a float64 scalar; NaN where one representation is constant.
+        """Compute CKA, a float64 scalar; NaN if one representation is constant.
 
         Raises:
             ValueError: If there are no images.

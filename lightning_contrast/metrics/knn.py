@@ -13,19 +13,19 @@ from lightning_contrast.metrics.neighbours import check_class_labels, check_feat
 
 
 class KNNAccuracy(Metric):
-    """Top-1 accuracy of the weighted k-NN vote over a bank of labelled features.
+    """Top-1 accuracy of the weighted k-NN vote over a bank of labeled features.
 
-    A neighbour's weight is exp(cosine / temperature) (https://arxiv.org/abs/1805.01978, sec. 3.4). The bank and the
-    queries may be given in any order, in batches of any size, shared among ranks in any way: both are gathered, and
-    every rank computes the same value. Memory beside the stored features is bounded by ``chunk_size``.
+    The weight of a neighbor is exp(cosine / temperature) (https://arxiv.org/abs/1805.01978, sec. 3.4). Bank and
+    queries can be added in any order, in batches of any size, on any rank: both are gathered, and every rank computes
+    the same value. Memory in addition to the stored features is bounded by ``chunk_size``.
 
     Args:
-        num_classes: Number of classes.
-        k: Neighbours that vote.
+        num_classes: Number of classes, >= 2.
+        k: Number of neighbors that vote, >= 1.
         temperature: Divisor of the cosine similarities; unitless, > 0.
-        dtype: What features are stored in: ``torch.float32``, or ``torch.float16`` for half the memory.
-        chunk_size: Queries compared at a time; None chooses it.
-        kwargs: Of `torchmetrics.Metric`.
+        dtype: Dtype of the stored features: ``torch.float32``, or ``torch.float16`` for half the memory.
+        chunk_size: Queries per chunk; None chooses it.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -68,30 +68,30 @@ class KNNAccuracy(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update_bank(self, features: Tensor, labels: Tensor) -> None:
-        """Add labelled features that vote.
+        """Add labeled features to the bank.
 
         Args:
-            features: ``(B, F)``, floating; L2-normalised here.
-            labels: Classes ``(B,)``, integer.
+            features: ``(B, F)``, floating; L2-normalized here.
+            labels: Classes ``(B,)``, integers in 0..num_classes - 1.
 
         Raises:
-            ValueError: If shapes do not fit or a label is out of range.
+            ValueError: If shapes do not match or a label is out of range.
         """
         check_features("features", features)
         check_class_labels("labels", labels, len(features), self.num_classes)
-        self._computed = None  # a value that was computed before does not know of these
+        self._computed = None  # an earlier result does not include these
         self.bank.append(F.normalize(features.detach().float(), dim=1).to(self.storage_dtype))
         self.bank_labels.append(labels.detach())
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add features to classify.
+        """Update with features to classify.
 
         Args:
-            features: ``(B, F)``, floating; L2-normalised here.
-            labels: True classes ``(B,)``, integer.
+            features: ``(B, F)``, floating; L2-normalized here.
+            labels: True classes ``(B,)``, integers in 0..num_classes - 1.
 
         Raises:
-            ValueError: If shapes do not fit or a label is out of range.
+            ValueError: If shapes do not match or a label is out of range.
         """
         check_features("features", features)
         check_class_labels("labels", labels, len(features), self.num_classes)
@@ -99,7 +99,7 @@ class KNNAccuracy(Metric):
         self.query_labels.append(labels.detach())
 
     def compute(self) -> Tensor:
-        """Return the share of the queries whose class won the vote, a scalar in 0..1.
+        """Compute the share of queries that are classified correctly, a scalar in 0..1.
 
         Raises:
             ValueError: If the bank has fewer than ``k`` rows, or there are no queries.

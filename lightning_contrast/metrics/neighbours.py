@@ -1,62 +1,66 @@
-"""Nearest neighbours by cosine similarity, and the weighted k-NN vote."""
+"""Nearest neighbors by cosine similarity, and the weighted k-NN vote."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_contrast._checks import check_at_least, check_positive, require
+from lightning_contrast.precision import full_precision
 
 CHUNK_ELEMENTS = 1 << 25
-"""Similarities held at a time where no chunk size is given: 128 MiB in float32. Smaller products are slower."""
+"""Similarities in memory at a time if no chunk size is given: 128 MiB in float32. Smaller products are slower."""
 
 GROUP = 4
-"""Columns of a group of the tournament in `top_k`."""
+"""Columns per group of the tournament in `top_k`."""
 ROWS = 64
-"""Rows of a tournament: so few that its maxima stay in the processor's cache."""
+"""Rows per tournament: few enough that its maxima stay in the processor's cache."""
 
 
 def nearest_neighbours(
     queries: Tensor, bank: Tensor, k: int, *, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the ``k`` most similar rows of the bank for each query, most similar first.
+    """Find the ``k`` most similar rows of the bank for each query, most similar first.
 
     Args:
-        queries: Features ``(Q, F)``, floating; L2-normalised here.
-        bank: Features ``(N, F)``, floating; L2-normalised here.
-        k: Neighbours of each query, 1 to N.
-        chunk_size: Queries compared at a time, which bounds memory; None chooses it. The result does not depend on it.
+        queries: Features ``(Q, F)``, floating; L2-normalized here.
+        bank: Features ``(N, F)``, floating; L2-normalized here.
+        k: Number of neighbors per query, 1 to N.
+        chunk_size: Queries per chunk, which bounds memory; None chooses it. The result does not depend on it.
 
     Returns:
-        Cosine similarities ``(Q, k)`` in float32 and row numbers in the bank ``(Q, k)``. Which of several rows of
-        equal similarity takes the last place is not specified.
+        Cosine similarities ``(Q, k)`` in float32, and row indices in the bank ``(Q, k)``. Among rows of equal
+        similarity the order is not specified.
 
     Raises:
-        ValueError: If shapes do not fit or ``k`` is outside 1..N.
+        ValueError: If shapes do not match or ``k`` is outside 1..N.
     """
     check_features("queries", queries)
     check_features("bank", bank)
     widths = (queries.shape[1], bank.shape[1])
-    require(widths[0] == widths[1], "queries", "be as wide as `bank`", widths, "Take both from the same layer")
+    require(widths[0] == widths[1], "queries", "be as wide as `bank`", widths, "Use features of the same layer")
     check_at_least("k", k, 1)
-    require(k <= len(bank), "k", f"be <= {len(bank)}, the number of rows in the bank", k, "Lower `k` or add rows")
+    require(k <= len(bank), "k", f"be <= {len(bank)}, the number of rows in the bank", k, "Decrease `k` or add rows")
     if chunk_size is not None:
         check_at_least("chunk_size", chunk_size, 1)
     return search(queries, F.normalize(bank.float(), dim=1), k, chunk_size=chunk_size)
 
 
 def search(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return what `nearest_neighbours` does, for a bank that is normalised already, once for many calls.
+    """Find the nearest neighbors as `nearest_neighbours` does, in a bank that is already normalized.
 
     Args:
-        queries: Features ``(Q, F)``, floating; L2-normalised here.
-        bank: Features ``(N, F)``, float32, L2-normalised.
-        k: Neighbours of each query, 1 to N.
-        chunk_size: Queries compared at a time; None chooses it.
+        queries: Features ``(Q, F)``, floating; L2-normalized here.
+        bank: Features ``(N, F)``, float32, L2-normalized.
+        k: Number of neighbors per query, 1 to N.
+        chunk_size: Queries per chunk; None chooses it.
+
+    Returns:
+        Cosine similarities ``(Q, k)`` in float32, and row indices in the bank ``(Q, k)``.
     """
     rows = max(1, CHUNK_ELEMENTS // len(bank)) if chunk_size is None else chunk_size
     similarities = bank.new_empty((len(queries), k))
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=bank.device)
-    buffer = bank.new_empty((min(rows, len(queries)), len(bank)))  # used again for each chunk
+    buffer = bank.new_empty((min(rows, len(queries)), len(bank)))  # reused by every chunk
     for start in range(0, len(queries), rows):
         chunk = F.normalize(queries[start : start + rows].float(), dim=1)
         part = slice(start, start + len(chunk))
@@ -64,18 +68,38 @@ def search(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int | None = No
     return similarities, indices
 
 
-def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the ``k`` largest values of each row, largest first, and their columns: `torch.topk`, faster on a CPU.
-
-    A tournament: the ``k`` groups of columns with the largest maxima hold the ``k`` largest values, and the groups are
-    found in the same way among the maxima. One vectorised pass over the row takes the place of copying it into a queue.
+@full_precision
+@torch.no_grad()
+def nearest_row(queries: Tensor, bank: Tensor, mask: Tensor) -> Tensor:
+    """Look up the row of a partly filled bank that is most similar to each query, without reading ``mask`` on the host.
 
     Args:
-        values: (R, N).
-        k: 1 to N.
+        queries: Features ``(B, D)``, floating; L2-normalized here for the search.
+        bank: Features ``(K, D)``; L2-normalized here.
+        mask: Which rows of the bank are filled, ``(K,)`` bool.
 
     Returns:
-        Values (R, k) and column numbers (R, k).
+        Unit rows of the bank, ``(B, D)``, in the dtype of the queries (float32 for 16-bit ones); the queries
+        themselves if no row is filled.
+    """
+    rows = F.normalize(bank.to(queries.dtype), dim=1)
+    similarity = F.normalize(queries, dim=1) @ rows.T  # (B, K)
+    nearest = similarity.masked_fill(~mask, -torch.inf).argmax(1)
+    return torch.where(mask.any(), rows[nearest], queries)
+
+
+def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the ``k`` largest values of each row, largest first, and their columns: `torch.topk`, faster on a CPU.
+
+    A tournament: the ``k`` groups of columns with the largest maxima contain the ``k`` largest values, and these
+    groups are found in the same way among the maxima, so each row needs a single vectorized pass.
+
+    Args:
+        values: ``(R, N)``.
+        k: Number of values per row, 1 to N.
+
+    Returns:
+        Values ``(R, k)`` and column indices ``(R, k)``.
     """
     if values.device.type != "cpu" or values.shape[1] < GROUP * 2 * k:
         top = values.topk(k, dim=1)
@@ -109,26 +133,27 @@ def knn_scores(
     temperature: float = 0.07,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Return each class's share of the weighted vote of the ``k`` nearest neighbours.
+    """Compute each class's share of the weighted vote of the ``k`` nearest neighbors.
 
-    A neighbour's weight is exp(cosine / temperature), the vote of Wu et al. (https://arxiv.org/abs/1805.01978, sec.
-    3.4) and of DINO's ``eval_knn.py``. Differs from them: scores are divided by their sum, as in DINOv2, which leaves
-    their order alone and cannot overflow at low temperatures.
+    The weight of a neighbor is exp(cosine / temperature), as in Wu et al. (https://arxiv.org/abs/1805.01978, sec. 3.4)
+    and in DINO's ``eval_knn.py``.
+    Differs from them: scores are divided by their sum, as in DINOv2, which preserves their order and cannot overflow
+    at low temperatures.
 
     Args:
-        queries: Features ``(Q, F)``, floating; L2-normalised here.
-        bank: Features ``(N, F)``, floating; L2-normalised here.
-        labels: Classes of the bank's rows ``(N,)``, integer, in 0..num_classes - 1. A class may be missing.
+        queries: Features ``(Q, F)``, floating; L2-normalized here.
+        bank: Features ``(N, F)``, floating; L2-normalized here.
+        labels: Classes of the bank's rows ``(N,)``, integers in 0..num_classes - 1. Classes may be missing.
         num_classes: Number of classes C.
-        k: Neighbours that vote, 1 to N.
+        k: Number of neighbors that vote, 1 to N.
         temperature: Divisor of the cosine similarities; unitless, > 0.
-        chunk_size: Queries compared at a time; None chooses it.
+        chunk_size: Queries per chunk; None chooses it.
 
     Returns:
-        Scores ``(Q, C)`` in float32; each row sums to 1, a class without neighbour has 0.
+        Scores ``(Q, C)`` in float32; each row sums to 1; a class without neighbors has 0.
 
     Raises:
-        ValueError: If shapes do not fit, or an argument or a label is out of range.
+        ValueError: If shapes do not match, or an argument or a label is out of range.
     """
     check_at_least("num_classes", num_classes, 1)
     check_positive("temperature", temperature)
@@ -138,11 +163,11 @@ def knn_scores(
 
 
 def vote(similarities: Tensor, labels: Tensor, *, num_classes: int, temperature: float) -> Tensor:
-    """Return each class's share of the vote of neighbours that have been found; see `knn_scores`.
+    """Compute each class's share of the weighted vote of given neighbors; see `knn_scores`.
 
     Args:
         similarities: Cosine similarities ``(Q, k)``.
-        labels: Classes of the neighbours ``(Q, k)``, int64, in 0..num_classes - 1.
+        labels: Classes of the neighbors ``(Q, k)``, int64, in 0..num_classes - 1.
         num_classes: Number of classes C.
         temperature: Divisor of the similarities; unitless, > 0.
 
@@ -163,9 +188,22 @@ def knn_predict(
     temperature: float = 0.07,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Return the class with the largest share of the vote, ``(Q,)``; of equal shares the smallest class.
+    """Predict the class with the largest share of the weighted vote of the ``k`` nearest neighbors.
 
-    Arguments and errors are those of `knn_scores`.
+    Args:
+        queries: Features ``(Q, F)``, floating; L2-normalized here.
+        bank: Features ``(N, F)``, floating; L2-normalized here.
+        labels: Classes of the bank's rows ``(N,)``, integers in 0..num_classes - 1. Classes may be missing.
+        num_classes: Number of classes C.
+        k: Number of neighbors that vote, 1 to N.
+        temperature: Divisor of the cosine similarities; unitless, > 0.
+        chunk_size: Queries per chunk; None chooses it.
+
+    Returns:
+        Classes ``(Q,)``, int64; of equal shares the smallest class.
+
+    Raises:
+        ValueError: If shapes do not match, or an argument or a label is out of range.
     """
     scores = knn_scores(
         queries, bank, labels, num_classes=num_classes, k=k, temperature=temperature, chunk_size=chunk_size
@@ -174,18 +212,18 @@ def knn_predict(
 
 
 def check_features(name: str, features: Tensor) -> None:
-    """Check that features are floating and 2-D."""
+    """Check that features ``(N, F)`` are floating and 2-D."""
     ok = features.ndim == 2 and features.is_floating_point()
-    hint = "Give one row of features for each image"
+    hint = "Pass one row of features per image"
     require(ok, name, "be floating and 2-D", f"{tuple(features.shape)} {features.dtype}", hint)
 
 
 def check_class_labels(name: str, labels: Tensor, rows: int, num_classes: int) -> None:
-    """Check that ``labels`` are ``rows`` class numbers in 0..num_classes - 1."""
+    """Check that labels ``(rows,)`` are class indices in 0..num_classes - 1."""
     ok = labels.shape == (rows,) and not (labels.is_floating_point() or labels.dtype == torch.bool)
-    hint = "Give one class number for each row of features"
+    hint = "Pass one class index per row of features"
     require(ok, name, f"be integers of shape ({rows},)", f"{tuple(labels.shape)} {labels.dtype}", hint)
     if rows > 0:
         low, high = (int(bound) for bound in torch.aminmax(labels))
         fits = low >= 0 and high < num_classes
-        require(fits, name, f"lie in 0..{num_classes - 1}", (low, high), "Raise `num_classes` or mend the labels")
+        require(fits, name, f"lie in 0..{num_classes - 1}", (low, high), "Increase `num_classes` or correct the labels")

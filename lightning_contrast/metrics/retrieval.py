@@ -1,4 +1,4 @@
-"""Retrieval of a counterpart as a metric."""
+"""Recall of paired retrieval."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ CHUNK = 4096
 
 
 class RetrievalRecall(Metric):
-    """Share of the queries that find their own counterpart among the ``k`` most similar rows of the gallery.
+    """Share of queries whose counterpart is among the ``k`` most similar rows of the gallery (recall at k).
 
-    Row i of the gallery is the counterpart of query i: two views of one image, the same thing drawn by two artists, a
-    picture and its text. Similarity is the cosine. Where other rows are exactly as similar as the counterpart, the
-    chance of a draw among them counts, so that features which are all equal score k / N, never 1.
+    Row i of the gallery is the counterpart of query i, for example another view of the same image, or its text.
+    Similarity is the cosine. Ties with the counterpart count as a random draw among them, so features that are all
+    equal score k / N, not 1.
 
     Args:
-        k: Rows looked at for each query.
-        kwargs: Of `torchmetrics.Metric`.
+        k: Number of retrieved rows per query, >= 1.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -46,11 +46,11 @@ class RetrievalRecall(Metric):
         self.add_state("gallery", default=[], dist_reduce_fx="cat")
 
     def update(self, queries: Tensor, gallery: Tensor) -> None:
-        """Add pairs.
+        """Update with pairs.
 
         Args:
-            queries: Features ``(B, F)``, floating; L2-normalised here.
-            gallery: Features of their counterparts ``(B, F)``; L2-normalised here.
+            queries: Features ``(B, F)``, floating; L2-normalized here.
+            gallery: Features of their counterparts ``(B, F)``; L2-normalized here.
 
         Raises:
             ValueError: If the shapes differ or are not 2-D.
@@ -60,7 +60,7 @@ class RetrievalRecall(Metric):
         self.gallery.append(F.normalize(gallery.detach().float(), dim=1))
 
     def compute(self) -> Tensor:
-        """Return recall at ``k``, a scalar in 0..1.
+        """Compute recall at ``k``, a scalar in 0..1.
 
         Raises:
             ValueError: If there are no pairs.
@@ -72,6 +72,6 @@ class RetrievalRecall(Metric):
             similarity = queries[start : start + CHUNK] @ gallery.T
             own = similarity.diagonal(offset=start).unsqueeze(1)
             better = (similarity > own).sum(dim=1)
-            equal = (similarity == own).sum(dim=1)  # the counterpart itself among them
+            equal = (similarity == own).sum(dim=1)  # including the counterpart itself
             found += ((self.k - better) / equal).clamp(0, 1).sum()
         return found / len(queries)

@@ -1,4 +1,4 @@
-"""How many dimensions features use: measures of the spectrum of a feature matrix."""
+"""Measures of the effective dimensionality of features, from the spectrum of the feature matrix."""
 
 import math
 from typing import Any
@@ -11,20 +11,20 @@ from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.metrics.neighbours import check_features
 
 RANKME_EPSILON = 1e-7
-"""What RankMe adds to each share of the spectrum (https://arxiv.org/abs/2210.02885, Eq. 1)."""
+"""Epsilon of RankMe, added to each share of the spectrum (https://arxiv.org/abs/2210.02885, Eq. 1)."""
 FIT_RANGE = (5, 100)
-"""The eigenvalues that the slope of alpha-ReQ is fitted to, counted from 1."""
+"""First and last eigenvalue of the fit of alpha-ReQ, counted from 1."""
 
 
 def squared_singular_values(features: Tensor, *, center: bool = False) -> Tensor:
-    """Return the squared singular values of a feature matrix, largest first.
+    """Compute the squared singular values of a feature matrix, largest first.
 
-    They are the eigenvalues of the smaller Gram matrix, formed and solved in float64. Divided by N they are those of
+    They are the eigenvalues of the smaller Gram matrix, computed in float64. Divided by N they are the eigenvalues of
     the second-moment matrix of the features or, with ``center=True``, of their covariance.
 
     Args:
-        features: ``(N, D)``, floating.
-        center: Take the mean of each dimension away first.
+        features: Features ``(N, D)``, floating.
+        center: Whether to subtract the mean of each dimension.
 
     Returns:
         ``(min(N, D),)``, float64, >= 0, on the device of the features.
@@ -33,7 +33,7 @@ def squared_singular_values(features: Tensor, *, center: bool = False) -> Tensor
         ValueError: If the features are not floating and 2-D, or there are none.
     """
     check_features("features", features)
-    require(features.numel() > 0, "features", "have rows", tuple(features.shape), "Give at least one row")
+    require(features.numel() > 0, "features", "have rows", tuple(features.shape), "Pass at least one row")
     x = features.detach().double()
     x = x - x.mean(dim=0) if center else x
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
@@ -41,22 +41,21 @@ def squared_singular_values(features: Tensor, *, center: bool = False) -> Tensor
 
 
 def _eigenvalues(gram: Tensor) -> Tensor:
-    """Return the eigenvalues of a positive semi-definite matrix, largest first, none below 0."""
-    solved = torch.linalg.eigvalsh(gram.cpu())  # far faster there than on most accelerators, and the matrix is small
+    """Compute the eigenvalues of a positive semi-definite matrix, largest first, clamped to >= 0."""
+    solved = torch.linalg.eigvalsh(gram.cpu())  # faster on the CPU than on most accelerators for small matrices
     largest_first: Tensor = solved.flip(0).clamp(min=0.0).to(gram.device)
     return largest_first
 
 
 def entropy_rank(values: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Return ``exp(H(p))`` with ``p = values / sum(values) + epsilon``: how many values there are, in effect.
+    """Compute the effective number of values, ``exp(H(p))`` with ``p = values / sum(values) + epsilon``.
 
     Args:
         values: ``(K,)``, >= 0.
         epsilon: Added to each share, >= 0.
 
     Returns:
-        A scalar; 1 where one value is all there is (0 where there is nothing at all and no epsilon), K where they are
-        equal.
+        A scalar; 1 if a single value is not 0, K if all are equal, 0 if all are 0.
     """
     shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + epsilon
     present = values.sum() > 0
@@ -65,16 +64,16 @@ def entropy_rank(values: Tensor, epsilon: float = 0.0) -> Tensor:
 
 
 def rankme(features: Tensor) -> Tensor:
-    """Return RankMe, the smooth rank of a feature matrix.
+    """Compute RankMe, the smooth rank of a feature matrix.
 
     Implements Eq. 1 of https://arxiv.org/abs/2210.02885: exp(H(p)) with p_k = s_k / sum(s) + 1e-7 over the singular
-    values s of the features as they are, neither centred nor normalised. The paper takes 25,600 rows or more.
+    values s of the features, neither centered nor normalized. The paper uses at least 25,600 rows.
 
     Args:
-        features: ``(N, D)``, floating.
+        features: Features ``(N, D)``, floating.
 
     Returns:
-        A float64 scalar, about 1 to min(N, D); 0 where all features are 0.
+        A float64 scalar, about 1 to min(N, D); 0 if all features are 0.
 
     Raises:
         ValueError: If the features are not floating and 2-D, or there are none.
@@ -83,16 +82,16 @@ def rankme(features: Tensor) -> Tensor:
 
 
 def effective_rank(features: Tensor, *, center: bool = False) -> Tensor:
-    """Return the effective rank of a feature matrix: exp(H(p)), p_k = s_k / sum(s) over its singular values s.
+    """Compute the effective rank of a feature matrix: exp(H(p)), p_k = s_k / sum(s) over its singular values s.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
 
     Args:
-        features: ``(N, D)``, floating.
-        center: Take the mean of each dimension away first, which the source does not.
+        features: Features ``(N, D)``, floating.
+        center: Whether to subtract the mean of each dimension, which the source does not.
 
     Returns:
-        A float64 scalar in 1..min(N, D); 0 where there is nothing but zeros.
+        A float64 scalar in 1..min(N, D); 0 if all features are 0.
 
     Raises:
         ValueError: If the features are not floating and 2-D, or there are none.
@@ -101,15 +100,15 @@ def effective_rank(features: Tensor, *, center: bool = False) -> Tensor:
 
 
 def participation_ratio(features: Tensor) -> Tensor:
-    """Return ``sum(l)^2 / sum(l^2)`` over the eigenvalues ``l`` of the covariance of the features.
+    """Compute the participation ratio, ``sum(l)^2 / sum(l^2)`` over the eigenvalues ``l`` of the covariance.
 
-    It counts the large directions only, where the effective rank also counts the tail.
+    It is dominated by the largest eigenvalues, while the effective rank also counts the tail.
 
     Args:
-        features: ``(N, D)``, floating.
+        features: Features ``(N, D)``, floating.
 
     Returns:
-        A float64 scalar in 1..min(N, D); 0 where the features do not vary.
+        A float64 scalar in 1..min(N, D); 0 if the features are constant.
 
     Raises:
         ValueError: If the features are not floating and 2-D, or there are none.
@@ -123,21 +122,21 @@ def _participation(eigenvalues: Tensor) -> Tensor:
 
 
 def alpha_req(features: Tensor, *, fit_range: tuple[int, int] = FIT_RANGE) -> Tensor:
-    """Return alpha-ReQ, the exponent with which the eigenvalues of the covariance fall: ``l_k`` about ``k^-alpha``.
+    """Compute alpha-ReQ, the exponent of the power law ``l_k ~ k^-alpha`` of the covariance's eigenvalues.
 
-    Source: https://arxiv.org/abs/2202.05808. The slope is fitted to log-eigenvalues over log-rank by least squares
-    with weights 1 / k. About 1 is good, far above 1 few directions carry everything, below 1 the spectrum is flat.
+    Source: https://arxiv.org/abs/2202.05808. The slope of log-eigenvalues over log-rank is fitted by least squares
+    with weights 1 / k. Values near 1 are good; far above 1 few directions dominate, below 1 the spectrum is flat.
 
     Args:
-        features: ``(N, D)``, floating.
-        fit_range: First and last eigenvalue of the fit, counted from 1. Where there are fewer than the last (at most
-            N - 1 and D, and no zeros), the fit ends there.
+        features: Features ``(N, D)``, floating.
+        fit_range: First and last eigenvalue of the fit, counted from 1. The fit ends earlier if there are fewer
+            nonzero eigenvalues (at most N - 1 and D).
 
     Returns:
-        A float64 scalar; NaN where fewer than two eigenvalues lie in the range.
+        A float64 scalar; NaN if fewer than two eigenvalues are in the range.
 
     Raises:
-        ValueError: If the features are not floating and 2-D, there are none, or the range is not one.
+        ValueError: If the features are not floating and 2-D, there are none, or the range is invalid.
     """
     _check_fit_range(fit_range)
     eigenvalues = squared_singular_values(features, center=True)
@@ -145,12 +144,15 @@ def alpha_req(features: Tensor, *, fit_range: tuple[int, int] = FIT_RANGE) -> Te
 
 
 def power_law(eigenvalues: Tensor, rows: int, fit_range: tuple[int, int]) -> Tensor:
-    """Return the exponent of the decay of eigenvalues; see `alpha_req`.
+    """Fit the exponent of the power law of eigenvalues; see `alpha_req`.
 
     Args:
-        eigenvalues: ``(K,)``, largest first, float64.
-        rows: Number of rows N that they come from: at most N - 1 are not 0.
+        eigenvalues: Eigenvalues ``(K,)``, largest first, float64.
+        rows: Number of rows N of the features; at most N - 1 eigenvalues are not 0.
         fit_range: First and last eigenvalue, counted from 1.
+
+    Returns:
+        A float64 scalar; NaN if fewer than two eigenvalues are in the range.
     """
     first, last = fit_range[0], min(fit_range[1], rows - 1, len(eigenvalues))
     used = eigenvalues[first - 1 : max(last, first - 1)]
@@ -166,13 +168,13 @@ def power_law(eigenvalues: Tensor, rows: int, fit_range: tuple[int, int]) -> Ten
 
 def _check_fit_range(fit_range: tuple[int, int]) -> None:
     ok = len(fit_range) == 2 and 1 <= fit_range[0] < fit_range[1]
-    require(ok, "fit_range", "be (first, last) with 1 <= first < last", fit_range, "Give for example (5, 100)")
+    require(ok, "fit_range", "be (first, last) with 1 <= first < last", fit_range, "Pass for example (5, 100)")
 
 
 class _Spectrum(Metric):
-    """Sums from which the spectrum of all features follows, however they were cut into batches and ranks.
+    """Second moments of all features, which determine their spectrum, over any split into batches and ranks.
 
-    Memory: (D + 1) D float64 numbers, whatever the number of rows.
+    The state is (D + 1) D float64 numbers for any number of rows.
     """
 
     is_differentiable = False
@@ -194,27 +196,27 @@ class _Spectrum(Metric):
         self.add_state("rows", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, features: Tensor) -> None:
-        """Add features.
+        """Update with features.
 
         Args:
-            features: ``(B, D)``, floating.
+            features: Features ``(B, D)``, floating.
 
         Raises:
-            ValueError: If they are not floating and 2-D, or not as wide as those before.
+            ValueError: If they are not floating and 2-D, or their width differs from that of earlier features.
         """
         check_features("features", features)
         x = features.detach().double()
         width = x.shape[1]
         if self.gram.numel() == 0:
             self.gram, self.total = x.new_zeros(width, width), x.new_zeros(width)
-        hint = "Use one metric for each layer"
+        hint = "Use one metric per layer"
         require(width == len(self.total), "features", f"be {len(self.total)} wide", width, hint)
         self.gram += x.T @ x
         self.total += x.sum(dim=0)
         self.rows += len(x)
 
     def _squared_singular_values(self, *, center: bool) -> tuple[Tensor, int]:
-        """Return the squared singular values, largest first, min(N, D) of them, and N."""
+        """Return the squared singular values, largest first, ``(min(N, D),)``, and N."""
         rows = int(self.rows)
         if rows == 0:
             fail(type(self).__name__, "have features", 0, "Call `update` before `compute`")
@@ -223,13 +225,13 @@ class _Spectrum(Metric):
 
 
 class RankMe(_Spectrum):
-    """RankMe of all features on all ranks, see `rankme`; its value differs from it by rounding only.
+    """RankMe of all features on all ranks; equal to `rankme` up to rounding.
 
-    Memory is bounded: (D + 1) D float64 numbers, whatever the number of rows.
+    Memory is bounded: (D + 1) D float64 numbers for any number of rows.
 
     Args:
-        num_features: D; None reads it from the first features. Give it where a rank may see none.
-        kwargs: Of `torchmetrics.Metric`.
+        num_features: D; None reads it from the first features. Required if a rank may receive no features.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -243,7 +245,7 @@ class RankMe(_Spectrum):
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """Return RankMe, a float64 scalar, about 1 to min(N, D).
+        """Compute RankMe, a float64 scalar, about 1 to min(N, D).
 
         Raises:
             ValueError: If there are no features.
@@ -252,12 +254,12 @@ class RankMe(_Spectrum):
 
 
 class EffectiveRank(_Spectrum):
-    """Effective rank of all features, see `effective_rank`. Memory and ranks: as for `RankMe`.
+    """Effective rank of all features on all ranks; see `effective_rank`. Memory is bounded as for `RankMe`.
 
     Args:
-        center: Take the mean of each dimension away first, which the source does not.
-        num_features: D; None reads it from the first features. Give it where a rank may see none.
-        kwargs: Of `torchmetrics.Metric`.
+        center: Whether to subtract the mean of each dimension, which the source does not.
+        num_features: D; None reads it from the first features. Required if a rank may receive no features.
+        kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     higher_is_better = True
@@ -267,7 +269,7 @@ class EffectiveRank(_Spectrum):
         self.center = center
 
     def compute(self) -> Tensor:
-        """Return the effective rank, a float64 scalar in 1..min(N, D).
+        """Compute the effective rank, a float64 scalar in 1..min(N, D).
 
         Raises:
             ValueError: If there are no features.
@@ -276,12 +278,12 @@ class EffectiveRank(_Spectrum):
 
 
 class AlphaReQ(_Spectrum):
-    """Decay of the spectrum of all features, see `alpha_req`. Memory and ranks: as for `RankMe`.
+    """Power-law exponent of the spectrum of all features; see `alpha_req`. Memory is bounded as for `RankMe`.
 
     Args:
         fit_range: First and last eigenvalue of the fit, counted from 1.
-        num_features: D; None reads it from the first features. Give it where a rank may see none.
-        kwargs: Of `torchmetrics.Metric`.
+        num_features: D; None reads it from the first features. Required if a rank may receive no features.
+        kwargs: Arguments of `torchmetrics.Metric`.
     """
 
     def __init__(self, fit_range: tuple[int, int] = FIT_RANGE, num_features: int | None = None, **kwargs: Any) -> None:
@@ -290,7 +292,7 @@ class AlphaReQ(_Spectrum):
         self.fit_range = fit_range
 
     def compute(self) -> Tensor:
-        """Return alpha, a float64 scalar, NaN where fewer than two eigenvalues lie in the range.
+        """Compute alpha, a float64 scalar; NaN if fewer than two eigenvalues are in the range.
 
         Raises:
             ValueError: If there are no features.

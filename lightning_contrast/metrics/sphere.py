@@ -1,4 +1,4 @@
-"""Alignment and uniformity on the unit sphere as metrics; the losses of these names are `losses.alignment` and so on.
+"""Alignment and uniformity on the unit sphere as metrics; `losses.alignment` and `losses.uniformity` are the losses.
 
 Source: https://arxiv.org/abs/2005.10242.
 """
@@ -20,13 +20,13 @@ _PRIME = 1_000_000_007
 
 
 class Alignment(Metric):
-    """Mean distance of positive pairs on the unit sphere to the power ``alpha``: 0 where views agree, at most 2^alpha.
+    """Mean distance of positive pairs on the unit sphere to the power ``alpha``: 0 if the views agree, at most 2^alpha.
 
-    Memory is bounded: a sum and a count. All ranks' pairs count.
+    Computed over the pairs of all ranks. Memory is bounded: a sum and a count.
 
     Args:
         alpha: Power of the distance, > 0; 2 in the paper.
-        kwargs: Of `torchmetrics.Metric`.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -45,17 +45,17 @@ class Alignment(Metric):
 
     def __init__(self, alpha: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_positive("alpha", alpha, "The paper takes 2")
+        check_positive("alpha", alpha, "The paper uses 2")
         self.alpha = alpha
         self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pairs", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, view_a: Tensor, view_b: Tensor) -> None:
-        """Add pairs.
+        """Update with pairs.
 
         Args:
-            view_a: Embeddings of one view, ``(B, D)``, floating; L2-normalised here.
-            view_b: Embeddings of the other view of the same images, ``(B, D)``.
+            view_a: Embeddings of one view, ``(B, D)``, floating; L2-normalized here.
+            view_b: Embeddings of the other view of the same images, ``(B, D)``; L2-normalized here.
 
         Raises:
             ValueError: If the shapes differ or are not 2-D.
@@ -67,7 +67,7 @@ class Alignment(Metric):
         self.pairs += len(difference)
 
     def compute(self) -> Tensor:
-        """Return the alignment, a float64 scalar in [0, 2^alpha].
+        """Compute the alignment, a float64 scalar in [0, 2^alpha].
 
         Raises:
             ValueError: If there are no pairs.
@@ -79,19 +79,19 @@ class Alignment(Metric):
 class Uniformity(Metric):
     """Logarithm of the mean Gaussian potential exp(-t d^2) over pairs of embeddings on the unit sphere.
 
-    0 where all are equal; lower is more uniform: random directions in 128 dimensions have -3.94, the limit in many
-    dimensions is -2 t.
+    0 if all embeddings are equal; lower is more uniform: random directions in 128 dimensions have -3.94, the limit for
+    many dimensions is -2 t.
 
-    Memory is bounded by a sample: while there were at most ``max_samples`` rows, all of their pairs count and the value
-    is exact; of more, each row has the same chance to be among those kept, whose pairs then count. The sample is drawn
-    by a generator of its own that depends on ``seed``, the rank and the number of rows so far. Every rank keeps that
-    many and the value is that of the same number out of all ranks' rows.
+    Memory is bounded: up to ``max_samples`` rows the value is exact, over all pairs; of more rows, a uniform sample of
+    ``max_samples`` is kept on each rank, and the value is over the pairs of a uniform sample of ``max_samples`` of all
+    ranks' rows. The sample depends on ``seed``, the rank and the number of rows so far, and not on the global random
+    state.
 
     Args:
         t: Sharpness of the potential, > 0; 2 in the paper.
-        max_samples: Rows kept on each rank, >= 2.
-        seed: Of the sample.
-        kwargs: Of `torchmetrics.Metric`.
+        max_samples: Rows kept per rank, >= 2.
+        seed: Seed of the sample.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -110,7 +110,7 @@ class Uniformity(Metric):
 
     def __init__(self, t: float = 2.0, max_samples: int = 4096, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_positive("t", t, "The paper takes 2")
+        check_positive("t", t, "The paper uses 2")
         check_at_least("max_samples", max_samples, 2)
         self.t, self.max_samples, self.seed = t, max_samples, seed
         self.add_state("kept", default=[], dist_reduce_fx="cat")
@@ -118,10 +118,10 @@ class Uniformity(Metric):
         self._seen = 0
 
     def update(self, features: Tensor) -> None:
-        """Add embeddings.
+        """Update with embeddings.
 
         Args:
-            features: ``(B, D)``, floating; L2-normalised here.
+            features: Embeddings ``(B, D)``, floating; L2-normalized here.
 
         Raises:
             ValueError: If they are not floating and 2-D.
@@ -138,12 +138,12 @@ class Uniformity(Metric):
             self.kept, self.order = [kept], [order]
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Reset the metric."""
         super().reset()
         self._seen = 0
 
     def compute(self) -> Tensor:
-        """Return the uniformity, a float64 scalar in [-4 t, 0].
+        """Compute the uniformity, a float64 scalar in [-4 t, 0].
 
         Raises:
             ValueError: If there are fewer than two rows.
@@ -153,7 +153,7 @@ class Uniformity(Metric):
         return uniformity_of(self._lowest()[0], self.t)
 
     def _lowest(self) -> tuple[Tensor, Tensor]:
-        """Return the rows whose random numbers are lowest: each row has the same chance, on whatever rank it was."""
+        """Return the rows with the lowest random numbers: a uniform sample over the rows of all ranks."""
         kept, order = dim_zero_cat(self.kept), dim_zero_cat(self.order)
         if len(kept) <= self.max_samples:
             return kept, order
@@ -162,10 +162,10 @@ class Uniformity(Metric):
 
 
 def uniformity_of(unit: Tensor, t: float = 2.0) -> Tensor:
-    """Return the uniformity of unit vectors on this rank, in chunks of rows.
+    """Compute the uniformity of unit vectors on this rank, in chunks of rows.
 
     Args:
-        unit: ``(N, D)``, of length 1, N >= 2.
+        unit: Unit rows ``(N, D)``, N >= 2.
         t: Sharpness of the potential, > 0.
 
     Returns:

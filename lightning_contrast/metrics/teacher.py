@@ -1,4 +1,4 @@
-"""Statistics of a teacher's targets."""
+"""Statistics of the teacher's targets in self-distillation."""
 
 from collections.abc import Sequence
 
@@ -16,20 +16,20 @@ def teacher_statistics(
     temperature: float,
     centering: str = "mean",
 ) -> dict[str, Tensor]:
-    """Return what shows a collapse, as scalars on the device.
+    """Compute statistics of the teacher's targets that reveal a collapse.
 
     Args:
-        student: Logits of the global views, (B, K) each; further ones are not looked at.
-        teacher: Logits of the two global views, (B, K) each.
-        center: The centre, (K,), or None where there is none.
-        temperature: The teacher's.
-        centering: "mean" or "sinkhorn": how the teacher's logits become targets.
+        student: Logits of the global views, ``(B, K)`` each; further views are ignored.
+        teacher: Logits of the two global views, ``(B, K)`` each.
+        center: Running mean of the teacher's logits, ``(K,)``; None: zero.
+        temperature: Temperature of the teacher; unitless, > 0.
+        centering: ``"mean"`` or ``"sinkhorn"``, as in `losses.dino_loss`.
 
     Returns:
-        ``teacher_entropy``: mean entropy of the targets in nats, 0..ln K: 0 where one prototype takes all, ln K where
-        they say nothing. ``prototype_entropy``: entropy of the mean target in nats: how many prototypes are in use.
-        ``agreement``: share of the images in which the student's best prototype of one view is the teacher's best of
-        the other, 0..1.
+        Scalars on the device of the logits. ``teacher_entropy``: mean entropy of the targets in nats, 0..ln K; 0 for
+        one-hot targets, ln K for uniform ones. ``prototype_entropy``: entropy of the mean target in nats, 0..ln K; 0
+        if all images share one prototype. ``agreement``: share of images for which the student's most likely
+        prototype of one view is the teacher's of the other view, 0..1.
     """
     targets = teacher_probabilities(torch.cat(list(teacher)).float(), center, temperature, centering)
     best = targets.argmax(1).view(len(teacher), -1)

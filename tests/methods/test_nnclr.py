@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lightning_contrast as lc
-from lightning_contrast.losses.mining import nearest_neighbours
+from lightning_contrast.metrics.neighbours import nearest_row
 from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 from tests.methods.test_contract import run_step, step_batch
 
@@ -41,7 +41,7 @@ def test_gradient_flows_through_the_predictions_only():
     queries = torch.randn(3, 4, requires_grad=True)
     bank, mask = torch.randn(6, 4), torch.tensor([True] * 5 + [False])
     bank[5] = queries[0].detach() * 9  # the best row is not filled yet
-    found = nearest_neighbours(queries, bank, mask)
+    found = nearest_row(queries, bank, mask)
     assert not found.requires_grad
     assert not torch.allclose(found[0], F.normalize(bank[5], dim=0))
 
@@ -50,8 +50,8 @@ def test_neighbours_are_searched_in_full_precision():
     queries, bank = torch.randn(64, 32), torch.randn(512, 32)
     mask = torch.ones(512, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
-        found = nearest_neighbours(queries, bank, mask)
-    assert torch.equal(found, nearest_neighbours(queries, bank, mask))
+        found = nearest_row(queries, bank, mask)
+    assert torch.equal(found, nearest_row(queries, bank, mask))
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,13 @@ def test_two_directions_that_tell_images_apart_count_two():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="`groups` must have at least two rows each, got 1"):
         lidar(torch.ones(5, 1, 3))
-    with pytest.raises(ValueError, match="`features` must be 3-D where `groups` is None"):
+    with pytest.raises(ValueError, match="`features` must be 3-D if `groups` is None"):
         lidar(torch.ones(5, 3))
     with pytest.raises(ValueError, match=r"`groups` must be integers of shape \(5,\)"):
         lidar(torch.ones(5, 3), torch.ones(4))
     with pytest.raises(ValueError, match="`features` must be views of equal 2-D shapes"):
         lidar([torch.ones(5, 3), torch.ones(4, 3)])
-    with pytest.raises(ValueError, match="`features` must be of at least two images"):
+    with pytest.raises(ValueError, match="`features` must contain at least two images"):
         lidar(torch.ones(1, 5, 3))
     with pytest.raises(ValueError, match="`delta` must be > 0"):
         LiDAR(delta=0)

@@ -170,7 +170,6 @@ class _PairLse(torch.autograd.Function):
         from_x, from_y = LogSumExpGradient(grad_x, lse_x), LogSumExpGradient(grad_y, lse_y) if ctx.both else None
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad
         want_x = need_x or need_scale
-        gradient_x, gradient_y = torch.zeros_like(x), torch.zeros_like(y)
         with torch.autocast(x.device.type, enabled=False):
             if not ctx.y.sharded:
                 gradient_x, gradient_y = sweep_gradient(
@@ -178,6 +177,7 @@ class _PairLse(torch.autograd.Function):
                     need_rows=want_x, need_columns=need_y,
                 )  # fmt: skip
             else:
+                gradient_x, gradient_y = torch.zeros_like(x), torch.zeros_like(y)
                 # The gradients of all ranks are gathered before either sweep, in the same order on every rank.
                 all_x = ctx.x.gather_gradient(from_x) if need_y else None
                 all_y = ctx.y.gather_gradient(from_y) if from_y is not None else None
