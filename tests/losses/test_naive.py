@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_contrast import losses
 from lightning_contrast.losses import Negatives, contrastive, geometric, image_text, redundancy
+from lightning_contrast.losses.kernels.normalization import normalize_rows
 from lightning_contrast.losses.negatives import naive_anchor_losses
 from tests.losses.cases import value_and_gradients
 
@@ -144,15 +145,29 @@ def test_debiasing_is_clamped_in_both_forms() -> None:
     torch.testing.assert_close(expected, torch.logaddexp(5 * positive, floor) - 5 * positive, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [(5, 4), (1, 3)])
-def test_normalization_of_the_tiled_losses_equals_torch(rows: tuple[int, int]) -> None:
-    from lightning_contrast.losses.kernels.normalization import normalize_rows
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 599.0), (torch.float32, 59.0)])
+def test_negatives_opposite_to_the_query(dtype: torch.dtype, scale: float) -> None:
+    """The smallest bounded log-sum-exp, about minus the scale, whose exponential is not clamped."""
 
-    x = torch.randn(rows, generator=torch.Generator().manual_seed(0))
-    weights = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    def naive(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+        query, key, queue = (F.normalize(x, dim=1) for x in (query, key, queue))
+        similarities = (query * key).sum(1), query @ queue.T
+        return naive_anchor_losses(*similarities, temperature=1 / scale, weighting="decoupled").mean()
+
+    query = A[:1].repeat(4, 1) + 1e-3 * B[:4]
+    tensors = [query.to(dtype), B[:4].to(dtype), (-A[:1] + 1e-3 * QUEUE).to(dtype)]
+    found = value_and_gradients(partial(losses.info_nce, temperature=1 / scale, weighting="decoupled"), tensors)
+    expected = value_and_gradients(naive, tensors)
+    for mine, theirs in zip(found, expected, strict=True):
+        bound = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+        torch.testing.assert_close(mine, theirs, **bound)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 3e-13, 1e-20])  # the last two are below the epsilon
+def test_normalization_of_the_tiled_losses_equals_torch(size: float) -> None:
+    x, weights = size * A.float(), B.float()
     x[0] = 0
-    for size in (1.0, 1e-20, 1e20 if rows == (5, 4) else 1.0):
-        found = value_and_gradients(lambda x: (normalize_rows(x) * weights).sum(), [x * size])
-        expected = value_and_gradients(lambda x: (F.normalize(x, dim=1) * weights).sum(), [x * size])
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs)
+    found = value_and_gradients(lambda x: (normalize_rows(x) * weights).sum(), [x])
+    expected = value_and_gradients(lambda x: (F.normalize(x, dim=1) * weights).sum(), [x])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
