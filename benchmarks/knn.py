@@ -1,4 +1,4 @@
-"""The k-NN vote beside lightly's, beside `torch.topk`, and beside the matrix product that all of them contain.
+"""The k-NN vote compared with lightly's, with `torch.topk`, and with the matrix product that all of them contain.
 
 Run with ``python -m benchmarks.knn``.
 """
@@ -15,14 +15,14 @@ CLASSES, TEMPERATURE, CHUNK = 10, 0.1, 512
 
 
 def product(queries: Tensor, bank: Tensor) -> None:
-    """Do the matrix product alone, in chunks whose memory is used again."""
+    """Compute the matrix product only, in chunks that reuse one buffer."""
     buffer = queries.new_empty(CHUNK, len(bank))
     for chunk in queries.split(CHUNK):
         torch.mm(chunk, bank.T, out=buffer[: len(chunk)])
 
 
 def plain_vote(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Do the same vote with `torch.topk`."""
+    """Compute the same vote with `torch.topk`."""
     predicted = []
     for chunk in queries.split(CHUNK):
         top = (chunk @ bank.T).topk(k, dim=1)
@@ -32,7 +32,7 @@ def plain_vote(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def lightly_vote(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Do the vote of lightly, in chunks, as its own evaluation does batch by batch."""
+    """Compute lightly's vote in chunks, as its own evaluation does batch by batch."""
     from lightly.utils.benchmarking import knn_predict as lightly_knn
 
     transposed = bank.T.contiguous()
@@ -62,7 +62,7 @@ def main() -> None:
             "lightly": lambda k=k: lightly_vote(queries, bank, labels, k),
         }
         results = [candidates[name]() for name in ("lightning_contrast", "torch.topk", "lightly")]
-        for other in results[1:]:  # rounding may decide between two classes that are as good as equal
+        for other in results[1:]:  # rounding may decide between classes with nearly equal votes
             assert (results[0] == other).float().mean() > 0.999, "the votes must agree"
         times = alternate(candidates, repeats=options.repeats, warmup=0)
         product_s = times["matrix product alone"]["median_s"]

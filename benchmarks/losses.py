@@ -1,19 +1,18 @@
-"""NT-Xent, Barlow Twins and VICReg, forward and backward: time, and peak memory in a process of its own each.
+"""NT-Xent, Barlow Twins and VICReg, forward and backward: time, and peak memory, each in its own process.
 
-python -m benchmarks.losses
+Run with ``python -m benchmarks.losses``.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.common import alternate, memory_growth_mib, peak_memory_mib, report
 from lightning_contrast import losses
+from lightning_contrast.losses.contrastive import naive_nt_xent
 
 DIM, WIDE, TEMPERATURE, THREADS = 128, 8192, 0.1, 2
 
@@ -53,13 +52,7 @@ def _metric_learning(pairs: int) -> Step:
 
 
 def _dense(pairs: int) -> Step:
-    def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        z = F.normalize(torch.cat([a, b]), dim=1)
-        me = torch.eye(len(z), dtype=torch.bool)
-        logits = (z @ z.T / TEMPERATURE).masked_fill(me, -math.inf)
-        return F.cross_entropy(logits, torch.arange(len(z)).roll(len(a)))
-
-    return _step(loss, pairs)
+    return _step(partial(naive_nt_xent, temperature=TEMPERATURE), pairs)
 
 
 def _products(pairs: int) -> Step:
@@ -82,11 +75,11 @@ def _vicreg(pairs: int) -> Step:
 
 
 def _correlation_alone(pairs: int) -> Step:
-    """Time what a correlation matrix that is formed needs at least: itself, and the gradients of both its factors."""
+    """Return the minimum work with a materialized correlation matrix: the matrix and the gradients of its factors."""
     a, b = torch.randn(pairs, WIDE), torch.randn(pairs, WIDE)
 
     def step() -> None:
-        c = a.T @ b  # (D, D), in the place of its gradient below
+        c = a.T @ b  # (D, D), which stands in for its gradient below
         b @ c.T
         a @ c
 
@@ -101,7 +94,7 @@ FORMS: dict[str, Callable[[int], Step]] = {
     "lightly": _lightly,
     "pytorch-metric-learning": _metric_learning,
 }
-# pytorch-metric-learning compares all pairs with all pairs: 1,024 would take 34 GB. Nothing else fits at 32,768.
+# pytorch-metric-learning compares all pairs with all pairs: 1,024 would need 34 GB. Only ours fits at 32,768.
 SIZES = {256: list(FORMS), 8192: list(FORMS)[:-1], 32768: ["lightning_contrast"]}
 REDUNDANCY: dict[str, Callable[[int], Step]] = {
     f"Barlow Twins, width {WIDE}": _barlow_twins,
@@ -111,7 +104,7 @@ REDUNDANCY: dict[str, Callable[[int], Step]] = {
 
 
 def redundancy_rows() -> list[dict[str, Any]]:
-    """Return the rows of Barlow Twins and VICReg; "x ours" is against Barlow Twins."""
+    """Return the rows of Barlow Twins and VICReg; "x ours" is relative to Barlow Twins."""
     rows = []
     for pairs in (256, 2048):
         times = alternate({name: form(pairs) for name, form in REDUNDANCY.items()}, repeats=3 if pairs < 1024 else 1)
@@ -126,7 +119,7 @@ def redundancy_rows() -> list[dict[str, Any]]:
 def main() -> None:
     rows: list[dict[str, Any]] = []
     for pairs, names in SIZES.items():
-        alone = len(names) == 1  # nothing to compare with, and a long call
+        alone = len(names) == 1  # a single form, and a long call
         times = alternate(
             {name: FORMS[name](pairs) for name in names}, repeats=1 if alone else 3, warmup=0 if alone else 1
         )
@@ -137,14 +130,14 @@ def main() -> None:
             memory = peak_memory_mib("benchmarks.losses", name, str(pairs))
             rows.append(row | {"x ours": seconds / ours, "extra MiB": memory})
     rows += redundancy_rows()
-    note = f"NT-Xent of pairs of width {DIM} but where said, float32, forward and backward, {THREADS} threads."
+    note = f"NT-Xent of pairs of width {DIM} unless stated, float32, forward and backward, {THREADS} threads."
     report("losses", rows, note)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
     if len(sys.argv) > 1:
-        _ours(64)()  # what a first backward allocates once is not the loss's
+        _ours(64)()  # one-time allocations of the first backward do not count
         print(memory_growth_mib((FORMS | REDUNDANCY)[sys.argv[1]](int(sys.argv[2]))))
     else:
         main()

@@ -1,4 +1,4 @@
-"""Every method in bfloat16, mixed and true, and in float16 with a scaler: losses and all that lasts in float32."""
+"""Every method in bfloat16, mixed and true, and in float16 with a scaler: losses and persistent state in float32."""
 
 import warnings
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from tests.methods.cases import CASES, fill_queue, make
 from tests.methods.test_contract import as_is, step_batch
 
 HALF = (torch.bfloat16, torch.float16)
-TOO_SHORT = "DINO"  # made so narrow its embedding is that short that float16 cannot hold the gradient: all steps skip
-SCALE = 2.0**-8  # so small that no gradient of these networks overflows by itself
-MOVES = {  # what moves and chooses numbers, and makes none
+TOO_SHORT = "DINO"  # its embedding in this test is so short that the gradient overflows float16: all steps skip
+SCALE = 2.0**-8  # small enough that no gradient of these networks overflows
+MOVES = {  # operations that move or select numbers without arithmetic
     "_to_copy",
     "_unsafe_view",
     "alias",
@@ -55,7 +55,7 @@ MOVES = {  # what moves and chooses numbers, and makes none
 
 
 def half_precision(kind):
-    """Return the Trainer's settings; float16 as on a GPU, but for the device."""
+    """Return the Trainer's settings; float16 as on a GPU except for the device."""
     if kind == "16-mixed":
         scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
         return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
@@ -63,7 +63,7 @@ def half_precision(kind):
 
 
 class Outside(TorchDispatchMode):
-    """Notes arithmetic on half-precision numbers outside of the networks, where the losses are."""
+    """Records half-precision arithmetic outside the networks, where the losses are."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class Outside(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def watch(self, module):
-        """Count the calls of the module's networks, and look at the rest of its step."""
+        """Track the depth of the calls of the module's networks, and inspect the rest of its step."""
         for child in module.children():
             child.register_forward_pre_hook(self._enter)
             child.register_forward_hook(self._leave, always_call=True)
@@ -112,13 +112,13 @@ class Outside(TorchDispatchMode):
 
 
 class Steps(L.Callback):
-    """Keeps the losses, and makes some gradients overflow."""
+    """Stores the losses, and makes some gradients overflow."""
 
     def __init__(self, overflows=()):
         self.losses, self.overflows, self.moments = [], overflows, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.moments.append(lasting(pl_module))
+        self.moments.append(persistent(pl_module))
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.fit_loop.total_batch_idx in self.overflows:
@@ -132,8 +132,8 @@ def pairs_of(module):
     return module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
 
 
-def lasting(module):
-    """Return what moves once per optimizer step only: momentum networks, and what a step state holds."""
+def persistent(module):
+    """Return the tensors that change only with optimizer steps: momentum networks and step states."""
     states = module.step_states() if isinstance(module, HasStepStates) else []
     modules = [momentum for _, momentum in pairs_of(module)] + states
     return [
@@ -157,7 +157,7 @@ def fit(name, settings, *, steps=2, overflows=(), device="cpu"):
 
 
 def check_float32(name, kind, module, trainer, losses):
-    """Check what lasts: queues, centres, momentum networks or their masters, weights."""
+    """Check the persistent state: queues, centers, momentum networks or their masters, weights."""
     for loss in losses:
         assert loss.dtype == torch.float32
         assert loss.isfinite()
@@ -188,9 +188,9 @@ def check_float32(name, kind, module, trainer, losses):
 
 @pytest.mark.parametrize("kind", ["bf16-mixed", "bf16-true", "16-mixed"])
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_what_lasts_are_float32(name, kind):
+def test_losses_and_persistent_state_are_float32(name, kind):
     module, trainer, seen, found = fit(name, half_precision(kind))
-    assert not found, f"arithmetic in half precision outside of the networks: {found}"
+    assert not found, f"arithmetic in half precision outside the networks: {found}"
     assert len(seen.losses) == 2
     check_float32(name, kind, module, trainer, seen.losses)
     dtype = torch.bfloat16 if kind == "bf16-true" else torch.float32
@@ -199,10 +199,10 @@ def test_losses_and_what_lasts_are_float32(name, kind):
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if " " not in n and case.stateful and n != TOO_SHORT])
 def test_a_step_that_the_scaler_skips_moves_nothing(name):
-    """Steps 1 and 2 of 4 overflow: momentum networks and centres stay where they are; queues stay finite."""
+    """Steps 1 and 2 of 4 overflow: momentum networks and centers do not change; queues stay finite."""
     module, trainer, seen, _ = fit(name, half_precision("16-mixed"), steps=4, overflows=(1, 2))
     assert trainer.precision_plugin.scaler.get_scale() == SCALE / 4
-    moments = [*seen.moments, lasting(module)]
+    moments = [*seen.moments, persistent(module)]
     moves = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise(moments)]
     assert moves == ([True, False, False, True] if moments[0] else [False] * 4)
     check_float32(name, "16-mixed", module, trainer, seen.losses)
@@ -212,7 +212,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["16-mixed", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_what_lasts_are_float32_on_a_gpu(name, kind):
+def test_losses_and_persistent_state_are_float32_on_a_gpu(name, kind):
     module, trainer, seen, found = fit(name, {"precision": kind, "devices": 1}, device="gpu")
     assert not found
     check_float32(name, kind, module, trainer, seen.losses)

@@ -1,4 +1,4 @@
-"""Every loss beside its oracle, as one table that several tests walk through."""
+"""Every loss with its oracle, as one table that several tests are parametrized over."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Case:
         inputs: Number of row tensors.
         learned: Start values of the learned tensors.
         shared: Number of tensors ``(QUEUE, DIM)`` that are the same on every rank, after the row tensors.
-        no_gradient: Row tensors that must get none.
+        no_gradient: Row tensors that must receive no gradient.
     """
 
     loss: Callable[..., Tensor]
@@ -48,12 +48,12 @@ def _f64(value: float) -> Tensor:
 
 
 def _temperature(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    """Give the learned tensor as the temperature."""
+    """Pass the learned tensor as the temperature."""
     return lambda *xs, tile_size=None: loss(*xs[:-1], temperature=xs[-1], tile_size=tile_size, **options)
 
 
 def _number(loss: Callable[..., Tensor], t: float, **options: Any) -> Callable[..., Tensor]:
-    """Give the temperature as a number."""
+    """Pass the temperature as a number."""
     return lambda *xs, tile_size=None: loss(*xs, temperature=t, tile_size=tile_size, **options)
 
 
@@ -61,8 +61,8 @@ def _oracle(oracle: Callable[..., Tensor], t: float, *rest: Any) -> Callable[...
     return lambda *xs: oracle(*xs, _f64(t), *rest)
 
 
-def _handled(weighting: Negatives | str, anchor: Callable[..., Tensor], t: float) -> dict[str, Case]:
-    """Return NT-Xent, InfoNCE with a queue, and CLIP with one handling of negatives."""
+def _weighted(weighting: Negatives | str, anchor: Callable[..., Tensor], t: float) -> dict[str, Case]:
+    """Return NT-Xent, InfoNCE with a queue, and CLIP with one weighting of negatives."""
     tt = _f64(t)
     name = weighting if isinstance(weighting, str) else weighting.kind
     return {
@@ -170,16 +170,16 @@ CASES: dict[str, Case] = {
         _number(losses.decoupled_nt_xent, 0.2, sigma=0.4),
         lambda a, b: oracles.decoupled_weighted(a, b, _f64(0.2), 0.4),
     ),
-    **_handled(Negatives("debiased", tau_plus=0.02), oracles.hard(0.02, 0.0), 0.5),
-    **_handled(Negatives("hard", tau_plus=0.05, beta=0.7), oracles.hard(0.05, 0.7), 0.5),
-    **_handled("decoupled", oracles.decoupled, 0.2),
-    **_handled(Negatives("top_k", k=2), oracles.top_k(2), 0.2),
-    **_handled(Negatives("heated", heat=0.6), oracles.heated(0.6), 0.2),
+    **_weighted(Negatives("debiased", tau_plus=0.02), oracles.hard(0.02, 0.0), 0.5),
+    **_weighted(Negatives("hard", tau_plus=0.05, beta=0.7), oracles.hard(0.05, 0.7), 0.5),
+    **_weighted("decoupled", oracles.decoupled, 0.2),
+    **_weighted(Negatives("top_k", k=2), oracles.top_k(2), 0.2),
+    **_weighted(Negatives("heated", heat=0.6), oracles.heated(0.6), 0.2),
 }
 
 
 def make_inputs(case: Case, rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Return row tensors, shared tensors, learned tensors and groups, in the order in which the case takes them."""
+    """Return row tensors, shared tensors, learned tensors and groups, in the argument order of the case."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(rows, DIM, generator=generator, dtype=dtype) for _ in range(case.inputs)]
     tensors += [torch.randn(QUEUE, DIM, generator=generator, dtype=dtype) for _ in range(case.shared)]
@@ -189,7 +189,7 @@ def make_inputs(case: Case, rows: int, seed: int = 0, dtype: torch.dtype = torch
 
 
 def value_and_gradients(function: Callable[..., Tensor], tensors: list[Tensor], **options: Any) -> list[Tensor | None]:
-    """Return the loss and the gradient of every floating tensor, None where there is none."""
+    """Return the loss and the gradient of every floating tensor, None if it has none."""
     leaves = [t.clone().requires_grad_() if t.is_floating_point() else t for t in tensors]
     loss = function(*leaves, **options)
     loss.backward()

@@ -1,4 +1,4 @@
-"""The losses as their papers write them: plain loops over anchors and pairs, in the dtype of the input."""
+"""The losses as in their papers: plain loops over anchors and pairs, in the dtype of the input."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -74,8 +74,8 @@ def nt_xent(
 
 def decoupled_weighted(z_a: Tensor, z_b: Tensor, t: Tensor, sigma: float) -> Tensor:
     a, b = unit(z_a), unit(z_b)
-    chances = [math.exp(float((x @ y).detach()) / sigma) for x, y in zip(a, b, strict=True)]
-    weights = [2 - len(a) * chance / sum(chances) for chance in chances]
+    exponentials = [math.exp(float((x @ y).detach()) / sigma) for x, y in zip(a, b, strict=True)]
+    weights = [2 - len(a) * e / sum(exponentials) for e in exponentials]
     corrections = [(1 - w) * (x @ y) / t for w, x, y in zip(weights, a, b, strict=True)]
     return nt_xent(z_a, z_b, t, decoupled) + _mean(corrections)
 
@@ -113,8 +113,8 @@ def sup_con(z_a: Tensor, z_b: Tensor, labels: Sequence[int], t: Tensor) -> Tenso
     losses = []
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
-        normaliser = _log_sum_exp([z[i] @ z[j] / t for j in others])
-        losses.append(_mean([normaliser - z[i] @ z[p] / t for p in others if label[p] == label[i]]))
+        normalizer = _log_sum_exp([z[i] @ z[j] / t for j in others])
+        losses.append(_mean([normalizer - z[i] @ z[p] / t for p in others if label[p] == label[i]]))
     return _mean(losses)
 
 

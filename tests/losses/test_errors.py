@@ -1,4 +1,4 @@
-"""Bad input: each with an error that names the argument, the rule, the value and a hint."""
+"""Errors of bad input: the message names the argument, the rule, the value and a hint."""
 
 from collections.abc import Callable
 
@@ -85,7 +85,7 @@ VALUE_ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: losses.info_nce(Z, Z, Z, temperature=0.1, extra_negatives=Z),
         r"`extra_negatives` must have shape \(4, S, 3\)",
     ),
-    "extra handling": (
+    "extra weighting": (
         lambda: losses.info_nce(Z, Z, Z, temperature=0.1, extra_negatives=torch.randn(4, 2, 3), weighting="hard"),
         r"`weighting` must be 'uniform' with `extra_negatives`",
     ),

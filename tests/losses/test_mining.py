@@ -1,4 +1,4 @@
-"""How positives and negatives are chosen."""
+"""Selection of positives and negatives."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Handling of negatives: masks, groups, synthetic ones, and the limits in which one handling is another."""
+"""Weighting of negatives: masks, groups, synthetic negatives, and limits in which two weightings are equal."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lightning_contrast.losses.negatives import KINDS
 from tests.losses import oracles
 from tests.losses.cases import value_and_gradients
 
-HANDLINGS = {kind: Negatives(kind, tau_plus=0.02, k=2) for kind in KINDS}
+WEIGHTINGS = {kind: Negatives(kind, tau_plus=0.02, k=2) for kind in KINDS}
 ANCHORS = {
     "uniform": oracles.uniform,
     "debiased": oracles.hard(0.02, 0.0),
@@ -35,7 +35,7 @@ def test_masked_rows_of_a_queue_do_not_exist(kind: str) -> None:
     t = torch.tensor(0.4, dtype=torch.float64)
 
     def loss(q: torch.Tensor, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        return losses.info_nce(q, k, n, temperature=0.4, negatives_mask=mask, weighting=HANDLINGS[kind], tile_size=3)
+        return losses.info_nce(q, k, n, temperature=0.4, negatives_mask=mask, weighting=WEIGHTINGS[kind], tile_size=3)
 
     def oracle(q: torch.Tensor, k: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         return oracles.info_nce(q, k, n, t, ANCHORS[kind], mask=mask.tolist())
@@ -51,7 +51,7 @@ def test_masked_rows_of_a_queue_do_not_exist(kind: str) -> None:
 def test_an_empty_queue_gives_no_loss_and_no_gradient(kind: str, temperature: float) -> None:
     tensors = [_rows(4), _rows(4, 1), _rows(8, 2)]
     mask = torch.zeros(8, dtype=torch.bool)
-    weighting = HANDLINGS[kind]
+    weighting = WEIGHTINGS[kind]
     found = value_and_gradients(
         lambda *x: losses.info_nce(*x, temperature=temperature, negatives_mask=mask, weighting=weighting), tensors
     )
@@ -63,7 +63,7 @@ def test_an_empty_queue_gives_no_loss_and_no_gradient(kind: str, temperature: fl
 def test_an_anchor_whose_group_is_the_whole_batch_counts_nothing(kind: str) -> None:
     views, one_group = [_rows(4), _rows(4, 1)], torch.zeros(4, dtype=torch.int64)
     for value in value_and_gradients(
-        lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=HANDLINGS[kind], groups=one_group), views
+        lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=WEIGHTINGS[kind], groups=one_group), views
     ):
         torch.testing.assert_close(value, torch.zeros_like(value))
 
@@ -72,7 +72,7 @@ def test_an_anchor_whose_group_is_the_whole_batch_counts_nothing(kind: str) -> N
 def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
     groups, theirs = torch.tensor([5, -1, 5, 2]), torch.tensor([2, 5, 7, 8, -1, 9, 5, 3])
     t = torch.tensor(0.4, dtype=torch.float64)
-    weighting, anchor = HANDLINGS[kind], ANCHORS[kind]
+    weighting, anchor = WEIGHTINGS[kind], ANCHORS[kind]
     views, queue = [_rows(4), _rows(4, 1)], _rows(8, 2)
     _assert_same(
         value_and_gradients(
@@ -119,7 +119,7 @@ def test_groups_are_no_negatives_of_each_other(kind: str) -> None:
         (Negatives("decoupled_weighted", sigma=1e9), "decoupled"),
     ],
 )
-def test_limits_in_which_one_handling_is_another(weighting: Negatives, same_as: Negatives | str) -> None:
+def test_limits_in_which_two_weightings_are_equal(weighting: Negatives, same_as: Negatives | str) -> None:
     views = [_rows(6), _rows(6, 1)]
     found = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=weighting), views)
     expected = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=same_as), views)

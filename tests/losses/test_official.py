@@ -1,4 +1,4 @@
-"""The values that the authors' own programs give, and the known answers of the formulas."""
+"""Values of the reference implementations, and known values of the formulas."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ RECORDS = {
 }
 
 # Each takes the inputs and the parameters of its record.
-PROGRAMS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Tensor]] = {
+REFERENCES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Tensor]] = {
     "nt_xent_sum_of_halves": lambda x, p: 2 * losses.nt_xent(**x, **p),
     "moco": lambda x, p: losses.info_nce(**x, **p),
     "moco_v3": lambda x, p: losses.moco_v3_loss(**x, **p),
@@ -52,11 +52,11 @@ def _leaves(values: Any, record: dict[str, Any], key: str) -> Any:
     return torch.tensor(values).requires_grad_(with_gradient)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_equals_the_authors_program(name: str) -> None:
+@pytest.mark.parametrize("name", REFERENCES)
+def test_equals_the_reference_implementation(name: str) -> None:
     record = RECORDS[name]
     inputs = {key: _leaves(value, record, key) for key, value in record["inputs"].items()}
-    loss = PROGRAMS[name](inputs, record["params"])
+    loss = REFERENCES[name](inputs, record["params"])
     loss.backward()
     assert float(loss.detach()) == pytest.approx(record["loss"], rel=1e-5)
     for key, norm in record["grad_norm"].items():
@@ -65,14 +65,14 @@ def test_equals_the_authors_program(name: str) -> None:
 
 
 def test_every_official_record_is_used() -> None:
-    assert set(PROGRAMS) | set(ASSIGNMENTS) == set(RECORDS)
+    assert set(REFERENCES) | set(ASSIGNMENTS) == set(RECORDS)
 
 
 ASSIGNMENTS = {"sinkhorn": ("scores", "epsilon"), "dinov2_sinkhorn_teacher": ("teacher", "teacher_temperature")}
 
 
 @pytest.mark.parametrize("name", ASSIGNMENTS)
-def test_sinkhorn_equals_the_authors_program(name: str) -> None:
+def test_sinkhorn_equals_the_reference_implementation(name: str) -> None:
     record, (scores, epsilon) = RECORDS[name], ASSIGNMENTS[name]
     params = record["params"]
     found = losses.sinkhorn(

@@ -26,7 +26,7 @@ def _check(loss, dense, tensors: list[Tensor], temperature: float = 1.0) -> None
     expected = value_and_gradients(dense, [t.double() for t in tensors])
     exact = tensors[0].dtype == torch.float64
     for mine, theirs in zip(found, expected, strict=True):
-        # One-dimensional rows are +1 or -1, so their gradient is nothing but rounding, which 1 / T multiplies.
+        # One-dimensional rows are +1 or -1, so their gradient is rounding only, scaled by 1 / T.
         size = 1 + float(theirs.abs().max()) + 1 / temperature**2
         bound = (1e-10 if exact else 1e-5) * size
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=bound)

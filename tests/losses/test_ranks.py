@@ -11,7 +11,7 @@ from lightning_contrast import distributed, losses
 from tests.launch import run_processes
 from tests.losses.cases import CASES, DIM, Case, make_inputs
 
-# Losses without an oracle in loops: their values are those of the authors' programs, in test_official.
+# Losses without an oracle in loops: their values are those of the reference implementations, in test_official.
 _VIEWS = {"temperature": 0.1, "epsilon": 0.05, "iterations": 3}
 _DINO = {"student_temperature": 0.1, "teacher_temperature": 0.07}
 
@@ -32,7 +32,7 @@ MORE = {
     "ijepa": _case(losses.ijepa_loss, 2),
     "swav": _case(lambda *x: losses.swav_loss(x, **_VIEWS), 3),
     "dino": _case(lambda a, b, c, d, e: losses.dino_loss([a, b, c], [d, e], None, **_DINO), 5),
-    "dino, centre": _case(lambda a, b, c, d: losses.dino_loss([a, b], [c, d], a.new_ones(1, DIM), **_DINO), 4),
+    "dino, center": _case(lambda a, b, c, d: losses.dino_loss([a, b], [c, d], a.new_ones(1, DIM), **_DINO), 4),
     "dino, sinkhorn": _case(
         lambda a, b, c, d: losses.dino_loss([a, b], [c, d], None, centering="sinkhorn", **_DINO), 4
     ),

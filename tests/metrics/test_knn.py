@@ -1,4 +1,4 @@
-"""The k-NN vote and its metric against plain loops."""
+"""The k-NN vote and its metric, compared with plain loops."""
 
 import math
 from collections import defaultdict
@@ -23,7 +23,7 @@ def sample(queries=20, bank=60, width=8, classes=4, seed=0):
 
 
 def scores_by_hand(queries, bank, labels, classes, k, temperature):
-    """Return the published vote, float64, not divided by its sum."""
+    """Compute the published vote in float64, not divided by its sum."""
     rows = []
     for query in queries.double():
         cosines = [float(query @ row / (query.norm() * row.norm())) for row in bank.double()]

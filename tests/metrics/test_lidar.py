@@ -12,8 +12,8 @@ from tests.launch import run_processes
 
 def views(images=30, count=4, width=6, seed=0):
     g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(images, 1, width, generator=g) * torch.linspace(2, 0.2, width)
-    return centres + 0.3 * torch.randn(images, count, width, generator=g) + 1.5
+    centers = torch.randn(images, 1, width, generator=g) * torch.linspace(2, 0.2, width)
+    return centers + 0.3 * torch.randn(images, count, width, generator=g) + 1.5
 
 
 def lidar_by_hand(groups, delta=1e-4):

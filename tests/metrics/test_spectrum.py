@@ -53,12 +53,12 @@ CASES = [(40, 12), (9, 12), (200, 30)]
 @pytest.mark.parametrize(("count", "width"), CASES)
 def test_functions_equal_plain_loops(count, width):
     x = features(count, width)
-    centred = singular_values(x, center=True) ** 2
+    centered = singular_values(x, center=True) ** 2
     assert rankme(x).item() == pytest.approx(rank_by_hand(singular_values(x), 1e-7), rel=1e-6)
     assert effective_rank(x).item() == pytest.approx(rank_by_hand(singular_values(x)), rel=1e-6)
-    # float64 Gram matrices know a singular value that is 0 to 1e-8 of the largest
-    assert effective_rank(x, center=True).item() == pytest.approx(rank_by_hand(centred**0.5), rel=1e-4)
-    assert participation_ratio(x).item() == pytest.approx(sum(centred) ** 2 / sum(centred**2), rel=1e-9)
+    # float64 Gram matrices resolve singular values down to 1e-8 of the largest
+    assert effective_rank(x, center=True).item() == pytest.approx(rank_by_hand(centered**0.5), rel=1e-4)
+    assert participation_ratio(x).item() == pytest.approx(sum(centered) ** 2 / sum(centered**2), rel=1e-9)
 
 
 def test_rankme_of_the_known_matrix():
@@ -69,10 +69,10 @@ def test_rankme_of_the_known_matrix():
 def test_alpha_req_finds_the_exponent_of_a_power_law():
     g = torch.Generator().manual_seed(1)
     basis = torch.linalg.qr(torch.randn(300, 120, generator=g, dtype=torch.float64))[0]
-    basis = torch.linalg.qr(basis - basis.mean(dim=0))[0]  # centred columns, so that the covariance is as given
+    basis = torch.linalg.qr(basis - basis.mean(dim=0))[0]  # centered columns, so that the covariance is as given
     x = basis * torch.arange(1, 121, dtype=torch.float64).pow(-1.3 / 2)
     assert alpha_req(x).item() == pytest.approx(1.3, abs=1e-6)
-    bent = x * torch.where(torch.arange(120) < 4, 30.0, 1.0)  # the first four eigenvalues are not looked at
+    bent = x * torch.where(torch.arange(120) < 4, 30.0, 1.0)  # the first four eigenvalues are outside the default range
     assert alpha_req(bent).item() == pytest.approx(1.3, abs=1e-6)
     assert abs(alpha_req(bent, fit_range=(1, 100)).item() - 1.3) > 0.5
 
