@@ -44,7 +44,7 @@ def check_teacher(student_temperature: float, teacher_temperature: float, center
 
 
 def check_center(center: Tensor | None, width: int) -> None:
-    """Check that a center, if there is one, has ``width`` elements, one per prototype."""
+    """Check that a center, if there is one, has the elements of ``(width,)``, one per prototype."""
     if center is not None and center.numel() != width:
         fail("center", f"have {width} numbers", tuple(center.shape), "Pass one per prototype")
 

@@ -56,6 +56,7 @@ def _hsic1(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sums_x, sums_y = kernel_x.sum(dim=0), kernel_y.sum(dim=0)
 
     def hsic(k: Tensor, m: Tensor, k_sums: Tensor, m_sums: Tensor) -> Tensor:
+        """Estimate from kernels ``(n, n)`` and their row sums ``(n,)``."""
         middle = k_sums.sum() * m_sums.sum() / ((n - 1) * (n - 2))
         return ((k * m).sum() + middle - 2 / (n - 2) * (k_sums * m_sums).sum()) / (n * (n - 3))
 

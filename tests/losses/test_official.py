@@ -82,7 +82,7 @@ def test_sinkhorn_equals_the_reference_implementation(name: str) -> None:
 
 
 def _waves() -> dict[str, Tensor]:
-    """Return the inputs of the known answers: 6 x 8 waves, raw and normalised, and a queue of 16."""
+    """Return the inputs of the known answers: 6 x 8 waves, raw and normalized, and a queue of 16."""
     i, j, k = (torch.arange(n, dtype=torch.float64) for n in (6, 8, 16))
     phase = 0.7 * i[:, None] + 1.3 * j + 0.1 * i[:, None] * j
     x, y = phase.sin(), (phase + 0.3 * (1 + 0.2 * i[:, None])).sin()

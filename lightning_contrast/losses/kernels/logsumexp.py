@@ -113,6 +113,7 @@ class _SelfLse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: Scalar, mask: NegativeMask) -> Tensor:
+        """Compute the log-sum-exps ``(N,)`` of ``z`` ``(N, D)``."""
         ctx.columns = GatheredRows(z)
         ctx.config = masked_tile_config(z, mask, ctx.columns, True, scale)
         ctx.scale = scale
@@ -124,6 +125,7 @@ class _SelfLse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Compute the gradients of ``z``, ``(N, D)``, and of a learned scale, a scalar."""
         z, scaled, lse = ctx.saved_tensors
         own = LogSumExpGradient(grad, lse)
         gathered = ctx.columns.gather_gradient(own)
@@ -144,6 +146,7 @@ class _PairLse(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Scalar, mask: NegativeMask, both: bool, sharded: bool
     ) -> tuple[Tensor, Tensor]:
+        """Compute the log-sum-exps ``(B,)`` of ``x`` ``(B, D)`` and ``(M,)`` of ``y`` ``(M, D)``."""
         ctx.scale, ctx.both = scale, both
         ctx.x = ctx.config_y = None
         ctx.y = GatheredRows(y, sharded)
@@ -166,6 +169,7 @@ class _PairLse(torch.autograd.Function):
     def backward(
         ctx: Any, grad_x: Tensor, grad_y: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        """Compute the gradients of ``x`` ``(B, D)``, of ``y`` ``(M, D)`` and of a learned scale, a scalar."""
         x, y, lse_x, lse_y = ctx.saved_tensors
         from_x, from_y = LogSumExpGradient(grad_x, lse_x), LogSumExpGradient(grad_y, lse_y) if ctx.both else None
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad

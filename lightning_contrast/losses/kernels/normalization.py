@@ -14,6 +14,7 @@ class _NormalizeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Normalize rows ``(N, D)``."""
         length = x.norm(dim=1, keepdim=True).clamp_min_(EPSILON)  # (N, 1)
         unit = x / length
         ctx.save_for_backward(unit, length)
@@ -22,6 +23,7 @@ class _NormalizeRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Compute the gradient of the rows, ``(N, D)``."""
         unit, length = ctx.saved_tensors
         radial = (unit / length).mul_(grad).sum(1, keepdim=True)  # (N, 1)
         radial.masked_fill_(length <= EPSILON, 0.0)  # the divisor is constant there

@@ -31,6 +31,7 @@ class _PerRow(torch.autograd.Function):
         sharded: bool,
         *parameters: Tensor,
     ) -> Tensor:
+        """Compute the function of each row, ``(N,)``."""
         ctx.function, ctx.columns = function, GatheredRows(y, sharded)
         ctx.config = masked_tile_config(x, mask, ctx.columns, views)
         ctx.save_for_backward(x, *parameters)
@@ -45,6 +46,7 @@ class _PerRow(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of ``x`` ``(N, D)``, of ``y`` ``(M_r, D)`` and of the parameters."""
         x, *parameters = ctx.saved_tensors
         columns = ctx.columns.rows
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(columns)

@@ -41,6 +41,7 @@ class _SoftplusSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None) -> Tensor:
+        """Compute the sums ``(B,)`` of ``x`` ``(B, D)``."""
         ctx.sizes = distributed.batch_sizes(len(y), y.device)
         if len(ctx.sizes) > 1:  # every rank sees the same sizes, so all ranks raise or none
             check_batch("the embeddings of all ranks", sum(ctx.sizes))
@@ -57,6 +58,7 @@ class _SoftplusSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+        """Compute the gradients of ``x`` and ``y``, ``(B, D)``, and of learned scale and bias, scalars."""
         x, y = ctx.saved_tensors
         grad_x, grad_bias = torch.zeros_like(x), x.new_zeros(())
         weighted = x * grad.unsqueeze(1)  # (B, D)
