@@ -16,7 +16,7 @@ class _NormalizeRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Normalize rows ``(N, D)``."""
         length = x.norm(dim=1, keepdim=True).clamp_min_(EPSILON)  # (N, 1)
-        unit = x / length
+        unit: Tensor = x / length
         ctx.save_for_backward(unit, length)
         return unit
 
@@ -24,7 +24,7 @@ class _NormalizeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Compute the gradient of the rows, ``(N, D)``."""
-        unit, length = ctx.saved_tensors
+        unit, length = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
         radial = (unit / length).mul_(grad).sum(1, keepdim=True)  # (N, 1)
         radial.masked_fill_(length <= EPSILON, 0.0)  # the divisor is constant there
         return (grad / length).sub_(unit * radial)
