@@ -1,6 +1,7 @@
 """FLOPs, energy and peak memory of training."""
 
 import contextlib
+import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,6 +86,7 @@ class EnergyMeter:
             def out(self, total: Any, delta: Any) -> None:
                 meter._total_kwh = float(total.energy_consumed)
 
+        logging.getLogger("codecarbon").setLevel(logging.ERROR)  # it logs before it reads `log_level`
         self._tracker: Any = OfflineEmissionsTracker(
             country_iso_code="USA",  # required; only the energy is used, not the emissions
             tracking_mode="machine",

@@ -46,9 +46,9 @@ class TrainingCostMonitor(L.Callback):
     ``images_per_s`` is multiplied by the number of ranks.
 
     An image counts once, whatever the number of its views. FLOPs are counted during the first step by torch's
-    ``FlopCounterMode`` (matrix products, convolutions and attention, forward and backward, two per multiply-add), unless
-    ``torch.compile`` is in use. Memory is the peak of torch's allocator on a CUDA device, else of the process. Nothing is
-    stored in checkpoints, since times depend on the machine. For the overhead, see ``docs/throughput.md``.
+    ``FlopCounterMode`` (matrix products, convolutions and attention, forward and backward, two per multiply-add),
+    unless ``torch.compile`` is in use. Memory is the peak of torch's allocator on a CUDA device, else of the process.
+    Nothing is stored in checkpoints, since times depend on the machine. For the overhead, see ``docs/throughput.md``.
 
     Args:
         every_n_steps: Log to the loggers every n training batches; None: at the end of each epoch only.
