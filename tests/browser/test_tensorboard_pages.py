@@ -88,14 +88,14 @@ def test_the_projector_shows_the_embeddings_with_pictures_and_labels(server, run
     browser.wait_for(lambda: f"Points: {POINTS}" in browser.text(), "number of points")
     text = browser.text()
     assert "2 tensors found" in text
-    assert f"embeddings (newest, step 6) {POINTS}x3" in text
-    assert f"embeddings:0000003 {POINTS}x3" in text
+    assert "embeddings:00003" in text
+    assert "embeddings:00006" in text
     assert "Dimension: 3" in text
     assert "Label by label image" in text
     for route in ("tensor", "metadata", "sprite_image"):
         ((status, query),) = answers(browser, f"/projector/{route}").values()
         assert status == 200
-        assert query["name"] == ["embeddings (newest, step 6)"]  # the page opens with the newest
+        assert query["name"] == ["embeddings:00003"]  # the page sorts by name and opens the first
 
     (path,) = run.rglob("projector_config.pbtxt")
     entry = text_format.Parse(path.read_text(), ProjectorConfig()).embeddings[0]
