@@ -60,7 +60,7 @@ class WholeRun(L.Callback):
 def main():
     """Train SimCLR with both monitors on one thread, and report the share of each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=12, help="9 batches each; 12 epochs include one measurement in 99 batches")
+    parser.add_argument("--epochs", type=int, default=12, help="of 9 batches; 12 include one measurement in 99 batches")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

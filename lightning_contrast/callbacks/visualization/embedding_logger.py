@@ -268,12 +268,12 @@ class EmbeddingLogger(L.Callback):
             self._loader = training_loader("dataloader", self.dataloader, trainer)
         parts: list[Part] = []
 
-        def read(features: Tensor, batch: Any, layer: int) -> tuple[Tensor, Tensor]:
+        def _add_part(features: Tensor, batch: Any, layer: int) -> tuple[Tensor, Tensor]:
             start = sum(len(part.positions) for part in parts)
             positions = torch.arange(start, start + len(features))
             parts.append(self._part(trainer, features, batch, torch.arange(len(features)), positions))
             return features, positions
 
-        encoded_chunks = encoded(trainer, pl_module, [self._hook], self._loader, read, limit=self.samples)
+        encoded_chunks = encoded(trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples)
         own = torch.cat([positions for _, positions in encoded_chunks[self._hook.features].batches])
         return [part.select(torch.isin(part.positions, own)) for part in parts]

@@ -1,4 +1,4 @@
-"""What `InstanceDiscriminationMonitor` measures, against plain loops, and what it refuses."""
+"""`InstanceDiscriminationMonitor` against plain loops, and its errors."""
 
 import math
 
@@ -27,7 +27,7 @@ def cosine(x, y):
 
 
 def summary(anchors, temperature, hardest):
-    """Take (positive, [(negative cosine, whether it is false)], whether the label is known) of each anchor."""
+    """Return means over anchors, each (positive, [(negative cosine, is false negative)], label is known)."""
     sums = {}
 
     def add(name, value, counts=True):

@@ -1,4 +1,4 @@
-"""What `CollapseMonitor` measures, names, logs, keeps and refuses."""
+"""Measurements, findings, logged values, checkpoints and errors of `CollapseMonitor`."""
 
 import math
 
@@ -22,7 +22,7 @@ from tests.launch import run_processes
 pytestmark = pytest.mark.filterwarnings("ignore:CollapseMonitor:UserWarning")
 
 
-# What is measured.
+# Measurements.
 
 
 def sample(seed=0):
@@ -112,7 +112,7 @@ def test_pairs_and_scores_equal_plain_loops():
     )
 
 
-# What is named.
+# Findings.
 
 GOOD = {
     "finite": 1.0,
@@ -139,7 +139,7 @@ SCORES = {
     "mean_entropy": 0.9,
     "possible": 256.0,
 }
-SICK = {
+CONDITIONS = {
     "complete collapse": ("projections", {"std": 0.02, "mean_cosine": 0.999}, Facts()),
     "dimensional collapse": ("projections", {"effective_rank": 3.0}, Facts()),
     "collapse within batches": ("features", {"within_batch_std": 0.1}, Facts()),
@@ -154,10 +154,10 @@ SICK = {
 }
 
 
-def history_of(space=None, changes=(), healthy=2, sick=2):
+def history_of(space=None, changes=(), healthy=2, unhealthy=2):
     """Return a history that is healthy and then shows a condition."""
     records = []
-    for number in range(healthy + sick):
+    for number in range(healthy + unhealthy):
         record = {
             "step": 100 * number,
             "loss": 1.0,
@@ -173,9 +173,9 @@ def history_of(space=None, changes=(), healthy=2, sick=2):
     return records
 
 
-@pytest.mark.parametrize("kind", SICK)
-def test_each_sickness_is_named_alone_and_with_its_numbers(kind):
-    space, changes, facts = SICK[kind]
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_each_condition_is_named_alone_and_with_its_numbers(kind):
+    space, changes, facts = CONDITIONS[kind]
     (finding,) = diagnose(history_of(space, changes), facts, Thresholds())
     assert (finding.kind, finding.space, finding.step) == (kind, space, 300)
     assert kind in str(finding)
@@ -184,11 +184,11 @@ def test_each_sickness_is_named_alone_and_with_its_numbers(kind):
     assert diagnose(history_of(), facts, Thresholds()) == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SICK if kind != "NaN"])
+@pytest.mark.parametrize("kind", [kind for kind in CONDITIONS if kind != "NaN"])
 def test_one_measurement_is_not_enough(kind):
-    space, changes, facts = SICK[kind]
-    assert diagnose(history_of(space, changes, healthy=3, sick=1), facts, Thresholds()) == []
-    assert diagnose(history_of(space, changes, healthy=0, sick=2), facts, Thresholds()) == []
+    space, changes, facts = CONDITIONS[kind]
+    assert diagnose(history_of(space, changes, healthy=3, unhealthy=1), facts, Thresholds()) == []
+    assert diagnose(history_of(space, changes, healthy=0, unhealthy=2), facts, Thresholds()) == []
 
 
 def test_the_example_reads_as_promised():
@@ -205,7 +205,7 @@ def test_what_rises_from_a_low_start_is_no_collapse():
     for record, value in zip(history, (0.01, 0.03, 0.06, 0.1), strict=True):
         record["projections"]["std"] = value
     assert diagnose(history, Facts(), Thresholds()) == []
-    poor = history_of("projections", {"effective_rank": 3.0}, healthy=0, sick=4)  # never had more dimensions
+    poor = history_of("projections", {"effective_rank": 3.0}, healthy=0, unhealthy=4)  # never had more dimensions
     assert diagnose(poor, Facts(), Thresholds()) == []
 
 
@@ -254,7 +254,7 @@ def test_facts_are_read_from_a_module():
     assert read_facts(trainer, lc.VICReg("small_convnet", **options, variance_weight=0.0)).variance_weight == 0
 
 
-# What is logged and kept.
+# Logged values and checkpoints.
 
 
 def test_numbers_of_every_space_reach_callback_metrics_without_a_logger():
@@ -367,7 +367,7 @@ def test_the_teacher_is_read_from_the_keys_whose_order_is_right():
 
 
 class Constant(TwoViews):
-    """Projections that are all the same."""
+    """All projections are equal after four steps."""
 
     def on_train_batch_start(self, batch, batch_idx):
         if self.trainer.global_step >= 4:
@@ -470,7 +470,7 @@ def test_two_ranks_measure_the_rows_of_both(tmp_path):
     assert states == [0, 0]
 
 
-# What is refused.
+# Errors.
 
 
 def test_bad_input_is_named():

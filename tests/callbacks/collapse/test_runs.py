@@ -1,4 +1,4 @@
-"""Runs that are made to collapse are named, and healthy ones give no alarm: real images, some seconds each."""
+"""Runs that are made to collapse are diagnosed, and healthy runs raise no alarm: real images, some seconds each."""
 
 import warnings
 
@@ -15,7 +15,7 @@ STEPS, EVERY, BATCH = 100, 20, 64
 
 
 class NoStopGradient(lc.SimSiam):
-    """SimSiam whose target gets a gradient."""
+    """SimSiam without stop-gradient on the target."""
 
     def training_step(self, batch, batch_idx):
         view_a, view_b = self.views(batch, count=2)

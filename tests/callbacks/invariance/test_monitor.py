@@ -53,14 +53,14 @@ def test_similarity_is_that_of_plain_loops():
     def cosine(a, b):
         return float((a @ b) / (a.norm() * b.norm()))
 
-    centre = sum(plain) / 6
-    own = sum(cosine(a - centre, b - centre) for a, b in zip(plain, other, strict=True)) / 6
+    center = sum(plain) / 6
+    own = sum(cosine(a - center, b - center) for a, b in zip(plain, other, strict=True)) / 6
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
-    different = sum(cosine(plain[i] - centre, plain[j] - centre) for i, j in pairs) / len(pairs)
+    different = sum(cosine(plain[i] - center, plain[j] - center) for i, j in pairs) / len(pairs)
     assert float(similarity(plain, other)) == pytest.approx((own - different) / (1 - different))
     assert float(similarity(plain, plain)) == pytest.approx(1)
     assert float(similarity(plain, plain[[1, 2, 3, 4, 5, 0]])) == pytest.approx(
-        (sum(cosine(plain[i] - centre, plain[(i + 1) % 6] - centre) for i in range(6)) / 6 - different)
+        (sum(cosine(plain[i] - center, plain[(i + 1) % 6] - center) for i in range(6)) / 6 - different)
         / (1 - different)
     )
 
@@ -74,7 +74,7 @@ def test_a_constant_part_of_the_features_does_not_make_them_similar():
 
 
 def alternate(images, function, strength):
-    """Apply a function of one image and a signed strength, + for the first image, - for the second and so on."""
+    """Apply a function of one image and a signed strength, + for even and - for odd images."""
     return torch.stack([function(image, strength * (1 - 2 * (i % 2))) for i, image in enumerate(images)])
 
 
@@ -121,7 +121,7 @@ def test_no_strength_is_no_change_and_the_images_are_left_alone(name):
 
 
 class Sees(L.LightningModule):
-    """Gives as features what a function of the images gives; learns nothing that matters."""
+    """Module with a fixed backbone."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -145,7 +145,7 @@ class Luminance(nn.Module):
         return (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1).flatten(1)
 
 
-class MeanColour(nn.Module):
+class MeanColor(nn.Module):
     def forward(self, images):
         return images.mean(dim=(2, 3))
 
@@ -175,7 +175,7 @@ def test_a_grey_encoder_is_blind_to_colour_and_not_to_place():
 
 
 def test_an_encoder_of_the_mean_colour_is_blind_to_place():
-    run = watch(MeanColour(), pictures(), InvarianceMonitor(samples=12))
+    run = watch(MeanColor(), pictures(), InvarianceMonitor(samples=12))
     values = run.callback_metrics
     assert values["invariance/flip"] == pytest.approx(1, abs=1e-5)
     assert values["invariance/rotation/90"] == pytest.approx(1, abs=1e-4)
@@ -284,7 +284,7 @@ def test_the_run_is_the_same():
 
 
 class Draws(TensorDataset):
-    """A set with random augmentation of its own."""
+    """Dataset with random augmentation."""
 
     def __getitem__(self, index):
         image, *rest = super().__getitem__(index)

@@ -1,4 +1,4 @@
-"""`EmbeddingLogger` shows the features of validation images: projector, map and neighbours, and changes nothing."""
+"""`EmbeddingLogger`: projector, map and neighbors of validation images, and bit-identical training."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ SAME, OTHER = (46, 160, 67), (218, 54, 51)
 
 
 def read_projector(folder):
-    """Return the configuration of a run's projector, with what each entry points to."""
+    """Return features, metadata lines, sprite and thumbnail size of each projector entry of a run, by name."""
     (path,) = Path(folder).rglob("projector_config.pbtxt")
     config = text_format.Parse(path.read_text(), ProjectorConfig())
     found = {}
@@ -42,13 +42,13 @@ def read_projector(folder):
     return found
 
 
-def colours(images):
-    """Return what `Pixels` makes of uint8 images: their mean colours, in 0..255."""
+def colors(images):
+    """Return the features of `Pixels` for uint8 images: mean colors in 0..255."""
     return images.double().mean(dim=(2, 3))
 
 
 def logged(**settings):
-    """Return an EmbeddingLogger without a map, which takes the most time."""
+    """Return an EmbeddingLogger without a map, which is slow to draw."""
     return EmbeddingLogger(**({"layout": None} | settings))
 
 
@@ -57,7 +57,7 @@ def test_projector_has_features_labels_and_pictures(tmp_path):
     fit([callback], folder=tmp_path, logger=TensorBoardLogger(tmp_path), max_epochs=1)
     ((name, (rows, words, sprite, size)),) = read_projector(tmp_path).items()
     assert name == "embeddings:00003"
-    assert np.allclose(rows, colours(VAL), rtol=1e-4)
+    assert np.allclose(rows, colors(VAL), rtol=1e-4)
     names = ["dark", "grey ish", "light"]
     assert words == ["label\timage", *(f"{names[label]}\t{i}" for i, label in enumerate(LABELS))]
     assert size == [64, 64]
@@ -107,8 +107,8 @@ def test_a_new_writer_keeps_the_snapshots_of_the_last_one(count, steps, tmp_path
 
 
 def nearest(images, row, count):
-    """Return the rows of the images with the most similar mean colours, in plain loops."""
-    features = colours(images).tolist()
+    """Return the indices of the images with the most similar mean colors, in plain loops."""
+    features = colors(images).tolist()
     norm = [sum(x * x for x in f) ** 0.5 for f in features]
     cosine = [
         sum(a * b for a, b in zip(features[row], f, strict=True)) / norm[row] / n
@@ -174,11 +174,11 @@ def test_the_map_has_the_principal_components_and_every_picture(tmp_path):
     fit([EmbeddingLogger(queries=0)], folder=tmp_path, max_epochs=1)
     picture = pictures(tmp_path)["embeddings_map_step0000003.png"]
     assert picture.shape == (720, 1440, 3)
-    # The brightest and the darkest pixel of the images are on the left, the classes' first two colours on the right.
+    # The brightest and the darkest pixel of the images are on the left, the classes' first two colors on the right.
     left, right = picture[:, :720].reshape(-1, 3), picture[:, 720:].reshape(-1, 3)
-    for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):
-        assert (right == colour).all(axis=1).sum() > 50
-        assert (left == colour).all(axis=1).sum() < 5
+    for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):
+        assert (right == color).all(axis=1).sum() > 50
+        assert (left == color).all(axis=1).sum() < 5
 
 
 def test_principal_components_are_those_of_numpy():

@@ -1,4 +1,4 @@
-"""`ViewLogger` shows what the step gets, beside what the loader gave, and where it should."""
+"""`ViewLogger`: pictures of originals and views, their destinations, and bit-identical training."""
 
 import lightning as L
 import numpy as np
@@ -65,7 +65,7 @@ def test_a_logger_without_pictures_gets_files_beside_its_own(tmp_path):
 
 
 class Recorder(Logger):
-    """A logger with a way to log pictures that its subclasses choose."""
+    """Logger whose subclasses define how images are logged."""
 
     name, version = "recorder", 0
 
@@ -90,7 +90,7 @@ class LikeWandB(Recorder):
 
 
 class LikeMLFlow(Recorder):
-    """MLflow's client is told the run."""
+    """MLflow's client takes the run id."""
 
     run_id = "run-7"
 
