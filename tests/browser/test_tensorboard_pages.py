@@ -88,8 +88,8 @@ def test_the_projector_shows_the_embeddings_with_pictures_and_labels(server, run
     browser.wait_for(lambda: f"Points: {POINTS}" in browser.text(), "number of points")
     text = browser.text()
     assert "2 tensors found" in text
-    assert "embeddings:00003" in text
-    assert "embeddings:00006" in text
+    assert f"embeddings:00003 {POINTS}x3" in text
+    assert f"embeddings:00006 {POINTS}x3" in text
     assert "Dimension: 3" in text
     assert "Label by label image" in text
     for route in ("tensor", "metadata", "sprite_image"):
