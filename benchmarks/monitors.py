@@ -1,4 +1,4 @@
-"""What the monitors cost a step: the time inside their own hooks, which the noise of whole runs would drown."""
+"""Overhead of the monitors: time inside their hooks, since differences between whole runs are dominated by noise."""
 
 import argparse
 import logging
@@ -13,17 +13,17 @@ from benchmarks.common import report
 from benchmarks.end_to_end import BATCH, fit
 from benchmarks.overhead import simclr
 from lightning_contrast.callbacks.capture.features import FeatureHook, ViewHook
-from lightning_contrast.callbacks.throughput.trainer_events import Events
+from lightning_contrast.callbacks.throughput.trainer_events import ProfilerListener
 
 
 class Stopwatch:
-    """Adds up the processor time of this thread that functions take."""
+    """Processor time of this thread spent in functions."""
 
     def __init__(self):
         self.seconds, self.calls = 0.0, 0
 
     def wrap(self, owner, *names):
-        """Time these methods of an object or class, its hooks where none are named."""
+        """Time methods of an object or class, by default its hooks."""
         hooks = [n for n in dir(owner) if n.startswith("on_") and n in vars(type(owner))]
         for name in names or hooks:
             setattr(owner, name, self._timed(getattr(owner, name)))
@@ -40,8 +40,8 @@ class Stopwatch:
         return timed
 
 
-class Whole(L.Callback):
-    """Takes the processor time of the thread from the end of the first epoch to the end of the last."""
+class WholeRun(L.Callback):
+    """Processor time of the thread from the end of the first epoch to the end of training."""
 
     def __init__(self, watches):
         self.watches, self.seconds, self.steps = watches, 0.0, 0
@@ -58,9 +58,9 @@ class Whole(L.Callback):
 
 
 def main():
-    """Train SimCLR with both monitors on, one thread, and report the share of each."""
+    """Train SimCLR with both monitors on one thread, and report the share of each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=12, help="9 batches each; 12 hold one measurement in 99 batches")
+    parser.add_argument("--epochs", type=int, default=12, help="of 9 batches; 12 include one measurement in 99 batches")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -72,24 +72,24 @@ def main():
     watches["CollapseMonitor"].wrap(FeatureHook, "_hook")
     watches["CollapseMonitor"].wrap(ViewHook, "_hook")
     watches["TrainingCostMonitor"].wrap(throughput)
-    watches["TrainingCostMonitor"].wrap(Events, "_on_start", "_on_stop", "enter", "leave")
-    whole = Whole(list(watches.values()))
+    watches["TrainingCostMonitor"].wrap(ProfilerListener, "_on_start", "_on_stop", "enter", "leave")
+    whole = WholeRun(list(watches.values()))
     views = lc.ViewAugmentation(lc.augment.simclr_cifar_views(32))
     fit(simclr(), options.epochs, [views, collapse, throughput, whole], datamodule=lc.data.EmojiDataModule(BATCH))
     rows = [
         {
             "monitor": name,
-            "ms a step": 1000 * watch.seconds / whole.steps,
+            "ms per step": 1000 * watch.seconds / whole.steps,
             "share of the step": watch.seconds / whole.seconds,
-            "calls a step": watch.calls / whole.steps,
+            "calls per step": watch.calls / whole.steps,
         }
         for name, watch in watches.items()
     ]
     step = 1000 * whole.seconds / whole.steps
     notes = (
         f"SimCLR, small convnet, emoji at 32 px, batch {BATCH}, {whole.steps} steps of {step:.0f} ms after the first "
-        "epoch, one measurement of `CollapseMonitor` among them; processor time of the thread inside the monitor's "
-        "hooks, the timing itself included."
+        "epoch, including one measurement of `CollapseMonitor`; processor time of the thread inside the hooks of "
+        "the monitor, including the overhead of timing."
     )
     report("monitors", rows, notes)
 

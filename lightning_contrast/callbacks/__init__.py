@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from lightning_contrast._lazy import attach
 
 if TYPE_CHECKING:
-    from lightning_contrast.callbacks.collapse.contrast_monitor import (
+    from lightning_contrast.callbacks.collapse.diagnosis import Thresholds as Thresholds
+    from lightning_contrast.callbacks.collapse.instance_discrimination_monitor import (
         InstanceDiscriminationMonitor as InstanceDiscriminationMonitor,
     )
     from lightning_contrast.callbacks.collapse.monitor import CollapseMonitor as CollapseMonitor

@@ -73,13 +73,6 @@ def picture_of(figure: "Figure") -> "Image":
     return Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
 
 
-def tensorboard_folders(trainer: Any) -> list[str]:
-    """Return the folders that the TensorBoard loggers of a Trainer write their events to."""
-    experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    found = [e.get_logdir() for e in experiments if hasattr(e, "get_logdir") and hasattr(e, "add_image")]
-    return [str(folder) for folder in found if isinstance(folder, str | Path)]  # that of `fast_dev_run` has none
-
-
 def png_bytes(picture: "Image") -> bytes:
     """Return a picture as a PNG file."""
     buffer = BytesIO()

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe with the standard library alone (the Chrome DevTools Protocol)."""
+"""Headless Chromium, controlled over a pipe by the Chrome DevTools Protocol, with the standard library only."""
 
 import base64
 import contextlib
@@ -24,18 +24,18 @@ FLAGS = (
     "--disable-gpu",
     "--use-angle=swiftshader",  # WebGL without a graphics card: the projector draws with it
     "--enable-unsafe-swiftshader",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no page reaches beyond this machine
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no connections to other machines
     "--window-size=1400,1000",
     "--remote-debugging-pipe",
 )
-# The browser reads from 3 and writes to 4; descriptors that `subprocess` passes on keep their numbers.
+# The browser reads from descriptor 3 and writes to 4; `subprocess` keeps the numbers of inherited descriptors.
 START = """import os, sys
 to, back = (os.dup(int(number)) for number in sys.argv[1:3])
 for here, there in ((to, 3), (back, 4)):
     os.dup2(here, there)
     os.set_inheritable(there, True)
 os.execv(sys.argv[3], sys.argv[3:])"""
-# All text of a page, that in shadow roots and in frames of the same server too.
+# All text of a page, including shadow roots and frames of the same server.
 TEXT = """(() => {
   const found = [];
   const walk = node => {
@@ -49,7 +49,7 @@ TEXT = """(() => {
   walk(document);
   return found.join(' ').replace(/\\s+/g, ' ');
 })()"""
-# Width and height of each picture that has been loaded, by its address.
+# Address, width and height of each loaded image.
 PICTURES = """(() => {
   const found = [];
   const walk = node => {
@@ -69,11 +69,11 @@ def find_chromium():
 
 
 class Chromium:
-    """One tab of a browser with a profile of its own; a context manager.
+    """Context manager of one browser tab with a temporary profile.
 
     Attributes:
-        responses: Status by address of everything that the tab was sent.
-        failures: Errors that scripts of the page left uncaught.
+        responses: Status of each response, by address.
+        failures: Uncaught errors of scripts.
     """
 
     def __init__(self, folder):
@@ -115,13 +115,13 @@ class Chromium:
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, 9)  # the browser and the processes that it has started
+            os.killpg(self._process.pid, 9)  # the browser and its child processes
             self._process.wait()
         self._reader.join(10)
         os.close(self._to)
 
     def open(self, address):
-        """Go to a page."""
+        """Open a page."""
         self._send("Page.navigate", url=address)
 
     def evaluate(self, script):
@@ -130,7 +130,7 @@ class Chromium:
         return answer["result"].get("value")
 
     def wait_for(self, condition, what, seconds=120):
-        """Return the first true value of a function, or fail with what the page shows."""
+        """Return the first true value of a function; fail with the text of the page after a timeout."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self._take_events()
@@ -149,7 +149,7 @@ class Chromium:
         return self.evaluate(PICTURES) or []
 
     def screenshot(self, path):
-        """Write what the tab shows as a PNG file."""
+        """Write a screenshot as a PNG file."""
         path.write_bytes(base64.b64decode(self._send("Page.captureScreenshot", format="png")["data"]))
 
     def _send(self, method, session=True, seconds=120, **params):
@@ -167,22 +167,22 @@ class Chromium:
         return answer["result"]
 
     def _take_events(self, seconds=None):
-        """Sort what has arrived; with a number of seconds, wait for one message at least."""
+        """Process received messages; with ``seconds``, wait for at least one."""
         try:
             message = self._arrived.get(timeout=seconds) if seconds is not None else self._arrived.get_nowait()
         except queue.Empty:
             if seconds is not None:
-                raise TimeoutError("the browser does not answer") from None
+                raise TimeoutError("the browser does not respond") from None
             return
         except ValueError:
-            raise TimeoutError("the browser does not answer") from None
+            raise TimeoutError("the browser does not respond") from None
         while message is not None:
             self._sort(message)
             try:
                 message = self._arrived.get_nowait()
             except queue.Empty:
                 return
-        raise OSError("the browser has ended")
+        raise OSError("the browser has exited")
 
     def _sort(self, message):
         if "id" in message:
@@ -194,7 +194,7 @@ class Chromium:
             self.failures.append(message["params"]["exceptionDetails"].get("exception", {}).get("description", "?"))
 
     def _read(self):
-        """Read messages, which end with a zero byte, until the browser ends."""
+        """Read zero-terminated messages until the browser exits."""
         rest = b""
         with os.fdopen(self._from, "rb", buffering=0) as pipe:
             while chunk := pipe.read(1 << 16):

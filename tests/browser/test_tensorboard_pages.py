@@ -1,4 +1,4 @@
-"""What `ViewLogger` and `EmbeddingLogger` write, looked at on the pages of a real TensorBoard in a real browser."""
+"""Output of `ViewLogger` and `EmbeddingLogger` on the pages of TensorBoard in a headless browser."""
 
 import io
 import os
@@ -65,7 +65,7 @@ def browser(tmp_path):
 
 
 def keep(tab, name, folder):
-    """Take a picture of a page, for those who set BROWSER_SHOTS to a folder too, and return its pixels."""
+    """Return the pixels of a screenshot; it is also copied to the folder BROWSER_SHOTS if that is set."""
     tab.screenshot(folder / name)
     if "BROWSER_SHOTS" in os.environ:
         Path(os.environ["BROWSER_SHOTS"]).mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def keep(tab, name, folder):
 
 
 def answers(tab, route):
-    """Return status and query by address of what a route of TensorBoard has sent."""
+    """Return status and query of the responses of a TensorBoard route, by address."""
     return {
         address: (status, parse_qs(urlsplit(address).query))
         for address, status in tab.responses.items()
@@ -88,14 +88,14 @@ def test_the_projector_shows_the_embeddings_with_pictures_and_labels(server, run
     browser.wait_for(lambda: f"Points: {POINTS}" in browser.text(), "number of points")
     text = browser.text()
     assert "2 tensors found" in text
-    assert f"embeddings (newest, step 6) {POINTS}x3" in text
-    assert f"embeddings:0000003 {POINTS}x3" in text
+    assert f"embeddings:00003 {POINTS}x3" in text
+    assert f"embeddings:00006 {POINTS}x3" in text
     assert "Dimension: 3" in text
     assert "Label by label image" in text
     for route in ("tensor", "metadata", "sprite_image"):
         ((status, query),) = answers(browser, f"/projector/{route}").values()
         assert status == 200
-        assert query["name"] == ["embeddings (newest, step 6)"]  # the page opens with the newest
+        assert query["name"] == ["embeddings:00003"]  # the page sorts by name and opens the first
 
     (path,) = run.rglob("projector_config.pbtxt")
     entry = text_format.Parse(path.read_text(), ProjectorConfig()).embeddings[0]
@@ -103,13 +103,13 @@ def test_the_projector_shows_the_embeddings_with_pictures_and_labels(server, run
     sent = urlopen(address).read()
     assert sent == (path.parent / entry.sprite.image_path).read_bytes()
 
-    # The scene, between the panels, has the colours of the emoji: dots alone would have one.
-    def colours():
+    # The scene between the panels has the colors of the emoji; dots would have a single color.
+    def colors():
         page = keep(browser, "projector.png", tmp_path)
         scene = page[150:850, 330:1060].reshape(-1, 3)
         return len(np.unique(scene // 32, axis=0)) > 60
 
-    browser.wait_for(colours, "pictures in the scene")
+    browser.wait_for(colors, "pictures in the scene")
     assert not browser.failures
 
 

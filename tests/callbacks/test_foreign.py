@@ -50,7 +50,7 @@ def test_every_callback_runs_and_changes_nothing(case, tmp_path):
 
 
 def test_one_view_is_nothing_to_compare():
-    message = r"`features` must name a layer that gives two views .*'encoder' does not.*got '1 view'"
+    message = r"`features` must be a layer whose output is two views .*'encoder' is not.*got '1 view'"
     with pytest.raises(ValueError, match=message):
         quiet_fit(
             foreign.Classifier(),

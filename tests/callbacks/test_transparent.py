@@ -166,7 +166,7 @@ def size(state):
 
 
 def test_what_a_checkpoint_holds_is_small_and_does_not_grow(monkeypatch, tmp_path):
-    monkeypatch.setattr(collapse_monitor, "COURSE", 2)  # 512: it is full after so many measurements
+    monkeypatch.setattr(collapse_monitor, "MAX_HISTORY", 2)  # 512: it is full after so many measurements
     watching, sizes = watchers(), Sizes()
     quiet_fit(TwoViews(), [*views(), *watching, sizes], *data(), max_epochs=8, default_root_dir=tmp_path)
     by_epoch = list(zip(*sizes.sizes, strict=True))[1 : 1 + len(WATCHERS)]
@@ -180,6 +180,6 @@ def test_what_a_checkpoint_holds_is_small_and_does_not_grow(monkeypatch, tmp_pat
 def test_a_measurement_kept_is_below_a_kibibyte(tmp_path):
     monitor = CollapseMonitor(every_n_steps=4)
     quiet_fit(TwoViews(), [*views(), monitor], *data(), max_epochs=2, default_root_dir=tmp_path)
-    record = monitor.state_dict()["course"][-1]
+    record = monitor.state_dict()["history"][-1]
     few, many = (pickle.dumps([copy.deepcopy(record) for _ in range(count)]) for count in (1, 5))
     assert len(many) - len(few) <= 4 * 1024

@@ -1,4 +1,4 @@
-"""The numbers of one space of features: its spread, its dimensions, its views."""
+"""Statistics of one space of features: spread, rank, and similarity of views."""
 
 import math
 from collections import deque
@@ -13,15 +13,14 @@ from lightning_contrast.metrics.spectrum import RANKME_EPSILON, entropy_rank, po
 from lightning_contrast.metrics.sphere import uniformity_of
 
 Entry = dict[str, Tensor]
+"""Rows of one batch by name, each ``(..., R, D)``."""
 
 
 class RollingBuffer:
-    """Keeps tensors of the last batches, by name, each with one row for an image in its last dimension but one.
-
-    Memory: ``batches`` entries of ``rows`` images each. In a checkpoint it is the same: what all ranks hold, by rank.
+    """Buffer of the entries of the last batches; the second-to-last dimension of each tensor indexes images.
 
     Args:
-        batches: Entries kept at most.
+        batches: Maximum number of entries.
     """
 
     def __init__(self, batches: int) -> None:
@@ -31,25 +30,25 @@ class RollingBuffer:
         return len(self._entries)
 
     def add(self, entry: Entry) -> None:
-        """Keep what one batch gave; the oldest batch goes where there are too many."""
+        """Add the entry of one batch; the oldest one is dropped if the buffer is full."""
         self._entries.append(entry)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         self._entries.clear()
 
     def names(self) -> set[str]:
-        """Return the names that every entry has."""
+        """Return the names that are part of every entry."""
         return set.intersection(*(set(entry) for entry in self._entries)) if self._entries else set()
 
     def gathered(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the rows of all batches and ranks, and the batch that each is from.
+        """Return the rows of all batches and ranks, and the index of the batch of each row; a collective operation.
 
         Args:
-            name: One of `names`; the tensors are ``(..., R, D)``, R images each, equal in the other dimensions.
+            name: One of `names`; its tensors are ``(..., R, D)`` and may differ in R only.
 
         Returns:
-            ``(N, ..., D)`` and ``(N,)``; different ranks hold different batches.
+            Rows ``(N, ..., D)`` and batch indices ``(N,)``; batches of different ranks have different indices.
         """
         parts = [entry[name].movedim(-2, 0) for entry in self._entries]
         rows = torch.cat(parts)
@@ -59,7 +58,7 @@ class RollingBuffer:
         return distributed.gather(rows), distributed.gather(batches)
 
     def state(self) -> list[list[Entry]]:
-        """Return the entries of all ranks, on the CPU; every rank must call it."""
+        """Return the entries of all ranks on the CPU; a collective operation."""
         own = [{name: value.detach().cpu() for name, value in entry.items()} for entry in self._entries]
         if not distributed.is_distributed():
             return [own]
@@ -68,7 +67,7 @@ class RollingBuffer:
         return everyone
 
     def restore(self, state: list[list[Entry]], device: torch.device) -> None:
-        """Take this rank's entries out of a state; nothing, where the number of ranks has changed."""
+        """Restore this rank's entries from a state; the buffer stays empty if the number of ranks has changed."""
         self.clear()
         if len(state) == distributed.world_size():
             for entry in state[distributed.rank()]:
@@ -76,20 +75,20 @@ class RollingBuffer:
 
 
 DEAD = 1e-3
-"""A dimension whose deviation is below this share of the root mean square of all is dead."""
-ENOUGH = 8
-"""Rows that a measurement needs."""
+"""A dimension is dead if its standard deviation is below this share of the root mean square over dimensions."""
+MIN_ROWS = 8
+"""Minimum number of finite rows of a measurement."""
 
 
 def measure_buffer(buffer: RollingBuffer) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Measure what the reservoirs of all ranks hold; every rank must call it and gets the same.
+    """Measure the entries of all ranks; a collective operation with equal results on all ranks.
 
     Args:
-        buffer: Entries with "features" (R, F) and maybe "projections" and "teacher" (V, R, D), "winners" and
-            "entropies" (R, 1), "mean" (1, K), "keys" (2, R, D).
+        buffer: Entries with "features" ``(R, F)`` and optionally "projections" and "teacher" ``(V, R, D)``, "winners"
+            and "entropies" ``(R, 1)``, "mean" ``(1, K)``, "keys" ``(2, R, D)``.
 
     Returns:
-        The numbers of each space by name; the singular values of "features" and "projections" on the CPU; their rows.
+        The values of each space; singular values of "features" and "projections" on the CPU; and their rows.
     """
     names = buffer.names()
     record: dict[str, Any] = {}
@@ -117,30 +116,31 @@ def measure_buffer(buffer: RollingBuffer) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def measure(rows: Tensor, batches: Tensor) -> tuple[dict[str, float], Tensor]:
-    """Return the numbers of a sample of features, and its singular spectrum.
+    """Return statistics of a sample of features, and its singular spectrum.
 
     Args:
-        rows: Features ``(N, D)``, float32.
-        batches: Which batch each row is from, ``(N,)``, integer.
+        rows: Features, float32, ``(N, D)``.
+        batches: Index of the batch of each row, integer, ``(N,)``.
 
     Returns:
-        The numbers by name, and the singular values of the features as they are, largest first (empty where fewer than
-        8 rows are finite). ``finite``: share of rows without NaN. ``std``: mean deviation of the dimensions of the
-        normalised rows, times sqrt(D); 1 on the whole sphere. ``mean_cosine``: of all pairs. ``rankme``: of the rows
-        as they are. ``effective_rank``, ``participation_ratio``, ``alpha_req``: of the centred rows. ``uniformity``:
-        t = 2. ``dead``: share of dimensions that hardly vary. ``within``: variance inside a batch over that of all
-        rows. ``norm``: mean length. ``scale``: root of the total variance.
+        The statistics by name, and the singular values of the rows, largest first; the latter are empty, and only
+        ``finite`` is given, if fewer than 8 rows are finite. ``finite``: share of finite rows. ``std``: mean standard
+        deviation of the dimensions of normalized rows, times sqrt(D); 1 for rows uniform on the sphere.
+        ``mean_cosine``: over all pairs. ``rankme``: of the rows without centering. ``effective_rank``,
+        ``participation_ratio``, ``alpha_req``: of centered rows. ``uniformity``: with t = 2. ``dead_dims``: share of
+        nearly constant dimensions. ``within_batch_std``: variance within batches divided by that of all rows. ``norm``:
+        mean norm. ``rms``: root mean square distance from the mean row.
     """
     finite = rows.isfinite().all(dim=1)
     share = float(finite.float().mean()) if len(rows) else 0.0
     if share < 1:
         rows, batches = rows[finite], batches[finite]
-    if len(rows) < ENOUGH:
+    if len(rows) < MIN_ROWS:
         return {"finite": share}, rows.new_empty(0)
     count, width = rows.shape
     unit = F.normalize(rows, dim=1)
-    centred = rows - rows.mean(dim=0)
-    variances = centred.double().square().mean(dim=0)
+    centered = rows - rows.mean(dim=0)
+    variances = centered.double().square().mean(dim=0)
     squared, covariance = squared_singular_values(rows), squared_singular_values(rows, center=True)
     shares = covariance / covariance.sum().clamp(min=1e-300)
     rms = variances.mean().sqrt()
@@ -152,22 +152,22 @@ def measure(rows: Tensor, batches: Tensor) -> tuple[dict[str, float], Tensor]:
         "participation_ratio": torch.nan_to_num(1 / shares.square().sum(), posinf=0.0),
         "alpha_req": power_law(covariance, count, _fit_range(min(count - 1, width))),
         "uniformity": uniformity_of(unit),
-        "dead": (variances.sqrt() <= DEAD * rms).double().mean(),
-        "within": _within(rows, batches, variances.sum() * count / (count - 1)),
+        "dead_dims": (variances.sqrt() <= DEAD * rms).double().mean(),
+        "within_batch_std": _within_batches(rows, batches, variances.sum() * count / (count - 1)),
         "norm": rows.norm(dim=1).mean(),
-        "scale": variances.sum().sqrt(),
+        "rms": variances.sum().sqrt(),
     }
-    host = torch.stack([value.double().to(rows.device) for value in values.values()]).tolist()  # one wait for all
+    host = torch.stack([value.double().to(rows.device) for value in values.values()]).tolist()  # one synchronization
     return {"finite": share} | dict(zip(values, host, strict=True)), squared.sqrt()
 
 
 def _fit_range(rank: int) -> tuple[int, int]:
-    """Return alpha-ReQ's range, from the first eigenvalue on where there are not many."""
+    """Return the range of eigenvalues for alpha-ReQ; it starts at the first if there are few."""
     return (5, 100) if rank >= 20 else (1, 100)
 
 
-def _within(rows: Tensor, batches: Tensor, total: Tensor) -> Tensor:
-    """Return the variance inside batches as a share of the total; about 1 for random batches."""
+def _within_batches(rows: Tensor, batches: Tensor, total: Tensor) -> Tensor:
+    """Return the variance within batches divided by the total variance, a scalar; about 1 for random batches."""
     _, index, sizes = torch.unique(batches, return_inverse=True, return_counts=True)
     means = rows.new_zeros(len(sizes), rows.shape[1]).index_add_(0, index, rows) / sizes.unsqueeze(1)
     inside = (rows - means[index]).double().square().sum()
@@ -176,15 +176,15 @@ def _within(rows: Tensor, batches: Tensor, total: Tensor) -> Tensor:
 
 
 def measure_pairs(view_a: Tensor, view_b: Tensor) -> dict[str, float]:
-    """Return what two views of the same images have in common.
+    """Return similarity statistics of two views of the same images.
 
     Args:
-        view_a: ``(N, D)``.
-        view_b: ``(N, D)``.
+        view_a: Embeddings, ``(N, D)``; L2-normalized here.
+        view_b: Embeddings of the same images, ``(N, D)``; L2-normalized here.
 
     Returns:
-        ``alignment``: mean squared distance on the sphere, 0..4. ``positive_cosine``: mean cosine of the pairs.
-        ``margin``: how far that is above the mean cosine of other pairs, as a share of the possible.
+        ``alignment``: mean squared distance on the sphere, 0..4. ``positive_cosine``: mean cosine of positive pairs.
+        ``margin``: (``positive_cosine`` - mean cosine of other pairs) / (1 - mean cosine of other pairs).
     """
     a, b = F.normalize(view_a, dim=1).double(), F.normalize(view_b, dim=1).double()
     positive = (a * b).sum(dim=1).mean()
@@ -195,17 +195,17 @@ def measure_pairs(view_a: Tensor, view_b: Tensor) -> dict[str, float]:
 
 
 def measure_scores(winners: Tensor, entropies: Tensor, mean: Tensor) -> dict[str, float]:
-    """Return how images are assigned to K prototypes.
+    """Return statistics of the assignment of images to K prototypes.
 
     Args:
-        winners: The prototype with the largest probability of each image, ``(N,)``.
-        entropies: Of each image's probabilities, ``(N,)``, in nats.
-        mean: The mean probabilities ``(K,)``.
+        winners: Prototype with the largest probability for each image, ``(N,)``.
+        entropies: Entropy of the probabilities of each image, in nats, ``(N,)``.
+        mean: Mean probabilities, ``(K,)``.
 
     Returns:
-        ``prototypes``: effective number of prototypes that win an image; ``prototype_use``: the same as a share of
-        the most that is possible, min(N, K); ``teacher_entropy`` and ``mean_entropy``: mean entropy of an image's
-        probabilities and entropy of the mean, as shares of ln K; ``possible``: min(N, K).
+        ``prototypes``: effective number of prototypes that are assigned; ``prototype_use``: the same divided by
+        ``possible``, which is min(N, K); ``teacher_entropy`` and ``mean_entropy``: mean of the entropies and entropy of
+        the mean, divided by ln K.
     """
     count, width = len(winners), len(mean)
     wins = torch.zeros(width, dtype=torch.float64, device=winners.device)

@@ -1,4 +1,4 @@
-"""Measures what features have become blind to: their similarity under each single change of the images."""
+"""Invariance of features to single image perturbations."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -22,62 +22,68 @@ from lightning_contrast.callbacks.invariance.perturbations import (
     fitting_changes,
     similarity,
 )
-from lightning_contrast.callbacks.invariance.report import Curves, draw_curves, in_words, mean_of
+from lightning_contrast.callbacks.invariance.report import Curves, draw_curves, mean_of, summarize
 from lightning_contrast.callbacks.reporting import log_values, picture_of, publish
 from lightning_contrast.contracts import TOLERANCE, replace_images, split_batch
 from lightning_contrast.seeding import derived_seed, isolated
 
 CHUNK = 256
-"""Images of one forward pass, where they were given as a tensor."""
+"""Number of images of one forward pass for images given as a tensor."""
 
 
 class InvarianceMonitor(L.Callback):
-    """Changes fixed images in one way at a time, at several strengths, and measures how far their features move.
+    """Measure how invariant features are to single image perturbations at several strengths.
 
-    A network learns to ignore what its views change: colour jitter costs colour, crops cost the place. Each value is
-    (own - different) / (1 - different) of cosines of centred features, with ``own`` between an image and its changed
-    copy and ``different`` between two plain images: 1 where the features are blind to the change, 0 where the copy is
-    as far away as another image. Measured at the first validation of a fit, ``every_n_epochs`` epochs later
-    and so on, and in the last epoch; in a run without validation at the end of the epoch.
+    A network becomes invariant to what its views change: color jitter removes color, crops remove location. Each value
+    is (own - different) / (1 - different) of cosine similarities of centered features, where ``own`` is the similarity
+    of an image and its perturbed copy and ``different`` that of two unperturbed images: 1 means that the perturbation
+    does not change the features, 0 that the copy is as far away as another image. Measured at the first validation of a
+    fit, then every ``every_n_epochs`` epochs, and in the last epoch; in runs without validation at the end of the
+    epoch.
 
-    Logged: ``invariance/<change>``, the mean over its strengths, and ``invariance/<change>/<strength>``. The curves of
-    the first and of the last measurement are drawn at the end of a fit, where matplotlib is installed, and the last
-    one is told in words. ``docs/invariance.md`` explains how to read them.
+    Logged: ``invariance/<perturbation>``, the mean over strengths, and ``invariance/<perturbation>/<strength>``. At the
+    end of a fit, the curves of the first and the last measurement are drawn (requires matplotlib) and a summary of the
+    last one is printed. For the interpretation, see ``docs/invariance.md``.
 
-    It works on any LightningModule, under `lightning` and `pytorch_lightning` and on every strategy, and leaves the run
-    as it was, bit for bit: the passes are made in eval mode, and nothing is drawn from a global generator; each rank
-    encodes all images. Images go through the Trainer's transfer, so the plain policy of a `ViewAugmentation` prepares
-    them as it does those of validation. Images with NaN or infinite features are left out with a warning.
+    Works with any LightningModule of `lightning` or `pytorch_lightning` and every strategy; training stays
+    bit-identical: features are computed in eval mode without drawing from a global random generator. Each rank encodes
+    all images. Images pass through the batch transfer of the Trainer, so the evaluation transform of a
+    `ViewAugmentation` applies as in validation. Images with non-finite features are excluded with a warning.
 
-    Memory: the images, as their loader gives them. A checkpoint has the two curves. Cost: 38 passes over ``samples``
-    images without gradient, for the changes of the default.
+    Memory: the images as yielded by their loader. A checkpoint stores the two sets of curves. Overhead: 38 forward
+    passes over ``samples`` images without gradient, for the default perturbations.
 
     Args:
         features: As for `OnlineLinearProbe`.
-        images: A tensor (N, C, H, W), uint8 or float in 0..1; a loader over a set of known length; or a DataModule,
-            whose training loader is taken. None: the run's first validation loader.
-        changes: Names of changes, all by default: "brightness", "contrast", "saturation", "hue", "grayscale", "blur",
-            "crop", "shift", "rotation", "flip" (those of colours for images of three channels only). Or own ones by
-            name, each a function of (images in 0..1, strength) with its strengths, weakest first.
-        samples: Images, at least 8, spread evenly over the set.
-        every_n_epochs: Epochs from one measurement to the next.
-        mean: What a loader's images were normalised with, a number for each channel; None: they lie in 0..1.
-        std: As ``mean``; both or none.
+        images: Images to use, uint8 or float in 0..1, ``(N, C, H, W)``, N >= 2.
+        dataloader: Loader over a dataset of known length, or a DataModule whose training loader is used. None, without
+            ``images``: the first validation loader.
+        changes: Names of perturbations: "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "crop",
+            "shift", "rotation", "flip" (those of color for images of three channels only); None for all. Or a dict from
+            names to functions of (images in 0..1, strength) with their strengths, weakest first.
+        samples: Maximum number of images, >= 8, spread evenly over the dataset.
+        every_n_epochs: Number of epochs between measurements, >= 1.
+        mean: Mean of each channel, if the loader yields normalized images.
+        std: Standard deviation of each channel, > 0; given together with ``mean``.
         tokens: As for `OnlineLinearProbe`.
-        name: First part of the names that are logged; must differ between monitors of a Trainer.
-        png_dir: Folder of the picture, beside the loggers; None: see `ViewLogger`.
+        name: Prefix of the logged names; must be unique among the `InvarianceMonitor` callbacks of a Trainer.
+        png_dir: Folder for a PNG file of the curves, in addition to the loggers; None: as for `ViewLogger`.
 
     Attributes:
-        first: The curves of the first measurement, by the name of the change: (strength, similarity), weakest first.
-        curves: Those of the last.
-        summary: What they say in words.
+        first: Curves of the first measurement, (strength, similarity) pairs by perturbation, weakest first.
+        curves: Curves of the last measurement.
+        summary: Summary of the last measurement.
+
+    Raises:
+        ValueError: If an argument is out of its range, or both ``images`` and ``dataloader`` are given.
     """
 
     def __init__(
         self,
         features: str = "backbone",
         *,
-        images: Any = None,
+        images: Tensor | None = None,
+        dataloader: Any = None,
         changes: Changes = None,
         samples: int = 128,
         every_n_epochs: int = 10,
@@ -90,62 +96,70 @@ class InvarianceMonitor(L.Callback):
         check_at_least("samples", samples, 8)
         check_at_least("every_n_epochs", every_n_epochs, 1)
         require((mean is None) == (std is None), "mean", "be given with `std`", (mean, std), "Give both, or neither")
-        require(std is None or min(std) > 0, "std", "be > 0", std, "Give the deviation of each channel")
+        require(std is None or min(std) > 0, "std", "be > 0", std, "Give the standard deviation of each channel")
         check_word("name", name)
-        if isinstance(images, Tensor):
+        if images is not None and not isinstance(images, Tensor):
+            hint = "Give a loader or DataModule as `dataloader=`"
+            fail("images", "be a tensor", type(images).__name__, hint, TypeError)
+        if images is not None:
             hint = "Stack images of one size"
             require(images.ndim == 4 and len(images) >= 2, "images", "be (N, C, H, W)", tuple(images.shape), hint)
-        elif images is not None:
-            check_source("images", images)
-        self.images, self.samples, self.every_n_epochs = images, samples, every_n_epochs
+            require(dataloader is None, "images", "be given without `dataloader`", "both", "Give one of them")
+        if dataloader is not None:
+            check_source("dataloader", dataloader)
+        self.images, self.dataloader = images, dataloader
+        self.samples, self.every_n_epochs = samples, every_n_epochs
         self.changes, self.name, self.png_dir = chosen_changes(changes), name, png_dir
         self.mean, self.std = mean, std
         self.first: Curves = {}
         self.curves: Curves = {}
         self.summary = ""
-        self._tap = FeatureHook(features, tokens)
+        self._hook = FeatureHook(features, tokens)
         self._batches: list[Any] | None = None
         self._measured: int | None = None
         self._warned = False
 
     @property
     def state_key(self) -> str:
-        """Key in a checkpoint's ``"callbacks"``, so that a Trainer takes several."""
+        """Key in a checkpoint's ``"callbacks"``, unique per name."""
         return f"InvarianceMonitor[{self.name}]"
 
-    # The hooks, in the order in which the Trainer calls them.
+    # Hooks, in the order in which the Trainer calls them.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin anew; the curves of a checkpoint are loaded after this."""
+        """Reset the curves (a checkpoint's are loaded later)."""
         self._batches = None
         if stage == "fit":
             self.first, self.curves, self.summary, self._measured, self._warned = {}, {}, "", None, False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer: here it exists, wrapped as it will be, in every strategy."""
-        self._tap.attach(pl_module)
-        if self.images is None and not trainer.enable_validation:
-            rank_zero_warn(f"`{self.name}` looks at validation images, and this run has none: give it `images=`.")
+        """Attach the feature hook; layers exist in their final, wrapped form only from here on."""
+        self._hook.attach(pl_module)
+        if not self._has_images and not trainer.enable_validation:
+            rank_zero_warn(
+                f"InvarianceMonitor `{self.name}` has no images: this run has no validation data. Give `images=` or "
+                "`dataloader=`."
+            )
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer, also where nothing is trained."""
-        self._tap.attach(pl_module)
+        """Attach the feature hook in runs without training."""
+        self._hook.attach(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure where it is time."""
+        """Measure if due."""
         if not trainer.sanity_checking and self._is_due(trainer):
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure in a run without validation."""
-        if not trainer.enable_validation and self.images is not None and self._is_due(trainer):
+        """Measure if due in runs without validation."""
+        if not trainer.enable_validation and self._has_images and self._is_due(trainer):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draw the first and the last curves and tell what they say."""
+        """Print the summary and draw the first and the last curves."""
         if not self.curves:
             return
-        self.summary = in_words(self.curves, self.first)
+        self.summary = summarize(self.curves, self.first)
         rank_zero_info(f"{type(self).__name__} `{self.name}`: {self.summary}")
         if trainer.is_global_zero and find_spec("matplotlib") is not None:
             units = {name: change.unit for name, change in self.changes.items()}
@@ -153,25 +167,29 @@ class InvarianceMonitor(L.Callback):
             publish(trainer, f"{self.name}/curves", picture_of(draw_curves(drawn, units)), self.png_dir)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take the hook away and give the memory back."""
+        """Remove the feature hook and release the images."""
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hook away: `teardown` is not called after an exception."""
+        """Remove the feature hook; `teardown` is not called after an exception."""
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the curves."""
+        """Return the curves and the epoch of the last measurement."""
         return {"first": self.first, "curves": self.curves, "measured": self._measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the curves and the epoch of the last measurement."""
         self.first, self.curves, self._measured = (state_dict[key] for key in ("first", "curves", "measured"))
 
-    # A measurement.
+    # Measurement.
+
+    @property
+    def _has_images(self) -> bool:
+        return self.images is not None or self.dataloader is not None
 
     def _close(self) -> None:
-        self._tap.detach()
+        self._hook.detach()
         self._batches = None
 
     def _is_due(self, trainer: Any) -> bool:
@@ -183,7 +201,7 @@ class InvarianceMonitor(L.Callback):
         return before is None or epoch - before >= self.every_n_epochs or (last and epoch != before)
 
     def _measure(self, trainer: Any, pl_module: Any) -> None:
-        """Measure all changes, on every rank alike, and log them."""
+        """Measure and log all perturbations, with equal results on all ranks."""
         device = trainer.strategy.root_device
         with isolated(derived_seed(SEED), device):
             if self._batches is None:
@@ -193,7 +211,7 @@ class InvarianceMonitor(L.Callback):
             channels = _images_of(self._batches[0]).shape[1]
             changes = fitting_changes(self.changes, channels)
             curves: Curves = {}
-            with extra_pass(trainer, pl_module, [self._tap]):
+            with extra_pass(trainer, pl_module, [self._hook]):
                 plain = self._encode(trainer, pl_module, None, 0.0)
                 for name, change in changes.items():
                     curves[name] = []
@@ -210,40 +228,40 @@ class InvarianceMonitor(L.Callback):
         log_values(trainer, pl_module, values, on_epoch=True)
 
     def _encode(self, trainer: Any, pl_module: Any, change: Any, strength: float) -> Tensor:
-        """Return the features (N, F) of all images, changed or as they are."""
+        """Return the features of all images, perturbed unless ``change`` is None, ``(N, F)``."""
         found = []
         for batch in self._batches or []:
             images = _images_of(batch).to(trainer.strategy.root_device)
             if change is not None:
                 images = self._from_pixels(changed(self._to_pixels(images), change, strength), images)
             given = images if isinstance(batch, Tensor) else replace_images(batch, images)
-            features, _ = encode(trainer, pl_module, [self._tap], given)
+            features, _ = encode(trainer, pl_module, [self._hook], given)
             found.append(features[0])
         return torch.cat(found)
 
     def _compare(self, plain: Tensor, other: Tensor) -> float | None:
-        """Return the similarity over images with finite features, None where there are fewer than two."""
+        """Return the similarity over images with finite features, None if there are fewer than two."""
         finite = plain.isfinite().all(dim=1) & other.isfinite().all(dim=1)
-        self._warned = self._warned or warn_of_nan(self, self._tap.features, finite)
+        self._warned = self._warned or warn_of_nan(self, self._hook.features, finite)
         plain, other = plain[finite], other[finite]
         return float(similarity(plain, other)) if len(plain) >= 2 else None
 
     def _to_pixels(self, images: Tensor) -> Tensor:
-        """Return images in 0..1, float32, from how the loader gives them."""
+        """Return images of the loader as float32 in 0..1, ``(B, C, H, W)``."""
         if images.dtype == torch.uint8:
             return images.float() / 255
         mean, std = self._statistics(images.device)
         return images.float() * std + mean
 
     def _from_pixels(self, pixels: Tensor, given: Tensor) -> Tensor:
-        """Return images as the loader would give them."""
+        """Return float32 images in 0..1 in the format of the loader, ``(B, C, H, W)``."""
         if given.dtype == torch.uint8:
             return (pixels * 255).round().to(torch.uint8)
         mean, std = self._statistics(pixels.device)
         return ((pixels - mean) / std).to(given.dtype)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return what the loader normalises with, (1, C, 1, 1) each."""
+        """Return mean and standard deviation used by the loader, ``(1, C, 1, 1)`` each."""
         mean, std = ((0.0,), (1.0,)) if self.mean is None or self.std is None else (self.mean, self.std)
         shape = (1, -1, 1, 1)
         return torch.tensor(list(mean), device=device).view(shape), torch.tensor(list(std), device=device).view(shape)
@@ -251,24 +269,25 @@ class InvarianceMonitor(L.Callback):
     def _check_values(self, batch: Any) -> None:
         low, high = (float(bound) for bound in torch.aminmax(self._to_pixels(_images_of(batch))))
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-            hint = "Give the `mean` and `std` that the loader normalises with, or `images=` in 0..1"
-            fail("images", "lie in 0..1", (low, high), hint)
+            hint = "Give the `mean` and `std` used by the loader, or `images=` in 0..1"
+            fail("images", "be in 0..1", (low, high), hint)
 
     def _read(self, trainer: Any) -> list[Any]:
-        """Return the batches of the fixed images, the same on every rank."""
-        if isinstance(self.images, Tensor):
+        """Return batches of the fixed images, equal on all ranks."""
+        if self.images is not None:
             return list(torch.split(self.images[_spread(len(self.images), self.samples)], CHUNK))
-        loader = trainer.val_dataloaders if self.images is None else training_loader("images", self.images, trainer)
+        own = self.dataloader
+        loader = trainer.val_dataloaders if own is None else training_loader("dataloader", own, trainer)
         while isinstance(loader, list | tuple | dict):
             loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
         if not can_share(loader) or len(loader.dataset) < 2:
-            rule = "be a tensor, or a DataLoader over a set of known length, of two images or more"
-            fail("images", rule, type(loader).__name__, "Give `images=`, a tensor (N, C, H, W)", TypeError)
+            rule = "be a DataLoader over a dataset of known length with at least two images"
+            fail("dataloader", rule, type(loader).__name__, "Give `images=`, a tensor (N, C, H, W)", TypeError)
         return list(like(loader, _spread(len(loader.dataset), self.samples), drop_last=False))
 
 
 def _spread(total: int, samples: int) -> list[int]:
-    """Return at most ``samples`` rows of a set, spread evenly over it."""
+    """Return at most ``samples`` indices, evenly spread over a dataset of ``total`` images."""
     count = min(total, samples)
     return [place * total // count for place in range(count)]
 

@@ -1,4 +1,4 @@
-"""Curves of similarity over the strength of a change, in words and as a picture."""
+"""Similarity over perturbation strength, as a summary and as a figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -7,51 +7,48 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = list[tuple[float, float]]
-"""Strengths and similarities."""
+"""Pairs of strength and similarity."""
 Curves = dict[str, Curve]
 
-BLIND, SEES = 0.9, 0.5
-"""Similarities at the largest strength, from which on the words are "blind to", and up to which "still sees"."""
+INVARIANT, SENSITIVE = 0.9, 0.5
+"""Features are invariant at a similarity >= 0.9 at the largest strength, and sensitive at <= 0.5."""
 
 
 def mean_of(curve: Curve) -> float:
-    """Return the mean similarity over the strengths."""
+    """Return the mean similarity over strengths."""
     return sum(value for _, value in curve) / len(curve)
 
 
-def in_words(last: Curves, first: Curves | None = None) -> str:
-    """Tell what features have become blind to, and what they still see.
+def summarize(last: Curves, first: Curves | None = None) -> str:
+    """Return a sentence with the perturbations that features are invariant and sensitive to.
 
     Args:
-        last: Curves by the name of the change.
-        first: Those that they are compared with.
+        last: Curves by perturbation.
+        first: Curves of an earlier measurement to compare with.
     """
     ends = sorted(((curve[-1][1], name) for name, curve in last.items()), reverse=True)
     groups = [
-        ("blind to", [end for end in ends if end[0] >= BLIND]),
-        ("still see", [end for end in ends if end[0] <= SEES][::-1]),
+        ("invariant to", [end for end in ends if end[0] >= INVARIANT]),
+        ("sensitive to", [end for end in ends if end[0] <= SENSITIVE][::-1]),
     ]
-    parts = [
-        f"{words} " + ", ".join(f"{name} ({value:.2f})" for value, name in group) for words, group in groups if group
-    ]
-    text = "the features are " + "; they ".join(parts) if parts and parts[0].startswith("blind") else ""
-    text = text or ("the features " + parts[0] if parts else "the features are blind to nothing and lose nothing")
-    moved = [
+    parts = [f"{kind} " + ", ".join(f"{name} ({end:.2f})" for end, name in group) for kind, group in groups if group]
+    text = "features are " + ("; ".join(parts) or "neither invariant nor sensitive to any perturbation")
+    changes = [
         (mean_of(last[name]) - mean_of(curve), name) for name, curve in (first or {}).items() if last.get(name) != curve
     ]
-    if moved:
-        change, name = max(moved, key=lambda item: abs(item[0]))
-        text += f"; since the first measurement {name} has moved most, by {change:+.2f}"
+    if changes:
+        change, name = max(changes, key=lambda item: abs(item[0]))
+        text += f"; largest change since the first measurement: {name} {change:+.2f}"
     return text + "."
 
 
 def draw_curves(curves: Mapping[str, Curves], units: Mapping[str, str], columns: int = 5) -> "Figure":
-    """Draw a panel for each change, with a line for each set of curves; needs matplotlib.
+    """Draw a panel for each perturbation, with a line for each set of curves; requires matplotlib.
 
     Args:
-        curves: Sets of curves by the word of the legend.
-        units: What the strength of each change is measured in.
-        columns: Panels in a row.
+        curves: Sets of curves by legend label.
+        units: Unit of the strength of each perturbation.
+        columns: Maximum number of panels per row.
     """
     from matplotlib.figure import Figure
 

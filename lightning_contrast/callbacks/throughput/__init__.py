@@ -1,1 +1,1 @@
-"""Monitor of the cost of training steps."""
+"""Callback that measures the cost of training steps."""

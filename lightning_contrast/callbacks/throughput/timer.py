@@ -1,141 +1,122 @@
-"""Clocks that tell what time went where: of the host, and of a CUDA device without waiting for it."""
+"""Timers of the host and of a CUDA stream, and the time that training steps spend in each category."""
 
 import time
 from collections import deque
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-Mark: Any = Any
-"""What a clock gives for a moment."""
 
-
-class Clock(Protocol):
-    """Gives marks for moments, and tells later how far apart two of them are."""
+class Timer:
+    """Timer of the host, exact on devices that run operations synchronously."""
 
     def now(self) -> Any:
-        """Return a mark for this moment."""
-
-    def passed(self, mark: Any) -> bool:
-        """Tell whether a mark can be read by now, without waiting for it."""
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Return the seconds between two marks that have passed."""
-
-    def recycle(self, mark: Any) -> None:
-        """Take back a mark that nobody needs any more."""
-
-
-class HostClock:
-    """The clock of the host, right where the work is done in the order in which it is asked for."""
-
-    def now(self) -> float:
-        """Return seconds."""
+        """Return a mark of the current time."""
         return time.perf_counter()
 
-    def passed(self, mark: float) -> bool:
-        """Return True."""
+    def ready(self, mark: Any) -> bool:
+        """Return whether a mark can be read without waiting for the device."""
         return True
 
-    def seconds(self, start: float, end: float) -> float:
-        """Return the difference."""
-        return end - start
+    def seconds(self, start: Any, end: Any) -> float:
+        """Return the seconds between two marks that are ready."""
+        return float(end - start)
 
-    def recycle(self, mark: float) -> None:
-        """Do nothing."""
+    def recycle(self, mark: Any) -> None:
+        """Take back a mark that is no longer needed."""
 
 
-class CudaClock:
-    """The clock of a CUDA stream: a mark is an event that the device reaches when it has done what came before.
+class CudaTimer(Timer):
+    """Timer of a CUDA stream: marks are events, read once the device has reached them.
 
-    The time that the device waits for the host, which waits for data, lies between two events; the time that the host
-    works ahead of the device does not. So what it measures adds up to the time of the run, though nothing waits.
+    The time between two events includes time in which the device is idle, for example while it waits for data, and
+    excludes work that the host does ahead of the device. The sum over all intervals is the duration of the run, without
+    synchronization.
 
     Args:
-        device: Whose current stream is marked.
+        device: CUDA device whose current stream is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._spare: list[Any] = []
+        self._free: list[Any] = []
 
     def now(self) -> Any:
-        """Record an event in the stream."""
+        """Record an event in the current stream."""
         new: Any = torch.cuda.Event
-        event = self._spare.pop() if self._spare else new(enable_timing=True)
+        event = self._free.pop() if self._free else new(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def passed(self, mark: Any) -> bool:
-        """Ask the event."""
+    def ready(self, mark: Any) -> bool:
+        """Return whether the device has reached an event."""
         return bool(mark.query())
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Return the time between two events."""
+        """Return the seconds between two events."""
         return float(start.elapsed_time(end)) / 1000
 
     def recycle(self, mark: Any) -> None:
-        """Keep the event for another moment."""
-        self._spare.append(mark)
+        """Keep an event for reuse."""
+        self._free.append(mark)
 
 
-class Ledger:
-    """Adds up the time that a run spends in each category, step by step.
+class StepTimer:
+    """Sum of the time that training steps spend in each category.
 
-    At every moment one category is current. A step is closed where the next one begins; its times are added up as soon
-    as its last mark has passed.
+    Exactly one category is active at any time. A step ends where the next one starts; its time is added once its last
+    mark is ready.
 
     Args:
-        clock: See `Clock`.
-        warmup: Steps at the beginning that do not count.
+        timer: Source of the marks.
+        warmup: Number of initial steps to exclude.
     """
 
-    LIMIT = 1024
-    """Closed steps that may wait for their marks; the oldest are forgotten beyond."""
+    MAX_PENDING = 1024
+    """Maximum number of finished steps whose marks are not ready; the oldest are dropped."""
 
-    def __init__(self, clock: Clock, warmup: int) -> None:
-        self.clock, self.warmup = clock, warmup
+    def __init__(self, timer: Timer, warmup: int) -> None:
+        self.timer, self.warmup = timer, warmup
         self.seconds: dict[str, float] = {}
         self.images = self.steps = 0
-        self.current = ""
+        self.active = ""
         self._marks: list[tuple[str, Any]] = []
-        self._closed: deque[tuple[list[tuple[str, Any]], int]] = deque()
+        self._pending: deque[tuple[list[tuple[str, Any]], int]] = deque()
 
     def switch(self, category: str) -> None:
-        """Spend time on ``category`` from now on."""
-        if category != self.current:
-            self.current = category
-            self._marks.append((category, self.clock.now()))
+        """Make ``category`` the active one."""
+        if category != self.active:
+            self.active = category
+            self._marks.append((category, self.timer.now()))
 
-    def close_step(self, images: int) -> None:
-        """End a step of ``images`` images; 0 where no step was made since the last one."""
+    def end_step(self, images: int) -> None:
+        """End a step of ``images`` images; 0 if there was no step since the last call."""
         if images:
-            end = self.clock.now()
-            self._closed.append(([*self._marks, ("", end)], images))
-            self._marks = [(self.current, end)]
-            if len(self._closed) > self.LIMIT:
-                self._closed.popleft()
-        self.settle()
+            end = self.timer.now()
+            self._pending.append(([*self._marks, ("", end)], images))
+            self._marks = [(self.active, end)]
+            if len(self._pending) > self.MAX_PENDING:
+                self._pending.popleft()
+        self._add_ready()
 
-    def settle(self) -> None:
-        """Add up the closed steps whose marks have passed."""
-        clock = self.clock
-        while self._closed and clock.passed(self._closed[0][0][-1][1]):
-            marks, images = self._closed.popleft()
+    def take(self) -> tuple[dict[str, float], int, int]:
+        """Return seconds per category, images and steps since the last call, and reset them."""
+        self._add_ready()
+        taken = self.seconds, self.images, self.steps
+        self.seconds, self.images, self.steps = {}, 0, 0
+        return taken
+
+    def _add_ready(self) -> None:
+        timer = self.timer
+        while self._pending and timer.ready(self._pending[0][0][-1][1]):
+            marks, images = self._pending.popleft()
             if self.warmup > 0:
                 self.warmup -= 1
             else:
                 for (category, start), (_, end) in pairwise(marks):
-                    self.seconds[category] = self.seconds.get(category, 0.0) + clock.seconds(start, end)
+                    self.seconds[category] = self.seconds.get(category, 0.0) + timer.seconds(start, end)
                 self.images += images
                 self.steps += 1
-            for _, mark in marks[:-1]:  # the last one is the first of the next step
-                clock.recycle(mark)
-
-    def take(self) -> tuple[dict[str, float], int, int]:
-        """Return the seconds by category, the images and the steps since the last call, and begin anew."""
-        self.settle()
-        taken = self.seconds, self.images, self.steps
-        self.seconds, self.images, self.steps = {}, 0, 0
-        return taken
+            for _, mark in marks[:-1]:  # the last mark is also the first of the next step
+                timer.recycle(mark)

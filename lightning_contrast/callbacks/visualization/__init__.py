@@ -1,1 +1,1 @@
-"""Callbacks that log views and embeddings as images."""
+"""Callbacks that log views and embeddings as pictures."""

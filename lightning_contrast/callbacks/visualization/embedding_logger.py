@@ -1,4 +1,4 @@
-"""Shows which images a representation finds similar: in TensorBoard's projector, on a map, as nearest neighbours."""
+"""Features of validation images in TensorBoard's projector, on a map, and as nearest neighbors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,56 +15,56 @@ from lightning_contrast.callbacks.capture.feature_bank import encoded
 from lightning_contrast.callbacks.capture.features import FeatureHook, count_images, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import complete
 from lightning_contrast.callbacks.capture.labels import Labels, read_labels
-from lightning_contrast.callbacks.reporting import publish, tensorboard_folders
-from lightning_contrast.callbacks.visualization.images import Display, fitted, statistics_of
-from lightning_contrast.callbacks.visualization.neighbours import Strips
-from lightning_contrast.callbacks.visualization.projector import write_projector
-from lightning_contrast.callbacks.visualization.sample import Gallery, Part, Share, gather_gallery
+from lightning_contrast.callbacks.reporting import publish
+from lightning_contrast.callbacks.visualization.images import Display, fit_squares, statistics_of
+from lightning_contrast.callbacks.visualization.neighbours import NeighborHistory
+from lightning_contrast.callbacks.visualization.projector import add_snapshot, summary_writers
+from lightning_contrast.callbacks.visualization.sample import Part, Sample, SampleShare, gather_sample
 from lightning_contrast.callbacks.visualization.scatter import Layout, check_layout, class_word, draw_map
 from lightning_contrast.contracts import split_batch
 
 EDGE = 64
-"""Width and height of a picture in the projector and in the strips, in pixels."""
+"""Width and height of a thumbnail in pixels."""
 SNAPSHOTS = 5
-"""Snapshots that the projector keeps: the first one and the newest."""
+"""Number of projector snapshots that are kept: the first and the newest."""
 
 
 class EmbeddingLogger(L.Callback):
-    """Shows, at validation, the images of a bounded sample where the features put them.
+    """Log the features of a bounded sample of images at validation: projector, map, and nearest neighbors.
 
-    Three ways to look, each from the same images:
+    The sample is spread evenly over the first validation loader, whose features are taken from the validation step.
+    With ``dataloader``, images of that loader are encoded in eval mode at each validation, or at the end of each epoch
+    in runs without validation. Three outputs show the same sample:
 
-    - TensorBoard's projector, for each `TensorBoardLogger`: features with pictures and labels, the first snapshot and
-      the newest four.
-    - ``<name>/map``, a picture: the images, and points in the colours of their classes, at two principal components,
-      t-SNE, or any layout of your own. Needs matplotlib (extra ``demo``).
-    - ``<name>/neighbours``, a picture: ``queries`` fixed images with their nearest neighbours (cosine) now, at the
-      first measurement and at the last few: green frames are of the query's class, red ones are not.
+    - TensorBoard's projector, for each `TensorBoardLogger`: features with thumbnails and labels. The first snapshot and
+      the newest four are kept.
+    - ``<name>/map``, a picture: the images, and points in the colors of their classes, at the first two principal
+      components, at t-SNE coordinates or at those of a function. Requires matplotlib (extra ``demo``).
+    - ``<name>/neighbours``, a picture: fixed query images with their nearest neighbors by cosine similarity at the
+      first measurement and at the newest four. Green frames mark neighbors of the query's class, red frames all others.
 
-    Pictures go where those of `ViewLogger` go. The sample is spread evenly over the first validation loader, whose
-    features the validation step computes anyway. With ``data``, images and labels come from that loader, which is
-    encoded in eval mode at each validation, or at the end of each epoch in a run without validation. Images are known
-    by their pixels: queries are found again when the order of the loader changes.
+    Pictures are logged as by `ViewLogger`. Images are identified by their pixels, so queries are found again when the
+    order of the loader changes.
 
-    The run is left as it was, bit for bit. A checkpoint keeps names of pictures, 8 bytes each, so that a resumed run
-    goes on with the same queries: at most ``queries`` x (5 x ``neighbours`` + 1). Memory, while a validation runs:
-    features of ``samples`` images, and 12 KiB for each; in training none. Cost: rank 0 draws while the others wait,
-    `docs/pictures.md` has the time. Images with NaN or infinite features are left out with a warning.
+    Training stays bit-identical. A checkpoint stores the ids of queries and neighbors, at most
+    8 x ``queries`` x (5 x ``neighbours`` + 1) bytes, so that a resumed run continues with the same queries. Memory
+    during validation: features and 12 KiB for each of ``samples`` images. Rank 0 draws while the other ranks wait; see
+    ``docs/pictures.md`` for the time. Images with non-finite features are excluded with a warning.
 
     Args:
         features: Name of one layer, as for `OnlineLinearProbe`.
-        data: A loader or a DataModule of its own (the training loader is taken); None: the validation loader.
-        labels: As for `OnlineLinearProbe`; None takes the batch contract's, or none where it has no classes.
-        class_names: A word for each class; None takes the DataModule's ``class_names`` where it has them, else numbers.
-        samples: Images, over all ranks, >= 3.
-        every_n_validations: Validations from one measurement to the next, beginning with the first.
-        projector: Write for TensorBoard's projector.
-        layout: Of the map: "pca", "tsne" (scikit-learn), a function of normalised features (N, F) that returns (N, 2),
-            for example of ``umap.UMAP``; None for no map.
-        queries: Fixed images whose neighbours are shown; 0 for none.
-        neighbours: Of each query, >= 1.
+        dataloader: A loader, or a DataModule whose training loader is used; None: the first validation loader.
+        labels: As for `OnlineLinearProbe`; None: the labels of the batch, if they are class indices.
+        class_names: Name of each class; None: ``class_names`` of the DataModule if it has them, else numbers.
+        samples: Maximum number of images over all ranks, >= 3.
+        every_n_validations: Log at every n-th validation, starting with the first.
+        projector: Whether to write snapshots for TensorBoard's projector.
+        layout: "pca", "tsne" (scikit-learn), a function from L2-normalized features ``(N, F)`` to coordinates
+            ``(N, 2)``, for example of ``umap.UMAP``, or None for no map.
+        queries: Number of query images; 0 for no neighbors.
+        neighbours: Number of neighbors of each query, >= 1.
         tokens: As for `OnlineLinearProbe`.
-        name: First part of the names of what is shown; must differ between loggers of embeddings.
+        name: Prefix of the logged names; must be unique among the `EmbeddingLogger` callbacks of a Trainer.
         png_dir: As for `ViewLogger`.
         channels: As for `ViewLogger`.
         mean: As for `ViewLogger`.
@@ -72,14 +72,14 @@ class EmbeddingLogger(L.Callback):
 
     Raises:
         ValueError: If an argument is out of its range.
-        ModuleNotFoundError: If matplotlib or scikit-learn is missing for the map.
+        ModuleNotFoundError: If matplotlib or scikit-learn is needed for the map and missing.
     """
 
     def __init__(
         self,
         features: str = "backbone",
         *,
-        data: Any = None,
+        dataloader: Any = None,
         labels: Labels = None,
         class_names: Sequence[str] | None = None,
         samples: int = 512,
@@ -100,158 +100,160 @@ class EmbeddingLogger(L.Callback):
         check_at_least("queries", queries, 0)
         check_at_least("neighbours", neighbours, 1)
         check_layout(layout)
-        if data is not None:
-            check_source("data", data)
-        check_word("name", name, "It is the first part of the names of what is shown")
-        self.data, self.labels, self.class_names, self.samples = data, labels, class_names, samples
+        if dataloader is not None:
+            check_source("dataloader", dataloader)
+        check_word("name", name, "It is the prefix of the logged names")
+        self.dataloader, self.labels, self.class_names, self.samples = dataloader, labels, class_names, samples
         self.every_n_validations, self.projector, self.layout = every_n_validations, projector, layout
         self.name, self.png_dir = name, png_dir
-        self._tap = FeatureHook(features, tokens)
+        self._hook = FeatureHook(features, tokens)
         self._display = Display(channels, mean, std)
-        self._strips = Strips(queries, neighbours)
+        self._neighbors = NeighborHistory(queries, neighbours)
         self._loader: Any = None
         self._validations = 0
         self._warned_of_nan = self._warned_of_queries = False
-        self._share: Share | None = None
+        self._share: SampleShare | None = None
         self._parts: list[Part] = []
 
     @property
     def state_key(self) -> str:
-        """Key in a checkpoint's ``"callbacks"``, so that a Trainer takes several."""
+        """Key in a checkpoint's ``"callbacks"``, unique per name."""
         return f"EmbeddingLogger[{self.name}]"
 
-    # The hooks, in the order in which the Trainer calls them.
+    # Hooks, in the order in which the Trainer calls them.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin anew; a checkpoint that is resumed is loaded after this."""
+        """Reset the state (a checkpoint's is loaded later)."""
         if stage == "fit":
             self._validations, self._warned_of_nan, self._warned_of_queries = 0, False, False
-            self._strips.clear()
+            self._neighbors.clear()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer: here it exists, wrapped as it will be, in every strategy."""
-        self._tap.attach(pl_module)
+        """Attach the feature hook; layers exist in their final, wrapped form only from here on."""
+        self._hook.attach(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say so, if there will be nothing to look at."""
-        if not trainer.enable_validation and self.data is None:
+        """Warn if the run has no validation data."""
+        if not trainer.enable_validation and self.dataloader is None:
             rank_zero_warn(
-                f"`{self.name}` looks at validation images, and this run has none: give it `data=`, a loader."
+                f"EmbeddingLogger `{self.name}` has no images: this run has no validation data. Give `dataloader=`."
             )
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer and expect the images of the first loader."""
-        self._tap.attach(pl_module)
+        """Attach the feature hook and start a sample if this validation is logged."""
+        self._hook.attach(pl_module)
         self._parts, self._share = [], None
-        if self.data is None and self._is_due(trainer):
-            self._share = Share(self.samples, next(iter(trainer.num_val_batches), 0))
+        if self.dataloader is None and self._is_due(trainer):
+            self._share = SampleShare(self.samples, next(iter(trainer.num_val_batches), 0))
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Expect the features of a batch."""
+        """Arm the feature hook for a batch of the first loader."""
         if self._share is not None and dataloader_idx == 0:
-            self._tap.arm(count_images(batch))
+            self._hook.arm(count_images(batch))
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the features and pictures of the images that are part of the sample."""
+        """Keep features and thumbnails of the sampled images of a batch."""
         if self._share is None or dataloader_idx != 0:
             return
         with torch.no_grad():
             with trainer.precision_plugin.forward_context():
-                complete(trainer, [self._tap], outputs)
-            features = self._tap.read(pl_module, outputs)
-            wanted = self._share.places(len(features))
-            if wanted:
-                rows, places = (torch.tensor(numbers) for numbers in zip(*wanted, strict=True))
-                self._parts.append(self._part(trainer, features, batch, rows, places))
+                complete(trainer, [self._hook], outputs)
+            features = self._hook.read(pl_module, outputs)
+            chosen = self._share.choose(len(features))
+            if chosen:
+                rows, positions = (torch.tensor(numbers) for numbers in zip(*chosen, strict=True))
+                self._parts.append(self._part(trainer, features, batch, rows, positions))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the images; after the sanity check, whose features are those of no training, nothing is shown."""
+        """Log the sample, except after the sanity check, which precedes training."""
         if not trainer.sanity_checking:
             self._measure(trainer, pl_module)
         self._parts, self._share = [], None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the images of ``data`` in a run without validation."""
-        if not trainer.enable_validation and self.data is not None:
+        """Log a sample of ``dataloader`` in runs without validation."""
+        if not trainer.enable_validation and self.dataloader is not None:
             self._measure(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take the hook away."""
-        self._tap.detach()
+        """Remove the feature hook."""
+        self._hook.detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hook away: `teardown` is not called after an exception."""
-        self._tap.detach()
+        """Remove the feature hook; `teardown` is not called after an exception."""
+        self._hook.detach()
         self._parts, self._share = [], None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of validations, and the names of queries and neighbours."""
-        return {"validations": self._validations, "strips": self._strips.state_dict()}
+        """Return the number of validations, and the ids of queries and neighbors."""
+        return {"validations": self._validations, "neighbors": self._neighbors.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the number of validations and the ids."""
         self._validations = state_dict["validations"]
-        self._strips.load_state_dict(state_dict["strips"])
+        self._neighbors.load_state_dict(state_dict["neighbors"])
 
-    # A measurement.
+    # Measurement.
 
     def _is_due(self, trainer: Any) -> bool:
         fitting = trainer.state.fn == "fit"
         return trainer.sanity_checking or not fitting or self._validations % self.every_n_validations == 0
 
     def _measure(self, trainer: Any, pl_module: Any) -> None:
-        """Gather the images of all ranks, and show them on rank 0."""
+        """Gather the sample of all ranks and log it on rank 0."""
         due = self._is_due(trainer)
         self._validations += 1
         if not due:
             return
-        if self.data is not None:
+        if self.dataloader is not None:
             self._parts = self._encode(trainer, pl_module)
-        gallery = gather_gallery(self._parts, self.samples)
-        if gallery is None:
+        sample = gather_sample(self._parts, self.samples)
+        if sample is None:
             return
-        finite = torch.isfinite(gallery.features).all(dim=1)
-        self._warned_of_nan = self._warned_of_nan or warn_of_nan(self, self._tap.features, finite)
-        gallery = gallery.only(finite)
-        if len(gallery.names) >= 3:
+        finite = torch.isfinite(sample.features).all(dim=1)
+        self._warned_of_nan = self._warned_of_nan or warn_of_nan(self, self._hook.features, finite)
+        sample = sample.select(finite)
+        if len(sample.ids) >= 3:
             with torch.no_grad():
-                self._show(trainer, gallery)
+                self._log(trainer, sample)
 
-    def _show(self, trainer: Any, gallery: Gallery) -> None:
+    def _log(self, trainer: Any, sample: Sample) -> None:
         step, epoch = int(trainer.global_step), int(trainer.current_epoch)
-        source = trainer.datamodule if self.data is None else self.data
+        source = trainer.datamodule if self.dataloader is None else self.dataloader
         names = self.class_names or getattr(source, "class_names", None)
         if self.projector:
-            words = None if gallery.labels is None else [class_word(int(label), names) for label in gallery.labels]
-            for folder in tensorboard_folders(trainer):
-                write_projector(folder, self.name, step, gallery, words, keep=SNAPSHOTS)
+            words = None if sample.labels is None else [class_word(int(label), names) for label in sample.labels]
+            for writer in summary_writers(trainer):
+                add_snapshot(writer, self.name, step, sample, words, keep=SNAPSHOTS)
         if self.layout is not None:
-            picture = draw_map(gallery, names, self.layout, f"{self._tap.features}, epoch {epoch}, step {step}")
+            picture = draw_map(sample, names, self.layout, f"{self._hook.features}, epoch {epoch}, step {step}")
             publish(trainer, f"{self.name}/map", picture, self.png_dir)
-        if self._strips.queries:
-            missing = self._strips.measure(gallery, f"epoch {epoch}")
+        if self._neighbors.queries:
+            missing = self._neighbors.measure(sample, f"epoch {epoch}")
             if missing and not self._warned_of_queries:
                 self._warned_of_queries = True
                 rank_zero_warn(
-                    f"{type(self).__name__} `{self.name}`: {missing} of the queries are not among the images any more. "
-                    "Fix the sample."
+                    f"{type(self).__name__} `{self.name}`: {missing} of the queries are no longer in the sample. "
+                    "Use a fixed validation set."
                 )
-            publish(trainer, f"{self.name}/neighbours", self._strips.draw(gallery, names), self.png_dir)
+            publish(trainer, f"{self.name}/neighbours", self._neighbors.draw(sample, names), self.png_dir)
 
-    def _part(self, trainer: Any, features: Tensor, batch: Any, rows: Tensor, places: Tensor) -> Part:
-        """Return the features, pictures and labels of some images of a batch."""
+    def _part(self, trainer: Any, features: Tensor, batch: Any, rows: Tensor, positions: Tensor) -> Part:
+        """Return features, thumbnails and labels of some rows of a batch."""
         images, _ = split_batch(batch)
         images = images if isinstance(images, Tensor) else images[0]
         if images.ndim != 4:
-            hint = "EmbeddingLogger shows images: remove it, or name the images in a dict"
-            fail("batch", "hold images (B, C, H, W)", tuple(images.shape), hint)
+            hint = "Remove EmbeddingLogger, or yield a dict with the key `image`"
+            fail("batch", "contain images (B, C, H, W)", tuple(images.shape), hint)
         pixels = self._display.pixels(images[rows], statistics_of(trainer, training=False))
         labels = self._labels_of(batch)
-        return Part(places, features[rows], fitted(pixels, EDGE), None if labels is None else labels[rows].cpu())
+        return Part(
+            positions, features[rows], fit_squares(pixels, EDGE), None if labels is None else labels[rows].cpu()
+        )
 
     def _labels_of(self, batch: Any) -> Tensor | None:
         if self.labels is not None:
@@ -261,24 +263,17 @@ class EmbeddingLogger(L.Callback):
         return found.long() if usable and found is not None else None
 
     def _encode(self, trainer: Any, pl_module: Any) -> list[Part]:
-        """Return this rank's share of the images of ``data``, encoded now."""
+        """Encode this rank's share of ``dataloader``."""
         if self._loader is None:
-            self._loader = training_loader("data", self.data, trainer)
+            self._loader = training_loader("dataloader", self.dataloader, trainer)
         parts: list[Part] = []
 
-        def read(features: Tensor, batch: Any, layer: int) -> tuple[Tensor, Tensor]:
-            start = sum(len(part.places) for part in parts)
-            places = torch.arange(start, start + len(features))
-            parts.append(self._part(trainer, features, batch, torch.arange(len(features)), places))
-            return features, places
+        def _add_part(features: Tensor, batch: Any, layer: int) -> tuple[Tensor, Tensor]:
+            start = sum(len(part.positions) for part in parts)
+            positions = torch.arange(start, start + len(features))
+            parts.append(self._part(trainer, features, batch, torch.arange(len(features)), positions))
+            return features, positions
 
-        kept = encoded(trainer, pl_module, [self._tap], self._loader, read, limit=self.samples)
-        own = torch.cat(
-            [places for _, places in kept[self._tap.features].batches]
-        )  # this rank's share of what was read
-        return [_rows(part, torch.isin(part.places, own)) for part in parts]
-
-
-def _rows(part: Part, keep: Tensor) -> Part:
-    labels = None if part.labels is None else part.labels[keep]
-    return Part(part.places[keep], part.features[keep.to(part.features.device)], part.pictures[keep], labels)
+        encoded_chunks = encoded(trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples)
+        own = torch.cat([positions for _, positions in encoded_chunks[self._hook.features].batches])
+        return [part.select(torch.isin(part.positions, own)) for part in parts]

@@ -1,4 +1,4 @@
-"""Turns batches into pictures that people can look at: values, channels, and rows of tiles. Needs pillow only."""
+"""Conversion of batches to 8-bit RGB pictures, and grids of pictures. Requires pillow only."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,23 +14,26 @@ if TYPE_CHECKING:
 
 Color = tuple[int, int, int]
 Statistics = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation for each channel."""
+"""Mean and standard deviation of each channel."""
 
 OVERSHOOT = 0.1
-"""How far values may leave 0..1 before they are taken for normalised ones: bicubic resizing goes a little too far."""
+"""Values may exceed 0..1 by this much, as after bicubic resizing, without being considered normalized."""
 PAPER: Color = (255, 255, 255)
 INK: Color = (40, 40, 40)
-_LINE = 14  # height of a line of Pillow's own font, in pixels
+_LINE = 14  # line height of Pillow's default font, in pixels
 
 
 class Display:
-    """Makes 8-bit colour pictures of the images of a batch.
+    """Conversion of the images of a batch to 8-bit RGB pictures.
 
     Args:
-        channels: The three channels shown as red, green and blue, or the one shown in grey, each >= 0. None: the first
-            three, or the first where there are fewer.
-        mean: Per channel, in the units of images in 0..1, where images are normalised; None: not known here.
-        std: As ``mean``, > 0; both or none.
+        channels: Indices of the three channels shown as red, green and blue, or of one channel shown in gray, >= 0.
+            None: the first three, or the first if there are fewer.
+        mean: Mean of each channel used for normalization, for images in 0..1; None if unknown.
+        std: Standard deviation of each channel, > 0; given together with ``mean``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(
@@ -43,34 +46,36 @@ class Display:
             for channel in channels:
                 check_at_least("channels", channel, 0)
             require(
-                len(channels) in (1, 3), "channels", "name one channel or three", channels, "Give (red, green, blue)"
+                len(channels) in (1, 3), "channels", "have one or three entries", channels, "Give (red, green, blue)"
             )
         if (mean is None) != (std is None):
             hint = "Give both, or neither"
-            fail("mean and std", "go together", (mean, std), hint)
+            fail("mean", "be given with `std`", (mean, std), hint)
         for value in std or ():
             check_positive("std", value)
         self.channels = channels
         self.statistics: Statistics | None = None if mean is None or std is None else (mean, std)
 
     def pixels(self, images: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Return images as they are shown.
+        """Return images as 8-bit RGB pictures; NaN becomes 0.
 
         Args:
-            images: (N, C, H, W), uint8 or other integers in 0..255, or float.
-            statistics: Those that the images were normalised with; ``mean`` and ``std`` come before them. Without any,
-                each image whose values leave 0..1 is stretched to 0..1. NaN is shown as 0.
+            images: Integers in 0..255 or float, ``(N, C, H, W)``.
+            statistics: Mean and std used for normalization; ``mean`` and ``std`` of the constructor take precedence.
+                Without any, each image whose values exceed 0..1 is rescaled to 0..1.
 
         Returns:
-            uint8 (N, 3, H, W) on the CPU.
+            Pictures on the CPU, uint8, ``(N, 3, H, W)``.
 
         Raises:
-            ValueError: If the statistics or ``channels`` are those of images with more channels.
+            ValueError: If the statistics or ``channels`` do not fit the number of channels.
         """
         count = images.shape[1]
         chosen = list(self.channels or (range(3) if count >= 3 else (0,)))
-        hint = "Name channels that the images have"
-        require(max(chosen) < count, "channels", f"be below {count}, the channels of the images", self.channels, hint)
+        hint = "Give indices of existing channels"
+        require(
+            max(chosen) < count, "channels", f"be < {count}, the number of channels of the images", self.channels, hint
+        )
         shown = images.detach()[:, chosen].cpu()
         if not shown.is_floating_point():
             shown = shown.float() / (1 if shown.dtype == torch.bool else 255)
@@ -90,18 +95,18 @@ class Display:
 
 
 def _per_channel(name: str, values: Sequence[float], count: int, chosen: Sequence[int]) -> Tensor:
-    hint = "Give one number for each channel"
-    require(len(values) in (1, count), name, f"have {count} numbers, one for each channel", list(values), hint)
+    hint = "Give one number per channel"
+    require(len(values) in (1, count), name, f"have {count} numbers, one per channel", list(values), hint)
     every = torch.tensor([float(value) for value in values]).expand(count)
     return every[list(chosen)].view(1, -1, 1, 1)
 
 
 def statistics_of(trainer: Any, *, training: bool) -> Statistics | None:
-    """Return what the policy of a `ViewAugmentation` of the Trainer normalises with, or None where it does not.
+    """Return the normalization statistics of the Trainer's `ViewAugmentation`, None if there are none.
 
     Args:
-        trainer: Its callbacks are looked through for a ``policy`` with an ``input_spec``.
-        training: Whether the images are those of training, which it always makes, or of evaluation.
+        trainer: Trainer whose callbacks are searched for a ``policy`` with an ``input_spec``.
+        training: Whether the images are training views, else evaluation images.
     """
     for callback in trainer.callbacks:
         spec = getattr(getattr(callback, "policy", None), "input_spec", None)
@@ -111,15 +116,15 @@ def statistics_of(trainer: Any, *, training: bool) -> Statistics | None:
     return None
 
 
-def fitted(pixels: Tensor, edge: int) -> Tensor:
-    """Return pictures in squares of one size, without distortion, smaller ones enlarged by a whole number.
+def fit_squares(pixels: Tensor, edge: int) -> Tensor:
+    """Fit pictures into squares: large ones are downsampled, small ones enlarged by an integer factor.
 
     Args:
-        pixels: uint8 (N, 3, H, W).
+        pixels: Pictures, uint8, ``(N, 3, H, W)``.
         edge: Width and height of a square in pixels.
 
     Returns:
-        uint8 (N, 3, edge, edge); what a picture does not fill is white.
+        Squares with the original aspect ratio on white, uint8, ``(N, 3, edge, edge)``.
     """
     longest = max(pixels.shape[-2:])
     if longest > edge:
@@ -128,15 +133,18 @@ def fitted(pixels: Tensor, edge: int) -> Tensor:
         pixels = small.round().clamp(0, 255).byte()
     elif longest * 2 <= edge:
         pixels = pixels.repeat_interleave(edge // longest, dim=2).repeat_interleave(edge // longest, dim=3)
-    return centred(pixels, edge)
+    return centered(pixels, edge)
 
 
-def centred(pixels: Tensor, edge: int) -> Tensor:
-    """Return pictures in the middle of white squares.
+def centered(pixels: Tensor, edge: int) -> Tensor:
+    """Center pictures on white squares.
 
     Args:
-        pixels: uint8 (N, 3, H, W), neither side longer than ``edge``.
+        pixels: Pictures, uint8, ``(N, 3, H, W)``, with H and W <= ``edge``.
         edge: Width and height of a square in pixels.
+
+    Returns:
+        Squares, uint8, ``(N, 3, edge, edge)``.
     """
     squares = torch.full((len(pixels), 3, edge, edge), 255, dtype=torch.uint8)
     height, width = pixels.shape[-2:]
@@ -146,34 +154,34 @@ def centred(pixels: Tensor, edge: int) -> Tensor:
 
 
 class Tile(NamedTuple):
-    """A picture in a grid."""
+    """Picture in a grid."""
 
     pixels: Tensor
-    """uint8 (3, edge, edge)."""
+    """RGB values, uint8, ``(3, edge, edge)``."""
     frame: Color | None = None
-    """Colour of a frame around it."""
+    """Color of a frame around the picture."""
 
 
 class Row(NamedTuple):
-    """A row of a grid; a tile that is None stays empty."""
+    """Row of a grid; tiles that are None stay empty."""
 
     tiles: Sequence[Tile | None]
     words: str = ""
-    """Written to the left of it, line by line."""
+    """Text to the left of the row."""
     gap: bool = False
-    """Whether it begins a new group."""
+    """Whether the row starts a new group."""
 
 
 def grid(rows: Sequence[Row], titles: Sequence[str], edge: int) -> "Image":
-    """Draw rows of tiles.
+    """Draw a grid of tiles with 4 pixels between them.
 
     Args:
-        rows: Those of the grid, at least one.
-        titles: A word for each column.
+        rows: Rows of the grid, at least one.
+        titles: Title of each column.
         edge: Width and height of a tile in pixels.
 
     Returns:
-        A picture with 4 pixels between tiles.
+        An RGB image.
     """
     from PIL import Image, ImageDraw
 

@@ -1,104 +1,69 @@
-"""Writes embeddings with their pictures and labels for the projector of TensorBoard."""
+"""Snapshots of embeddings for TensorBoard's projector."""
 
-import hashlib
-import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from fsspec.core import url_to_fs
-from torch import Tensor
 
-from lightning_contrast.callbacks.reporting import png_bytes, write_file
-from lightning_contrast.callbacks.visualization.sample import Gallery
+from lightning_contrast.callbacks.reporting import write_file
+from lightning_contrast.callbacks.visualization.sample import Sample
 
 CONFIG = "projector_config.pbtxt"
+"""File that lists the embeddings of a run; TensorBoard defines its name."""
 
 
-def write_projector(
-    folder: str, name: str, step: int, gallery: Gallery, words: Sequence[str] | None, *, keep: int
+def summary_writers(trainer: Any) -> list[Any]:
+    """Return the `SummaryWriter` of each TensorBoard logger of a Trainer."""
+    experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    writers = [e for e in experiments if hasattr(e, "get_logdir") and hasattr(e, "add_embedding")]
+    return [w for w in writers if isinstance(w.get_logdir(), str | Path)]  # with `fast_dev_run` there is no folder
+
+
+def add_snapshot(
+    writer: Any, tag: str, step: int, sample: Sample, class_words: Sequence[str] | None, *, keep: int
 ) -> None:
-    """Add a snapshot of embeddings to what the projector shows of a run; the page opens with the newest.
+    """Add a snapshot with `SummaryWriter.add_embedding`, and remove the oldest ones but the first.
 
-    Snapshots of other names, as ``SummaryWriter.add_embedding`` writes them, stay. Pictures and labels are shared by
-    snapshots that have the same ones.
-
-    Differs from ``add_embedding``: no more than ``keep`` snapshots lie on the disk, a step that is written again takes
-    the place of what was there, and pictures of any width and height are allowed.
+    ``add_embedding`` never removes files and lists the snapshots of one writer only. Here the number of snapshots is
+    bounded, a step that is written again replaces the earlier snapshot, and entries of earlier writers in the same
+    folder are kept.
 
     Args:
-        folder: Of the run, where its events are.
-        name: Of the embeddings; snapshots are called ``<name>:<step>``, the last ``<name> (newest, step <step>)``.
-        step: Optimizer steps so far.
-        gallery: What is shown.
-        words: The label of each image in words; None: there are none.
-        keep: Snapshots of this name that are kept, the first one and the newest.
+        writer: A ``torch.utils.tensorboard.SummaryWriter``.
+        tag: Name of the embeddings; snapshots are listed as ``<tag>:<step>``.
+        step: Number of optimizer steps.
+        sample: Images and features.
+        class_words: Class name of each image, ``N`` strings; None without labels.
+        keep: Maximum number of snapshots of this tag, >= 2: the first and the newest.
     """
-    config = _read_config(folder)
-    below = f"projector/{name.replace('/', '_')}"
-    mine = {e.tensor_path: e for e in config.embeddings if e.tensor_path.rpartition("/")[0] == below}
-    others = [e for e in config.embeddings if e.tensor_path not in mine]
-    entry = _write_snapshot(folder, below, f"{step:07d}", gallery, words)
-    mine[entry.tensor_path] = entry
-    by_step = [mine[path] for path in sorted(mine)]
-    kept = by_step[:1] + by_step[1:][-(keep - 1) :] if keep > 1 else by_step[-1:]
-    for each in kept:
-        each.tensor_name = f"{name}:{_step_of(each):07d}"
-    # The page sorts by name and opens the first: a space comes before a colon.
-    kept[-1].tensor_name = f"{name} (newest, step {_step_of(kept[-1])})"
-    del config.embeddings[:]
-    config.embeddings.extend([*reversed(kept), *others])
-    _write_config(folder, config)
-    _remove_unused(folder, below, kept)
-
-
-def _write_snapshot(folder: str, below: str, step: str, gallery: Gallery, words: Sequence[str] | None) -> Any:
-    """Write the files of a snapshot and return its entry in the configuration."""
-    from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo
-
-    lines = ("\t".join(f"{value:.5g}" for value in row) for row in gallery.features.tolist())
-    contents = {f"{below}/tensors_{step}.tsv": ("\n".join(lines) + "\n").encode()}
-    # One column stands without a heading, several with one: so the projector reads it.
-    labels = [str(i) for i in range(len(gallery.names))]
-    if words is not None:
-        labels = ["label\timage", *(f"{' '.join(word.split())}\t{i}" for i, word in enumerate(words))]
-    table = ("\n".join(labels) + "\n").encode()
-    sprite = png_bytes(_sprite(gallery.pictures))
-    entry = EmbeddingInfo(
-        tensor_path=f"{below}/tensors_{step}.tsv",
-        metadata_path=f"{below}/metadata_{_digest(table)}.tsv",
-        tensor_shape=list(gallery.features.shape),
+    folder = str(writer.get_logdir())
+    entries = {entry.tensor_name: entry for entry in _read_config(folder).embeddings}
+    name = f"{tag}:{step:05d}"
+    if name in entries:
+        _remove(folder, entries.pop(name))
+    metadata: list[Any] = [str(i) for i in range(len(sample.ids))]
+    if class_words is not None:
+        metadata = [[" ".join(word.split()), i] for i, word in enumerate(class_words)]
+    writer.add_embedding(
+        sample.features,
+        metadata=metadata,
+        # The writer truncates 255 x values to integers.
+        label_img=(sample.pictures.double() + 0.5) / 255,
+        global_step=step,
+        tag=tag,
+        metadata_header=None if class_words is None else ["label", "image"],
     )
-    entry.sprite.image_path = f"{below}/sprite_{_digest(sprite)}.png"
-    entry.sprite.single_image_dim.extend([gallery.pictures.shape[3], gallery.pictures.shape[2]])
-    contents |= {entry.metadata_path: table, entry.sprite.image_path: sprite}
-    for path, content in contents.items():
-        write_file(f"{folder}/{below}", path.rsplit("/", maxsplit=1)[1], content)
-    return entry
-
-
-def _step_of(entry: Any) -> int:
-    return int(entry.tensor_path.rpartition("_")[2].removesuffix(".tsv"))
-
-
-def _sprite(pictures: Tensor) -> Any:
-    """Return all pictures in one square picture, row by row."""
-    from PIL import Image
-
-    count, _, height, width = pictures.shape
-    side = math.ceil(math.sqrt(count))
-    sheet = torch.full((side * side, 3, height, width), 255, dtype=torch.uint8)
-    sheet[:count] = pictures
-    sheet = sheet.view(side, side, 3, height, width).permute(0, 3, 1, 4, 2).reshape(side * height, side * width, 3)
-    return Image.fromarray(sheet.numpy())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=6).hexdigest()
+    entries |= {entry.tensor_name: entry for entry in _read_config(folder).embeddings if entry.tensor_name == name}
+    steps = {n: n.removeprefix(f"{tag}:") for n in entries if n.startswith(f"{tag}:")}
+    own = sorted((n for n, digits in steps.items() if digits.isdigit()), key=lambda n: int(steps[n]))
+    for dropped in own[1 : max(1, len(own) - keep + 1)]:
+        _remove(folder, entries.pop(dropped))
+    _write_config(folder, list(entries.values()))
 
 
 def _read_config(folder: str) -> Any:
-    """Return the configuration of a run's projector, an empty one where there is none."""
+    """Return the projector configuration of a run, empty if there is none."""
     from google.protobuf import text_format
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
@@ -109,17 +74,19 @@ def _read_config(folder: str) -> Any:
     return config
 
 
-def _write_config(folder: str, config: Any) -> None:
+def _write_config(folder: str, entries: Sequence[Any]) -> None:
     from google.protobuf import text_format
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
-    write_file(folder, CONFIG, text_format.MessageToString(config).encode())
+    write_file(folder, CONFIG, text_format.MessageToString(ProjectorConfig(embeddings=entries)).encode())
 
 
-def _remove_unused(folder: str, below: str, kept: Sequence[Any]) -> None:
-    """Remove the files of this name's snapshots that are no longer shown."""
-    files, root = url_to_fs(f"{folder}/{below}")
-    used = {path for e in kept for path in (e.tensor_path, e.metadata_path, e.sprite.image_path)}
-    names = {path.rsplit("/", maxsplit=1)[1] for path in used}
-    for path in files.ls(root, detail=False):
-        if path.rsplit("/", maxsplit=1)[1] not in names:
-            files.rm_file(path)
+def _remove(folder: str, entry: Any) -> None:
+    """Remove the files of a snapshot."""
+    files, root = url_to_fs(folder)
+    snapshot = f"{root}/{entry.tensor_path.rpartition('/')[0]}"
+    if files.exists(snapshot):
+        files.rm(snapshot, recursive=True)
+        parent = snapshot.rpartition("/")[0]
+        if not files.ls(parent):
+            files.rmdir(parent)

@@ -1,4 +1,4 @@
-"""Shows what the views of a run look like."""
+"""Pictures of the views of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,47 +15,47 @@ from lightning_contrast.callbacks.visualization.images import (
     Row,
     Statistics,
     Tile,
-    centred,
-    fitted,
+    centered,
+    fit_squares,
     grid,
     statistics_of,
 )
 from lightning_contrast.contracts import Images, split_batch
 from lightning_contrast.runtime.batch_transfer import Transfer, map_batches
 
-MOST = 224
-"""Edge of the largest tile in pixels; larger views are shown smaller."""
-LEAST = 64
-"""Smaller views are enlarged by a whole number up to this edge."""
+MAX_EDGE = 224
+"""Maximum edge of a tile in pixels; larger views are downsampled."""
+MIN_EDGE = 64
+"""Smaller views are enlarged by an integer factor up to this edge."""
 
 
 class ViewLogger(L.Callback):
-    """Shows the first images of the first training batch beside their views: is the augmentation what you meant?
+    """Log a grid of the first images of a training batch and their views.
 
-    A row for each image: the original as it comes to `ViewAugmentation`, then each view as the step gets it, at their
-    relative sizes (local crops are smaller). A loader that yields views has no original to show; in a run without views
-    the images are shown. Views that a module makes in its own step cannot be seen. Normalisation is undone with the
-    statistics of the Trainer's `ViewAugmentation`, or with ``mean`` and ``std``; without either, an image whose values
-    leave 0..1 is stretched to 0..1.
+    Each row has the original image, as received by `ViewAugmentation`, and its views as passed to ``training_step``, at
+    their relative sizes. Loaders that yield views have no originals; without views, the images are logged. Views
+    created inside ``training_step`` are not visible to the callback. Normalization is reverted with the statistics of
+    the Trainer's `ViewAugmentation`, or with ``mean`` and ``std``; without either, images whose values exceed 0..1 are
+    rescaled to 0..1.
 
-    The picture ``<name>`` goes to every logger that takes pictures (TensorBoard, Weights & Biases, MLflow, Comet) and,
-    without one, to PNG files; rank 0 shows its own batch and the others do nothing. Of a `CombinedLoader` the first
-    batch is shown.
+    The picture ``<name>`` is sent to all loggers that accept images (TensorBoard, Weights & Biases, MLflow, Comet);
+    without one, PNG files are written. Only rank 0 logs, from its own batch. With a `CombinedLoader`, the first batch
+    is logged.
 
-    The run is left as it was, bit for bit: nothing is drawn at random or computed again. A checkpoint keeps whether the
-    picture was shown. Cost: once in ``every_n_epochs`` epochs a copy of ``images`` images and of their views to the
-    CPU, and a small picture (`docs/pictures.md` has the time); in all other batches a flag is looked at.
+    Training stays bit-identical: no random number is drawn and nothing is recomputed. A checkpoint stores whether the
+    picture was logged. Overhead: every ``every_n_epochs`` epochs, a copy of ``images`` images and their views to the
+    CPU and the encoding of one picture; see ``docs/pictures.md``.
 
     Args:
-        images: Images shown, >= 1; all, where the batch has fewer.
-        every_n_epochs: Epochs from one picture to the next, beginning with epoch 0. None: once, at the first batch.
-        png_dir: Folder for PNG files beside the loggers. None: PNG files only where no logger takes pictures, in
-            ``pictures`` below the logger's folder, or ``default_root_dir`` without one.
-        channels: Channels shown as red, green and blue, or one shown in grey; None: the first three, or the first where
-            there are fewer.
-        mean: Per channel, where views come normalised from the loader.
-        std: As ``mean``; both or none.
-        name: Name of the picture; must differ between loggers of views.
+        images: Maximum number of images, >= 1.
+        every_n_epochs: Log at the first batch of every n-th epoch, starting with epoch 0. None: once per run.
+        png_dir: Folder for PNG files, in addition to the loggers. None: PNG files only if no logger accepts images, in
+            ``pictures`` below the logger's folder, or below ``default_root_dir`` without a logger.
+        channels: Indices of the channels shown as red, green and blue, or of one channel shown in gray; None: the first
+            three, or the first if there are fewer.
+        mean: Mean of each channel, if the loader yields normalized views.
+        std: Standard deviation of each channel; given together with ``mean``.
+        name: Name of the picture; must be unique among the `ViewLogger` callbacks of a Trainer.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -84,23 +84,23 @@ class ViewLogger(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Key in a checkpoint's ``"callbacks"``, so that a Trainer takes several."""
+        """Key in a checkpoint's ``"callbacks"``, unique per name."""
         return f"ViewLogger[{self.name}]"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Look at batches before `ViewAugmentation` does; a checkpoint that is resumed is loaded after this."""
+        """Register a transform before `ViewAugmentation`, and reset the state (a checkpoint's is loaded later)."""
         if stage == "fit":
             self._trainer, self._armed, self._shown, self._originals = trainer, False, False, None
-            Transfer.add(trainer.strategy, self._look, first=True)
+            Transfer.add(trainer.strategy, self._keep_originals, first=True)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Expect the first batch."""
+        """Arm the callback for the first batch of an epoch that is logged."""
         every = self.every_n_epochs
         due = not self._shown if every is None else trainer.current_epoch % every == 0
         self._armed = due and trainer.is_global_zero
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Show the batch as the step will get it."""
+        """Log the batch that is passed to ``training_step``."""
         if not self._armed:
             return
         originals, self._originals, self._armed = self._originals, None, False
@@ -113,56 +113,56 @@ class ViewLogger(L.Callback):
         self._shown = True
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the strategy as it was."""
+        """Restore the strategy."""
         self._remove(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the strategy as it was: `teardown` is not called after an exception."""
+        """Restore the strategy; `teardown` is not called after an exception."""
         self._remove(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether the picture was shown: with ``every_n_epochs=None`` a resumed run does not show another."""
+        """Return whether the picture was logged: with ``every_n_epochs=None`` a resumed run does not repeat it."""
         return {"shown": self._shown}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore whether the picture was logged."""
         self._shown = state_dict["shown"]
 
     def _remove(self, trainer: Any) -> None:
-        Transfer.remove(trainer.strategy, self._look)
+        Transfer.remove(trainer.strategy, self._keep_originals)
         self._trainer = self._originals = None
 
-    def _look(self, batch: Any) -> Any:
-        """Keep the first originals of the batch that is expected."""
+    def _keep_originals(self, batch: Any) -> Any:
+        """Copy the first images of a batch that will be logged."""
         if self._armed and self._trainer.training:
             found = self._first(batch)
             self._originals = found[: self.images].clone() if isinstance(found, Tensor) else None
         return batch
 
     def _first(self, batch: Any) -> Images:
-        """Return the images or views of the first batch that the loaders gave."""
+        """Return the images or views of the first loader's batch."""
         found: list[Images] = []
         map_batches(batch, lambda one: found.append(split_batch(one)[0]), self._trainer.train_dataloader)
         images = found[0]
         for each in [images] if isinstance(images, Tensor) else images:
             if each.ndim != 4:
-                hint = "ViewLogger shows batches of images: remove it, or name the images in a dict"
-                fail("batch", "hold images (B, C, H, W)", tuple(each.shape), hint)
+                hint = "Remove ViewLogger, or yield a dict with the key `image`"
+                fail("batch", "contain images (B, C, H, W)", tuple(each.shape), hint)
         return images
 
     def _columns(
         self, found: Images, originals: Tensor | None, of_views: Statistics | None
     ) -> list[tuple[str, Tensor]]:
-        """Return a title and square pictures (N, 3, edge, edge) for each column."""
+        """Return a title and pictures, ``(N, 3, edge, edge)``, for each column."""
         if isinstance(found, Tensor):
             shown = [("image", self._display.pixels(found[: self.images]))]
         else:
             views = [self._display.pixels(view[: self.images], of_views) for view in found]
             shown = [(f"view {number}", view) for number, view in enumerate(views, 1)]
         longest = max(max(view.shape[-2:]) for _, view in shown)
-        edge = min(MOST, longest * max(1, LEAST // longest))
-        columns = [(title, fitted(centred(view, longest), edge)) for title, view in shown]
+        edge = min(MAX_EDGE, longest * max(1, MIN_EDGE // longest))
+        columns = [(title, fit_squares(centered(view, longest), edge)) for title, view in shown]
         if originals is not None and not isinstance(found, Tensor):
             first = Display(self._display.channels).pixels(originals)
-            columns.insert(0, ("original", fitted(first, edge)))
+            columns.insert(0, ("original", fit_squares(first, edge)))
         return columns

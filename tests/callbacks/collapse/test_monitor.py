@@ -1,4 +1,4 @@
-"""What `CollapseMonitor` measures, names, logs, keeps and refuses."""
+"""Measurements, findings, logged values, checkpoints and errors of `CollapseMonitor`."""
 
 import math
 
@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.callbacks import CollapseMonitor
-from lightning_contrast.callbacks.collapse.diagnosis import Thresholds, diagnose
+from lightning_contrast.callbacks import CollapseMonitor, Thresholds
+from lightning_contrast.callbacks.collapse.diagnosis import diagnose
 from lightning_contrast.callbacks.collapse.measurements import RollingBuffer, measure, measure_pairs, measure_scores
 from lightning_contrast.callbacks.collapse.model_facts import Facts, read_facts
 from tests.callbacks.monitor_modules import Queued, TwoViews, views_loader
@@ -22,7 +22,7 @@ from tests.launch import run_processes
 pytestmark = pytest.mark.filterwarnings("ignore:CollapseMonitor:UserWarning")
 
 
-# What is measured.
+# Measurements.
 
 
 def sample(seed=0):
@@ -49,12 +49,12 @@ def numbers_by_hand(rows, batches):
         "effective_rank": math.exp(-sum(v * math.log(v) for v in q if v > 1e-12)),
         "participation_ratio": eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
         "uniformity": math.log(sum(math.exp(-2 * np.sum((unit[i] - unit[j]) ** 2)) for i, j in pairs) / len(pairs)),
-        "dead": 1 / 6,
-        "within": sum(((part - part.mean(axis=0)) ** 2).sum() for part in inside)
+        "dead_dims": 1 / 6,
+        "within_batch_std": sum(((part - part.mean(axis=0)) ** 2).sum() for part in inside)
         / freedom
         / x.var(axis=0, ddof=1).sum(),
         "norm": np.mean([np.linalg.norm(row) for row in x]),
-        "scale": math.sqrt((deviations**2).sum()),
+        "rms": math.sqrt((deviations**2).sum()),
         "finite": 1.0,
     }
 
@@ -72,8 +72,8 @@ def test_the_numbers_equal_plain_loops():
 def test_batches_that_hang_together_are_seen():
     rows, batches = sample()
     moved = rows + 50.0 * (torch.arange(4) - 1.5).view(-1, 1)[batches]
-    assert measure(moved, batches)[0]["within"] < 0.01
-    assert measure(moved, torch.arange(40) % 4)[0]["within"] > 0.9
+    assert measure(moved, batches)[0]["within_batch_std"] < 0.01
+    assert measure(moved, torch.arange(40) % 4)[0]["within_batch_std"] > 0.9
 
 
 def test_rows_that_are_not_finite_are_counted_and_left_out():
@@ -112,7 +112,7 @@ def test_pairs_and_scores_equal_plain_loops():
     )
 
 
-# What is named.
+# Findings.
 
 GOOD = {
     "finite": 1.0,
@@ -122,10 +122,10 @@ GOOD = {
     "effective_rank": 30.0,
     "participation_ratio": 5.0,
     "uniformity": -2.5,
-    "dead": 0.0,
-    "within": 1.0,
+    "dead_dims": 0.0,
+    "within_batch_std": 1.0,
     "norm": 3.0,
-    "scale": 3.0,
+    "rms": 3.0,
     "width": 128.0,
     "rows": 512.0,
     "alignment": 1.0,
@@ -139,25 +139,25 @@ SCORES = {
     "mean_entropy": 0.9,
     "possible": 256.0,
 }
-SICK = {
+CONDITIONS = {
     "complete collapse": ("projections", {"std": 0.02, "mean_cosine": 0.999}, Facts()),
     "dimensional collapse": ("projections", {"effective_rank": 3.0}, Facts()),
-    "collapse within batches": ("features", {"within": 0.1}, Facts()),
+    "collapse within batches": ("features", {"within_batch_std": 0.1}, Facts()),
     "over-uniformity": ("projections", {"margin": 0.001, "uniformity": -3.8}, Facts()),
-    "dead dimensions": ("features", {"dead": 0.7}, Facts()),
+    "dead dimensions": ("features", {"dead_dims": 0.7}, Facts()),
     "norm drift": ("features", {"norm": 300.0}, Facts()),
-    "prototype collapse": ("scores", {"prototypes": 1.2, "teacher_entropy": 0.01}, Facts(center="there")),
-    "uniform collapse": ("scores", {"teacher_entropy": 0.999, "mean_entropy": 1.0}, Facts(center="there")),
-    "teacher apart": ("teacher", {"margin": 0.01}, Facts()),
+    "prototype collapse": ("scores", {"prototypes": 1.2, "teacher_entropy": 0.01}, Facts(center="present")),
+    "uniform collapse": ("scores", {"teacher_entropy": 0.999, "mean_entropy": 1.0}, Facts(center="present")),
+    "teacher diverged": ("teacher", {"margin": 0.01}, Facts()),
     "stale queue": ("queue", {"staleness_cosine": 0.05}, Facts()),
     "NaN": ("projections", {"finite": 0.9}, Facts()),
 }
 
 
-def course_of(space=None, changes=(), healthy=2, sick=2):
-    """Return a course that is healthy and then sick."""
+def history_of(space=None, changes=(), healthy=2, unhealthy=2):
+    """Return a history that is healthy and then shows a condition."""
     records = []
-    for number in range(healthy + sick):
+    for number in range(healthy + unhealthy):
         record = {
             "step": 100 * number,
             "loss": 1.0,
@@ -173,66 +173,68 @@ def course_of(space=None, changes=(), healthy=2, sick=2):
     return records
 
 
-@pytest.mark.parametrize("kind", SICK)
-def test_each_sickness_is_named_alone_and_with_its_numbers(kind):
-    space, changes, facts = SICK[kind]
-    (finding,) = diagnose(course_of(space, changes), facts, Thresholds())
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_each_condition_is_named_alone_and_with_its_numbers(kind):
+    space, changes, facts = CONDITIONS[kind]
+    (finding,) = diagnose(history_of(space, changes), facts, Thresholds())
     assert (finding.kind, finding.space, finding.step) == (kind, space, 300)
     assert kind in str(finding)
     assert finding.evidence
     assert finding.advice
-    assert diagnose(course_of(), facts, Thresholds()) == []
+    assert diagnose(history_of(), facts, Thresholds()) == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SICK if kind != "NaN"])
+@pytest.mark.parametrize("kind", [kind for kind in CONDITIONS if kind != "NaN"])
 def test_one_measurement_is_not_enough(kind):
-    space, changes, facts = SICK[kind]
-    assert diagnose(course_of(space, changes, healthy=3, sick=1), facts, Thresholds()) == []
-    assert diagnose(course_of(space, changes, healthy=0, sick=2), facts, Thresholds()) == []
+    space, changes, facts = CONDITIONS[kind]
+    assert diagnose(history_of(space, changes, healthy=3, unhealthy=1), facts, Thresholds()) == []
+    assert diagnose(history_of(space, changes, healthy=0, unhealthy=2), facts, Thresholds()) == []
 
 
 def test_the_example_reads_as_promised():
-    course = course_of("projections", {"std": 0.023, "mean_cosine": 0.9995})
-    facts = Facts(predictor="there", predictor_lr=0.0)
-    text = str(diagnose(course, facts, Thresholds())[0])
-    assert "embedding std 0.002 of 0.088 expected for 128 dimensions on the sphere" in text
+    history = history_of("projections", {"std": 0.023, "mean_cosine": 0.9995})
+    facts = Facts(predictor="present", predictor_lr=0.0)
+    text = str(diagnose(history, facts, Thresholds())[0])
+    assert "embedding std 0.002, expected 0.088 on the sphere of 128 dimensions" in text
     assert "at step 300" in text
-    assert "predictor's learning rate is 0" in text
+    assert "learning rate of the predictor is 0" in text
 
 
 def test_what_rises_from_a_low_start_is_no_collapse():
-    course = course_of()
-    for record, value in zip(course, (0.01, 0.03, 0.06, 0.1), strict=True):
+    history = history_of()
+    for record, value in zip(history, (0.01, 0.03, 0.06, 0.1), strict=True):
         record["projections"]["std"] = value
-    assert diagnose(course, Facts(), Thresholds()) == []
-    poor = course_of("projections", {"effective_rank": 3.0}, healthy=0, sick=4)  # never had more dimensions
+    assert diagnose(history, Facts(), Thresholds()) == []
+    poor = history_of("projections", {"effective_rank": 3.0}, healthy=0, unhealthy=4)  # never had more dimensions
     assert diagnose(poor, Facts(), Thresholds()) == []
 
 
 def test_a_shrinking_of_length_alone_is_no_collapse():
-    changes = {"scale": 0.2, "norm": 0.2}
-    assert diagnose(course_of("projections", changes), Facts(), Thresholds()) == []
-    (finding,) = diagnose(course_of("projections", changes | {"margin": 0.1}), Facts(variance_weight=0.0), Thresholds())
+    changes = {"rms": 0.2, "norm": 0.2}
+    assert diagnose(history_of("projections", changes), Facts(), Thresholds()) == []
+    (finding,) = diagnose(
+        history_of("projections", changes | {"margin": 0.1}), Facts(variance_weight=0.0), Thresholds()
+    )
     assert (finding.kind, finding.cause) == ("complete collapse", "no variance term")
 
 
 @pytest.mark.parametrize(
     ("facts", "cause"),
     [
-        (Facts(predictor="there", predictor_lr=0.05), "no stop-gradient"),
-        (Facts(predictor="there", predictor_lr=0.0), "predictor does not learn"),
+        (Facts(predictor="present", predictor_lr=0.05), "no stop-gradient"),
+        (Facts(predictor="present", predictor_lr=0.0), "predictor does not learn"),
         (Facts(predictor="identity", teacher=True), "no predictor"),
         (Facts(predictor="missing", teacher=True), "no predictor"),
-        (Facts(predictor="there", teacher=True), ""),
+        (Facts(predictor="present", teacher=True), ""),
         (Facts(predictor="missing"), ""),
         (Facts(variance_weight=0.0, predictor="missing"), "no variance term"),
-        (Facts(negatives=True, temperature=0.1, predictor="there"), ""),
+        (Facts(negatives=True, temperature=0.1, predictor="present"), ""),
     ],
     ids=str,
 )
 def test_the_cause_of_a_complete_collapse(facts, cause):
-    course = course_of("projections", {"std": 0.02, "mean_cosine": 0.999})
-    assert diagnose(course, facts, Thresholds())[0].cause == cause
+    history = history_of("projections", {"std": 0.02, "mean_cosine": 0.999})
+    assert diagnose(history, facts, Thresholds())[0].cause == cause
 
 
 def test_facts_are_read_from_a_module():
@@ -242,7 +244,7 @@ def test_facts_are_read_from_a_module():
     slow.add_param_group({"params": [*module.predictor.parameters()], "lr": 0.0})
     trainer.optimizers = [slow]
     facts = read_facts(trainer, module)
-    assert (facts.predictor, facts.predictor_lr, facts.teacher, facts.negatives) == ("there", 0.0, False, False)
+    assert (facts.predictor, facts.predictor_lr, facts.teacher, facts.negatives) == ("present", 0.0, False, False)
     facts = read_facts(trainer, Queued())
     assert (facts.predictor, facts.teacher, facts.negatives, facts.temperature) == ("missing", True, True, 0.5)
     options = {"backbone_kwargs": {"width": 2}, "hidden_dim": 8, "projection_dim": 8}
@@ -252,7 +254,7 @@ def test_facts_are_read_from_a_module():
     assert read_facts(trainer, lc.VICReg("small_convnet", **options, variance_weight=0.0)).variance_weight == 0
 
 
-# What is logged and kept.
+# Logged values and checkpoints.
 
 
 def test_numbers_of_every_space_reach_callback_metrics_without_a_logger():
@@ -267,12 +269,12 @@ def test_numbers_of_every_space_reach_callback_metrics_without_a_logger():
         "participation_ratio",
         "alpha_req",
         "uniformity",
-        "within",
+        "within_batch_std",
     )
     assert {f"collapse/{name}" for name in names} <= keys
     assert {f"collapse/projections/{name}" for name in names} <= keys
     assert "collapse/teacher/margin" in keys
-    assert [record["step"] for record in monitor.course] == [4, 8]
+    assert [record["step"] for record in monitor.history] == [4, 8]
     run = quiet_fit(TwoViews(), [CollapseMonitor(every_n_steps=4, name="other")], views_loader(), max_epochs=1)
     assert {"other/projections/alignment", "other/projections/margin"} <= run.callback_metrics.keys()
 
@@ -293,30 +295,30 @@ def test_the_rows_are_those_of_the_step(joined):
     batches = torch.arange(4).repeat_interleave(16)
     for space, rows in (("features", features), ("projections", a)):
         expected, spectrum = measure(rows, batches)
-        found = {name: monitor.course[0][space][name] for name in expected}
+        found = {name: monitor.history[0][space][name] for name in expected}
         assert found == pytest.approx(expected)
         torch.testing.assert_close(monitor._spectra[space], spectrum.float())
-    assert monitor.course[0]["projections"]["positive_cosine"] == pytest.approx(measure_pairs(a, b)["positive_cosine"])
+    assert monitor.history[0]["projections"]["positive_cosine"] == pytest.approx(measure_pairs(a, b)["positive_cosine"])
 
 
 def test_measurements_come_after_8_batches_and_then_every_n():
     monitor = CollapseMonitor(every_n_steps=12)
     quiet_fit(TwoViews(), [monitor], views_loader(416), max_epochs=1)
-    assert [record["step"] for record in monitor.course] == [8, 12, 24]
-    assert [record["features"]["rows"] for record in monitor.course] == [128, 64, 128]
+    assert [record["step"] for record in monitor.history] == [8, 12, 24]
+    assert [record["features"]["rows"] for record in monitor.history] == [128, 64, 128]
     monitor = CollapseMonitor(every_n_steps=None)
     run = quiet_fit(TwoViews(), [monitor], views_loader(), max_epochs=2)
-    assert [record["step"] for record in monitor.course] == [4, 8]
+    assert [record["step"] for record in monitor.history] == [4, 8]
     assert "collapse/rankme" in run.callback_metrics
 
 
-def test_rows_are_bounded_and_so_is_the_course(monkeypatch):
-    monkeypatch.setattr("lightning_contrast.callbacks.collapse.monitor.COURSE", 3)
+def test_rows_are_bounded_and_so_is_the_history(monkeypatch):
+    monkeypatch.setattr("lightning_contrast.callbacks.collapse.monitor.MAX_HISTORY", 3)
     monitor, kept, add = CollapseMonitor(every_n_steps=2, samples=40), [], RollingBuffer.add
     monkeypatch.setattr(RollingBuffer, "add", lambda self, entry: (kept.append(entry), add(self, entry)))
     quiet_fit(TwoViews(), [monitor], views_loader(192), max_epochs=1)
-    assert [record["step"] for record in monitor.course] == [2, 10, 12]
-    assert all(record["features"]["rows"] == 10 for record in monitor.course)
+    assert [record["step"] for record in monitor.history] == [2, 10, 12]
+    assert all(record["features"]["rows"] == 10 for record in monitor.history)
     sizes = {name: value.untyped_storage().nbytes() / 4 for name, value in kept[0].items()}
     assert sizes == {"features": 5 * 24, "projections": 2 * 5 * 12}  # not a slice of the batch
 
@@ -325,7 +327,7 @@ def test_a_module_that_knows_nothing_of_us():
     for module in (classifier()(), adversary(L.LightningModule)()):
         monitor = CollapseMonitor(every_n_steps=3)
         run = quiet_fit(module, [monitor], labelled(shuffle=True), max_epochs=1)
-        assert set(monitor.course[0]) == {"step", "features"} | ({"loss"} if module.automatic_optimization else set())
+        assert set(monitor.history[0]) == {"step", "features"} | ({"loss"} if module.automatic_optimization else set())
         assert "collapse/std" in run.callback_metrics
 
 
@@ -346,7 +348,7 @@ def test_a_memory_bank_tells_how_stale_its_keys_are():
     module, monitor = Bank(), CollapseMonitor(every_n_steps=4)
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     quiet_fit(module, [lc.QueueUpdate(), monitor], loader, max_epochs=2)
-    first, second = (record["queue"]["staleness_cosine"] for record in monitor.course)
+    first, second = (record["queue"]["staleness_cosine"] for record in monitor.history)
     assert abs(first) < 0.3  # random rows
     assert 0.7 < second <= 1  # the keys of an epoch ago
 
@@ -361,11 +363,11 @@ def test_the_teacher_is_read_from_the_keys_whose_order_is_right():
 
     monitor = CollapseMonitor(every_n_steps=4)
     quiet_fit(Shuffles(), [lc.QueueUpdate(), monitor], views_loader(), max_epochs=1)
-    assert monitor.course[0]["teacher"]["margin"] > 0.3  # 0 between different images
+    assert monitor.history[0]["teacher"]["margin"] > 0.3  # 0 between different images
 
 
 class Constant(TwoViews):
-    """Projections that are all the same."""
+    """All projections are equal after four steps."""
 
     def on_train_batch_start(self, batch, batch_idx):
         if self.trainer.global_step >= 4:
@@ -384,7 +386,7 @@ def test_an_alarm_warns_once_saves_its_evidence_and_may_stop(action, tmp_path):
     (path,) = (tmp_path / "evidence").iterdir()
     evidence = torch.load(path, weights_only=True)
     assert evidence["rows"]["projections"].shape == (64, 12)
-    assert len(evidence["course"]) == 3
+    assert len(evidence["history"]) == 3
     assert "complete collapse" in evidence["findings"][0]
     assert evidence["spectra"].keys() == evidence["first_spectra"].keys() == {"features", "projections"}
 
@@ -414,7 +416,7 @@ def test_spectra_are_drawn_for_tensorboard(tmp_path):
     assert [event.step for event in events.Scalars("collapse/rankme")] == [4, 8]  # whatever log_every_n_steps is
 
 
-def courses_equal(a, b):
+def histories_equal(a, b):
     return len(a) == len(b) and all(
         x.keys() == y.keys() and all(str(x[key]) == str(y[key]) for key in x) for x, y in zip(a, b, strict=True)
     )
@@ -432,23 +434,23 @@ def test_a_resumed_run_measures_what_the_run_that_was_not_stopped_did(tmp_path):
     half, _ = run(1)
     half.save_checkpoint(tmp_path / "half.ckpt")
     state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["CollapseMonitor[collapse]"]
-    assert len(state["reservoir"][0]) == 4
+    assert len(state["buffer"][0]) == 4
     _, resumed = run(3, tmp_path / "half.ckpt")
-    assert [record["step"] for record in whole.course] == [6, 12]
-    assert courses_equal(whole.course, resumed.course)
+    assert [record["step"] for record in whole.history] == [6, 12]
+    assert histories_equal(whole.history, resumed.history)
 
 
-def test_a_second_fit_begins_a_new_course():
+def test_a_second_fit_begins_a_new_history():
     monitor = CollapseMonitor(every_n_steps=4)
     trainer = quiet_fit(TwoViews(), [monitor], views_loader(), max_epochs=1)
     trainer.fit_loop.max_epochs = 3
     module = TwoViews()
     quiet_fit(module, [], views_loader(), trainer=trainer)
-    assert [record["step"] for record in monitor.course] == [8, 12]
+    assert [record["step"] for record in monitor.history] == [8, 12]
     assert not any(layer._forward_hooks for layer in module.modules())
 
 
-def course_of_rank(rank, folder):
+def history_of_rank(rank, folder):
     monitor = CollapseMonitor(every_n_steps=4, samples=64, snapshot_dir=folder)
 
     class Data(L.LightningDataModule):
@@ -457,18 +459,18 @@ def course_of_rank(rank, folder):
 
     trainer = fit_ranks(TwoViews(), [monitor], Data(), "ddp", limit_val_batches=0, max_epochs=1)
     trainer.strategy.barrier()
-    return monitor.course, [len(entries) for entries in monitor._reservoir.state()]
+    return monitor.history, [len(entries) for entries in monitor._buffer.state()]
 
 
 @pytest.mark.dist
 def test_two_ranks_measure_the_rows_of_both(tmp_path):
-    (first, states), (second, _) = run_processes(course_of_rank, 2, str(tmp_path), init=False)
-    assert courses_equal(first, second)
+    (first, states), (second, _) = run_processes(history_of_rank, 2, str(tmp_path), init=False)
+    assert histories_equal(first, second)
     assert [record["features"]["rows"] for record in first] == [32]  # 4 batches, 4 images of each rank's
     assert states == [0, 0]
 
 
-# What is refused.
+# Errors.
 
 
 def test_bad_input_is_named():
@@ -478,7 +480,7 @@ def test_bad_input_is_named():
         quiet_fit(TwoViews(), [CollapseMonitor(projections="projecter")], views_loader())
     module = TwoViews()
     module.other = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"`projections` must name a layer that gives .*'other', which was not called"):
+    with pytest.raises(ValueError, match=r"`projections` must be a layer whose .*'other', which was not called"):
         quiet_fit(module, [CollapseMonitor(projections="other")], views_loader())
     with pytest.raises(ValueError, match="`action` must be one of 'warn', 'stop'"):
         CollapseMonitor(action="pause")

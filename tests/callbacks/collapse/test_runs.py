@@ -1,4 +1,4 @@
-"""Runs that are made to collapse are named, and healthy ones give no alarm: real images, some seconds each."""
+"""Runs that are made to collapse are diagnosed, and healthy runs raise no alarm: real images, some seconds each."""
 
 import warnings
 
@@ -15,7 +15,7 @@ STEPS, EVERY, BATCH = 100, 20, 64
 
 
 class NoStopGradient(lc.SimSiam):
-    """SimSiam whose target gets a gradient."""
+    """SimSiam without stop-gradient on the target."""
 
     def training_step(self, batch, batch_idx):
         view_a, view_b = self.views(batch, count=2)
@@ -55,7 +55,7 @@ COLLAPSED = {
         "dimensional collapse",
         "temperature too high",
     ),
-    "DINO without centring": (lc.DINO, DINO | {"center_momentum": 1.0}, "prototype collapse", "no centring"),
+    "DINO without centering": (lc.DINO, DINO | {"center_momentum": 1.0}, "prototype collapse", "no centering"),
 }
 HEALTHY = {
     "SimCLR": (lc.SimCLR, ADAM | {"temperature": 0.2}),
@@ -105,4 +105,4 @@ def test_a_collapse_is_named(name, tmp_path):
 def test_a_healthy_run_gives_no_alarm(name, tmp_path):
     monitor = watched(*HEALTHY[name], snapshot_dir=tmp_path)
     assert [str(finding) for finding in monitor.findings] == []
-    assert len(monitor.course) == 1 + STEPS // EVERY
+    assert len(monitor.history) == 1 + STEPS // EVERY

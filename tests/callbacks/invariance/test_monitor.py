@@ -1,4 +1,4 @@
-"""Encoders that are blind to something by construction, and changes that torchvision makes too."""
+"""`InvarianceMonitor` on encoders with known invariances; perturbations against torchvision."""
 
 import logging
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_contrast.augment import simclr_cifar_views
 from lightning_contrast.callbacks import InvarianceMonitor, StepSeed, ViewAugmentation
 from lightning_contrast.callbacks.invariance.perturbations import CHANGES, changed, similarity
-from lightning_contrast.callbacks.invariance.report import in_words
+from lightning_contrast.callbacks.invariance.report import summarize
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.probe_modules import (
     Loaders,
@@ -53,14 +53,14 @@ def test_similarity_is_that_of_plain_loops():
     def cosine(a, b):
         return float((a @ b) / (a.norm() * b.norm()))
 
-    centre = sum(plain) / 6
-    own = sum(cosine(a - centre, b - centre) for a, b in zip(plain, other, strict=True)) / 6
+    center = sum(plain) / 6
+    own = sum(cosine(a - center, b - center) for a, b in zip(plain, other, strict=True)) / 6
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
-    different = sum(cosine(plain[i] - centre, plain[j] - centre) for i, j in pairs) / len(pairs)
+    different = sum(cosine(plain[i] - center, plain[j] - center) for i, j in pairs) / len(pairs)
     assert float(similarity(plain, other)) == pytest.approx((own - different) / (1 - different))
     assert float(similarity(plain, plain)) == pytest.approx(1)
     assert float(similarity(plain, plain[[1, 2, 3, 4, 5, 0]])) == pytest.approx(
-        (sum(cosine(plain[i] - centre, plain[(i + 1) % 6] - centre) for i in range(6)) / 6 - different)
+        (sum(cosine(plain[i] - center, plain[(i + 1) % 6] - center) for i in range(6)) / 6 - different)
         / (1 - different)
     )
 
@@ -74,7 +74,7 @@ def test_a_constant_part_of_the_features_does_not_make_them_similar():
 
 
 def alternate(images, function, strength):
-    """Apply a function of one image and a signed strength, + for the first image, - for the second and so on."""
+    """Apply a function of one image and a signed strength, + for even and - for odd images."""
     return torch.stack([function(image, strength * (1 - 2 * (i % 2))) for i, image in enumerate(images)])
 
 
@@ -121,7 +121,7 @@ def test_no_strength_is_no_change_and_the_images_are_left_alone(name):
 
 
 class Sees(L.LightningModule):
-    """Gives as features what a function of the images gives; learns nothing that matters."""
+    """Module with a fixed backbone."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -145,7 +145,7 @@ class Luminance(nn.Module):
         return (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1).flatten(1)
 
 
-class MeanColour(nn.Module):
+class MeanColor(nn.Module):
     def forward(self, images):
         return images.mean(dim=(2, 3))
 
@@ -171,11 +171,11 @@ def test_a_grey_encoder_is_blind_to_colour_and_not_to_place():
     assert values["flip"] == pytest.approx(float(similarity(Luminance()(images), flipped)), abs=1e-5)
     assert values["hue"] == pytest.approx(sum(v for _, v in monitor.curves["hue"]) / 4)
     assert [strength for strength, _ in monitor.curves["hue"]] == [0.05, 0.1, 0.25, 0.5]
-    assert "blind to grayscale (1.00)" in monitor.summary
+    assert "invariant to grayscale (1.00)" in monitor.summary
 
 
 def test_an_encoder_of_the_mean_colour_is_blind_to_place():
-    run = watch(MeanColour(), pictures(), InvarianceMonitor(samples=12))
+    run = watch(MeanColor(), pictures(), InvarianceMonitor(samples=12))
     values = run.callback_metrics
     assert values["invariance/flip"] == pytest.approx(1, abs=1e-5)
     assert values["invariance/rotation/90"] == pytest.approx(1, abs=1e-4)
@@ -217,7 +217,7 @@ def test_normalised_images_are_changed_in_0_to_1():
     watch(Undo(), normalised, monitor)
     for name, curve in plain.curves.items():
         assert monitor.curves[name] == [(s, pytest.approx(v, abs=1e-4)) for s, v in curve]
-    with pytest.raises(ValueError, match=r"`images` must lie in 0..1.*`mean` and `std`"):
+    with pytest.raises(ValueError, match=r"`images` must be in 0..1.*`mean` and `std`"):
         watch(Undo(), normalised, InvarianceMonitor(samples=12))
 
 
@@ -228,7 +228,7 @@ def test_images_are_spread_over_the_set_and_may_be_given():
     for monitor in (of_loader, given, chosen):
         watch(Luminance(), images, monitor)
     assert of_loader.curves == given.curves == chosen.curves
-    by_loader = InvarianceMonitor(images=loader(images, shuffle=True), **FEW)
+    by_loader = InvarianceMonitor(dataloader=loader(images, shuffle=True), **FEW)
     watch(Luminance(), pictures(8, seed=5), by_loader)
     assert by_loader.curves == of_loader.curves
 
@@ -275,7 +275,7 @@ def test_it_measures_at_first_every_few_epochs_and_at_last():
     without = Epochs(images=pictures(edge=8))
     quiet_fit(classifier()(), [without], labelled(16), max_epochs=2, limit_val_batches=0)
     assert without.epochs == [0, 1]
-    with pytest.warns(UserWarning, match="this run has none: give it `images=`"):
+    with pytest.warns(UserWarning, match="has no validation data. Give `images=`"):
         quiet_fit(classifier()(), [Epochs()], labelled(16), max_epochs=1, limit_val_batches=0)
 
 
@@ -284,14 +284,14 @@ def test_the_run_is_the_same():
 
 
 class Draws(TensorDataset):
-    """A set with random augmentation of its own."""
+    """Dataset with random augmentation."""
 
     def __getitem__(self, index):
         image, *rest = super().__getitem__(index)
         return (image * torch.rand(()), *rest)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["validation", "images"])
+@pytest.mark.parametrize("given", [False, True], ids=["validation", "dataloader"])
 def test_a_set_that_draws_random_numbers_is_read_beside_those_of_the_run(given):
     def after(monitors):
         torch.manual_seed(2)
@@ -300,7 +300,7 @@ def test_a_set_that_draws_random_numbers_is_read_beside_those_of_the_run(given):
 
     def monitors():
         images = DataLoader(Draws(*labelled(24).dataset.tensors), batch_size=4)
-        return [InvarianceMonitor(images=images if given else None, every_n_epochs=1, **FEW)]
+        return [InvarianceMonitor(dataloader=images if given else None, every_n_epochs=1, **FEW)]
 
     alone, watched = after(list), after(monitors)
     assert torch.equal(alone[0], watched[0])
@@ -382,20 +382,20 @@ def test_the_curves_are_drawn_and_told(tmp_path, caplog):
     monitor = InvarianceMonitor(samples=12, png_dir=tmp_path)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         watch(Luminance(), pictures(), monitor)
-    assert "InvarianceMonitor `invariance`: the features are blind to" in caplog.text
+    assert "InvarianceMonitor `invariance`: features are invariant to" in caplog.text
     (path,) = tmp_path.iterdir()
     with image.open(path) as picture:
         assert min(picture.size) > 300
         assert len(picture.getcolors(maxcolors=2**20)) > 20
 
 
-def test_words():
+def test_summary():
     last = {"hue": [(0.1, 1.0), (0.5, 0.96)], "crop": [(0.5, 0.8), (0.8, 0.3)], "blur": [(1.0, 0.7)]}
-    assert in_words(last) == "the features are blind to hue (0.96); they still see crop (0.30)."
+    assert summarize(last) == "features are invariant to hue (0.96); sensitive to crop (0.30)."
     first = last | {"hue": [(0.1, 0.5), (0.5, 0.1)]}
-    assert in_words(last, first).endswith("; since the first measurement hue has moved most, by +0.68.")
-    assert in_words({"blur": [(1.0, 0.2)]}) == "the features still see blur (0.20)."
-    assert "blind to nothing" in in_words({"blur": [(1.0, 0.7)]})
+    assert summarize(last, first).endswith("; largest change since the first measurement: hue +0.68.")
+    assert summarize({"blur": [(1.0, 0.2)]}) == "features are sensitive to blur (0.20)."
+    assert "neither invariant nor sensitive" in summarize({"blur": [(1.0, 0.7)]})
 
 
 class Stream(IterableDataset):
@@ -404,13 +404,17 @@ class Stream(IterableDataset):
 
 
 def test_what_cannot_be_read_is_named():
+    with pytest.raises(TypeError, match=r"`images` must be a tensor, got .*`dataloader=`"):
+        InvarianceMonitor(images=loader(pictures()))
+    with pytest.raises(TypeError, match="`dataloader` must be a DataModule or a loader"):
+        InvarianceMonitor(dataloader=3)
     with pytest.raises(ValueError, match=r"`features` must name a submodule.*'backbone.3'"):
         quiet_fit(classifier()(), [InvarianceMonitor("backbone.33")])
     with pytest.raises(ValueError, match=r"`changes` must be one of.*Did you mean 'rotation'"):
         InvarianceMonitor(changes=["rotations"])
-    with pytest.raises(TypeError, match="`changes\\['mine'\\]` must be a function and its strengths"):
+    with pytest.raises(TypeError, match="`changes\\['mine'\\]` must be \\(function, strengths\\)"):
         InvarianceMonitor(changes={"mine": [0.1]})
-    with pytest.raises(TypeError, match="`images` must be a tensor, or a DataLoader over a set of known length"):
+    with pytest.raises(TypeError, match="`dataloader` must be a DataLoader over a dataset of known length"):
         quiet_fit(classifier()(), [InvarianceMonitor()], val=DataLoader(Stream(), batch_size=4))
 
 
@@ -421,9 +425,10 @@ def test_what_cannot_be_read_is_named():
         ({"every_n_epochs": 0}, "`every_n_epochs` must be >= 1"),
         ({"mean": [0.5]}, "`mean` must be given with `std`"),
         ({"mean": [0.5], "std": [0.0]}, "`std` must be > 0"),
-        ({"changes": []}, "`changes` must be several names"),
-        ({"changes": "hue"}, "`changes` must be several names"),
-        ({"images": torch.zeros(3, 8, 8)}, "`images` must be"),
+        ({"changes": []}, "`changes` must be a sequence of names"),
+        ({"changes": "hue"}, "`changes` must be a sequence of names"),
+        ({"images": torch.zeros(3, 8, 8)}, r"`images` must be \(N, C, H, W\)"),
+        ({"images": torch.zeros(3, 3, 8, 8), "dataloader": [1]}, "`images` must be given without `dataloader`"),
         ({"name": ""}, "`name` must be a word"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`EmbeddingLogger` shows the features of validation images: projector, map and neighbours, and changes nothing."""
+"""`EmbeddingLogger`: projector, map and neighbors of validation images, and bit-identical training."""
 
 import sys
 from pathlib import Path
@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast.callbacks import EmbeddingLogger, ViewAugmentation
-from lightning_contrast.callbacks.visualization.projector import write_projector
-from lightning_contrast.callbacks.visualization.sample import Gallery, Share
-from lightning_contrast.callbacks.visualization.scatter import places_of
+from lightning_contrast.callbacks.visualization.projector import add_snapshot
+from lightning_contrast.callbacks.visualization.sample import Sample, SampleShare
+from lightning_contrast.callbacks.visualization.scatter import project_features
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.picture_runs import Flip, Pixels, enlarged, events, fit, loader, pictures, tile
 from tests.callbacks.probe_modules import adversary, classifier, images_and_labels, labelled, trainers
@@ -27,7 +27,7 @@ SAME, OTHER = (46, 160, 67), (218, 54, 51)
 
 
 def read_projector(folder):
-    """Return the configuration of a run's projector, with what each entry points to."""
+    """Return features, metadata lines, sprite and thumbnail size of each projector entry of a run, by name."""
     (path,) = Path(folder).rglob("projector_config.pbtxt")
     config = text_format.Parse(path.read_text(), ProjectorConfig())
     found = {}
@@ -38,18 +38,17 @@ def read_projector(folder):
             continue
         words = (path.parent / entry.metadata_path).read_text().splitlines()
         sprite = np.asarray(Image.open(path.parent / entry.sprite.image_path))
-        assert list(entry.tensor_shape) == list(rows.shape)
         found[entry.tensor_name] = (rows, words, sprite, list(entry.sprite.single_image_dim))
     return found
 
 
-def colours(images):
-    """Return what `Pixels` makes of uint8 images: their mean colours, in 0..255."""
+def colors(images):
+    """Return the features of `Pixels` for uint8 images: mean colors in 0..255."""
     return images.double().mean(dim=(2, 3))
 
 
 def logged(**settings):
-    """Return an EmbeddingLogger without a map, which takes the most time."""
+    """Return an EmbeddingLogger without a map, which is slow to draw."""
     return EmbeddingLogger(**({"layout": None} | settings))
 
 
@@ -57,8 +56,8 @@ def test_projector_has_features_labels_and_pictures(tmp_path):
     callback = logged(class_names=["dark", "grey\tish", "light"], queries=0)
     fit([callback], folder=tmp_path, logger=TensorBoardLogger(tmp_path), max_epochs=1)
     ((name, (rows, words, sprite, size)),) = read_projector(tmp_path).items()
-    assert name == "embeddings (newest, step 3)"
-    assert np.allclose(rows, colours(VAL), rtol=1e-4)
+    assert name == "embeddings:00003"
+    assert np.allclose(rows, colors(VAL), rtol=1e-4)
     names = ["dark", "grey ish", "light"]
     assert words == ["label\timage", *(f"{names[label]}\t{i}" for i, label in enumerate(LABELS))]
     assert size == [64, 64]
@@ -66,7 +65,7 @@ def test_projector_has_features_labels_and_pictures(tmp_path):
     for i in range(24):
         top, left = i // 5 * 64, i % 5 * 64
         assert np.array_equal(sprite[top : top + 64, left : left + 64], enlarged(VAL[i], 8))
-    assert (sprite[4 * 64 :, 4 * 64 :] == 255).all()
+    assert (sprite[4 * 64 :, 4 * 64 :] == 0).all()
 
 
 def test_projector_keeps_the_first_and_the_newest_snapshots(tmp_path):
@@ -74,29 +73,42 @@ def test_projector_keeps_the_first_and_the_newest_snapshots(tmp_path):
     theirs = torch.rand(4, 3)
     logger.experiment.add_embedding(theirs, tag="theirs", global_step=1)
     fit([logged(queries=0), logged(queries=0, name="val/b")], folder=tmp_path, logger=logger, max_epochs=7)
-    steps = (3, 12, 15, 18)
-    ours = [f"embeddings:{step:07d}" for step in steps] + ["embeddings (newest, step 21)"]
-    others = [f"val/b:{step:07d}" for step in steps] + ["val/b (newest, step 21)"]
+    steps = (3, 12, 15, 18, 21)
+    ours = [f"{name}:{step:05d}" for step in steps for name in ("embeddings", "val/b")]
     found = read_projector(tmp_path)
-    assert sorted(found) == sorted([*ours, *others, "theirs:00001"])
+    assert sorted(found) == sorted([*ours, "theirs:00001"])
     assert np.allclose(found["theirs:00001"][0], theirs, atol=1e-6)
-    files = sorted(path.name.split("_")[0] for path in Path(logger.log_dir).rglob("projector/embeddings/*"))
-    assert files == ["metadata", "sprite", *["tensors"] * 5]  # one picture and one table for all
+    folders = {path.name for path in Path(logger.log_dir).iterdir() if path.is_dir()}
+    assert folders == {"00001", *(f"{step:05d}" for step in steps)}
+    assert len(list(Path(logger.log_dir).rglob("sprite.png"))) == 10
 
 
-def test_a_step_that_is_written_again_takes_its_place(tmp_path):
-    gallery = Gallery(torch.eye(3), torch.zeros(3, 3, 4, 4, dtype=torch.uint8), None, torch.arange(3))
+def small_sample(scale=1):
+    return Sample(torch.eye(3) * scale, torch.full((3, 3, 4, 4), 7, dtype=torch.uint8), None, torch.arange(3))
+
+
+def test_a_step_that_is_written_again_replaces_the_first(tmp_path, capsys):
+    writer = TensorBoardLogger(tmp_path).experiment
     for scale in (1, 2):
-        scaled = gallery._replace(features=gallery.features * scale)
-        write_projector(str(tmp_path), "e", 5, scaled, None, keep=2)
-    ((rows, words, _, size),) = read_projector(tmp_path).values()
+        add_snapshot(writer, "e", 5, small_sample(scale), None, keep=2)
+    ((rows, words, sprite, size),) = read_projector(tmp_path).values()
     assert np.array_equal(rows, 2 * np.eye(3))
     assert (words, size) == (["0", "1", "2"], [4, 4])  # one column has no heading
+    assert (sprite[:4] == 7).all()
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 3, 4]), (6, [1, 5, 6])])
+def test_a_new_writer_keeps_the_snapshots_of_the_last_one(count, steps, tmp_path):
+    for step in range(1, count + 1):
+        writer = TensorBoardLogger(tmp_path, name="", version="").experiment
+        add_snapshot(writer, "e", step, small_sample(), None, keep=3)
+    assert list(read_projector(tmp_path)) == [f"e:{step:05d}" for step in steps]
 
 
 def nearest(images, row, count):
-    """Return the rows of the images with the most similar mean colours, in plain loops."""
-    features = colours(images).tolist()
+    """Return the indices of the images with the most similar mean colors, in plain loops."""
+    features = colors(images).tolist()
     norm = [sum(x * x for x in f) ** 0.5 for f in features]
     cosine = [
         sum(a * b for a, b in zip(features[row], f, strict=True)) / norm[row] / n
@@ -127,9 +139,9 @@ def test_queries_are_followed_though_the_order_of_the_images_changes(tmp_path):
     callback = logged(queries=2, neighbours=3)
     shuffled = DataLoader(TensorDataset(VAL, LABELS), batch_size=8, shuffle=True, generator=torch.Generator())
     fit([callback], val=shuffled, folder=tmp_path, max_epochs=8)
-    assert [when for when, _ in callback._strips.history] == ["epoch 0", *(f"epoch {e}" for e in range(4, 8))]
-    first = callback._strips.history[0].neighbours
-    for _, neighbours in callback._strips.history:
+    assert [when for when, _ in callback._neighbors.history] == ["epoch 0", *(f"epoch {e}" for e in range(4, 8))]
+    first = callback._neighbors.history[0].ids
+    for _, neighbours in callback._neighbors.history:
         assert torch.equal(neighbours, first)  # `Pixels` does not learn features
     last = pictures(tmp_path)["embeddings_neighbours_step0000024.png"]
     assert last.shape[0] == 16 + 10 * 68 + 8 + 4
@@ -145,7 +157,7 @@ def test_queries_that_are_gone_are_named(tmp_path):
         def val_dataloader(self):
             return loader(seed=5 if self.trainer.current_epoch == 0 else 6)
 
-    with pytest.warns(UserWarning, match="2 of the queries are not among the images any more"):
+    with pytest.warns(UserWarning, match="2 of the queries are no longer in the sample"):
         fit_data(logged(queries=2), Other(), tmp_path, reload_dataloaders_every_n_epochs=1)
     assert len(pictures(tmp_path)) == 2
 
@@ -162,16 +174,16 @@ def test_the_map_has_the_principal_components_and_every_picture(tmp_path):
     fit([EmbeddingLogger(queries=0)], folder=tmp_path, max_epochs=1)
     picture = pictures(tmp_path)["embeddings_map_step0000003.png"]
     assert picture.shape == (720, 1440, 3)
-    # The brightest and the darkest pixel of the images are on the left, the classes' first two colours on the right.
+    # The brightest and the darkest pixel of the images are on the left, the classes' first two colors on the right.
     left, right = picture[:, :720].reshape(-1, 3), picture[:, 720:].reshape(-1, 3)
-    for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):
-        assert (right == colour).all(axis=1).sum() > 50
-        assert (left == colour).all(axis=1).sum() < 5
+    for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):
+        assert (right == color).all(axis=1).sum() > 50
+        assert (left == color).all(axis=1).sum() < 5
 
 
 def test_principal_components_are_those_of_numpy():
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5, 1, 3, 1, 1, 1.0]) + 2
-    places, words = places_of(features, "pca")
+    places, words = project_features(features, "pca")
     rows = features.numpy().astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     rows -= rows.mean(axis=0)
@@ -186,14 +198,14 @@ def test_principal_components_are_those_of_numpy():
 def test_other_layouts():
     features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    first, second = (places_of(features, "tsne")[0] for _ in range(2))
+    first, second = (project_features(features, "tsne")[0] for _ in range(2))
     assert torch.equal(first, second)
-    noisy = places_of(features, lambda f: torch.randn(len(f), 2) + np.random.rand())[0]
+    noisy = project_features(features, lambda f: torch.randn(len(f), 2) + np.random.rand())[0]
     assert noisy.shape == (12, 2)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()
-    with pytest.raises(ValueError, match=r"`layout` must give \(12, 2\), got \(12, 5\)"):
-        places_of(features, lambda f: f)
+    with pytest.raises(ValueError, match=r"`layout` must return \(12, 2\), got \(12, 5\)"):
+        project_features(features, lambda f: f)
 
 
 @pytest.mark.parametrize(("layout", "package"), [("pca", "matplotlib"), ("tsne", "sklearn")])
@@ -206,8 +218,8 @@ def test_a_missing_package_is_named_with_its_extra(layout, package, monkeypatch)
 
 @pytest.mark.parametrize(("total", "batch", "limit"), [(100, 8, 10), (24, 8, 24), (7, 4, 24), (1000, 10, 999)])
 def test_a_sample_is_spread_over_the_whole_set(total, batch, limit):
-    share = Share(limit, -(-total // batch))
-    found = [place for start in range(0, total, batch) for _, place in share.places(min(batch, total - start))]
+    share = SampleShare(limit, -(-total // batch))
+    found = [place for start in range(0, total, batch) for _, place in share.choose(min(batch, total - start))]
     assert len(found) == len(set(found)) <= limit
     assert len(found) >= min(total, limit) - 1 - limit * batch / total
     gaps = np.diff([-1, *found, total])
@@ -215,8 +227,8 @@ def test_a_sample_is_spread_over_the_whole_set(total, batch, limit):
 
 
 def test_where_nobody_knows_the_number_of_batches_the_first_images_are_taken():
-    share = Share(10, float("inf"))
-    assert [place for _ in range(3) for _, place in share.places(8)] == list(range(10))
+    share = SampleShare(10, float("inf"))
+    assert [place for _ in range(3) for _, place in share.choose(8)] == list(range(10))
 
 
 def test_normalisation_is_undone_and_the_first_loader_is_shown(tmp_path):
@@ -230,7 +242,7 @@ def test_a_loader_of_its_own_is_encoded_in_eval_mode(tmp_path):
     data = DataLoader(TensorDataset(VAL.float() / 255), batch_size=5)  # without labels
     model = classifier()()
     logger = TensorBoardLogger(tmp_path)
-    callback = logged(data=data, samples=12, queries=2)
+    callback = logged(dataloader=data, samples=12, queries=2)
     fit([callback], labelled(), module=model, folder=tmp_path, logger=logger, limit_val_batches=0, max_epochs=1)
     ((rows, words, _, _),) = read_projector(tmp_path).values()
     assert words == [str(i) for i in range(12)]
@@ -284,7 +296,7 @@ def test_an_unknown_layer_is_named_with_near_ones(tmp_path):
 
 
 def test_a_run_without_validation_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match=r"`embeddings` looks at validation images.*`data=`"):
+    with pytest.warns(UserWarning, match=r"`embeddings` has no images.*`dataloader=`"):
         fit([EmbeddingLogger()], folder=tmp_path, limit_val_batches=0, max_epochs=1)
     assert not pictures(tmp_path)
 
@@ -295,7 +307,7 @@ def test_an_empty_loader_of_its_own_is_named(tmp_path):
             return iter([])
 
     with pytest.raises(ValueError, match="must yield at least one batch"):
-        fit([logged(data=Empty())], folder=tmp_path, limit_val_batches=0, max_epochs=1)
+        fit([logged(dataloader=Empty())], folder=tmp_path, limit_val_batches=0, max_epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +319,7 @@ def test_an_empty_loader_of_its_own_is_named(tmp_path):
         ({"neighbours": 0}, ValueError, "`neighbours` must be >= 1"),
         ({"layout": "tsn"}, ValueError, "Did you mean 'tsne'"),
         ({"name": ""}, ValueError, "`name`"),
-        ({"data": 3}, TypeError, "`data` must be a DataModule or a loader"),
+        ({"dataloader": 3}, TypeError, "`dataloader` must be a DataModule or a loader"),
         ({"features": 3}, TypeError, "`features`"),
     ],
     ids=lambda value: str(value),
@@ -325,7 +337,7 @@ def test_every_nth_validation_and_a_second_fit(tmp_path):
     trainer.fit_loop.max_epochs = 6
     fit([], folder=tmp_path, trainer=trainer)
     assert list(pictures(tmp_path))[-1] == "embeddings_neighbours_step0000018.png"
-    assert [strip.when for strip in callback._strips.history] == ["epoch 5"]
+    assert [entry.when for entry in callback._neighbors.history] == ["epoch 5"]
     assert not any(module._forward_hooks for module in trainer.lightning_module.modules())
 
 
@@ -340,7 +352,7 @@ def test_a_resumed_run_goes_on_with_the_same_queries(tmp_path):
     resumed, _ = run("resumed", max_epochs=3, ckpt_path=tmp_path / "stopped.ckpt")
     a, b = (pictures(tmp_path / name)["embeddings_neighbours_step0000009.png"] for name in ("whole", "resumed"))
     assert np.array_equal(a, b)
-    assert len(whole._strips.history) == len(resumed._strips.history) == 3
+    assert len(whole._neighbors.history) == len(resumed._neighbors.history) == 3
 
 
 @pytest.mark.parametrize("make", [classifier, adversary], ids=lambda make: make.__name__)
@@ -370,7 +382,7 @@ class Data(L.LightningDataModule):
 def test_nothing_changes_and_a_resumed_run_is_the_same(tmp_path):
     def watched():
         data = DataLoader(TensorDataset(VAL.float() / 255), batch_size=8, shuffle=True)
-        return [EmbeddingLogger(samples=20), logged(name="own", data=data, png_dir=tmp_path)]
+        return [EmbeddingLogger(samples=20), logged(name="own", dataloader=data, png_dir=tmp_path)]
 
     for number in range(2):
         assert_callback_changes_nothing(lambda: watched()[number])  # noqa: B023 (called at once)
@@ -378,10 +390,10 @@ def test_nothing_changes_and_a_resumed_run_is_the_same(tmp_path):
     assert pictures(tmp_path)
 
 
-def galleries(rank, folder):
+def samples_of(rank, folder):
     seen = []
     callback = logged(samples=32, queries=2)
-    callback._show = lambda trainer, gallery: seen.append((gallery.names, gallery.features, gallery.labels))
+    callback._log = lambda trainer, sample: seen.append((sample.ids, sample.features, sample.labels))
     settings = {} if rank is None else {"devices": 2, "strategy": "ddp"}
     fit([callback], folder=folder, max_epochs=1, **settings)
     return seen
@@ -389,9 +401,9 @@ def galleries(rank, folder):
 
 @pytest.mark.dist
 def test_two_ranks_change_nothing_and_the_first_shows_the_images_of_both(tmp_path):
-    first, second = run_processes(galleries, 2, tmp_path, init=False)
+    first, second = run_processes(samples_of, 2, tmp_path, init=False)
     assert second == []
-    alone = galleries(None, tmp_path)
+    alone = samples_of(None, tmp_path)
     assert len(alone) == len(first) == 1
     for of_two, of_one in zip(first[0], alone[0], strict=True):
         assert torch.equal(of_two, of_one)

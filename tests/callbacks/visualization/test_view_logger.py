@@ -1,4 +1,4 @@
-"""`ViewLogger` shows what the step gets, beside what the loader gave, and where it should."""
+"""`ViewLogger`: pictures of originals and views, their destinations, and bit-identical training."""
 
 import lightning as L
 import numpy as np
@@ -65,7 +65,7 @@ def test_a_logger_without_pictures_gets_files_beside_its_own(tmp_path):
 
 
 class Recorder(Logger):
-    """A logger with a way to log pictures that its subclasses choose."""
+    """Logger whose subclasses define how images are logged."""
 
     name, version = "recorder", 0
 
@@ -90,7 +90,7 @@ class LikeWandB(Recorder):
 
 
 class LikeMLFlow(Recorder):
-    """MLflow's client is told the run."""
+    """MLflow's client takes the run id."""
 
     run_id = "run-7"
 
@@ -192,9 +192,9 @@ def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path):
         ({"images": 0}, ValueError, "`images` must be >= 1"),
         ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` must be >= 1"),
         ({"name": ""}, ValueError, "`name`"),
-        ({"channels": (0, 1)}, ValueError, "`channels` must name one channel or three"),
+        ({"channels": (0, 1)}, ValueError, "`channels` must have one or three entries"),
         ({"channels": (0, 1, -1)}, ValueError, "`channels` must be >= 0"),
-        ({"mean": (0.5,)}, ValueError, "go together"),
+        ({"mean": (0.5,)}, ValueError, "`mean` must be given with `std`"),
         ({"mean": (0.5,), "std": (0.0,)}, ValueError, "`std` must be > 0"),
     ],
     ids=lambda value: str(value),
@@ -207,9 +207,9 @@ def test_wrong_arguments(settings, error, words):
 @pytest.mark.parametrize(
     ("images", "settings", "words"),
     [
-        (torch.rand(4, 3, 8, 8), {"channels": (0, 1, 3)}, "`channels` must be below 3"),
+        (torch.rand(4, 3, 8, 8), {"channels": (0, 1, 3)}, "`channels` must be < 3"),
         (torch.rand(4, 3, 8, 8), {"mean": (0.0, 0.0), "std": (1.0, 1.0)}, "`mean` must have 3 numbers"),
-        (torch.rand(4, 12), {}, r"`batch` must hold images \(B, C, H, W\), got \(4, 12\)"),
+        (torch.rand(4, 12), {}, r"`batch` must contain images \(B, C, H, W\), got \(4, 12\)"),
     ],
     ids=["channels", "mean", "no images"],
 )

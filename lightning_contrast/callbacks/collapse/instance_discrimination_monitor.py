@@ -1,4 +1,4 @@
-"""How well the embeddings of a run tell images apart, from what its steps computed anyway."""
+"""Instance discrimination by the embeddings of training steps."""
 
 import math
 from collections.abc import Mapping
@@ -20,40 +20,43 @@ from lightning_contrast.contracts import split_batch
 from lightning_contrast.nn.memory_bank import MemoryBank
 
 Values = dict[str, tuple[Tensor, Tensor]]
-"""A value for each anchor, and whether it counts, by name."""
+"""Values of each anchor ``(A,)`` and whether they are defined ``(A,)``, by name."""
 
 
 class InstanceDiscriminationMonitor(L.Callback):
-    """Logs how an embedding tells the two views of an image from those of other images.
+    """Log how well embeddings discriminate the two views of an image from other images.
 
-    Every ``every_n_steps`` training batches it takes the output of a layer for two views, (B, D) each, which the step
-    has computed: no further forward pass, and no hook does anything in the other batches. The negatives of an embedding
-    are those of all other images in both views, on all ranks, as in SimCLR: N = 2 B - 1 candidates of a global batch of
-    B images. Where a step sends one view only through the layer and returns the other one as ``"keys"`` (B, D), as
-    MoCo does, these are the second view, and the negatives are the rows of the module's queue of such keys.
+    Every ``every_n_steps`` training batches, the output of a layer for two views, ``(B, D)`` each, is taken from the
+    training step, without an extra forward pass; the hook is idle in all other batches. As in SimCLR, the negatives of
+    an embedding are those of all other images in both views on all ranks, so a global batch of B images has N = 2 B - 1
+    candidates. If the layer sees a single view and the step returns the other as ``"keys"`` ``(B, D)``, as in MoCo, the
+    keys are the second view, and the negatives are the rows of the module's queue of keys.
 
-    Logged, means over the images of all ranks: ``contrast/positive_cosine``, ``contrast/negative_cosine``,
-    ``contrast/top1`` (how often the other view of an image is more similar than every negative, 0..1). With a
-    temperature: ``contrast/loss``, InfoNCE over these candidates in nats; ``contrast/bound``, ln N minus it, a lower
-    bound of what the views tell of each other, which cannot pass ln N (``contrast/bound_limit``);
-    ``contrast/effective_negatives``, exp of the entropy of the softmax over the negatives, 1 to N - 1, and the same as
-    a share, ``contrast/effective_negatives_share``: near 1 the temperature is so high that all negatives count the
-    same, near 0 a handful does all. With labels: ``contrast/false_negatives``, the share of the ``hardest`` most
-    similar negatives that have the image's own label, and ``contrast/false_negatives_chance``, the same of all
-    negatives (without a queue only).
+    Logged as means over the images of all ranks: ``contrast/positive_cosine``, ``contrast/negative_cosine``, and
+    ``contrast/top1``, the share of embeddings whose positive is more similar than every negative. With a temperature:
+    ``contrast/loss``, the InfoNCE loss over the candidates in nats; ``contrast/bound``, ln N minus the loss, a lower
+    bound of the mutual information of the views, which cannot exceed ln N (``contrast/bound_limit``);
+    ``contrast/effective_negatives``, the exponential of the entropy of the softmax over the negatives, 1 to N - 1, and
+    ``contrast/effective_negatives_share``, the same divided by the number of negatives: near 1, the temperature is so
+    high that all negatives have equal weight; near 0, a few negatives dominate. With labels and without a queue:
+    ``contrast/false_negatives``, the share of the ``hardest`` most similar negatives with the label of the image, and
+    ``contrast/false_negatives_chance``, the same over all negatives.
 
-    The run is left as it was, bit for bit; nothing is kept in a checkpoint but the number of batches. Cost: on a
-    measured batch one product (2 B, D) x (D, N) and a few host reads for the loggers; on others nothing.
+    Training stays bit-identical. A checkpoint stores the number of batches. Overhead: one product of ``(2 B, D)`` and
+    ``(D, N)`` and a few synchronizations per measurement.
 
     Args:
-        features: Name of the submodule whose output is compared; "projector" is the attribute of every method here.
-        temperature: Divisor of the cosines; None takes the module's attribute ``temperature`` (or that of its
-            ``criterion``), and leaves out what needs one where there is none.
-        labels: Where the labels come from: None is the batch contract (left out where there are none); a key of a dict
-            batch, an index into a tuple, or a function of the batch. -1 stands for none.
-        hardest: Negatives looked at for false ones, for each embedding.
-        every_n_steps: Batches from one measurement to the next.
-        name: First part of the names that are logged.
+        features: Name of the submodule whose output is compared; methods of this package have a "projector".
+        temperature: Divisor of the cosine similarities, > 0; None: the attribute ``temperature`` of the module or of
+            its ``criterion``; keys that need a temperature are not logged without one.
+        labels: Source of the labels; None: the labels of the batch if there are any; a key of a dict batch, an index
+            into a tuple, or a function of the batch. -1 means no label.
+        hardest: Number of negatives per embedding that are checked for false negatives, >= 1.
+        every_n_steps: Number of batches between measurements, >= 1.
+        name: Prefix of the logged names.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class InstanceDiscriminationMonitor(L.Callback):
         check_word("name", name)
         self.temperature, self.labels, self.hardest = temperature, labels, hardest
         self.every_n_steps, self.name = every_n_steps, name
-        self._tap = ViewHook(features)
+        self._hook = ViewHook(features)
         self._batches = 0
         self._labels: Tensor | None = None
         self._queue: Tensor | None = None
@@ -87,25 +90,25 @@ class InstanceDiscriminationMonitor(L.Callback):
         return f"InstanceDiscriminationMonitor[{self.name}]"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin to count; a checkpoint that is resumed is loaded after this."""
+        """Reset the number of batches (a checkpoint's is loaded later)."""
         if stage == "fit":
             self._batches, self._warned = 0, False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layer: here it exists, wrapped as it will be, in every strategy."""
-        self._tap.attach(pl_module)
+        """Attach the feature hook; layers exist in their final, wrapped form only from here on."""
+        self._hook.attach(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Expect the views of a batch that is measured, and keep the queue as the step will find it."""
+        """Arm the feature hook if the batch is measured, and copy the queue before the step updates it."""
         if not self._is_due():
             return
-        self._tap.arm(count_images(batch))
+        self._hook.arm(count_images(batch))
         self._labels = self._read_labels(batch)
         self._queue, self._queue_mask = _queue(pl_module)
         self._has_bank = _has_bank(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure and log."""
+        """Measure and log if due."""
         due = self._is_due()
         self._batches += 1
         if not due:
@@ -123,19 +126,19 @@ class InstanceDiscriminationMonitor(L.Callback):
         log_values(trainer, pl_module, {f"{self.name}/{key}": value for key, value in values.items()})
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take the hook away."""
-        self._tap.detach()
+        """Remove the feature hook."""
+        self._hook.detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hook away: `teardown` is not called after an exception."""
-        self._tap.detach()
+        """Remove the feature hook; `teardown` is not called after an exception."""
+        self._hook.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches, so that a resumed run measures the batches that it would have."""
+        """Return the number of batches, so that a resumed run measures the same batches."""
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of batches."""
         self._batches = state_dict["batches"]
 
     def _is_due(self) -> bool:
@@ -152,28 +155,28 @@ class InstanceDiscriminationMonitor(L.Callback):
         return found.long() if usable and found is not None else None
 
     def _views(self, outputs: Any) -> tuple[Tensor, Tensor, bool]:
-        """Return the two views, (B, D) each, and whether the second is the keys of the step output."""
-        taken = self._tap.read_views()
+        """Return two views, ``(B, D)`` each, and whether the second view is the keys of the step output."""
+        taken = self._hook.read_views()
         keys = outputs.get("keys") if isinstance(outputs, Mapping) else None
         single = taken is not None and len(taken) == 1 and not self._has_bank
         if single and taken is not None and isinstance(keys, Tensor) and keys.shape == taken[0].shape:
             return taken[0], keys.detach().float(), True
         if taken is None or len(taken) < 2:
             got = "nothing" if taken is None else f"{len(taken)} view"
-            if self._tap.refused():
-                got += f" and {self._tap.refused()}"
-            rule = f"name a layer that gives two views (B, D) in each training step ({self._tap.features!r} does not)"
-            hint = 'Name the projection head, or return the second view as the step output "keys"'
+            if self._hook.refused():
+                got += f" and {self._hook.refused()}"
+            rule = f"be a layer whose output is two views (B, D) in each training step ({self._hook.features!r} is not)"
+            hint = 'Give the projection head, or return the second view as the step output "keys"'
             fail("features", rule, got, hint)
         return taken[0], taken[1], False
 
     def _warn_of_nan(self, cosine: Tensor, batch_idx: int) -> None:
-        """Name embeddings that are not finite, of which the mean over all ranks tells."""
+        """Warn once if the mean over all ranks is not finite."""
         if not self._warned and not bool(cosine.isfinite()):
             self._warned = True
             rank_zero_warn(
-                f"{type(self).__name__}: some embeddings of {self._tap.features!r} are NaN or infinite in training "
-                f"batch {batch_idx}, and so is what `{self.name}` logs of it. Look at the loss and the learning rate."
+                f"{type(self).__name__}: some embeddings of {self._hook.features!r} are NaN or infinite in training "
+                f"batch {batch_idx}, so `{self.name}` logs NaN. Check the loss and the learning rate."
             )
 
     def _temperature(self, trainer: Any, module: Any, device: torch.device) -> Tensor | None:
@@ -182,7 +185,7 @@ class InstanceDiscriminationMonitor(L.Callback):
 
 
 def _queue(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return a copy of the queue of keys and its mask, as they are before the step."""
+    """Return copies of the queue of keys ``(K, D)`` and its mask ``(K,)``, None without a queue."""
     queues = getattr(module, "queues", None)
     queue: Any = queues().get("keys") if callable(queues) else None
     mask = getattr(queue, "mask", None)
@@ -192,7 +195,7 @@ def _queue(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _has_bank(module: Any) -> bool:
-    """Tell whether a module's keys are for a memory bank: then they are the embeddings themselves, no second view."""
+    """Return whether the keys feed a memory bank: they are the embeddings themselves then, not a second view."""
     queues = getattr(module, "queues", None)
     return callable(queues) and isinstance(queues().get("keys"), MemoryBank)
 
@@ -200,24 +203,24 @@ def _has_bank(module: Any) -> bool:
 def against_batch(
     view_a: Tensor, view_b: Tensor, temperature: Tensor | None, labels: Tensor | None, hardest: int
 ) -> dict[str, Tensor]:
-    """Compare each embedding of this rank with those of all other images on all ranks, in both views.
+    """Compare the embeddings of this rank with those of all other images on all ranks; a collective operation.
 
     Args:
-        view_a: (B, D); L2-normalised here.
-        view_b: (B, D), row i of the same image; L2-normalised here.
+        view_a: Embeddings of the first view, ``(B, D)``; L2-normalized here.
+        view_b: Embeddings of the second view of the same images, ``(B, D)``; L2-normalized here.
         temperature: A scalar, or None.
-        labels: (B,), -1 for none; or None.
-        hardest: Negatives looked at for false ones.
+        labels: Labels, ``(B,)``, -1 for none; or None.
+        hardest: Number of negatives that are checked for false negatives.
 
     Returns:
-        Means over all ranks, by name; see `InstanceDiscriminationMonitor`.
+        Means over all ranks, scalars by name; see `InstanceDiscriminationMonitor`.
     """
     a, b = F.normalize(view_a.float(), dim=1), F.normalize(view_b.float(), dim=1)
     sizes = distributed.batch_sizes(len(a), a.device)
     start, total = sum(sizes[: distributed.rank()]), sum(sizes)
     candidates = torch.cat([distributed.gather(a, sizes), distributed.gather(b, sizes)])  # (2N, D)
     anchors = torch.cat([a, b])
-    own = torch.arange(start, start + len(a), device=a.device).repeat(2)  # the image of each anchor
+    own = torch.arange(start, start + len(a), device=a.device).repeat(2)  # index of the image of each anchor
     positive = (a * b).sum(dim=1).repeat(2)
     same_image = torch.arange(total, device=a.device).repeat(2).unsqueeze(0) == own.unsqueeze(1)
     cosines = (anchors @ candidates.T).masked_fill(same_image, -math.inf)
@@ -235,17 +238,17 @@ def against_batch(
 def against_queue(
     query: Tensor, key: Tensor, queue: Tensor, mask: Tensor, temperature: Tensor | None
 ) -> dict[str, Tensor]:
-    """Compare queries with their keys and the keys of a queue.
+    """Compare queries with their keys and the keys of a queue; a collective operation.
 
     Args:
-        query: (B, D); L2-normalised here.
-        key: (B, D); L2-normalised here.
-        queue: (K, D); L2-normalised here.
-        mask: (K,), False where the queue is not filled yet.
+        query: Embeddings of the first view, ``(B, D)``; L2-normalized here.
+        key: Keys of the same images, ``(B, D)``; L2-normalized here.
+        queue: Keys of other images, ``(K, D)``; L2-normalized here.
+        mask: False for rows of the queue that are not filled yet, ``(K,)``.
         temperature: A scalar, or None.
 
     Returns:
-        Means over all ranks, by name; see `InstanceDiscriminationMonitor`.
+        Means over all ranks, scalars by name; see `InstanceDiscriminationMonitor`.
     """
     q, k, n = (F.normalize(x.float(), dim=1) for x in (query, key, queue.to(query.device)))
     valid = mask.to(query.device).unsqueeze(0).expand(len(q), -1)
@@ -254,7 +257,7 @@ def against_queue(
 
 
 def _values(positive: Tensor, cosines: Tensor, valid: Tensor, temperature: Tensor | None) -> Values:
-    """Return a value for each anchor, and whether it counts."""
+    """Return the values of each anchor and whether they are defined."""
     negatives = valid.sum(dim=1)
     some = negatives > 0
     everywhere = torch.ones_like(some)
@@ -280,7 +283,7 @@ def _values(positive: Tensor, cosines: Tensor, valid: Tensor, temperature: Tenso
 
 
 def _means(values: Values) -> dict[str, Tensor]:
-    """Return the mean of each value over the anchors of all ranks that count, NaN where there are none."""
+    """Return means over the anchors of all ranks for which a value is defined, NaN if there are none."""
     sums = torch.stack([torch.where(counts, value, 0.0).double().sum() for value, counts in values.values()])
     counts = torch.stack([counted.sum().double() for _, counted in values.values()])
     sums, counts = distributed.all_reduce_sum(torch.stack([sums, counts]))

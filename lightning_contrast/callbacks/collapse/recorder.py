@@ -1,4 +1,4 @@
-"""What `CollapseMonitor` reads of a step: features, projections, the teacher's, and the scores of prototypes."""
+"""Features, projections, teacher projections and prototype scores of a training step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,75 +17,84 @@ from lightning_contrast.nn.memory_bank import MemoryBank
 PROJECTORS = ("projector", "projection_head")
 PROTOTYPES = "prototypes"
 WIDEST = 8192
-"""Outputs that are wider are not kept as projections: the logits of a distillation head are counted as scores."""
+"""Maximum width of projections; wider outputs are logits of a distillation head and only used for scores."""
 
 
 class Recorder:
-    """Taps a module's layers and gives the rows of one step for the reservoir.
+    """Hooks on the layers of a module that record the rows of one training step.
 
     Args:
-        features: Where the features come from, see `FeatureHook`.
-        projections: Name of the layer of the projections; "auto" looks for "projector" and "projection_head"; None.
+        features: Source of the features, see `FeatureHook`.
+        projections: Name of the projection layer; "auto" selects "projector" or "projection_head"; None for none.
         tokens: See `FeatureHook`.
-        rows: Images kept of each batch over all ranks.
+        rows: Number of images to record of each batch, over all ranks.
     """
 
     def __init__(self, features: str, projections: str | None, tokens: str, rows: int) -> None:
         self.features, self.projections, self.rows = features, projections, rows
-        self._tap = FeatureHook(features, tokens)
-        self._taps: dict[str, ViewHook] = {}
+        self._feature_hook = FeatureHook(features, tokens)
+        self._view_hooks: dict[str, ViewHook] = {}
         self._bank_rows: Tensor | None = None
         self._count = 0
 
     def attach(self, module: Any) -> None:
-        """Hook the layers, which are looked up by name anew."""
-        self._tap.attach(module)
+        """Attach hooks to the layers, which are looked up by name."""
+        self._feature_hook.attach(module)
         wanted = self._wanted(module)
-        for role in [role for role, tap in self._taps.items() if wanted.get(role) != tap.features]:
-            self._taps.pop(role).detach()
+        for role in [role for role, hook in self._view_hooks.items() if wanted.get(role) != hook.features]:
+            self._view_hooks.pop(role).detach()
         for role, name in wanted.items():
             limit = 1 if role == PROTOTYPES else 2
-            tap = self._taps.setdefault(role, ViewHook(name, limit=limit, only_rows=self._own_rows()))
-            tap.attach(module)
+            hook = self._view_hooks.setdefault(role, ViewHook(name, limit=limit, only_rows=self._own_rows()))
+            hook.attach(module)
 
     def detach(self) -> None:
-        """Take all hooks away."""
-        self._tap.detach()
-        for tap in self._taps.values():
-            tap.detach()
-        self._taps.clear()
+        """Remove all hooks."""
+        self._feature_hook.detach()
+        for hook in self._view_hooks.values():
+            hook.detach()
+        self._view_hooks.clear()
 
-    def expect(self, module: Any, batch: Any) -> None:
-        """Read the coming step.
+    def arm(self, module: Any, batch: Any) -> None:
+        """Record the next step.
+
+        Args:
+            module: The LightningModule.
+            batch: The batch of the step.
 
         Raises:
-            TypeError: If there is no tensor in the batch whose rows could be counted.
+            TypeError: If the batch contains no tensor with rows.
         """
         count = count_images(batch)
         if count == 0:
-            rule = "hold a tensor with at least one row"
+            rule = "contain a tensor with at least one row"
             fail("batch", rule, type(batch).__name__, "Yield images, or a container with tensors", TypeError)
         self._count = count
-        for tap in (self._tap, *self._taps.values()):
-            tap.arm(count)
+        for hook in (self._feature_hook, *self._view_hooks.values()):
+            hook.arm(count)
         self._bank_rows = _bank_rows(module, batch)
 
     def collect(self, module: Any, outputs: Any) -> Entry:
-        """Return what the step gave, each ``(..., R, D)``; nothing here waits for the device.
+        """Return the recorded rows by name, each ``(..., R, D)``, without synchronizing with the device.
+
+        Args:
+            module: The LightningModule.
+            outputs: Return value of ``training_step``.
 
         Raises:
-            ValueError: If a layer that the user named was not called, or gave something else than rows of features.
+            ValueError: If a layer named by the user was not called, or its output does not have one row per image.
         """
         rows = self._own_rows()
-        entry = {"features": self._tap.read(module, outputs)[:rows].clone()}  # a slice would keep the whole batch
-        views = {role: tap.read_views() for role, tap in self._taps.items()}
+        # Clone: a slice would keep the whole batch in memory.
+        entry = {"features": self._feature_hook.read(module, outputs)[:rows].clone()}
+        views = {role: hook.read_views() for role, hook in self._view_hooks.items()}
         for role in ("projections", "teacher"):
             found = views.get(role)
             if found is not None and found.shape[-1] <= WIDEST:
                 entry[role] = found
         keys = outputs.get("keys") if isinstance(outputs, Mapping) else None
         if "teacher" in entry and isinstance(keys, Tensor):
-            # A step that returns keys may have exchanged images between ranks before it made them: theirs is the order.
+            # With shuffled BatchNorm, the teacher sees images of other ranks; keys are in the original order.
             del entry["teacher"]
             if keys.ndim == 2 and len(keys) == self._count and keys.shape[1] <= WIDEST:
                 entry["teacher"] = keys.detach().float()[:rows].clone().unsqueeze(0)
@@ -98,7 +107,7 @@ class Recorder:
         return max(1, self.rows // world_size())
 
     def _wanted(self, module: nn.Module) -> dict[str, str]:
-        """Return the layers to tap by their role."""
+        """Return the names of the layers to hook by role."""
         layers = named_layers(module)
         name = self.projections
         if name == "auto":
@@ -114,13 +123,18 @@ class Recorder:
         return wanted
 
     def _fail_projections(self) -> None:
-        shape = self._taps["projections"].refused()
-        rule = "name a layer that gives (B, D) or (n B, D) in each training step"
-        hint = "Name another layer, or None for the features alone"
-        fail("projections", rule, f"{self.projections!r}, which {f'gave {shape}' if shape else 'was not called'}", hint)
+        shape = self._view_hooks["projections"].refused()
+        rule = "be a layer whose output is (B, D) or (n B, D) in each training step"
+        hint = "Give another layer, or None for features only"
+        fail(
+            "projections",
+            rule,
+            f"{self.projections!r}, which {f'returned {shape}' if shape else 'was not called'}",
+            hint,
+        )
 
     def _banked(self, keys: Any) -> Entry:
-        """Return the keys beside the rows that the memory bank held of the same images before the step."""
+        """Return new keys and the memory bank's keys of the same images before the step, ``(2, R, D)``."""
         old, self._bank_rows = self._bank_rows, None
         if old is None or not isinstance(keys, Tensor) or keys.shape != old.shape:
             return {}
@@ -129,13 +143,13 @@ class Recorder:
 
 
 def momentum_pairs(module: Any) -> list[tuple[nn.Module, nn.Module]]:
-    """Return a module's momentum pairs, none where it has no such method."""
+    """Return the momentum pairs of a module, empty if it has no such method."""
     pairs = getattr(module, "momentum_pairs", None)
     return list(pairs()) if callable(pairs) else []
 
 
 def _bank_rows(module: Any, batch: Any) -> Tensor | None:
-    """Return a memory bank's rows of the images of a batch, where there is one and the loader gives indices."""
+    """Return a memory bank's rows for the images of a batch, None without a bank or without indices."""
     queues = getattr(module, "queues", None)
     indices = batch_indices(batch)
     if not callable(queues) or indices is None or indices.is_floating_point() or indices.ndim != 1:
@@ -145,7 +159,7 @@ def _bank_rows(module: Any, batch: Any) -> Tensor | None:
 
 
 def _scores(module: Any, views: dict[str, Tensor | None]) -> Entry:
-    """Return who wins each image and how sure that is: of a teacher's logits, or of prototypes' scores."""
+    """Return assignments, entropies and mean probabilities of a teacher's logits or of prototype scores."""
     temperature = getattr(module, "teacher_temperature", None)
     logits = views.get("teacher") if views.get("teacher") is not None else views.get("projections")
     center = getattr(getattr(module, "center", None), "value", None)

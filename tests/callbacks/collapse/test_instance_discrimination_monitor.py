@@ -1,4 +1,4 @@
-"""What `InstanceDiscriminationMonitor` measures, against plain loops, and what it refuses."""
+"""`InstanceDiscriminationMonitor` against plain loops, and its errors."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_contrast.callbacks import InstanceDiscriminationMonitor, MomentumUpdate, QueueUpdate
-from lightning_contrast.callbacks.collapse.contrast_monitor import against_batch, against_queue
+from lightning_contrast.callbacks.collapse.instance_discrimination_monitor import against_batch, against_queue
 from lightning_contrast.losses import nt_xent
 from lightning_contrast.nn import MemoryBank
 from tests.callbacks.monitor_modules import Queued, TwoViews, views_loader
@@ -27,7 +27,7 @@ def cosine(x, y):
 
 
 def summary(anchors, temperature, hardest):
-    """Take (positive, [(negative cosine, whether it is false)], whether the label is known) of each anchor."""
+    """Return means over anchors, each (positive, [(negative cosine, is false negative)], label is known)."""
     sums = {}
 
     def add(name, value, counts=True):
@@ -146,7 +146,7 @@ def test_only_every_nth_batch_is_touched():
 
     class Counts(InstanceDiscriminationMonitor):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            counts.append((len(self._tap._views), self._queue is not None))
+            counts.append((len(self._hook._views), self._queue is not None))
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     quiet_fit(Queued(), [Counts(every_n_steps=3), QueueUpdate()], views_loader(112), max_epochs=1)
@@ -218,11 +218,11 @@ def test_bad_input_is_named():
         InstanceDiscriminationMonitor(every_n_steps=0)
     with pytest.raises(ValueError, match=r"(?s)`features` must name a submodule of TwoViews.*Near names: 'projector'"):
         quiet_fit(TwoViews(), [InstanceDiscriminationMonitor("projectr")], views_loader())
-    with pytest.raises(ValueError, match=r"`features` must name a layer that gives two views .*got '1 view'"):
+    with pytest.raises(ValueError, match=r"`features` must be a layer whose output is two views .*got '1 view'"):
         quiet_fit(adversary(L.LightningModule)(), [InstanceDiscriminationMonitor("maker", every_n_steps=1)])
     module = TwoViews()
     module.other = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"`features` must name a layer that gives two views .*got 'nothing'"):
+    with pytest.raises(ValueError, match=r"`features` must be a layer whose output is two views .*got 'nothing'"):
         quiet_fit(module, [InstanceDiscriminationMonitor("other", every_n_steps=1)], views_loader())
 
 
