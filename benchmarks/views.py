@@ -62,7 +62,7 @@ def candidates(name: str, workers: int) -> dict[str, tuple[int, Callable[[], obj
     edge, size, many, few = SETTINGS[name]
     strength, blur = (0.5, 0.0) if name.startswith("CIFAR") else (1.0, 0.5)
     images = torch.randint(0, 256, (many, 3, edge, edge), dtype=torch.uint8)
-    fused, stock = (augment.simclr_views(size, strength, blur, fused=fused) for fused in (True, False))
+    fused, stock = (augment.simclr_views(size, strength=strength, blur=blur, fused=fused) for fused in (True, False))
     transform = SimCLRTransform(input_size=size, cj_strength=strength, gaussian_blur=blur, normalize=None)
     pairs = PairsOfPil(images[:few], transform, 1)
     # the workers live through all rounds: their start is not what is measured

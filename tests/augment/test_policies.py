@@ -90,7 +90,7 @@ def test_special_numbers():
     assert operations(augment.byol_views(224).views[0])["FusedResizedCrop"].fit == "clamp"
     assert operations(augment.moco_v3_views(vit=True).views[0])["FusedResizedCrop"].scale == (0.08, 1.0)
     assert operations(augment.moco_v2_views().views[0])["FusedGaussianBlur"].kernel_size is None
-    half = operations(augment.simclr_views(32, 0.5, 0.0).views[0])
+    half = operations(augment.simclr_views(32, strength=0.5, blur=0.0).views[0])
     assert half["FusedColorJitter"].brightness == pytest.approx(0.4)
     assert "FusedGaussianBlur" not in half
 
@@ -332,7 +332,7 @@ def test_bad_size(name, size):
         (lambda: augment.simclr_views(32, blur=1.5), "`blur` must lie in"),
         (lambda: augment.simclr_views(32, fused=False, strength=3), r"`hue` must lie in \[0, 0.5\]"),
         (lambda: augment.simclr_views(32, mean=[0.5] * 3), "`mean` must be given together with `std`"),
-        (lambda: augment.simclr_views(32, mean=[0.5], std=[0.5]), "`mean` must have one number a channel"),
+        (lambda: augment.simclr_views(32, mean=[0.5], std=[0.5]), "`mean` must have one number per channel"),
         (lambda: augment.simclr_views(32, mean=[0.5] * 3, std=[0.0] * 3), "`std` must be above 0"),
         (lambda: augment.simclr_views(32, channels=4), r"`channels` must be 3 .* got 4\. Set `color=False`"),
         (lambda: augment.simclr_views(32, channels=0), "`channels` must be >= 1"),
@@ -359,10 +359,10 @@ def test_unknown_option():
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, r"uint8 .* got 'torch.int64'\. Convert with"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, r"`images` must be uint8 .* got 'torch.int64'\. "),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int16), TypeError, "uint8"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.bool), TypeError, "uint8"),
-        (torch.zeros(3, 8, 8), ValueError, r"4 dimensions.*image\[None\]"),
+        (torch.zeros(3, 8, 8), ValueError, r"`images` must have the shape \(B, C, H, W\), got \(3, 8, 8\)\. "),
         (torch.zeros(2, 1, 8, 8), ValueError, "have 3 channels.*channels=1"),
         (torch.zeros(0, 3, 8, 8), ValueError, "hold at least one image"),
         ([torch.zeros(3, 8, 8)], TypeError, "`images` must be a tensor"),

@@ -124,15 +124,23 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
 
     def _by_products(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
         dtype = images.dtype if images.is_floating_point() else torch.float32
-        top, left, height, width = plan["box"].to(dtype).unbind(1)
-        tallest, widest = plan["longest"]
-        style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
-        style["tabulated"] = dtype == torch.float32 and not uses_accelerator_backend(self.backend, images)
-        rows = resize_weights(top, height, images.shape[2], self.size, longest=tallest, **style)
-        columns = resize_weights(left, width, images.shape[3], self.size, flip=plan["flip"], longest=widest, **style)
+        batch, _, rows, columns = images.shape
+        start, length = plan["box"].to(dtype).view(batch, 2, 2).permute(1, 2, 0).flatten(1)  # of rows, then of columns
+        weights = resize_weights(
+            start,
+            length,
+            max(rows, columns),
+            self.size,
+            interpolation=interpolation,
+            antialias=antialias,
+            flip=torch.cat([torch.zeros_like(plan["flip"]), plan["flip"]]),
+            longest=max(plan["longest"]),
+            tabulated=dtype == torch.float32 and not uses_accelerator_backend(self.backend, images),
+        )
+        down, across = weights[:batch, :, :rows], weights[batch:, :, :columns]  # beyond the crop weights are 0
         if not images.is_floating_point():
-            columns = columns.div_(255)
-        views = apply_weights(images.to(dtype), rows, columns)
+            across = across.div_(255)
+        views = apply_weights(images.to(dtype), down, across)
         return views.clamp_(0, 1) if interpolation == "bicubic" else views
 
     def _one_by_one(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
