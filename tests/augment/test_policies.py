@@ -1,14 +1,17 @@
 """Every policy: its published numbers, its contract, its random numbers, and that it never waits for the device."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
 from torchvision.transforms import v2
 
+from benchmarks.common import count_launches
 from lightning_contrast import augment
 from lightning_contrast.augment import two_view as policies
+from lightning_contrast.augment.fused import view as view_module
 from lightning_contrast.augment.multi_crop import local_size_of
 from lightning_contrast.testing import HostSyncs
 
@@ -168,6 +171,39 @@ def test_nothing_is_read_from_the_device(name):
     assert not syncs.places
 
 
+@pytest.mark.parametrize(
+    ("name", "edge", "size", "most"),
+    [
+        ("simclr_views", 32, 32, 200),
+        ("simclr_views", 80, 64, 200),
+        ("moco_v3_views", 32, 32, 400),
+        ("dino_views", 32, 32, 600),
+    ],
+)
+def test_launches_of_an_accelerator(name, edge, size, most):
+    """Equal views are computed together, so that DINO's ten views take three rounds of kernels."""
+    policy = POLICIES[name](size=size, backend="accelerator")
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, edge, edge), dtype=torch.uint8)
+    for batch in (images, images / 255):
+        assert 50 < count_launches(lambda batch=batch: policy(batch)) <= most
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 18, 1 << 30])
+@pytest.mark.parametrize("name", POLICIES)
+def test_joint_views_equal_single_ones(emoji, name, limit, monkeypatch):
+    """The same draws, whether all views are computed together, in parts or one by one."""
+    monkeypatch.setattr(view_module, "_JOINT_BYTES", limit)
+    policy = POLICIES[name](size=24, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
+    images = emoji[::150]
+    torch.manual_seed(0)
+    views = policy(images)
+    torch.manual_seed(0)
+    for view, module in zip(views, policy.views, strict=True):
+        different = (view - module(images)).abs() > 1e-5  # 2e-6 of a pixel in 0..1
+        assert different.float().mean() < 1e-3  # at the threshold of the solarization a rounding inverts a pixel
+
+
 @pytest.mark.parametrize("backend", ["cpu", "accelerator"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_random_numbers_come_from_the_global_generator(emoji, name, backend):
@@ -315,6 +351,28 @@ def test_policies_can_be_copied(emoji):
 def test_one_image_any_size(emoji, size):
     for policy in (augment.simclr_views(size), augment.moco_v3_views(size), augment.dino_views(size)):
         assert policy(emoji[:1])[0].shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_everything_but_the_size_is_given_by_keyword(name):
+    parameters = list(inspect.signature(POLICIES[name]).parameters.values())
+    assert [p.name for p in parameters[:3]] == ["size", "mean", "std"]
+    assert [p.default for p in parameters[1:3]] == [None, None]
+    assert {p.kind for p in parameters[1:-1]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert (parameters[-1].name, parameters[0].default) == (
+        "options",
+        32 if "cifar" in name or name == "supcon_views" else 224,
+    )
+    with pytest.raises(TypeError, match="positional argument"):
+        POLICIES[name](8, [0.5] * 3, [0.5] * 3)
+
+
+def test_specs_are_the_only_positional_argument_of_make_policy():
+    spec = augment.ViewSpec(8, (0.5, 1.0))
+    with pytest.raises(TypeError, match="positional argument"):
+        augment.make_policy([spec], [0.5] * 3, [0.5] * 3)
+    assert augment.make_policy([spec], mean=[0.5] * 3, std=[0.25] * 3).std == [0.25] * 3
+    assert augment.make_policy([spec]).mean == [0.0] * 3
 
 
 @pytest.mark.parametrize("size", [0, -3])
