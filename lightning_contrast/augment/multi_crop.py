@@ -194,7 +194,7 @@ def ijepa_views(
         mean: As in `swav_views`.
         std: As in `swav_views`.
         scale: Range of the crop's share of the image area.
-        flip: Probability of mirroring, in [0, 1].
+        flip: Probability of a horizontal flip, in [0, 1].
         **options: See `ViewOptions`.
     """
     return make_policy([ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip)], mean=mean, std=std, **options)
