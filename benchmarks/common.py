@@ -74,7 +74,8 @@ def count_launches(call: Callable[[], object]) -> int:
     Needs no accelerator: on tensors of the CPU the same operations are dispatched. What the call computes on the host
     counts as well, such as draws of random numbers.
     """
-    with _Launches() as launches:
+    launches = _Launches()
+    with launches:
         call()
     return launches.count
 
@@ -84,7 +85,7 @@ class _Launches(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

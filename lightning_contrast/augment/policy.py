@@ -78,8 +78,10 @@ class ViewPolicy(nn.Module):
         views: list[Tensor] = []
         for view, same in itertools.groupby(self.views):  # equal views are one module
             count = len(list(same))
-            many = isinstance(view, FusedView)
-            views += view.make_views(images, count) if many else [view(images) for _ in range(count)]
+            if isinstance(view, FusedView):
+                views += view.make_views(images, count)
+            else:
+                views += [view(images) for _ in range(count)]
         return views
 
     @torch.no_grad()

@@ -109,7 +109,7 @@ class FusedView(nn.Module):
                 for same in zip(*draws, strict=True)
             ]
             result, back = self._compute(images, together)
-            views += [result.index_select(0, rows) for rows in back.split(batch)]
+            views += [result.index_select(0, rows) for rows in back.view(-1, batch).unbind()]
         return views
 
     def _draw(self, images: Tensor) -> list[Draw]:
