@@ -1,4 +1,4 @@
-"""Every policy: its published numbers, its contract, its random numbers, and that it never waits for the device."""
+"""Every policy: published parameters, contract, random numbers, launches and freedom from host synchronization."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
 ONE_VIEW = {"ijepa_views"}
 NO_BLUR = {"simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
-# crop, jitter at p, gray, then blur and solarization of the first two views: the table of the published pipelines
+# published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
 TABLE = {
     "simclr_views": ((0.08, 1), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "simclr_cifar_views": ((0.08, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
@@ -135,33 +135,33 @@ def test_views_of_every_policy(emoji, name, fused):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_both_forms_agree(photos, name):
-    """The same draw in blocks and in batched kernels; uint8 is left out, which the blocks keep in 8 bits."""
+def test_both_backends_agree(photos, name):
+    """The same draw in blocks and in batched kernels; float only, as the blocks resample uint8 in 8 bits."""
     images = photos.float() / 255
     views = {}
     for backend in ("cpu", "accelerator"):
         torch.manual_seed(0)
         views[backend] = POLICIES[name](size=70, backend=backend)(images)
     for a, b in zip(views["cpu"], views["accelerator"], strict=True):
-        different = (a - b).abs() > 1e-4  # a value on the threshold of the solarization may fall on either side
+        different = (a - b).abs() > 1e-4  # values at the threshold of the solarization may fall on either side
         assert different.float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_host_synchronisation(emoji, name):
+def test_no_host_synchronization(emoji, name):
     policy = POLICIES[name](size=32, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
     policy(emoji[:16])
     with HostSyncs() as syncs:
         policy(emoji[:16])
         policy(emoji[:16] / 255)
         policy.eval_transform(emoji[:16])
-    # Sizes and places of crops are drawn on the host in the first place; the next test has them apart.
+    # Crops are drawn on the host anyway; the next test tells the two apart.
     assert not [place for place in syncs.places if not place.endswith("in uniform: numpy")]
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nothing_is_read_from_the_device(name):
-    """On the meta device there are no values: any look at one is an error, and so is a tensor left on the host."""
+    """The meta device has no values: reading one is an error, and so is mixing in a tensor on the host."""
     policy = POLICIES[name](size=64, mean=[0.5] * 3, std=[0.2] * 3)
     with HostSyncs() as syncs:
         for images in (torch.empty(8, 3, 80, 90, dtype=torch.uint8), torch.empty(8, 3, 80, 90)):
@@ -222,7 +222,7 @@ def test_random_numbers_come_from_the_global_generator(emoji, name, backend):
 
 
 def test_flip_crop_and_grayscale_rates():
-    """Counted on the views themselves: a ramp tells flips and crops, the channels tell grey."""
+    """Measured on the views: flips and crops on a ramp, grayscale on the channels."""
     torch.manual_seed(0)
     ramp = torch.linspace(0, 1, 32).expand(2000, 3, 32, 32)
     (view, _) = augment.simclr_views(32, strength=0.0, blur=0.0)(ramp)
@@ -232,14 +232,14 @@ def test_flip_crop_and_grayscale_rates():
     expected = torch.stack([reference(image) for image in ramp[:400]])[:, 0, 16]
     widths = [(rows.amax(1) - rows.amin(1)).quantile(torch.tensor([0.1, 0.5, 0.9])) for rows in (row, expected)]
     torch.testing.assert_close(*widths, atol=0.05, rtol=0)
-    colourful = torch.rand(2000, 3, 1, 1).expand(-1, -1, 32, 32)
-    gray = [view.std(1).amax((1, 2)) < 1e-4 for view in augment.simclr_cifar_views()(colourful)]
+    colorful = torch.rand(2000, 3, 1, 1).expand(-1, -1, 32, 32)
+    gray = [view.std(1).amax((1, 2)) < 1e-4 for view in augment.simclr_cifar_views()(colorful)]
     assert torch.cat(gray).float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert (gray[0] != gray[1]).any()
 
 
 def test_images_of_a_batch_differ(emoji):
-    """Every image has its own draw: copies of one image become different views."""
+    """Every image has its own random numbers: copies of one image give different views."""
     torch.manual_seed(0)
     for view in augment.simclr_views(32)(emoji[5:6].expand(16, -1, -1, -1)):
         distances = torch.cdist(view.flatten(1), view.flatten(1))
@@ -247,7 +247,7 @@ def test_images_of_a_batch_differ(emoji):
 
 
 def test_order_of_the_batch_is_kept(emoji):
-    """The operations sort the batch inside: view i must still be that of image i."""
+    """The operations sort the batch internally: view i must still belong to image i."""
     images = torch.arange(300).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 300
     for backend in ("cpu", "accelerator"):
         (view, _) = augment.simclr_views(8, strength=0.0, blur=0.0, backend=backend)(images)
@@ -256,7 +256,7 @@ def test_order_of_the_batch_is_kept(emoji):
         torch.testing.assert_close(view.mean((1, 2, 3)), images[::50, 0, 0, 0], atol=0.02, rtol=0)
 
 
-def test_plain(emoji):
+def test_eval_transform(emoji):
     policy = augment.simclr_views(32)
     assert torch.equal(policy.eval_transform(emoji[:4]), emoji[:4].float() / 255)
     floats = emoji[:4] / 255
@@ -272,7 +272,7 @@ def test_plain(emoji):
     torch.testing.assert_close(plain[:, 1], (floats[:, 1] - 0.2) / 0.6)
 
 
-def test_normalisation_is_the_last_step(emoji):
+def test_normalization_is_the_last_step(emoji):
     torch.manual_seed(0)
     raw = augment.moco_v3_views(24)(emoji[:8])
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
@@ -313,7 +313,7 @@ def test_autocast_changes_nothing(emoji):
 
 @pytest.mark.parametrize("auto", ["randaugment", "autoaugment", "trivialaugment"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_automatic_augmentation_in_front(emoji, auto, fused):
+def test_automatic_augmentation(emoji, auto, fused):
     policy = augment.simclr_cifar_views(24, auto=auto, fused=fused)
     torch.manual_seed(0)
     views = policy(emoji[:12])
