@@ -155,7 +155,7 @@ def test_no_host_synchronization(emoji, name):
         policy(emoji[:16])
         policy(emoji[:16] / 255)
         policy.eval_transform(emoji[:16])
-    # Crops are drawn on the host anyway; the next test tells the two apart.
+    # Crops are drawn on the host anyway; the next test separates the two.
     assert not [place for place in syncs.places if not place.endswith("in uniform: numpy")]
 
 
