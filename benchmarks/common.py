@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "kornia", "torchvision", "lightly", "timm", "pytorch-metric-learning")
@@ -65,6 +66,31 @@ def alternate(
         name: {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
         for name, values in seconds.items()
     }
+
+
+def count_launches(call: Callable[[], object]) -> int:
+    """Return how many kernels ``call`` dispatches; operations that only view or allocate memory do not count.
+
+    Needs no accelerator: on tensors of the CPU the same operations are dispatched. What the call computes on the host
+    counts as well, such as draws of random numbers.
+    """
+    launches = _Launches()
+    with launches:
+        call()
+    return launches.count
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the operations that compute or copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or name == "_unsafe_view" or "empty" in name)
+        return func(*args, **(kwargs or {}))
 
 
 def peak_memory_mib(module: str, *arguments: str) -> float:

@@ -41,7 +41,8 @@ def train(colour: bool) -> tuple[dict[str, object], dict[str, object]]:
     """Train once and return the results at random weights and after training."""
     L.seed_everything(options.seed, verbose=False)
     jitter = {"jitter": (0.8, 0.8, 0.8, 0.2), "gray_p": 0.2} if colour else {}  # SimCLR's at full strength
-    policy = lc.augment.make_policy(2 * [lc.augment.ViewRecipe(32, (0.08, 1.0), bicubic=True, **jitter)], mean, std)
+    spec = lc.augment.ViewSpec(32, (0.08, 1.0), bicubic=True, **jitter)
+    policy = lc.augment.make_policy([spec, spec], mean=mean, std=std)
     settings = {"temperature": 0.1, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-4, "warmup_epochs": 1}
     model = lc.SimCLR("small_convnet", **settings)
     monitor = lc.InvarianceMonitor(samples=options.samples, every_n_epochs=options.epochs)

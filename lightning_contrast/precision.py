@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -30,12 +31,19 @@ def _device_type(values: tuple[Any, ...]) -> str:
     return "cpu"
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context that disables autocast; devices such as meta have none."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function to run outside autocast, with 16-bit tensor arguments as float32; float64 stays float64."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast(_device_type((*args, *kwargs.values())), enabled=False):
+        with _without_autocast(_device_type((*args, *kwargs.values()))):
             upcast = {name: _upcast(value) for name, value in kwargs.items()}
             return function(*map(_upcast, args), **upcast)
 

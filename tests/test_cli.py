@@ -53,7 +53,7 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     assert cli.trainer.max_epochs == recipe["trainer"]["max_epochs"]
     augmentation = next(c for c in cli.trainer.callbacks if isinstance(c, lc.ViewAugmentation))
     policy = recipe["trainer"]["callbacks"][0]["init_args"]["policy"]["init_args"]
-    size = policy["size"] if "size" in policy else policy["recipes"][0]["size"]
+    size = policy["size"] if "size" in policy else policy["specs"][0]["size"]
     views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
     count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA) else 2
     assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count

@@ -1,8 +1,8 @@
-"""View policies: modules that turn a batch of images into random views, on the device of the batch.
+"""View policies: modules that map a batch of images to a list of random views, on the device of the images.
 
-A policy maps a batch of images to a list of views; ``policy.eval_transform(images)`` is the deterministic transform of
-evaluation. Kornia is imported when the first policy is made. The fused operations that policies are made of are in
-`lightning_contrast.augment.fused`.
+Every policy takes ``size`` first and all else by keyword, starting with ``mean`` and ``std``.
+``policy.eval_transform(images)`` is the deterministic transform of evaluation. Kornia is imported when the first policy
+is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
 """
 
 from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, ijepa_views, msn_views, swav_views
@@ -19,11 +19,11 @@ from lightning_contrast.augment.two_view import (
     supcon_views,
     vicreg_views,
 )
-from lightning_contrast.augment.view_spec import ViewRecipe
+from lightning_contrast.augment.view_spec import ViewSpec
 
 __all__ = [
     "ViewPolicy",
-    "ViewRecipe",
+    "ViewSpec",
     "barlow_twins_views",
     "byol_views",
     "dino_views",

@@ -1,4 +1,4 @@
-"""The same views from stock Kornia operations: the reference of the fused ones, and ``fused=False``."""
+"""Views made of stock Kornia operations: ``fused=False``, and the baseline of the fused ones."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from kornia.augmentation.auto import AutoAugment, RandAugment, TrivialAugment
 from torch import Tensor, nn
 
 from lightning_contrast.augment.images import as_float
-from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewRecipe
+from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 
-_RANDAUGMENT_COUNT, _RANDAUGMENT_MAGNITUDE = 2, 9  # of 30; the paper's for ImageNet and a ResNet-50
+_RANDAUGMENT_COUNT, _RANDAUGMENT_MAGNITUDE = 2, 9  # out of 30; the paper's values for a ResNet-50 on ImageNet
 
 
 def auto_augment(name: Auto) -> nn.Module:
-    """Return Kornia's automatic augmentation of that name, with its published settings."""
+    """Return the Kornia automatic augmentation called ``name``, with its published settings."""
     if name == "randaugment":
         return RandAugment(_RANDAUGMENT_COUNT, _RANDAUGMENT_MAGNITUDE)
     if name == "autoaugment":
@@ -23,42 +23,42 @@ def auto_augment(name: Auto) -> nn.Module:
 
 
 class StockView(nn.Module):
-    """One random view of each image by stock Kornia operations.
+    """Make one random view of each image with stock Kornia operations.
 
-    Differs from the fused view: crops are point-sampled where they shrink, the order of the colour operations is
-    drawn once for a batch, the blur's kernel has one width for all images, brightness is always multiplied, and
-    boxes that do not fit are always drawn again.
+    Unlike in `FusedView`, downscaled crops are point-sampled, the order of the color operations is drawn once per
+    batch, the blur's kernel has one width for all images, brightness is always multiplied, and boxes that do not fit
+    are always redrawn.
 
     Args:
-        recipe: The numbers of the view.
-        mean: Subtracted at the end, one number a channel.
-        std: Divided by at the end, one number a channel.
-        pre_transform: What the images go through first.
+        spec: Parameters of the view.
+        mean: Subtracted at the end, one number per channel.
+        std: Divided by at the end, one number per channel.
+        pre_transform: Applied to the images first.
     """
 
     def __init__(
-        self, recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None = None
+        self, spec: ViewSpec, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None = None
     ) -> None:
         super().__init__()
-        size = (recipe.size, recipe.size)
+        size = (spec.size, spec.size)
         crop = K.RandomResizedCrop(
-            size, scale=recipe.scale, resample="bicubic" if recipe.bicubic else "bilinear", align_corners=False
+            size, scale=spec.scale, resample="bicubic" if spec.bicubic else "bilinear", align_corners=False
         )
-        jitter = K.ColorJitter(*recipe.jitter, p=recipe.jitter_p)
-        gray = [K.RandomGrayscale(p=recipe.gray_p)] if recipe.gray_p > 0 else []
+        jitter = K.ColorJitter(*spec.jitter, p=spec.jitter_p)
+        gray = [K.RandomGrayscale(p=spec.gray_p)] if spec.gray_p > 0 else []
         operations = [
             *([pre_transform] if pre_transform is not None else []),
             crop,
             nn.Hardtanh(0.0, 1.0),
-            K.RandomHorizontalFlip(p=recipe.flip),
+            K.RandomHorizontalFlip(p=spec.flip),
         ]
-        operations += [*gray, jitter] if recipe.gray_first else [jitter, *gray]
-        # reflection needs a border narrower than the image
-        widest = max(1, min(recipe.blur_kernel or 17, 2 * recipe.size - 1))
-        if recipe.blur_p > 0 and widest > 1:
-            operations.append(K.RandomGaussianBlur((widest, widest), BLUR_SIGMA, p=recipe.blur_p))
-        if recipe.solarize_p > 0:
-            operations.append(K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=recipe.solarize_p))
+        operations += [*gray, jitter] if spec.gray_first else [jitter, *gray]
+        # reflection padding must be narrower than the image
+        widest = max(1, min(spec.blur_kernel or 17, 2 * spec.size - 1))
+        if spec.blur_p > 0 and widest > 1:
+            operations.append(K.RandomGaussianBlur((widest, widest), BLUR_SIGMA, p=spec.blur_p))
+        if spec.solarize_p > 0:
+            operations.append(K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=spec.solarize_p))
         if any(m != 0 for m in mean) or any(s != 1 for s in std):
             operations.append(K.Normalize(mean=torch.tensor(mean), std=torch.tensor(std)))
         self.operations = nn.Sequential(*operations)

@@ -1,4 +1,4 @@
-"""The published policies with views of several sizes, global ones first, then local ones; and that with one view."""
+"""Published policies with global views followed by smaller local views, and I-JEPA's single view."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Unpack
 
 from lightning_contrast._checks import check_at_least
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
-from lightning_contrast.augment.view_spec import ViewOptions, ViewRecipe
+from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
 
 Statistics = Sequence[float] | None
 Range = tuple[float, float]
@@ -15,11 +15,11 @@ _DINO_JITTER = (0.4, 0.4, 0.2, 0.1)
 
 
 def local_size_of(size: int, local_size: int | None) -> int:
-    """Return the edge of the local views: as given, else 96 for 224 and in proportion, a multiple of 4.
+    """Return the edge of the local views; by default 96 / 224 of the global ones, rounded to a multiple of 4.
 
     Args:
         size: Edge of the global views in pixels.
-        local_size: What the user gave.
+        local_size: Edge of the local views as given by the user, or None.
     """
     check_at_least("size", size, 1)
     if local_size is None:
@@ -30,9 +30,9 @@ def local_size_of(size: int, local_size: int | None) -> int:
 
 def swav_views(
     size: int = 224,
+    *,
     mean: Statistics = None,
     std: Statistics = None,
-    *,
     local_size: int | None = None,
     local_views: int = 6,
     global_scale: Range = (0.14, 1.0),
@@ -43,30 +43,30 @@ def swav_views(
 
     Crops 0.14..1 at 224 and 0.05..0.14 at 96, flip 0.5, jitter (0.8, 0.8, 0.8, 0.2) at 0.8, grayscale 0.2, blur 0.5.
 
-    Source: https://arxiv.org/abs/2006.09882 and https://github.com/facebookresearch/swav. DeepCluster v2 shares it.
-    Differs from it: a true Gaussian blur, which Pillow approximates by boxes.
+    Source: https://arxiv.org/abs/2006.09882 and https://github.com/facebookresearch/swav. DeepCluster v2 uses it too.
+    Difference: a true Gaussian blur, which Pillow approximates with box filters.
 
     Args:
         size: Edge of the global views in pixels, >= 1.
-        mean: One number a channel, subtracted at the end; None leaves the views in 0..1. The program takes ImageNet's.
-        std: One number a channel, divided by at the end.
-        local_size: Edge of the local views; None takes 96 at 224, in proportion and a multiple of 4 elsewhere.
+        mean: One number per channel, subtracted at the end; None leaves the views in 0..1. The paper uses ImageNet's.
+        std: One number per channel, divided by at the end.
+        local_size: Edge of the local views; None scales 96 at 224 in proportion, to a multiple of 4.
         local_views: Number of local views, >= 0.
-        global_scale: Range of the area's share of a global crop.
-        local_scale: Range of the area's share of a local crop.
+        global_scale: Range of a global crop's share of the image area.
+        local_scale: Range of a local crop's share of the image area.
         **options: See `ViewOptions`.
     """
     check_at_least("local_views", local_views, 0)
-    large = ViewRecipe(size, global_scale, (0.8, 0.8, 0.8, 0.2), blur_p=0.5)
+    large = ViewSpec(size, global_scale, (0.8, 0.8, 0.8, 0.2), blur_p=0.5)
     small = replace(large, size=local_size_of(size, local_size), scale=local_scale)
-    return make_policy([large] * 2 + [small] * local_views, mean, std, **options)
+    return make_policy([large] * 2 + [small] * local_views, mean=mean, std=std, **options)
 
 
 def dino_views(
     size: int = 224,
+    *,
     mean: Statistics = None,
     std: Statistics = None,
-    *,
     local_size: int | None = None,
     local_views: int = 8,
     global_scale: Range = (0.4, 1.0),
@@ -77,11 +77,10 @@ def dino_views(
 
     Crops 0.4..1 at 224 and 0.05..0.4 at 96 (bicubic), flip 0.5, jitter (0.4, 0.4, 0.2, 0.1) at 0.8, grayscale 0.2,
     blur 1 / 0.1 / 0.5 (first, second, local), solarization 0.2 on the second. Without local views the authors crop
-    from 0.14 on; their ResNet-50 takes 0.14..1 and 0.05..0.14, their long runs 0.25..1 and 0.05..0.25 with 10 local
-    views.
+    0.14..1; their ResNet-50 uses 0.14..1 and 0.05..0.14, their long runs 0.25..1 and 0.05..0.25 with 10 local views.
 
-    Source: https://arxiv.org/abs/2104.14294 and https://github.com/facebookresearch/dino. iBOT shares it.
-    Differs from it: a true Gaussian blur, which Pillow approximates by boxes.
+    Source: https://arxiv.org/abs/2104.14294 and https://github.com/facebookresearch/dino. iBOT uses it too.
+    Difference: a true Gaussian blur, which Pillow approximates with box filters.
 
     Args:
         size: As in `swav_views`.
@@ -94,17 +93,17 @@ def dino_views(
         **options: See `ViewOptions`.
     """
     check_at_least("local_views", local_views, 0)
-    first = ViewRecipe(size, global_scale, _DINO_JITTER, blur_p=1.0, bicubic=True)
+    first = ViewSpec(size, global_scale, _DINO_JITTER, blur_p=1.0, bicubic=True)
     second = replace(first, blur_p=0.1, solarize_p=0.2)
     local = replace(first, size=local_size_of(size, local_size), scale=local_scale, blur_p=0.5)
-    return make_policy([first, second] + [local] * local_views, mean, std, **options)
+    return make_policy([first, second] + [local] * local_views, mean=mean, std=std, **options)
 
 
 def dinov2_views(
     size: int = 224,
+    *,
     mean: Statistics = None,
     std: Statistics = None,
-    *,
     local_size: int | None = None,
     local_views: int = 8,
     global_scale: Range = (0.32, 1.0),
@@ -114,12 +113,12 @@ def dinov2_views(
 ) -> ViewPolicy:
     """Return DINOv2's multi-crop: 2 global and 8 local views.
 
-    Crops 0.32..1 at 224 and 0.05..0.32 at 96 (98 for patches of 14), colours as `dino_views`, a blur kernel of 9.
-    The program hands the complement of each probability to the blur: what it means is 1 / 0.1 / 0.5 (first, second,
-    local), what it does, and what the released weights saw, is 0 / 0.9 / 0.5.
+    Crops 0.32..1 at 224 and 0.05..0.32 at 96 (98 for patches of 14), colors as in `dino_views`, a blur kernel of 9.
+    The reference implementation passes the complement of each blur probability: intended are 1 / 0.1 / 0.5 (first,
+    second, local), applied, also for the released weights, are 0 / 0.9 / 0.5.
 
     Source: https://arxiv.org/abs/2304.07193 and https://github.com/facebookresearch/dinov2 (``augmentations.py``).
-    Differs from it: the intended probabilities of the blur are the default.
+    Difference: the intended blur probabilities are the default.
 
     Args:
         size: As in `swav_views`.
@@ -129,35 +128,35 @@ def dinov2_views(
         local_views: As in `swav_views`.
         global_scale: As in `swav_views`.
         local_scale: As in `swav_views`.
-        published_blur: Blur with the complements, as the released program does.
+        published_blur: Use the complements, as the reference implementation does.
         **options: See `ViewOptions`.
     """
     check_at_least("local_views", local_views, 0)
     blur = (0.0, 0.9, 0.5) if published_blur else (1.0, 0.1, 0.5)
-    first = ViewRecipe(size, global_scale, _DINO_JITTER, blur_p=blur[0], blur_kernel=9, bicubic=True)
+    first = ViewSpec(size, global_scale, _DINO_JITTER, blur_p=blur[0], blur_kernel=9, bicubic=True)
     second = replace(first, blur_p=blur[1], solarize_p=0.2)
     local = replace(first, size=local_size_of(size, local_size), scale=local_scale, blur_p=blur[2])
-    return make_policy([first, second] + [local] * local_views, mean, std, **options)
+    return make_policy([first, second] + [local] * local_views, mean=mean, std=std, **options)
 
 
 def msn_views(
     size: int = 224,
+    *,
     mean: Statistics = None,
     std: Statistics = None,
-    *,
     local_size: int | None = None,
     local_views: int = 10,
     global_scale: Range = (0.3, 1.0),
     local_scale: Range = (0.05, 0.3),
     **options: Unpack[ViewOptions],
 ) -> ViewPolicy:
-    """Return MSN's views: 2 random ones (target and anchor) and 10 focal ones.
+    """Return MSN's 2 random views (target and anchor) and 10 focal views.
 
     Crops 0.3..1 at 224 and 0.05..0.3 at 96, flip 0.5, jitter (0.4, 0.4, 0.4, 0.1) at 0.8 (strength 0.5), grayscale
     0.2, blur 0.5.
 
     Source: https://arxiv.org/abs/2204.07141 and https://github.com/facebookresearch/msn.
-    Differs from it: a true Gaussian blur, which Pillow approximates by boxes.
+    Difference: a true Gaussian blur, which Pillow approximates with box filters.
 
     Args:
         size: As in `swav_views`.
@@ -170,23 +169,23 @@ def msn_views(
         **options: See `ViewOptions`.
     """
     check_at_least("local_views", local_views, 0)
-    random = ViewRecipe(size, global_scale, (0.4, 0.4, 0.4, 0.1), blur_p=0.5)
+    random = ViewSpec(size, global_scale, (0.4, 0.4, 0.4, 0.1), blur_p=0.5)
     focal = replace(random, size=local_size_of(size, local_size), scale=local_scale)
-    return make_policy([random] * 2 + [focal] * local_views, mean, std, **options)
+    return make_policy([random] * 2 + [focal] * local_views, mean=mean, std=std, **options)
 
 
 def ijepa_views(
     size: int = 224,
+    *,
     mean: Statistics = None,
     std: Statistics = None,
-    *,
     scale: Range = (0.3, 1.0),
     flip: float = 0.0,
     **options: Unpack[ViewOptions],
 ) -> ViewPolicy:
-    """Return I-JEPA's single view: a crop and nothing else.
+    """Return I-JEPA's single view, a crop without further augmentation.
 
-    Crop 0.3..1 at 224, no flip, no colours, no blur.
+    Crop 0.3..1 at 224, no flip, no color operations, no blur.
 
     Source: https://arxiv.org/abs/2301.08243 and https://github.com/facebookresearch/ijepa.
 
@@ -194,8 +193,8 @@ def ijepa_views(
         size: Edge of the view in pixels, >= 1.
         mean: As in `swav_views`.
         std: As in `swav_views`.
-        scale: Range of the area's share of the crop.
-        flip: Probability of mirroring, in [0, 1].
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1].
         **options: See `ViewOptions`.
     """
-    return make_policy([ViewRecipe(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip)], mean, std, **options)
+    return make_policy([ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip)], mean=mean, std=std, **options)

@@ -1,6 +1,7 @@
-"""A view policy: images in, a list of random views out; and the plain form of the images for evaluation."""
+"""Base class of the view policies and the builder behind all published ones."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,28 +12,30 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_at_least, check_choice, require
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
-from lightning_contrast.augment.images import as_float, check_images, full_precision, statistics
-from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewRecipe
+from lightning_contrast.augment.images import as_float, check_policy_input, statistics
+from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
+from lightning_contrast.precision import full_precision
 
 _RGB = 3
 
 
 class ViewPolicy(nn.Module):
-    """Make the views of a batch, all on the device of the images.
+    """Map a batch of images to a list of random views, on the device of the images.
 
     Args:
-        views: One module a view: images ``(B, C, H, W)`` to ``(B, C, h, w)``.
-        size: Edge in pixels of the plain images, and of the (global) views.
+        views: One module per view, from images ``(B, C, H, W)`` to ``(B, C, h, w)``. A module that occurs several
+            times in a row makes its views together on an accelerator, each with its own random numbers.
+        size: Edge in pixels of the (global) views and of the result of `eval_transform`.
         channels: Number of channels of the images.
-        mean: Subtracted from every channel at the end; None subtracts nothing.
-        std: Every channel is divided by it at the end; None divides by nothing.
-        interpolation: How `eval_transform` resizes: ``"bilinear"`` or ``"bicubic"``.
+        mean: Subtracted at the end, one number per channel; None for zeros.
+        std: Divided by at the end, one number per channel; None for ones.
+        interpolation: Resampling of `eval_transform`: ``"bilinear"`` or ``"bicubic"``.
 
     Attributes:
         size: As given.
-        mean: A list of numbers, one a channel.
-        std: A list of numbers, one a channel.
-        input_spec: ``{"size", "mean", "std"}`` in plain Python: what a backbone that was trained on these views needs.
+        mean: A list with one number per channel.
+        std: A list with one number per channel.
+        input_spec: ``{"size", "mean", "std"}`` as plain Python values: the input that a trained backbone expects.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class ViewPolicy(nn.Module):
 
     @property
     def input_spec(self) -> dict[str, Any]:
-        """What a backbone trained on these views expects: ``{"size", "mean", "std"}``."""
+        """Return the input that a backbone trained on these views expects: ``{"size", "mean", "std"}``."""
         return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
 
     @torch.no_grad()
+    @full_precision  # under autocast the matrix products of the resampling would round pixels to 8 bits of mantissa
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the random views of a batch.
 
@@ -68,64 +72,68 @@ class ViewPolicy(nn.Module):
             images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1, at least one pixel.
 
         Returns:
-            One float tensor ``(B, C, h, w)`` a view.
+            One float32 tensor ``(B, C, h, w)`` per view.
         """
-        images = check_images(images, self.channels)
-        # inside autocast the matrix products of the resampling would round pixels to 8 bits of mantissa
-        with full_precision(images.device):
-            return [view(images) for view in self.views]
+        images = check_policy_input(images, self.channels)
+        views: list[Tensor] = []
+        for view, same in itertools.groupby(self.views):  # equal views are one module
+            count = len(list(same))
+            if isinstance(view, FusedView):
+                views += view.make_views(images, count)
+            else:
+                views += [view(images) for _ in range(count)]
+        return views
 
     @torch.no_grad()
+    @full_precision
     def eval_transform(self, images: Tensor) -> Tensor:
-        """Return the images as evaluation sees them: resized, centre-cropped to the policy's size and normalised.
+        """Apply the deterministic transform of evaluation: resize, center crop and normalize.
 
-        The shorter side is resized to the size (antialiased); images of that size already are not resampled.
+        The shorter side is resized to the policy's size with antialiasing, unless it has that size already.
 
         Args:
             images: As for `forward`.
 
         Returns:
-            ``(B, C, size, size)``, float.
+            ``(B, C, size, size)``, float32.
         """
-        images = check_images(images, self.channels)
-        pixels = as_float(images)
+        pixels = as_float(check_policy_input(images, self.channels))
         height, width = pixels.shape[-2:]
         if min(height, width) != self.size:
             scale = self.size / min(height, width)
             edges = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
-            with full_precision(images.device):
-                pixels = F.interpolate(pixels, edges, mode=self.interpolation, antialias=True).clamp_(0, 1)
+            pixels = F.interpolate(pixels, edges, mode=self.interpolation, antialias=True).clamp_(0, 1)
             height, width = edges
         top, left = (height - self.size) // 2, (width - self.size) // 2
         pixels = pixels[..., top : top + self.size, left : left + self.size]
         pixels = pixels.clone(memory_format=torch.contiguous_format)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            if (mean, std) != (0.0, 1.0):  # plain numbers: no tensor of them has to reach the device
+            if (mean, std) != (0.0, 1.0):  # plain numbers need no transfer to the device
                 pixels[:, channel].sub_(mean).div_(std)
         return pixels
 
 
 def make_policy(
-    recipes: Sequence[ViewRecipe],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    specs: Sequence[ViewSpec],
     *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     fused: bool = True,
     channels: int = 3,
     color: bool = True,
     auto: Auto | None = None,
     backend: Backend = None,
 ) -> ViewPolicy:
-    """Build a policy with one view for each recipe; the first gives the policy's size.
+    """Build a policy with one view per spec.
 
     Args:
-        recipes: The numbers of each view.
+        specs: Parameters of each view; the first defines the policy's size and the resampling of `eval_transform`.
         mean: See `ViewPolicy`.
         std: See `ViewPolicy`.
-        fused: See `ViewOptions`, as for the others.
+        fused: See `ViewOptions`, as for the following arguments.
         channels: Number of channels.
-        color: Whether to keep saturation, hue and grayscale.
-        auto: Automatic augmentation in front.
+        color: Apply saturation, hue and grayscale.
+        auto: Automatic augmentation before each view.
         backend: See `Backend`.
 
     Raises:
@@ -136,47 +144,49 @@ def make_policy(
     check_choice("backend", backend, (None, "cpu", "accelerator"))
     check_choice("auto", auto, (None, "randaugment", "autoaugment", "trivialaugment"))
     check_at_least("channels", channels, 1)
-    hint = "Set `color=False`, which leaves out saturation, hue and grayscale"
-    require(channels in (1, _RGB) or not color, "channels", "be 3 (or 1) for the colour operations", channels, hint)
-    require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Leave `auto` out")
+    hint = "Set `color=False`, which skips saturation, hue and grayscale"
+    require(channels in (1, _RGB) or not color, "channels", "be 3 (or 1) for the color operations", channels, hint)
+    require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Remove `auto`")
     mean, std = statistics(mean, std, channels)
     views: list[nn.Module] = []
-    for recipe in recipes:
+    for spec, same in itertools.groupby(specs):
         if not color or channels != _RGB:
-            brightness, contrast, _, _ = recipe.jitter
-            recipe = dataclasses.replace(recipe, jitter=(brightness, contrast, 0.0, 0.0), gray_p=0.0)  # noqa: PLW2901
+            brightness, contrast, _, _ = spec.jitter
+            spec = dataclasses.replace(spec, jitter=(brightness, contrast, 0.0, 0.0), gray_p=0.0)  # noqa: PLW2901
         pre_transform = None if auto is None else auto_augment(auto)
+        view: nn.Module
         if fused:
-            views.append(fused_view(recipe, mean, std, pre_transform, backend))
+            view = fused_view(spec, mean, std, pre_transform, backend)
         else:
-            views.append(StockView(recipe, mean, std, pre_transform))
-    interpolation = "bicubic" if recipes[0].bicubic else "bilinear"
-    return ViewPolicy(views, size=recipes[0].size, channels=channels, mean=mean, std=std, interpolation=interpolation)
+            view = StockView(spec, mean, std, pre_transform)
+        views += [view] * len(list(same))
+    interpolation = "bicubic" if specs[0].bicubic else "bilinear"
+    return ViewPolicy(views, size=specs[0].size, channels=channels, mean=mean, std=std, interpolation=interpolation)
 
 
 def fused_view(
-    recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None, backend: Backend
+    spec: ViewSpec, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None, backend: Backend
 ) -> FusedView:
-    """Build one view of fused operations; what a recipe never does is left out."""
+    """Build one view of fused operations, without those of probability 0."""
     from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
 
     crop = FusedResizedCrop(
-        recipe.size,
-        recipe.scale,
-        flip=recipe.flip,
-        interpolation="bicubic" if recipe.bicubic else "bilinear",
-        fit="clamp" if recipe.clamp else "retry",
+        spec.size,
+        spec.scale,
+        flip=spec.flip,
+        interpolation="bicubic" if spec.bicubic else "bilinear",
+        fit="clamp" if spec.clamp else "retry",
     )
     color = FusedColorJitter(
-        *recipe.jitter,
-        p=recipe.jitter_p,
-        grayscale=recipe.gray_p,
-        additive_brightness=recipe.additive_brightness,
-        gray_first=recipe.gray_first,
+        *spec.jitter,
+        p=spec.jitter_p,
+        grayscale=spec.gray_p,
+        additive_brightness=spec.additive_brightness,
+        gray_first=spec.gray_first,
     )
     operations: list[FusedOperation] = [color]
-    if recipe.blur_p > 0 and recipe.blur_kernel != 1:
-        operations.append(FusedGaussianBlur(recipe.blur_p, BLUR_SIGMA, kernel_size=recipe.blur_kernel))
-    if recipe.solarize_p > 0:
-        operations.append(FusedSolarize(recipe.solarize_p))
+    if spec.blur_p > 0 and spec.blur_kernel != 1:
+        operations.append(FusedGaussianBlur(spec.blur_p, BLUR_SIGMA, kernel_size=spec.blur_kernel))
+    if spec.solarize_p > 0:
+        operations.append(FusedSolarize(spec.solarize_p))
     return FusedView(crop, operations, mean, std, pre_transform=pre_transform, backend=backend)

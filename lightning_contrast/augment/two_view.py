@@ -1,4 +1,4 @@
-"""The published policies with two views of one size, each with its numbers and their source."""
+"""Published policies with two views of one size."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Unpack
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_probability
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
-from lightning_contrast.augment.view_spec import ViewOptions, ViewRecipe
+from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
 
 Statistics = Sequence[float] | None
 
@@ -16,40 +16,41 @@ _BYOL_JITTER = (0.4, 0.4, 0.2, 0.1)
 
 
 def _tenth(size: int) -> int:
-    """Return the blur's kernel of SimCLR and BYOL: a tenth of the size, made odd."""
+    """Return the blur's kernel size of SimCLR and BYOL: a tenth of ``size``, rounded to an odd number."""
     return size // 10 // 2 * 2 + 1
 
 
 def simclr_views(
-    size: int,
-    strength: float = 1.0,
-    blur: float = 0.5,
+    size: int = 224,
+    *,
     mean: Statistics = None,
     std: Statistics = None,
+    strength: float = 1.0,
+    blur: float = 0.5,
     **options: Unpack[ViewOptions],
 ) -> ViewPolicy:
-    """Return SimCLR's two views for ImageNet, at any size.
+    """Return SimCLR's two views for ImageNet.
 
-    Crop 0.08..1 (bicubic), flip 0.5, jitter (0.8, 0.8, 0.8, 0.2) x ``strength`` at 0.8, grayscale 0.2, blur. The
-    kernel of the blur is a tenth of the size, made odd, as the program has it: 23 pixels at 224, 3 at 32.
+    Crop 0.08..1 (bicubic), flip 0.5, jitter (0.8, 0.8, 0.8, 0.2) x ``strength`` at 0.8, grayscale 0.2, blur. As in the
+    reference implementation, the blur's kernel is a tenth of the size, made odd: 23 pixels at 224, 3 at 32.
 
     Source: https://arxiv.org/abs/2002.05709 and https://github.com/google-research/simclr (``data_util.py``, v2).
-    Differs from it: crops cover a share of the area only, without the program's rule of overlap with the image;
-    brightness is multiplied, which is version 2's (version 1 adds it).
+    Differences: crops are bounded by their share of the area only, without the reference implementation's minimum
+    overlap with the image; brightness is multiplied, as in version 2 (version 1 adds it).
 
     Args:
-        size: Edge of the views in pixels, >= 1; larger than the images is allowed.
-        strength: Multiplies the jitter; >= 0, at most 2.5 (hue 0.5).
+        size: Edge of the views in pixels, >= 1; may exceed that of the images.
+        mean: One number per channel, subtracted at the end; None leaves the views in 0..1, as SimCLR does.
+        std: One number per channel, divided by at the end.
+        strength: Factor of the jitter's strengths, 0..2.5 (at which the hue reaches 0.5).
         blur: Probability of the blur.
-        mean: One number a channel, subtracted at the end; None leaves the views in 0..1, as SimCLR does.
-        std: One number a channel, divided by at the end.
         **options: See `ViewOptions`.
     """
     check_at_least("size", size, 1)
     check_not_negative("strength", strength)
     check_probability("blur", blur)
     brightness, contrast, saturation, hue = (strength * value for value in _SIMCLR_JITTER)
-    recipe = ViewRecipe(
+    spec = ViewSpec(
         size,
         (0.08, 1.0),
         (brightness, contrast, saturation, hue),
@@ -57,13 +58,13 @@ def simclr_views(
         blur_kernel=_tenth(size),
         bicubic=True,
     )
-    return make_policy([recipe, recipe], mean, std, **options)
+    return make_policy([spec, spec], mean=mean, std=std, **options)
 
 
 def simclr_cifar_views(
-    size: int = 32, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
-    """Return SimCLR's two views for CIFAR: half the colour strength, no blur.
+    """Return SimCLR's two views for CIFAR: half the color strength, no blur.
 
     Crop 0.08..1 (bicubic), flip 0.5, jitter (0.4, 0.4, 0.4, 0.1) at 0.8, grayscale 0.2.
 
@@ -75,11 +76,11 @@ def simclr_cifar_views(
         std: As in `simclr_views`.
         **options: See `ViewOptions`.
     """
-    return simclr_views(size, 0.5, 0.0, mean, std, **options)
+    return simclr_views(size, mean=mean, std=std, strength=0.5, blur=0.0, **options)
 
 
 def moco_v1_views(
-    size: int = 224, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
     """Return the two views of NPID and MoCo v1.
 
@@ -88,24 +89,24 @@ def moco_v1_views(
     Source: https://arxiv.org/abs/1911.05722 and https://github.com/facebookresearch/moco (``main_moco.py``).
 
     Args:
-        size: Edge of the views in pixels, >= 1; larger than the images is allowed.
-        mean: One number a channel, subtracted at the end; None leaves the views in 0..1. The program takes ImageNet's.
-        std: One number a channel, divided by at the end.
+        size: Edge of the views in pixels, >= 1; may exceed that of the images.
+        mean: One number per channel, subtracted at the end; None leaves the views in 0..1. The paper uses ImageNet's.
+        std: One number per channel, divided by at the end.
         **options: See `ViewOptions`.
     """
-    recipe = ViewRecipe(size, (0.2, 1.0), (0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True)
-    return make_policy([recipe, recipe], mean, std, **options)
+    spec = ViewSpec(size, (0.2, 1.0), (0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True)
+    return make_policy([spec, spec], mean=mean, std=std, **options)
 
 
 def moco_v2_views(
-    size: int = 224, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
     """Return the two views of MoCo v2.
 
     Crop 0.2..1, jitter (0.4, 0.4, 0.4, 0.1) at 0.8, grayscale 0.2, blur 0.5, flip 0.5.
 
     Source: https://arxiv.org/abs/2003.04297 and https://github.com/facebookresearch/moco (``--aug-plus``).
-    Differs from it: a true Gaussian blur, which Pillow approximates by boxes.
+    Difference: a true Gaussian blur, which Pillow approximates with box filters.
 
     Args:
         size: As in `moco_v1_views`.
@@ -113,19 +114,19 @@ def moco_v2_views(
         std: As in `moco_v1_views`.
         **options: See `ViewOptions`.
     """
-    recipe = ViewRecipe(size, (0.2, 1.0), _WEAK_JITTER, blur_p=0.5)
-    return make_policy([recipe, recipe], mean, std, **options)
+    spec = ViewSpec(size, (0.2, 1.0), _WEAK_JITTER, blur_p=0.5)
+    return make_policy([spec, spec], mean=mean, std=std, **options)
 
 
 def moco_v3_views(
     size: int = 224,
+    *,
     mean: Statistics = None,
     std: Statistics = None,
-    *,
     vit: bool = False,
     **options: Unpack[ViewOptions],
 ) -> ViewPolicy:
-    """Return the two unequal views of MoCo v3.
+    """Return MoCo v3's asymmetric pair of views.
 
     Crop 0.2..1 (ResNet) or 0.08..1 (ViT), jitter (0.4, 0.4, 0.2, 0.1) at 0.8, grayscale 0.2, blur 1 / 0.1,
     solarization 0 / 0.2, flip 0.5.
@@ -136,24 +137,24 @@ def moco_v3_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        vit: The crops of the ViT recipes.
+        vit: Use the crop range of the ViT models.
         **options: See `ViewOptions`.
     """
-    first = ViewRecipe(size, (0.08 if vit else 0.2, 1.0), _BYOL_JITTER, blur_p=1.0)
+    first = ViewSpec(size, (0.08 if vit else 0.2, 1.0), _BYOL_JITTER, blur_p=1.0)
     second = replace(first, blur_p=0.1, solarize_p=0.2)
-    return make_policy([first, second], mean, std, **options)
+    return make_policy([first, second], mean=mean, std=std, **options)
 
 
 def byol_views(
-    size: int = 224, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
-    """Return BYOL's two unequal views.
+    """Return BYOL's asymmetric pair of views.
 
-    Crop 0.08..1 (bicubic), drawn once and cut to the image; flip 0.5; jitter (0.4, 0.4, 0.2, 0.1) at 0.8 with a
-    brightness that is added; grayscale 0.2; blur 1 / 0.1 with a kernel of a tenth of the size; solarization 0 / 0.2.
+    Crop 0.08..1 (bicubic), drawn once and clipped to the image; flip 0.5; jitter (0.4, 0.4, 0.2, 0.1) at 0.8 with
+    additive brightness; grayscale 0.2; blur 1 / 0.1 with a kernel of a tenth of the size; solarization 0 / 0.2.
 
     Source: https://arxiv.org/abs/2006.07733 and https://github.com/google-deepmind/deepmind-research (``byol``).
-    Differs from it: with ``fused=False`` brightness is multiplied and boxes that do not fit are drawn again.
+    Difference: with ``fused=False`` brightness is multiplied and boxes that do not fit are redrawn.
 
     Args:
         size: As in `moco_v1_views`.
@@ -162,7 +163,7 @@ def byol_views(
         **options: See `ViewOptions`.
     """
     check_at_least("size", size, 1)
-    first = ViewRecipe(
+    first = ViewSpec(
         size,
         (0.08, 1.0),
         _BYOL_JITTER,
@@ -173,13 +174,13 @@ def byol_views(
         clamp=True,
     )
     second = replace(first, blur_p=0.1, solarize_p=0.2)
-    return make_policy([first, second], mean, std, **options)
+    return make_policy([first, second], mean=mean, std=std, **options)
 
 
 def barlow_twins_views(
-    size: int = 224, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
-    """Return the two unequal views of Barlow Twins.
+    """Return Barlow Twins' asymmetric pair of views.
 
     Crop 0.08..1 (bicubic), flip 0.5, jitter (0.4, 0.4, 0.2, 0.1) at 0.8, grayscale 0.2, blur 1 / 0.1, solarization
     0 / 0.2.
@@ -192,15 +193,15 @@ def barlow_twins_views(
         std: As in `moco_v1_views`.
         **options: See `ViewOptions`.
     """
-    first = ViewRecipe(size, (0.08, 1.0), _BYOL_JITTER, blur_p=1.0, bicubic=True)
+    first = ViewSpec(size, (0.08, 1.0), _BYOL_JITTER, blur_p=1.0, bicubic=True)
     second = replace(first, blur_p=0.1, solarize_p=0.2)
-    return make_policy([first, second], mean, std, **options)
+    return make_policy([first, second], mean=mean, std=std, **options)
 
 
 def vicreg_views(
-    size: int = 224, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
-    """Return VICReg's two unequal views: those of Barlow Twins.
+    """Return VICReg's two views, which equal those of Barlow Twins.
 
     Source: https://arxiv.org/abs/2105.04906 and https://github.com/facebookresearch/vicreg.
 
@@ -210,13 +211,13 @@ def vicreg_views(
         std: As in `moco_v1_views`.
         **options: See `ViewOptions`.
     """
-    return barlow_twins_views(size, mean, std, **options)
+    return barlow_twins_views(size, mean=mean, std=std, **options)
 
 
 def simsiam_views(
-    size: int = 224, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
-    """Return SimSiam's two views: those of MoCo v2.
+    """Return SimSiam's two views, which equal those of MoCo v2.
 
     Source: https://arxiv.org/abs/2011.10566 and https://github.com/facebookresearch/simsiam.
 
@@ -226,11 +227,11 @@ def simsiam_views(
         std: As in `moco_v1_views`.
         **options: See `ViewOptions`.
     """
-    return moco_v2_views(size, mean, std, **options)
+    return moco_v2_views(size, mean=mean, std=std, **options)
 
 
 def supcon_views(
-    size: int = 32, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:
     """Return the two views of supervised contrastive learning on CIFAR.
 
@@ -244,5 +245,5 @@ def supcon_views(
         std: As in `moco_v1_views`.
         **options: See `ViewOptions`.
     """
-    recipe = ViewRecipe(size, (0.2, 1.0), _WEAK_JITTER)
-    return make_policy([recipe, recipe], mean, std, **options)
+    spec = ViewSpec(size, (0.2, 1.0), _WEAK_JITTER)
+    return make_policy([spec, spec], mean=mean, std=std, **options)

@@ -1,4 +1,4 @@
-"""The numbers of one view, and the modules that they stand for."""
+"""Parameters of one view, and the options shared by all policies."""
 
 import dataclasses
 from typing import Literal, TypedDict
@@ -16,15 +16,15 @@ Auto = Literal["randaugment", "autoaugment", "trivialaugment"]
 
 
 class ViewOptions(TypedDict, total=False):
-    """What every policy takes by keyword.
+    """Keyword arguments shared by all policies.
 
     Attributes:
-        fused: False makes the views of stock Kornia operations: slower, and point-sampled where the crop shrinks.
-        channels: Number of channels of the images; other than 1 and 3 they need ``color=False``.
-        color: False leaves out saturation, hue and grayscale, which mean nothing but for RGB.
-        auto: ``"randaugment"``, ``"autoaugment"`` or ``"trivialaugment"``: Kornia's, in front of each view. Their
-            code reads single values on the host, so these views may wait for an accelerator; all others never do.
-        backend: ``"cpu"``, ``"accelerator"`` or None for the form that suits the device of the images.
+        fused: Use fused operations; False uses stock Kornia, which is slower and point-samples downscaled crops.
+        channels: Number of channels of the images; any other than 1 and 3 needs ``color=False``.
+        color: Apply saturation, hue and grayscale, which are defined for RGB only.
+        auto: Kornia's ``"randaugment"``, ``"autoaugment"`` or ``"trivialaugment"``, applied before each view. Their
+            code reads single values on the host and so may synchronize with an accelerator; no other option does.
+        backend: ``"cpu"``, ``"accelerator"``, or None to choose by the device of the images.
     """
 
     fused: bool
@@ -35,23 +35,23 @@ class ViewOptions(TypedDict, total=False):
 
 
 @dataclasses.dataclass(frozen=True)
-class ViewRecipe:
-    """The published numbers of one view.
+class ViewSpec:
+    """Parameters of one random view.
 
     Attributes:
-        size: Edge in pixels.
-        scale: Range of the crop's share of the area.
-        jitter: Strength of brightness, contrast, saturation and hue.
+        size: Edge in pixels, >= 1.
+        scale: Range of the crop's share of the image area, in (0, 1].
+        jitter: Strengths of brightness, contrast, saturation (>= 0) and hue (0..0.5).
         jitter_p: Probability of the jitter.
         gray_p: Probability of grayscale.
         blur_p: Probability of the blur.
         solarize_p: Probability of solarization.
-        flip: Probability of mirroring.
-        blur_kernel: Pixels of the blur's kernel, or None for as many as its sigma needs.
-        bicubic: Bicubic resampling in the place of bilinear; its overshoots are cut to 0..1.
-        gray_first: Grayscale before the jitter.
-        additive_brightness: Brightness is added and not multiplied.
-        clamp: Boxes that do not fit are cut and not drawn again.
+        flip: Probability of a horizontal flip.
+        blur_kernel: Size of the blur's kernel in pixels, odd; None fits it to sigma.
+        bicubic: Bicubic instead of bilinear resampling; overshoots are clipped to 0..1.
+        gray_first: Apply grayscale before the jitter.
+        additive_brightness: Add the brightness instead of multiplying by it.
+        clamp: Clip crop boxes that do not fit instead of redrawing them.
     """
 
     size: int
@@ -69,7 +69,7 @@ class ViewRecipe:
     clamp: bool = False
 
     def __post_init__(self) -> None:
-        """Check the numbers here, for the fused and the stock operations alike."""
+        """Check the parameters, for fused and stock operations alike."""
         check_at_least("size", self.size, 1)
         check_range("scale", self.scale, 0.0, 1.0)
         require(self.scale[0] > 0, "scale", "start above 0", self.scale, "Give the smallest share of the area")
@@ -80,4 +80,4 @@ class ViewRecipe:
             check_probability(name, getattr(self, name))
 
 
-BLUR_SIGMA = (0.1, 2.0)  # of all published pipelines
+BLUR_SIGMA = (0.1, 2.0)  # standard deviation in pixels, the same in all published pipelines

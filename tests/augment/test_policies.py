@@ -1,14 +1,17 @@
-"""Every policy: its published numbers, its contract, its random numbers, and that it never waits for the device."""
+"""Every policy: published parameters, contract, random numbers, launches and freedom from host synchronization."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
 from torchvision.transforms import v2
 
+from benchmarks.common import count_launches
 from lightning_contrast import augment
 from lightning_contrast.augment import two_view as policies
+from lightning_contrast.augment.fused import view as view_module
 from lightning_contrast.augment.multi_crop import local_size_of
 from lightning_contrast.testing import HostSyncs
 
@@ -17,7 +20,7 @@ MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
 ONE_VIEW = {"ijepa_views"}
 NO_BLUR = {"simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
-# crop, jitter at p, gray, then blur and solarization of the first two views: the table of the published pipelines
+# published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
 TABLE = {
     "simclr_views": ((0.08, 1), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "simclr_cifar_views": ((0.08, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
@@ -90,7 +93,7 @@ def test_special_numbers():
     assert operations(augment.byol_views(224).views[0])["FusedResizedCrop"].fit == "clamp"
     assert operations(augment.moco_v3_views(vit=True).views[0])["FusedResizedCrop"].scale == (0.08, 1.0)
     assert operations(augment.moco_v2_views().views[0])["FusedGaussianBlur"].kernel_size is None
-    half = operations(augment.simclr_views(32, 0.5, 0.0).views[0])
+    half = operations(augment.simclr_views(32, strength=0.5, blur=0.0).views[0])
     assert half["FusedColorJitter"].brightness == pytest.approx(0.4)
     assert "FusedGaussianBlur" not in half
 
@@ -132,33 +135,33 @@ def test_views_of_every_policy(emoji, name, fused):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_both_forms_agree(photos, name):
-    """The same draw in blocks and in batched kernels; uint8 is left out, which the blocks keep in 8 bits."""
+def test_both_backends_agree(photos, name):
+    """The same draw in blocks and in batched kernels; float only, as the blocks resample uint8 in 8 bits."""
     images = photos.float() / 255
     views = {}
     for backend in ("cpu", "accelerator"):
         torch.manual_seed(0)
         views[backend] = POLICIES[name](size=70, backend=backend)(images)
     for a, b in zip(views["cpu"], views["accelerator"], strict=True):
-        different = (a - b).abs() > 1e-4  # a value on the threshold of the solarization may fall on either side
+        different = (a - b).abs() > 1e-4  # values at the threshold of the solarization may fall on either side
         assert different.float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_host_synchronisation(emoji, name):
+def test_no_host_synchronization(emoji, name):
     policy = POLICIES[name](size=32, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
     policy(emoji[:16])
     with HostSyncs() as syncs:
         policy(emoji[:16])
         policy(emoji[:16] / 255)
         policy.eval_transform(emoji[:16])
-    # Sizes and places of crops are drawn on the host in the first place; the next test has them apart.
+    # Crops are drawn on the host anyway; the next test separates the two.
     assert not [place for place in syncs.places if not place.endswith("in uniform: numpy")]
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nothing_is_read_from_the_device(name):
-    """On the meta device there are no values: any look at one is an error, and so is a tensor left on the host."""
+    """The meta device has no values: reading one is an error, and so is mixing in a tensor on the host."""
     policy = POLICIES[name](size=64, mean=[0.5] * 3, std=[0.2] * 3)
     with HostSyncs() as syncs:
         for images in (torch.empty(8, 3, 80, 90, dtype=torch.uint8), torch.empty(8, 3, 80, 90)):
@@ -166,6 +169,39 @@ def test_nothing_is_read_from_the_device(name):
             assert all(view.is_meta for view in views)
             assert policy.eval_transform(images.to("meta")).is_meta
     assert not syncs.places
+
+
+@pytest.mark.parametrize(
+    ("name", "edge", "size", "most"),
+    [
+        ("simclr_views", 32, 32, 200),
+        ("simclr_views", 80, 64, 200),
+        ("moco_v3_views", 32, 32, 400),
+        ("dino_views", 32, 32, 600),
+    ],
+)
+def test_launches_of_an_accelerator(name, edge, size, most):
+    """Equal views are computed together, so that DINO's ten views take three rounds of kernels."""
+    policy = POLICIES[name](size=size, backend="accelerator")
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, edge, edge), dtype=torch.uint8)
+    for batch in (images, images / 255):
+        assert 50 < count_launches(lambda batch=batch: policy(batch)) <= most
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 18, 1 << 30])
+@pytest.mark.parametrize("name", POLICIES)
+def test_joint_views_equal_single_ones(emoji, name, limit, monkeypatch):
+    """The same draws, whether all views are computed together, in parts or one by one."""
+    monkeypatch.setattr(view_module, "_JOINT_BYTES", limit)
+    policy = POLICIES[name](size=24, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
+    images = emoji[::150]
+    torch.manual_seed(0)
+    views = policy(images)
+    torch.manual_seed(0)
+    for view, module in zip(views, policy.views, strict=True):
+        different = (view - module(images)).abs() > 1e-5  # 2e-6 of a pixel in 0..1
+        assert different.float().mean() < 1e-3  # at the threshold of the solarization a rounding inverts a pixel
 
 
 @pytest.mark.parametrize("backend", ["cpu", "accelerator"])
@@ -186,7 +222,7 @@ def test_random_numbers_come_from_the_global_generator(emoji, name, backend):
 
 
 def test_flip_crop_and_grayscale_rates():
-    """Counted on the views themselves: a ramp tells flips and crops, the channels tell grey."""
+    """Measured on the views: flips and crops on a ramp, grayscale on the channels."""
     torch.manual_seed(0)
     ramp = torch.linspace(0, 1, 32).expand(2000, 3, 32, 32)
     (view, _) = augment.simclr_views(32, strength=0.0, blur=0.0)(ramp)
@@ -196,14 +232,14 @@ def test_flip_crop_and_grayscale_rates():
     expected = torch.stack([reference(image) for image in ramp[:400]])[:, 0, 16]
     widths = [(rows.amax(1) - rows.amin(1)).quantile(torch.tensor([0.1, 0.5, 0.9])) for rows in (row, expected)]
     torch.testing.assert_close(*widths, atol=0.05, rtol=0)
-    colourful = torch.rand(2000, 3, 1, 1).expand(-1, -1, 32, 32)
-    gray = [view.std(1).amax((1, 2)) < 1e-4 for view in augment.simclr_cifar_views()(colourful)]
+    colorful = torch.rand(2000, 3, 1, 1).expand(-1, -1, 32, 32)
+    gray = [view.std(1).amax((1, 2)) < 1e-4 for view in augment.simclr_cifar_views()(colorful)]
     assert torch.cat(gray).float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert (gray[0] != gray[1]).any()
 
 
 def test_images_of_a_batch_differ(emoji):
-    """Every image has its own draw: copies of one image become different views."""
+    """Every image has its own random numbers: copies of one image give different views."""
     torch.manual_seed(0)
     for view in augment.simclr_views(32)(emoji[5:6].expand(16, -1, -1, -1)):
         distances = torch.cdist(view.flatten(1), view.flatten(1))
@@ -211,7 +247,7 @@ def test_images_of_a_batch_differ(emoji):
 
 
 def test_order_of_the_batch_is_kept(emoji):
-    """The operations sort the batch inside: view i must still be that of image i."""
+    """The operations sort the batch internally: view i must still belong to image i."""
     images = torch.arange(300).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 300
     for backend in ("cpu", "accelerator"):
         (view, _) = augment.simclr_views(8, strength=0.0, blur=0.0, backend=backend)(images)
@@ -220,7 +256,7 @@ def test_order_of_the_batch_is_kept(emoji):
         torch.testing.assert_close(view.mean((1, 2, 3)), images[::50, 0, 0, 0], atol=0.02, rtol=0)
 
 
-def test_plain(emoji):
+def test_eval_transform(emoji):
     policy = augment.simclr_views(32)
     assert torch.equal(policy.eval_transform(emoji[:4]), emoji[:4].float() / 255)
     floats = emoji[:4] / 255
@@ -236,7 +272,7 @@ def test_plain(emoji):
     torch.testing.assert_close(plain[:, 1], (floats[:, 1] - 0.2) / 0.6)
 
 
-def test_normalisation_is_the_last_step(emoji):
+def test_normalization_is_the_last_step(emoji):
     torch.manual_seed(0)
     raw = augment.moco_v3_views(24)(emoji[:8])
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
@@ -277,7 +313,7 @@ def test_autocast_changes_nothing(emoji):
 
 @pytest.mark.parametrize("auto", ["randaugment", "autoaugment", "trivialaugment"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_automatic_augmentation_in_front(emoji, auto, fused):
+def test_automatic_augmentation(emoji, auto, fused):
     policy = augment.simclr_cifar_views(24, auto=auto, fused=fused)
     torch.manual_seed(0)
     views = policy(emoji[:12])
@@ -317,6 +353,28 @@ def test_one_image_any_size(emoji, size):
         assert policy(emoji[:1])[0].shape == (1, 3, size, size)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_everything_but_the_size_is_given_by_keyword(name):
+    parameters = list(inspect.signature(POLICIES[name]).parameters.values())
+    assert [p.name for p in parameters[:3]] == ["size", "mean", "std"]
+    assert [p.default for p in parameters[1:3]] == [None, None]
+    assert {p.kind for p in parameters[1:-1]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert (parameters[-1].name, parameters[0].default) == (
+        "options",
+        32 if "cifar" in name or name == "supcon_views" else 224,
+    )
+    with pytest.raises(TypeError, match="positional argument"):
+        POLICIES[name](8, [0.5] * 3, [0.5] * 3)
+
+
+def test_specs_are_the_only_positional_argument_of_make_policy():
+    spec = augment.ViewSpec(8, (0.5, 1.0))
+    with pytest.raises(TypeError, match="positional argument"):
+        augment.make_policy([spec], [0.5] * 3, [0.5] * 3)
+    assert augment.make_policy([spec], mean=[0.5] * 3, std=[0.25] * 3).std == [0.25] * 3
+    assert augment.make_policy([spec]).mean == [0.0] * 3
+
+
 @pytest.mark.parametrize("size", [0, -3])
 @pytest.mark.parametrize("name", POLICIES)
 def test_bad_size(name, size):
@@ -332,7 +390,7 @@ def test_bad_size(name, size):
         (lambda: augment.simclr_views(32, blur=1.5), "`blur` must lie in"),
         (lambda: augment.simclr_views(32, fused=False, strength=3), r"`hue` must lie in \[0, 0.5\]"),
         (lambda: augment.simclr_views(32, mean=[0.5] * 3), "`mean` must be given together with `std`"),
-        (lambda: augment.simclr_views(32, mean=[0.5], std=[0.5]), "`mean` must have one number a channel"),
+        (lambda: augment.simclr_views(32, mean=[0.5], std=[0.5]), "`mean` must have one number per channel"),
         (lambda: augment.simclr_views(32, mean=[0.5] * 3, std=[0.0] * 3), "`std` must be above 0"),
         (lambda: augment.simclr_views(32, channels=4), r"`channels` must be 3 .* got 4\. Set `color=False`"),
         (lambda: augment.simclr_views(32, channels=0), "`channels` must be >= 1"),
@@ -359,10 +417,10 @@ def test_unknown_option():
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, r"uint8 .* got 'torch.int64'\. Convert with"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, r"`images` must be uint8 .* got 'torch.int64'\. "),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int16), TypeError, "uint8"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.bool), TypeError, "uint8"),
-        (torch.zeros(3, 8, 8), ValueError, r"4 dimensions.*image\[None\]"),
+        (torch.zeros(3, 8, 8), ValueError, r"`images` must have the shape \(B, C, H, W\), got \(3, 8, 8\)\. "),
         (torch.zeros(2, 1, 8, 8), ValueError, "have 3 channels.*channels=1"),
         (torch.zeros(0, 3, 8, 8), ValueError, "hold at least one image"),
         ([torch.zeros(3, 8, 8)], TypeError, "`images` must be a tensor"),

@@ -1,6 +1,6 @@
-"""Fused view operations: the same distributions as the published pipelines in fewer passes over the pixels.
+"""Fused view operations: the distributions of the published pipelines in fewer passes over the pixels.
 
-Each operation follows the interface of Kornia: it works inside ``kornia.augmentation.AugmentationSequential`` as
+Each operation implements the interface of Kornia and so works inside ``kornia.augmentation.AugmentationSequential`` as
 well as in the policies of `lightning_contrast.augment`. Kornia is imported when the first operation is looked up.
 """
 

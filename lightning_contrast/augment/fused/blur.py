@@ -1,4 +1,4 @@
-"""Gaussian blur of the images that are drawn for it."""
+"""Random Gaussian blur."""
 
 import math
 
@@ -24,27 +24,27 @@ from lightning_contrast.augment.fused.base import (
 )
 from lightning_contrast.augment.fused.resample import apply_weights
 
-_REACH = 4.0  # standard deviations that the kernel covers where no width is given; 6e-5 of the mass lies beyond
-_SMALL = 64  # pixels of an edge up to which images are blurred together on a CPU, by two matrix products
-_FEW_TAPS = 2  # radius up to which sums of shifted images beat them
-_TILE = 16  # pixels that one product of larger images makes
+_REACH = 4.0  # standard deviations that a kernel of unspecified size covers; it misses 6e-5 of the mass
+_SMALL = 64  # largest edge in pixels at which a CPU blurs images together by two matrix products
+_FEW_TAPS = 2  # largest radius at which sums of shifted images are faster than matrix products
+_TILE = 16  # pixels computed by one matrix product of larger images
 
 
 def blur_weights(kernel: Tensor, size: int) -> Tensor:
-    """Return for each image the matrix that blurs one axis, with reflected borders.
+    """Return the matrices that blur one axis of each image, with reflected borders.
 
     Args:
-        kernel: Weights at the distances 0, 1, ... ``(B, R + 1)``, R below ``size``.
-        size: Pixels of the axis.
+        kernel: Weights at the distances 0, 1, ..., R, ``(B, R + 1)`` with R < ``size``.
+        size: Length of the axis in pixels.
 
     Returns:
-        Weights ``(B, size, size)``; each row sums to what the whole kernel sums to.
+        Weights ``(B, size, size)``; each row sums to the sum of the whole kernel.
     """
     pixel = torch.arange(size, device=kernel.device)
     table = F.pad(kernel, (0, 2 * size - kernel.shape[1]))
     distance = (pixel[:, None] - pixel[None, :]).abs()
     weights = table[:, distance]
-    # pixel j is also its own reflection at both borders, except for the border pixels themselves
+    # every pixel also contributes as its reflections at both borders, except for the border pixels themselves
     total = pixel[:, None] + pixel[None, :]
     weights[:, :, 1:] += table[:, total[:, 1:]]
     weights[:, :, :-1] += table[:, 2 * (size - 1) - total[:, :-1]]
@@ -52,17 +52,17 @@ def blur_weights(kernel: Tensor, size: int) -> Tensor:
 
 
 class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
-    """Blur with a Gaussian of random width, with probability ``p`` per image; only those images are computed.
+    """Blur with a Gaussian of random width, with probability ``p`` per image; only selected images are computed.
 
-    Equals ``torchvision.transforms.functional.gaussian_blur`` where ``kernel_size`` is given. Without it the kernel
-    is as wide as sigma needs (4 sigma on each side), like Pillow's blur, which approximates the Gaussian by boxes.
+    Equals ``torchvision.transforms.functional.gaussian_blur`` if ``kernel_size`` is given. Otherwise the kernel extends
+    4 sigma to each side, like Pillow's blur, which approximates the Gaussian with box filters.
 
     Args:
-        p: Probability for an image.
+        p: Probability per image.
         sigma: Range of the standard deviation in pixels; drawn uniformly.
-        kernel_size: Pixels of the kernel, odd; or None. It is cut where an image is too small to be reflected.
+        kernel_size: Size of the kernel in pixels, odd; or None. It is truncated if an image is too small to reflect.
         backend: See `Backend`.
-        keepdim: Kornia's: return as many dimensions as were given.
+        keepdim: Return as many dimensions as the input has (an argument of Kornia).
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
         self.flags = {"probability": p, "sigma": self.sigma, "kernel_size": kernel_size}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
-        """Draw ``blurred`` ``(B,)`` and ``sigma`` ``(B,)`` in pixels."""
+        """Draw ``blurred`` ``(B,)``, the images to blur, and ``sigma`` ``(B,)`` in pixels."""
         numbers = uniform(batch, 2)
         sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * numbers[:, 1]
         return {"blurred": numbers[:, 0] < self.probability, "sigma": sigma.astype(np.float32)}
 
     def prepare(self, draw: Draw) -> Plan:
-        """Return the drawn rows and their kernels at the distances 0, 1, ... ``(n, R + 1)``."""
+        """Return the rows to blur and their kernels at the distances 0, 1, ..., R, ``(n, R + 1)``."""
         sigma = draw["sigma"][draw["blurred"]]
         radius = np.ceil(_REACH * sigma).astype(np.int64)
         widest = math.ceil(_REACH * self.sigma[1])
@@ -105,7 +105,7 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
         return {"rows": rows_where(draw["blurred"]), "each": each, "kernel": kernel}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
-        """Blur the drawn rows in place."""
+        """Blur rows of ``images`` ``(B, C, H, W)`` in place."""
         if is_empty(plan["rows"]):
             return images
         height, width = images.shape[-2:]
@@ -129,7 +129,7 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
 
 
 def fit_kernel(kernel: Tensor, size: int) -> Tensor:
-    """Cut kernels ``(B, R + 1)`` to what reflection at the borders of ``size`` pixels can serve: R < size."""
+    """Truncate kernels ``(B, R + 1)`` to R < ``size``, the limit of reflection, and renormalize: ``(B, size)``."""
     if kernel.shape[1] <= size:
         return kernel
     cut = kernel[:, :size]
@@ -137,7 +137,7 @@ def fit_kernel(kernel: Tensor, size: int) -> Tensor:
 
 
 def _bands(kernel: Tensor) -> Tensor:
-    """Return the matrix of each kernel ``(n, R + 1)`` that takes a tile with its borders to the tile.
+    """Return the banded matrices that blur one axis of a padded tile, from kernels ``(n, R + 1)``.
 
     Returns:
         Weights ``(n, 16 + 2 R, 16)``.
@@ -150,14 +150,14 @@ def _bands(kernel: Tensor) -> Tensor:
 
 
 def _blur_by_bands_(image: Tensor, band: Tensor) -> None:
-    """Blur an image ``(C, H, W)`` in place by two products of its tiles with a band matrix.
+    """Blur an image ``(C, H, W)`` in place by two products of its tiles with a banded matrix.
 
-    A product of 16 rows (or columns) needs these and the R beyond them on both sides: tiles overlap, as windows into
-    one padded image, of which no copies are made. The channels lie below each other, each a whole number of tiles
-    high; what the products make of the rows between two channels is left behind.
+    Each product of 16 rows (or columns) reads R more on both sides: the tiles are overlapping windows into one padded
+    image, without copies. Channels are stacked vertically, each a whole number of tiles high; results for the rows
+    between two channels are discarded.
 
     Args:
-        image: Overwritten; the radius R is below its edges.
+        image: Overwritten; both edges exceed the radius R.
         band: Weights ``(16 + 2 R, 16)``.
     """
     channels, height, width = image.shape
@@ -183,14 +183,14 @@ def _blur_by_bands_(image: Tensor, band: Tensor) -> None:
 
 
 def _blur_by_sums_(images: Tensor, kernel: Tensor) -> None:
-    """Blur images ``(n, C, H, W)`` in place by sums of shifted copies, which stay in the processor's cache.
+    """Blur images ``(n, C, H, W)`` in place by sums of shifted copies, which stay in the cache.
 
-    A padded image is one long row of pixels: shifts along both axes are shifts of that row, and what runs over the
-    ends of lines falls on the padding.
+    A padded image is treated as one long row of pixels: shifts along both axes are shifts of that row, and values that
+    wrap around line ends fall on the padding.
 
     Args:
         images: Overwritten.
-        kernel: Weights at the distances 0, 1, ... ``(n, R + 1)``; R below the edges of the images.
+        kernel: Weights at the distances 0, 1, ..., R, ``(n, R + 1)``; both edges of the images exceed R.
     """
     count, _, height, width = images.shape
     radius = kernel.shape[1] - 1
@@ -198,7 +198,7 @@ def _blur_by_sums_(images: Tensor, kernel: Tensor) -> None:
     lines, line = height + 2 * radius, width + 2 * radius
     rows = _shifted_sum(padded.view(count, -1), kernel, 1)
     both = _shifted_sum(rows, kernel, line)
-    # the sums start `radius` lines and `radius` pixels into the padded image: at the first pixel of the image itself
+    # the sums start `radius` lines and `radius` pixels into the padded image, at the first pixel of the image
     images.copy_(both.as_strided(images.shape, (both.shape[1], lines * line, line, 1)))
 
 

@@ -1,4 +1,4 @@
-"""Brightness, contrast, saturation, hue and grayscale in one operation."""
+"""Random brightness, contrast, saturation, hue and grayscale in one operation."""
 
 from typing import NamedTuple
 
@@ -21,45 +21,47 @@ from lightning_contrast.augment.fused.base import (
     uniform,
 )
 
-_CENTRES = (1 / 2, 1 / 3, 2 / 3)  # in turns: red is least around the first, green and blue most around the others
+_CENTERS = (1 / 2, 1 / 3, 2 / 3)  # hue in turns where red is least, green is greatest, blue is greatest
 
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
-# Whether a step multiplies colour, grey image and mean grey by its factor: brightness, contrast, saturation, hue.
+# Whether brightness, contrast, saturation and hue scale the color, the gray image and its mean.
 _MULTIPLIES = np.array([(True, True, True), (True, True, False), (True, False, False), (False, False, False)])
 
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as torchvision and Pillow weigh
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow; torchvision rounds red to 0.2989
 _RGB = 3
 
 
 class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
-    """Jitter the colours in an order drawn for each image, and turn some images grey.
+    """Jitter brightness, contrast, saturation and hue in an order drawn per image, and convert some images to gray.
 
-    Brightness, contrast, saturation and grayscale (a saturation of 0) are maps of the colour channels, ``x -> gain * x
-    + share * grey(x) + weight * mean(grey(x)) + offset``, with other numbers for each image; so a batch goes through
-    them together although each image has an order of its own. Values are cut to 0..1 after each step, as
-    torchvision's operations cut them: skipping the cuts would make one single map of all steps, but lets a bright
-    image come out white where the contrast should have brought it back. Steps are put together only where there is
-    nothing to cut between them (see `color_maps`). The hue is HSV's. The result therefore equals
-    ``torchvision.transforms.ColorJitter`` on float images up to rounding; on 8-bit images torchvision rounds after
-    each step.
+    Brightness, contrast, saturation and grayscale (a saturation of 0) are maps of the form ``x -> gain * x + share *
+    gray(x) + weight * mean(gray(x)) + offset``. Their coefficients differ between images, so that one kernel serves the
+    whole batch although each image has its own order of steps. As in torchvision, values are clipped to 0..1 after each
+    step: without clipping, all steps would form a single map, but an overexposed image would stay white where a later
+    contrast step has to darken it. Steps are therefore merged only if nothing can be clipped between them (see
+    `color_maps`). The hue is shifted in HSV.
+
+    The result equals ``torchvision.transforms.ColorJitter`` on float images except for the luma: torchvision weighs red
+    by 0.2989 instead of 0.299 (ITU-R BT.601), so that pixels differ by up to 3e-4. On 8-bit images torchvision also
+    rounds after each step.
 
     Args:
-        brightness: Factor from U(max(0, 1 - b), 1 + b); >= 0.
+        brightness: Strength b of a factor from U(max(0, 1 - b), 1 + b); >= 0.
         contrast: As ``brightness``.
         saturation: As ``brightness``.
-        hue: Shift from U(-hue, hue) in turns; 0..0.5.
-        p: Probability that an image is jittered.
-        grayscale: Probability that an image is turned grey.
-        additive_brightness: Add U(-b, b) to the values in the place of the factor (SimCLR v1, BYOL).
-        gray_first: Turn grey before the jitter (NPID, MoCo v1).
+        hue: Limit of a shift from U(-hue, hue) in turns; 0..0.5.
+        p: Probability of the jitter per image.
+        grayscale: Probability of the conversion to gray per image.
+        additive_brightness: Add a number from U(-b, b) instead of multiplying (SimCLR v1, BYOL).
+        gray_first: Convert to gray before the jitter (NPID, MoCo v1).
         backend: See `Backend`.
-        keepdim: Kornia's: return as many dimensions as were given.
+        keepdim: Return as many dimensions as the input has (an argument of Kornia).
 
-    Shapes: ``(B, C, H, W)`` in 0..1. With one channel saturation, hue and grayscale change nothing; with any number
-    other than 1 and 3 they are an error.
+    Shapes: ``(B, C, H, W)`` in 0..1. With one channel, saturation, hue and grayscale are no-ops; with any number other
+    than 1 and 3 they are an error.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw ``factors`` ``(B, 4)``, ``order`` ``(B, 4)``, ``jittered`` ``(B,)`` and ``gray`` ``(B,)``.
 
-        With them come the ``maps`` and ``counts`` that they amount to (see `color_maps`), and ``hued`` ``(B,)``.
+        The draw also holds the resulting ``maps`` and ``counts`` (see `color_maps`), and ``hued`` ``(B,)``.
         """
         numbers = uniform(batch, 10)
         ranges = [self._range(spread) for spread in (self.brightness, self.contrast, self.saturation)]
@@ -111,7 +113,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         return max(0.0, 1 - spread), 1 + spread
 
     def _maps(self, draw: Draw) -> Draw:
-        """Return the ``maps`` of a draw and their ``counts``: those of the jitter, and grey as a saturation of 0."""
+        """Return the ``maps`` and ``counts`` of the jitter and of grayscale, which is a saturation of 0."""
         order = draw["order"]
         batch, steps = order.shape
         done = draw["jittered"][:, None] & ((order != HUE) | (self.hue > 0))
@@ -126,17 +128,17 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         return {"maps": maps.numbers, "counts": maps.counts}
 
     def sort_key(self, draw: Draw) -> NDArray[np.int64]:
-        """Put images side by side that need the same maps: many before the hue, many after it, none."""
+        """Return keys ``(B,)`` that sort images by the maps they need: more before the hue, more after it, none."""
         before, after = draw["counts"].T
         key: NDArray[np.int64] = np.where(draw["hued"], 2 * MAPS * (after - before) - before, 4 * MAPS**2 - after)
         return key
 
     def prepare(self, draw: Draw) -> Plan:
-        """Return the numbers of the maps, ``(2 * MAPS, 4, B)``, the rows that need each, and those whose hue shifts."""
+        """Return the maps' coefficients ``(2 * MAPS, 4, B)``, the rows that need each, and those with a hue shift."""
         needed = (draw["counts"][:, :, None] > np.arange(MAPS)).reshape(-1, 2 * MAPS)
         spans = []
         for rows in needed.T:
-            where = np.flatnonzero(rows)  # from the first to the last of them: identities lie between
+            where = np.flatnonzero(rows)  # from first to last; maps of rows between them are identities
             spans.append(slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(0, 0))
         turns = draw["factors"][draw["hued"], HUE]
         luma = np.array([LUMA], np.float32)
@@ -144,7 +146,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         return {"maps": maps, "spans": spans, "hued": rows_where(draw["hued"]), "turns": turns, "luma": luma}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
-        """Jitter and turn grey in place."""
+        """Jitter ``images`` ``(B, C, H, W)`` and convert to gray, in place."""
         self._check_channels(images.shape[1])
         images = images.contiguous()
         rgb = images.shape[1] == _RGB
@@ -166,13 +168,13 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
             "images",
             "have 3 channels for saturation, hue and grayscale",
             channels,
-            "Set those to 0, which leaves brightness and contrast, or give the policy `color=False`",
+            "Set them to 0, which keeps brightness and contrast, or give the policy `color=False`",
         )
 
 
-def _map_(images: Tensor, numbers: Tensor, luma: Tensor) -> None:
-    """Apply a map to each image ``(B, C, H, W)`` in place, with ``numbers`` ``(4, B, 1, 1)``, and cut to 0..1."""
-    gain, share, weight, offset = numbers.unbind(0)
+def _map_(images: Tensor, coefficients: Tensor, luma: Tensor) -> None:
+    """Apply maps with coefficients ``(4, B, 1, 1)`` to images ``(B, C, H, W)`` in place, and clip to 0..1."""
+    gain, share, weight, offset = coefficients.unbind(0)
     flat = images.flatten(2)  # (B, C, HW), a view: images are contiguous
     gray = torch.matmul(luma, flat)  # (B, 1, HW)
     added = torch.addcmul(offset, gray.mean(-1, keepdim=True), weight)
@@ -180,12 +182,12 @@ def _map_(images: Tensor, numbers: Tensor, luma: Tensor) -> None:
 
 
 class ColorMaps(NamedTuple):
-    """The maps of each image of a batch.
+    """Color maps of each image of a batch.
 
     Attributes:
-        numbers: Gain, share, weight and offset of each map, ``(B, 2 * MAPS, 4)``: ``MAPS`` before the hue and as many
-            after it, unused ones the identity.
-        counts: How many are used before and after the hue, ``(B, 2)``; all are after it where there is none.
+        numbers: Gain, share, weight and offset of each map, ``(B, 2 * MAPS, 4)``: `MAPS` before the hue and `MAPS`
+            after it; unused ones are identities.
+        counts: Number of maps used before and after the hue, ``(B, 2)``; without a hue all count as after it.
     """
 
     numbers: NDArray[np.float32]
@@ -195,19 +197,22 @@ class ColorMaps(NamedTuple):
 def color_maps(
     kinds: NDArray[np.int64], factors: NDArray[np.float32], *, additive_brightness: bool = False
 ) -> ColorMaps:
-    """Put the steps of each image together into as few maps as give the same as one step after the other.
+    """Merge the steps of each image into the fewest maps with the same result.
 
-    With grey(x) the luma, every step but the hue is ``x -> gain * x + share * grey(x) + weight * mean(grey(x)) +
-    offset``, and so is a sequence of steps: an image is the sum of its colour ``x - grey(x)``, its grey image
-    ``grey(x) - mean(grey(x))`` and its mean, of which a step multiplies some by its factor. Values are cut to 0..1
-    after each step; only a step that makes images brighter, richer in contrast or more saturated can leave that range,
-    so that a map ends there, and at the hue.
+    With gray(x) the luma, every step except the hue is ``x -> gain * x + share * gray(x) + weight * mean(gray(x)) +
+    offset``, and so is a sequence of steps: an image is the sum of its color ``x - gray(x)``, its gray image
+    ``gray(x) - mean(gray(x))`` and its mean, and each step scales some of these. Values are clipped to 0..1 after each
+    step; only a step that increases brightness, contrast or saturation can leave that range, so a map ends at such a
+    step and at the hue.
 
     Args:
-        kinds: What each step does, ``(B, S)``: `BRIGHTNESS`, `CONTRAST`, `SATURATION` or, at most once, `HUE`; at most
-            `MAPS` steps but the hue.
-        factors: The factor of each step, ``(B, S)``, >= 0; 1 changes nothing. Those of the hue are not read.
-        additive_brightness: Factors of brightness are added, in -1..1; 0 changes nothing.
+        kinds: Kind of each step, ``(B, S)``: `BRIGHTNESS`, `CONTRAST`, `SATURATION` or, at most once, `HUE`; at most
+            `MAPS` steps besides the hue.
+        factors: Factor of each step, ``(B, S)``, >= 0; 1 is the identity. Those of the hue are not read.
+        additive_brightness: Factors of brightness are added, in -1..1; 0 is the identity.
+
+    Returns:
+        The maps ``(B, 2 * MAPS, 4)`` and their counts ``(B, 2)``.
     """
     hue = kinds == HUE
     added = (kinds == BRIGHTNESS) & additive_brightness
@@ -225,46 +230,46 @@ def color_maps(
     for step in range(kinds.shape[1]):
         scale[rows, slot[:, step]] *= factors_of[:, step]
         if additive_brightness:
-            offset[rows, slot[:, step]] += np.where(added[:, step], factors[:, step], 0)  # what ends a map
+            offset[rows, slot[:, step]] += np.where(added[:, step], factors[:, step], 0)  # ends a map
     gain, share, weight = scale[..., 0], scale[..., 1] - scale[..., 0], scale[..., 2] - scale[..., 1]
     counts = [((place + 1) * (changes & (half == h))).max(axis=1) for h in (0, 1)]
     return ColorMaps(np.stack([gain, share, weight, offset], axis=2), np.stack(counts, axis=1))
 
 
-MAPS = 4  # that an image can need before its hue is shifted, and after it
+MAPS = 4  # maximum number of maps of an image before the hue, and after it
 
 
 def shift_hue_(images: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue of RGB images in HSV in place, value and saturation kept.
+    """Shift the hue of RGB images in HSV in place; value and saturation are unchanged.
 
-    Equals ``torchvision.transforms.functional.adjust_hue`` on float images, up to rounding. With V the maximum, m the
+    Equals ``torchvision.transforms.functional.adjust_hue`` on float images up to rounding. With V the maximum, m the
     minimum and C = V - m, the hue in sixths of a turn is ``1 + (g + b - r - m) / C`` with the sign of ``g - b``. With
-    the shifted hue h in 0..1 turns each channel is a ramp between V and m in the distance of h from its centre,
-    ``clamp(6 |h - centre| - 1, 0, 1)``: no tables of sectors and no branches.
+    the shifted hue h in 0..1 turns, each channel is a ramp between V and m in the distance of h from the channel's
+    center, ``clamp(6 |h - center| - 1, 0, 1)``, without branches or sector tables.
 
     Args:
         images: RGB in 0..1, ``(B, 3, H, W)``; overwritten.
-        turns: Shift of each image in turns, ``(B,)``, -0.5..0.5.
+        turns: Shift per image in turns, ``(B,)``, -0.5..0.5.
 
     Returns:
-        ``images``.
+        ``images`` ``(B, 3, H, W)``.
     """
     red, green, blue = images[:, 0], images[:, 1], images[:, 2]
     ramp = torch.empty_like(images)
-    spare, difference = ramp[:, 0], ramp[:, 1]  # until the ramps are made
+    spare, difference = ramp[:, 0], ramp[:, 1]  # scratch space until the ramps are written
     value = torch.maximum(red, green)
     torch.maximum(value, blue, out=value)
     least = torch.minimum(red, green)
     torch.minimum(least, blue, out=least)
     chroma = value - least
     hue = torch.sub(green, red).add_(blue).sub_(least)
-    # in turns; where chroma is 0 the hue is of no effect, but must be finite
+    # in turns; for a chroma of 0 the hue has no effect but must be finite
     torch.mul(chroma, 6, out=spare).add_(torch.finfo(images.dtype).tiny)
     hue.div_(spare).add_(1 / 6)
     torch.copysign(hue, torch.sub(green, blue, out=difference), out=hue)
     hue.add_(turns[:, None, None] + 1).frac_()
-    for channel, centre in enumerate(_CENTRES):
-        torch.sub(hue, centre, out=ramp[:, channel])
+    for channel, center in enumerate(_CENTERS):
+        torch.sub(hue, center, out=ramp[:, channel])
     ramp.abs_().mul_(6).sub_(1).clamp_(0, 1)
     torch.addcmul(least, chroma, ramp[:, 0], out=red)
     torch.addcmul(value[:, None], chroma[:, None], ramp[:, 1:], value=-1, out=images[:, 1:])

@@ -15,32 +15,32 @@ from lightning_contrast.augment.fused.base import Backend, Draw, FusedOperation,
 from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
 
 _TRIES = 10
-_SMALL = 64  # pixels of an edge up to which two matrix products beat a loop over images on a CPU
+_SMALL = 64  # largest edge in pixels at which two matrix products are faster than a loop over images on a CPU
 
 
 class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
-    """Crop a random box, resize it and mirror it with probability ``flip``, in one resampling.
+    """Crop a random box, resize it and flip it with probability ``flip``, in one resampling.
 
-    The box is drawn as torchvision's ``RandomResizedCrop`` draws it: area and aspect up to ten times, the first that
-    fits, else the largest centred box of an allowed aspect. With ``fit="clamp"`` it is drawn once and its sides are
-    cut to the image, as BYOL's program does.
+    The box is drawn as in torchvision's ``RandomResizedCrop``: up to ten pairs of area and aspect ratio, of which the
+    first that fits is used, else the largest centered box of an allowed aspect ratio. With ``fit="clamp"`` one pair is
+    drawn and its sides are clipped to the image, as in BYOL's reference implementation.
 
-    On a CPU large images are resized one by one by ``interpolate`` (uint8 input stays uint8 through it and is
-    rounded to 8 bits, as Pillow rounds); small ones, and all images on an accelerator, by two matrix products.
-    Overshoots of the bicubic kernel are cut to 0..1.
+    On a CPU large images are resized one by one with ``interpolate`` (uint8 input is resampled as uint8 and rounded to
+    8 bits, as in Pillow); small images, and all images on an accelerator, with two matrix products. Overshoots of the
+    bicubic kernel are clipped to 0..1.
 
     Args:
-        size: Edge of the square result in pixels, >= 1; larger than the image is allowed.
+        size: Edge of the square result in pixels, >= 1; may exceed that of the images.
         scale: Range of the box's share of the image area, in (0, 1].
-        ratio: Range of width / height; drawn uniformly in its logarithm.
-        flip: Probability of mirroring.
+        ratio: Range of width / height; drawn log-uniformly.
+        flip: Probability of a horizontal flip.
         interpolation: ``"nearest"``, ``"bilinear"`` or ``"bicubic"``.
-        antialias: Filter where the box shrinks.
-        fit: What happens to a box that does not fit: ``"retry"`` or ``"clamp"``.
+        antialias: Apply an antialiasing filter when downscaling.
+        fit: Treatment of boxes that do not fit: ``"retry"`` or ``"clamp"``.
         backend: See `Backend`.
-        keepdim: Kornia's: return as many dimensions as were given.
+        keepdim: Return as many dimensions as the input has (an argument of Kornia).
 
-    Shapes: input ``(B, C, H, W)``; result ``(B, C, size, size)`` float.
+    Shapes: input ``(B, C, H, W)``; result ``(B, C, size, size)``, float.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         self.flags = {"size": (size, size), "resample": Resample.get(interpolation), "antialias": antialias}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
-        """Draw ``box`` ``(B, 4)``: top, left, height, width in pixels; and ``flip`` ``(B,)``."""
+        """Draw ``box`` ``(B, 4)``, which holds top, left, height and width in pixels, and ``flip`` ``(B,)``."""
         tries = _TRIES if self.fit == "retry" else 1
         numbers = uniform(batch, 2 * tries + 3).astype(np.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * numbers[:, :tries])
@@ -98,7 +98,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         return {"box": box, "flip": numbers[:, -1] < self.flip}
 
     def _largest(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the largest box of an allowed aspect."""
+        """Return height and width of the largest box of an allowed aspect ratio."""
         if width / height < self.ratio[0]:
             return max(1, min(height, round(width / self.ratio[0]))), width
         if width / height > self.ratio[1]:
@@ -106,17 +106,17 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         return height, width
 
     def prepare(self, draw: Draw) -> Plan:
-        """Keep the boxes on the host too: the CPU form slices by them."""
+        """Return the draw and a copy of it as Python values, by which the CPU backend slices."""
         boxes = draw["box"].astype(np.int64)
         longest = tuple(boxes[:, 2:].max(axis=0).tolist())
         return {**draw, "boxes": boxes.tolist(), "flips": draw["flip"].tolist(), "longest": longest}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
-        """Resample uint8 or float images ``(B, C, H, W)``."""
+        """Resample uint8 or float images ``(B, C, H, W)`` to ``(B, C, size, size)``, float."""
         return self.resample(images, plan, self.interpolation, self.antialias)
 
     def resample(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
-        """Return the boxes of ``images`` as ``(B, C, size, size)``, float in 0..1."""
+        """Return the boxes of ``images`` ``(B, C, H, W)``, resized to ``(B, C, size, size)``, float in 0..1."""
         small = max(*images.shape[-2:], self.size) <= _SMALL
         if small or interpolation == "nearest" or uses_accelerator_backend(self.backend, images):
             return self._by_products(images, plan, interpolation, antialias)
@@ -124,15 +124,23 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
 
     def _by_products(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
         dtype = images.dtype if images.is_floating_point() else torch.float32
-        top, left, height, width = plan["box"].to(dtype).unbind(1)
-        tallest, widest = plan["longest"]
-        style: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
-        style["tabulated"] = dtype == torch.float32 and not uses_accelerator_backend(self.backend, images)
-        rows = resize_weights(top, height, images.shape[2], self.size, longest=tallest, **style)
-        columns = resize_weights(left, width, images.shape[3], self.size, flip=plan["flip"], longest=widest, **style)
+        batch, _, rows, columns = images.shape
+        start, length = plan["box"].to(dtype).view(batch, 2, 2).permute(1, 2, 0).flatten(1)  # of rows, then of columns
+        weights = resize_weights(
+            start,
+            length,
+            max(rows, columns),
+            self.size,
+            interpolation=interpolation,
+            antialias=antialias,
+            flip=torch.cat([torch.zeros_like(plan["flip"]), plan["flip"]]),
+            longest=max(plan["longest"]),
+            tabulated=dtype == torch.float32 and not uses_accelerator_backend(self.backend, images),
+        )
+        down, across = weights[:batch, :, :rows], weights[batch:, :, :columns]  # weights outside of the crop are 0
         if not images.is_floating_point():
-            columns = columns.div_(255)
-        views = apply_weights(images.to(dtype), rows, columns)
+            across = across.div_(255)
+        views = apply_weights(images.to(dtype), down, across)
         return views.clamp_(0, 1) if interpolation == "bicubic" else views
 
     def _one_by_one(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
@@ -149,13 +157,13 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
     def apply_transform(
         self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
     ) -> Tensor:
-        """Resample with given parameters; masks come here with ``resample`` set to nearest: Kornia's hook."""
+        """Resample ``input`` ``(B, C, H, W)`` (a hook of Kornia, which passes masks with nearest resampling)."""
         plan = self.prepare({"box": params["box"].numpy(), "flip": params["flip"].numpy()})
         plan = {**plan, "box": params["box"].to(input.device), "flip": params["flip"].to(input.device)}
         return self.resample(input, plan, flags["resample"].name.lower(), flags["antialias"])
 
     def compute_transformation(self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]) -> Tensor:
-        """Return the matrix ``(B, 3, 3)`` from pixels of the image to pixels of the view: Kornia's hook."""
+        """Return the matrices ``(B, 3, 3)`` from image to view coordinates in pixels (a hook of Kornia)."""
         top, left, height, width = params["box"].to(input).unbind(1)
         scale_x, scale_y = self.size / width, self.size / height
         mirrored = params["flip"].to(input.device)

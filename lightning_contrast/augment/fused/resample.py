@@ -1,4 +1,4 @@
-"""Crop, resize and flip as two matrix products per image: no loop over images, no gather, exact antialiasing."""
+"""Crop, resize and flip as two matrix products per image, with exact antialiasing."""
 
 import functools
 import math
@@ -9,13 +9,13 @@ from torch import Tensor
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
 
-_TABLE_NUMBERS = 1 << 22  # weights that a table may hold: 16 MiB
+_TABLE_NUMBERS = 1 << 22  # largest table: 16 MiB of float32 weights
 
 
 def _cubic_(distance: Tensor, a: float) -> Tensor:
-    """Return Keys' cubic kernel at ``distance``, which is overwritten; zero from 2 on.
+    """Return Keys' cubic convolution kernel at ``distance``, which is overwritten.
 
-    With u = max(2 - |d|, 0) and v = max(1 - |d|, 0) it is a u^2 (1 - u) + v^2 (3 + 4a - 2v): no branches.
+    With u = max(2 - |d|, 0) and v = max(1 - |d|, 0) it is a u^2 (1 - u) + v^2 (3 + 4a - 2v), without branches.
     """
     u = distance.abs_().neg_().add_(2).clamp_(min=0)
     v = (u - 1).clamp_(min=0)
@@ -24,40 +24,40 @@ def _cubic_(distance: Tensor, a: float) -> Tensor:
 
 
 def _filtered_weights(
-    centre: Tensor, start: Tensor, length: Tensor, size_in: int, longest: int, interpolation: Interpolation
+    center: Tensor, start: Tensor, length: Tensor, size_in: int, longest: int, interpolation: Interpolation
 ) -> Tensor:
-    """Return Pillow's antialiased weights: the kernel is stretched by the scale where it shrinks, then normalised.
+    """Return Pillow's antialiased weights: the kernel is widened by the factor of downscaling, then normalized.
 
-    Only the taps under the kernel are computed, then written into a matrix of zeros.
+    Only the taps in the support of the kernel are computed and scattered into a matrix of zeros.
     """
-    size_out = centre.shape[1]
+    size_out = center.shape[1]
     reach = 2 if interpolation == "bicubic" else 1
     taps = min(longest, math.ceil(2 * reach * max(1.0, longest / size_out)) + 1)
     stretch = (length / size_out).clamp_(min=1.0)
-    first = torch.minimum((centre - reach * stretch + 0.5).floor_().clamp_(min=0), (length - taps).clamp_(min=0))
-    pixel = first + torch.arange(taps, dtype=centre.dtype, device=centre.device)
-    distance = (pixel + 0.5 - centre).div_(stretch)
+    first = torch.minimum((center - reach * stretch + 0.5).floor_().clamp_(min=0), (length - taps).clamp_(min=0))
+    pixel = first + torch.arange(taps, dtype=center.dtype, device=center.device)
+    distance = (pixel + 0.5 - center).div_(stretch)
     kernel = _cubic_(distance, -0.5) if reach == 2 else distance.abs_().neg_().add_(1).clamp_(min=0)
     inside = pixel < length
     kernel.mul_(inside)
     kernel.div_(kernel.sum(-1, keepdim=True))
-    # what lies beyond a crop that is shorter than the taps goes, as zeros, into a column that is cut off
+    # taps beyond the end of a short crop are written, as zeros, to an extra column that is dropped
     column = torch.where(inside, pixel + start, size_in).long()
-    weights = centre.new_zeros(len(start), size_out, size_in + 1)
+    weights = center.new_zeros(len(start), size_out, size_in + 1)
     return weights.scatter_(2, column, kernel)[..., :size_in]
 
 
-def _point_weights(centre: Tensor, pixel: Tensor, length: Tensor, interpolation: Interpolation) -> Tensor:
-    """Return the weights of 1, 2 or 4 taps without antialiasing; taps beyond the crop fall on its border pixel."""
+def _point_weights(center: Tensor, pixel: Tensor, length: Tensor, interpolation: Interpolation) -> Tensor:
+    """Return weights of 1, 2 or 4 taps without antialiasing; taps outside of the crop use its border pixel."""
     if interpolation == "nearest":
-        return (centre.floor() == pixel).to(centre.dtype)
-    position = centre - 0.5
+        return (center.floor() == pixel).to(center.dtype)
+    position = center - 0.5
     if interpolation == "bilinear":
         position = position.clamp(min=0)
     first = position.floor()
     fraction = position - first
     taps = (0, 1) if interpolation == "bilinear" else (-1, 0, 1, 2)
-    weights = torch.zeros_like(centre * pixel)
+    weights = torch.zeros_like(center * pixel)
     for tap in taps:
         value = (1 - (fraction - tap).abs()) if interpolation == "bilinear" else _cubic_(fraction - tap, -0.75)
         index = torch.minimum((first + tap).clamp(min=0), length - 1)
@@ -77,21 +77,21 @@ def resize_weights(
     longest: int | None = None,
     tabulated: bool = False,
 ) -> Tensor:
-    """Return for each image the matrix that crops and resizes one of its axes.
+    """Return the matrices that crop and resize one axis of each image.
 
-    Equals ``torch.nn.functional.interpolate(crop, size_out, align_corners=False, antialias=antialias)``, with
-    ``"nearest"`` in the sense of its ``"nearest-exact"``.
+    Equals ``torch.nn.functional.interpolate(crop, size_out, align_corners=False, antialias=antialias)``, where
+    ``"nearest"`` corresponds to its ``"nearest-exact"``.
 
     Args:
-        start: First pixel of the crop, ``(B,)``, whole numbers from 0 on.
-        length: Pixels of the crop, ``(B,)``, whole numbers from 1 on.
-        size_in: Pixels of the axis.
-        size_out: Pixels of the axis in the result.
-        interpolation: Kernel; antialiased bicubic uses a = -0.5 as Pillow does, point-sampled bicubic a = -0.75.
-        antialias: Widen the kernel where the crop shrinks; has no meaning for ``"nearest"``.
-        flip: Images to mirror along this axis, bool ``(B,)``.
-        longest: The largest of ``length`` where it is known on the host: saves work.
-        tabulated: Look small axes up in a table, see `tabulated_weights`; on the CPU and in float32 only.
+        start: First pixel of each crop, ``(B,)``, whole numbers >= 0.
+        length: Length of each crop in pixels, ``(B,)``, whole numbers >= 1.
+        size_in: Length of the axis in pixels.
+        size_out: Length of the axis in the result.
+        interpolation: Kernel; bicubic has a = -0.5 with antialiasing, as in Pillow, and a = -0.75 without.
+        antialias: Widen the kernel when downscaling; ignored for ``"nearest"``.
+        flip: Images to flip along this axis, bool ``(B,)``.
+        longest: Maximum of ``length`` if known on the host; reduces the number of taps.
+        tabulated: Use `tabulated_weights` for short axes; on the CPU and in float32 only.
 
     Returns:
         Weights ``(B, size_out, size_in)``; each row sums to 1.
@@ -105,11 +105,11 @@ def resize_weights(
     out = torch.arange(size_out, dtype=start.dtype, device=start.device)[None, :, None]
     if flip is not None:
         out = torch.where(flip[:, None, None], size_out - 1 - out, out)
-    centre = (out + 0.5) * (length / size_out)
+    center = (out + 0.5) * (length / size_out)
     if antialias and interpolation != "nearest":
-        return _filtered_weights(centre, start, length, size_in, longest or size_in, interpolation)
+        return _filtered_weights(center, start, length, size_in, longest or size_in, interpolation)
     pixel = torch.arange(size_in, dtype=start.dtype, device=start.device)[None, None, :] - start
-    return _point_weights(centre, pixel, length, interpolation)
+    return _point_weights(center, pixel, length, interpolation)
 
 
 def tabulated_weights(
@@ -122,10 +122,21 @@ def tabulated_weights(
     antialias: bool = True,
     flip: Tensor | None = None,
 ) -> Tensor | None:
-    """Return what `resize_weights` returns for these arguments, looked up in a table of all crops of the axis.
+    """Look up the weights of `resize_weights` in a table of all crops of the axis.
 
-    The images of CIFAR have 528 crops of an axis: to look up the weights takes a thirtieth of computing them. None
-    where the table would be large.
+    An axis of CIFAR's images has 528 crops; the lookup takes a thirtieth of the time of the computation.
+
+    Args:
+        start: As in `resize_weights`, ``(B,)``, and so are all other arguments.
+        length: ``(B,)``.
+        size_in: Length of the axis in pixels.
+        size_out: Length of the axis in the result.
+        interpolation: Kernel.
+        antialias: Widen the kernel when downscaling.
+        flip: Images to flip, bool ``(B,)``.
+
+    Returns:
+        Weights ``(B, size_out, size_in)``, or None if the table would exceed 16 MiB.
     """
     crops = size_in * (size_in + 1) // 2
     if 2 * crops * size_out * size_in > _TABLE_NUMBERS:
@@ -139,7 +150,7 @@ def tabulated_weights(
 
 @functools.lru_cache(maxsize=8)
 def _table(size_in: int, size_out: int, interpolation: Interpolation, antialias: bool) -> Tensor:
-    """Return the weights of every crop of an axis, by length and then by start, as they are and then mirrored."""
+    """Return the weights of all crops of an axis, ordered by flip, length and start."""
     with torch.inference_mode(False), torch.no_grad():
         length = torch.arange(1, size_in + 1, device="cpu")
         lengths = length.repeat_interleave(size_in + 1 - length)
@@ -151,7 +162,7 @@ def _table(size_in: int, size_out: int, interpolation: Interpolation, antialias:
 
 
 def apply_weights(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Resample images along both axes.
+    """Resample both axes of each image.
 
     Args:
         images: ``(B, C, H, W)``, float.

@@ -1,4 +1,4 @@
-"""Solarization of the images that are drawn for it."""
+"""Random solarization."""
 
 import torch
 from kornia.augmentation import IntensityAugmentationBase2D
@@ -21,16 +21,16 @@ _HALF = 0.5
 
 
 class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
-    """Invert the values from ``threshold`` on, with probability ``p`` per image.
+    """Invert the values at or above ``threshold``, with probability ``p`` per image.
 
-    Equals ``torchvision.transforms.functional.solarize`` on float images; on 8-bit images Pillow's threshold of 128
-    lies at 0.50196 and not at 0.5.
+    Equals ``torchvision.transforms.functional.solarize`` on float images; Pillow's threshold of 128 on 8-bit images
+    corresponds to 0.50196, not 0.5.
 
     Args:
-        p: Probability for an image.
-        threshold: Values from here on become ``1 - value``; in 0..1.
+        p: Probability per image.
+        threshold: Values at or above it become ``1 - value``; in 0..1.
         backend: See `Backend`.
-        keepdim: Kornia's: return as many dimensions as were given.
+        keepdim: Return as many dimensions as the input has (an argument of Kornia).
     """
 
     def __init__(
@@ -44,20 +44,20 @@ class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
         self.flags = {"probability": p, "threshold": threshold}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
-        """Draw ``solarized`` ``(B,)``."""
+        """Draw ``solarized`` ``(B,)``, the images to solarize."""
         return {"solarized": uniform(batch, 1)[:, 0] < self.probability}
 
     def prepare(self, draw: Draw) -> Plan:
-        """Return the drawn rows."""
+        """Return the rows to solarize."""
         return {"rows": rows_where(draw["solarized"])}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
-        """Solarize the drawn rows in place."""
+        """Solarize rows of ``images`` ``(B, C, H, W)`` in place."""
         if not is_empty(plan["rows"]):
             chosen = take(images, plan["rows"])
             inverted = 1 - chosen
             if self.threshold == _HALF:
-                chosen = torch.minimum(chosen, inverted)  # the same, many times as fast
+                chosen = torch.minimum(chosen, inverted)  # the same result, much faster
             else:
                 chosen = torch.where(chosen >= self.threshold, inverted, chosen)
             put_(images, plan["rows"], chosen)

@@ -1,4 +1,4 @@
-"""One random view of each image by fused operations."""
+"""Random views of a batch made by a sequence of fused operations."""
 
 import functools
 from collections.abc import Sequence
@@ -18,32 +18,34 @@ from lightning_contrast.augment.fused.base import (
 )
 from lightning_contrast.augment.images import as_float
 
-_BLOCK_BYTES = 1 << 23  # of float32 views: smaller blocks pay more starts of operations, larger ones leave the cache
+_BLOCK_BYTES = 1 << 23  # of float32 views on a CPU: smaller blocks add call overhead, larger ones exceed the cache
+_JOINT_BYTES = 1 << 30  # of float32 images and views on an accelerator: larger kernels gain nothing from being joined
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory of temporary tensors for the next ones, once in a process.
+    """Make glibc keep the memory of temporary tensors for reuse, once per process.
 
-    By default it returns blocks of this size to the system and gets them back page by page, which took a quarter of
-    the time of a batch of views. It stops that for all blocks up to the largest, at most 32 MiB, that was ever freed;
-    the block freed here is never touched and therefore costs nothing. Elsewhere this does nothing.
+    By default glibc returns blocks of this size to the system and faults them in again page by page, which takes a
+    quarter of the time of a batch of views. It stops doing so for blocks up to the largest, at most 32 MiB, that was
+    ever freed; the block freed here is never touched and therefore costs nothing. Other allocators are unaffected.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 class FusedView(nn.Module):
-    """One random view of each image by fused operations.
+    """Make random views of each image with a sequence of fused operations.
 
-    All random numbers are drawn first, on the host; what the device needs of them goes there in one copy. On a CPU
-    the operations run on blocks of images, so that memory stays bounded and near the processor.
+    All random numbers are drawn on the host first, and what the device needs of them is transferred in one copy. On a
+    CPU the operations run on blocks of images that fit the cache; on an accelerator they run on the whole batch, and on
+    several views of it at once.
 
     Args:
-        crop: Makes the view's pixels from the image; has a ``size``.
-        operations: What follows, in order.
-        mean: Subtracted at the end, one number a channel.
-        std: Divided by at the end, one number a channel.
-        pre_transform: What the images go through first, as floats.
+        crop: Resamples the image to the size of the view; has a ``size``.
+        operations: Applied after the crop, in order.
+        mean: Subtracted at the end, one number per channel.
+        std: Divided by at the end, one number per channel.
+        pre_transform: Applied to the float images first.
         backend: See `Backend`.
     """
 
@@ -70,42 +72,92 @@ class FusedView(nn.Module):
     def _operations(self) -> list[FusedOperation]:
         return [cast("FusedOperation", operation) for operation in self.operations]
 
+    @property
+    def _size(self) -> int:
+        return int(cast("Any", self.operations[0]).size)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Return the views ``(B, C, size, size)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
-        if self.pre_transform is not None:
-            images = self.pre_transform(as_float(images)).clamp_(0, 1)
+        """Return one view ``(B, C, size, size)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
+        return self.make_views(images, 1)[0]
+
+    def make_views(self, images: Tensor, count: int) -> list[Tensor]:
+        """Return views with random numbers of their own, the same as from ``count`` calls of `forward`.
+
+        Args:
+            images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1.
+            count: Number of views, >= 1.
+
+        Returns:
+            Views ``(B, C, size, size)``, float32.
+        """
+        if self.pre_transform is not None:  # random itself: the order of the draws is that of the views
+            pixels = as_float(images)
+            return [self._make(self.pre_transform(pixels).clamp_(0, 1), 1)[0] for _ in range(count)]
+        return self._make(images.float() if images.is_floating_point() else images, count)
+
+    def _make(self, images: Tensor, count: int) -> list[Tensor]:
         batch, channels, height, width = images.shape
-        size = int(cast("Any", self.operations[0]).size)
-        draws = [self._operations()[0].draw(batch, height, width)]
-        draws += [operation.draw(batch, size, size) for operation in self._operations()[1:]]
-        images = images.float() if images.is_floating_point() else images
-        if uses_accelerator_backend(self.backend, images):
-            return self._compute(images, draws)
+        size = self._size
+        if not uses_accelerator_backend(self.backend, images):
+            return [self._in_blocks(images, self._draw(images)) for _ in range(count)]
+        joint = max(1, _JOINT_BYTES // (4 * batch * channels * (height * width + size * size)))
+        views: list[Tensor] = []
+        while len(views) < count:
+            draws = [self._draw(images) for _ in range(min(joint, count - len(views)))]
+            together = [
+                {name: np.concatenate([draw[name] for draw in same]) for name in same[0]}
+                for same in zip(*draws, strict=True)
+            ]
+            result, back = self._compute(images, together)
+            views += [result.index_select(0, rows) for rows in back.view(-1, batch).unbind()]
+        return views
+
+    def _draw(self, images: Tensor) -> list[Draw]:
+        """Draw the parameters of every operation for one view of images ``(B, C, H, W)``."""
+        batch, _, height, width = images.shape
+        crop, *others = self._operations()
+        edge = self._size
+        return [crop.draw(batch, height, width), *(operation.draw(batch, edge, edge) for operation in others)]
+
+    def _in_blocks(self, images: Tensor, draws: list[Draw]) -> Tensor:
+        """Return one view ``(B, C, size, size)`` of images ``(B, C, H, W)``, computed block by block."""
         keep_freed_memory()
+        batch, channels, size = len(images), images.shape[1], self._size
         views = torch.empty(batch, channels, size, size, device=images.device)
         blocks = max(1, round(batch * channels * size * size * 4 / _BLOCK_BYTES))
         block = max(1, -(-batch // blocks))
         for start in range(0, batch, block):
             part = slice(start, start + block)
-            self._compute(images[part], [{k: v[part] for k, v in draw.items()} for draw in draws], out=views[part])
+            result, back = self._compute(images[part], [{k: v[part] for k, v in draw.items()} for draw in draws])
+            torch.index_select(result, 0, back, out=views[part])
         return views
 
-    def _compute(self, images: Tensor, draws: list[Draw], out: Tensor | None = None) -> Tensor:
-        """Apply all operations to sorted images, with one transfer of their parameters, and put them back in order."""
+    def _compute(self, images: Tensor, draws: list[Draw]) -> tuple[Tensor, Tensor]:
+        """Apply all operations to rows sorted by the work that they need, with one transfer of the parameters.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            draws: The draw of each operation, with V * B rows: V views of each image, view by view.
+
+        Returns:
+            The sorted views ``(V * B, C, size, size)``, and the row ``(V * B,)`` at which to find each of them.
+        """
         operations = self._operations()
         keys = [operation.sort_key(draw) for operation, draw in zip(operations, draws, strict=True)]
-        key = next((key for key in keys if key is not None), np.zeros(len(images)))
-        order = key.argsort(kind="stable")
-        plan: Plan = {"offset": self.offset, "factor": self.factor, "order": order, "back": order.argsort()}
+        key = next((key for key in keys if key is not None), None)
+        rows = len(next(iter(draws[0].values())))
+        order = np.arange(rows) if key is None else key.argsort(kind="stable")
+        plan: Plan = {"offset": self.offset, "factor": self.factor}
+        plan |= {"order": order % len(images), "back": order.argsort()}
         for i, (operation, draw) in enumerate(zip(operations, draws, strict=True)):
             sorted_draw = {name: value[order] for name, value in draw.items()}
             plan |= {f"{i}.{name}": value for name, value in operation.prepare(sorted_draw).items()}
         plan = to_device(plan, images.device)
-        images = images.index_select(0, plan["order"])
+        views = images.index_select(0, plan["order"])
         for i, operation in enumerate(operations):
             prefix = f"{i}."
             mine = {name.removeprefix(prefix): value for name, value in plan.items() if name.startswith(prefix)}
-            images = operation.compute_(images, mine)
+            views = operation.compute_(views, mine)
         if self.normalizes:
-            images = torch.addcmul(plan["offset"], images, plan["factor"])
-        return torch.index_select(images, 0, plan["back"], out=out)
+            views = torch.addcmul(plan["offset"], views, plan["factor"])
+        return views, plan["back"]

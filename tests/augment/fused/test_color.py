@@ -1,4 +1,4 @@
-"""The fused colour operation against torchvision's functions, image by image in the order that was drawn."""
+"""The fused color operation against torchvision's functions, image by image in the drawn order."""
 
 import colorsys
 
@@ -51,7 +51,7 @@ def test_equals_torchvision_in_every_order(emoji, additive, gray_first):
     draw = operation.draw(len(images), 32, 32)
     assert len({tuple(order) for order in draw["order"].tolist()}) > 20
     reference = one_by_one(images, draw, additive=additive, gray_first=gray_first)
-    # torchvision's luma is rounded to four digits: 0.2989, which the hue, being steep at grey pixels, can amplify
+    # torchvision rounds the luma weight of red to 0.2989; the hue, steep at gray pixels, can amplify the difference
     difference = (run(operation, images, draw) - reference).abs()
     assert difference.mean() < 1e-4
     assert difference.flatten().quantile(0.999) < 2e-3
@@ -69,7 +69,7 @@ def test_subsets_of_the_operations(emoji):
 
 
 def test_sorting_changes_nothing(emoji):
-    """Rows that lie side by side are computed in place, others through copies: the same result."""
+    """Contiguous rows are computed in place, others through copies, with the same result."""
     torch.manual_seed(0)
     images = emoji[:50].float() / 255
     operation = FusedColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8, grayscale=0.2)
@@ -83,7 +83,7 @@ def test_sorting_changes_nothing(emoji):
 def test_hue_is_that_of_hsv(turns):
     torch.manual_seed(0)
     images = torch.rand(4, 3, 40, 40, dtype=torch.float64)
-    images[1] = images[1, :1]  # grey
+    images[1] = images[1, :1]  # gray
     images[2] = (images[2] > 0.5).double()  # corners of the cube: ties of channels
     images[3, 0] = images[3, 1]
     result = shift_hue_(images.clone(), torch.full((4,), turns, dtype=torch.float64))

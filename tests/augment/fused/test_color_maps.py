@@ -1,4 +1,4 @@
-"""Steps of the colours put together into maps, against one step after the other."""
+"""Color steps merged into maps, against one step after the other."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def by_maps(pixels, numbers, hue):
 
 
 def steps_of(seed, batch, additive):
-    """Draw steps in every order, a fifth of the factors neutral, a grayscale at the end or in front."""
+    """Draw steps in every order, a fifth of the factors neutral, a grayscale at the end or at the start."""
     rng = np.random.default_rng(seed)
     orders = np.array(list(itertools.permutations(range(4))))
     kinds = orders[rng.integers(len(orders), size=batch)]

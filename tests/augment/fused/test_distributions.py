@@ -78,7 +78,7 @@ def reference(emoji) -> Tensor:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_whole_policy(emoji, reference, fused):
-    """All of SimCLR's operations, within 0.02 and 0.04; stock Kornia too, whose order of colours is per batch."""
+    """All of SimCLR's operations, within 0.02 and 0.04; stock Kornia too, with one order of colors per batch."""
     torch.manual_seed(0)
     policy = augment.simclr_views(32, fused=fused)
     parts = emoji.split(1558 if fused else 64)

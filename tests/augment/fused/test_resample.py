@@ -127,7 +127,7 @@ def test_boxes_are_distributed_like_those_of_torchvision(height, width):
     assert (ours[:, 1] + ours[:, 3] <= width).all()
 
 
-def test_impossible_aspect_takes_the_largest_centred_box():
+def test_impossible_aspect_takes_the_largest_centered_box():
     box = FusedResizedCrop(8, (1.0, 1.0), (1.0, 1.0)).draw(5, 20, 50)["box"]
     assert box.tolist() == [[0, 15, 20, 20]] * 5
     box = FusedResizedCrop(8, (1.0, 1.0), (1.0, 1.0)).draw(5, 50, 20)["box"]
