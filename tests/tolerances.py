@@ -52,6 +52,9 @@ float64 is used where the formula is under test and not its rounding. 2**20 epsi
 must agree, which no wrong formula does.
 """
 
+FOUR_DIGITS = 1e-4
+"""Not rounding: a constant that one of two programs gives with four digits, as the luma of a color."""
+
 CONVERGED = 1e-6
 """Not rounding: what an iteration that ends, or a small number that keeps a logarithm finite, leaves behind."""
 

@@ -102,7 +102,7 @@ def test_pairs_and_scores_equal_plain_loops():
     values = measure_scores(p.argmax(dim=1), entropies, p.mean(dim=0))
     used = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     mean = [0.55, 0.375, 0.075]
-    assert values == pytest.approx(
+    assert values == near(
         {
             "prototypes": used,
             "prototype_use": used / 3,

@@ -21,7 +21,7 @@ from lightning_contrast.callbacks.visualization.scatter import places_of
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.picture_runs import Flip, Pixels, enlarged, events, fit, loader, pictures, tile
 from tests.callbacks.probe_modules import adversary, classifier, images_and_labels, labelled, trainers
-from tests.tolerances import TRAINING, f32
+from tests.tolerances import NETWORK, ROUNDED, TRAINING, f32
 
 VAL, LABELS = images_and_labels(24, seed=5)
 SAME, OTHER = (46, 160, 67), (218, 54, 51)
@@ -59,7 +59,7 @@ def test_projector_has_features_labels_and_pictures(tmp_path):
     fit([callback], folder=tmp_path, logger=TensorBoardLogger(tmp_path), max_epochs=1)
     ((name, (rows, words, sprite, size)),) = read_projector(tmp_path).items()
     assert name == "embeddings (newest, step 3)"
-    assert np.allclose(rows, colours(VAL), rtol=1e-4)
+    assert np.allclose(rows, colours(VAL), **f32(NETWORK, size=0))
     names = ["dark", "grey ish", "light"]
     assert words == ["label\timage", *(f"{names[label]}\t{i}" for i, label in enumerate(LABELS))]
     assert size == [64, 64]
@@ -80,7 +80,7 @@ def test_projector_keeps_the_first_and_the_newest_snapshots(tmp_path):
     others = [f"val/b:{step:07d}" for step in steps] + ["val/b (newest, step 21)"]
     found = read_projector(tmp_path)
     assert sorted(found) == sorted([*ours, *others, "theirs:00001"])
-    assert np.allclose(found["theirs:00001"][0], theirs, atol=1e-6)
+    assert np.allclose(found["theirs:00001"][0], theirs, **f32(ROUNDED))
     files = sorted(path.name.split("_")[0] for path in Path(logger.log_dir).rglob("projector/embeddings/*"))
     assert files == ["metadata", "sprite", *["tensors"] * 5]  # one picture and one table for all
 
@@ -180,7 +180,7 @@ def test_principal_components_are_those_of_numpy():
     for axis in range(2):
         direction = vectors[:, -1 - axis]
         direction *= np.sign(direction[np.abs(direction).argmax()])
-        assert np.allclose(places[:, axis], rows @ direction, atol=1e-6)
+        assert np.allclose(places[:, axis], rows @ direction, **f32(ROUNDED))
         assert words[axis] == f"component {axis + 1}, {values[-1 - axis] / values.sum():.0%} of the variance"
 
 
