@@ -97,8 +97,11 @@ def near64(value, roundings: int = CANCELLING, *, size: float = 0.0):
 
 
 def decimals(count: int) -> float:
-    """Return the distance within which a number rounds to a published one with ``count`` decimals."""
-    return 0.5 * 10.0**-count
+    """Return the distance within which a number rounds to a published one with ``count`` decimals.
+
+    It is a fiftieth more than half a unit, since a number in the middle of two may be rounded either way.
+    """
+    return 0.51 * 10.0**-count
 
 
 def assert_same_bits(found, expected, what: str = "") -> None:
