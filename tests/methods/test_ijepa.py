@@ -12,7 +12,7 @@ from tests.methods.cases import CASES, TinyBackbone, make, tiny_patch_vit, tiny_
 from tests.methods.test_contract import BATCH, Data, run_step, step_batch, trainer
 from tests.methods.test_msn import Seeded, fit, make_views
 from tests.plain_transformer import AdamW, below, blocks, linear, norm, published_decay, published_rate, vit
-from tests.tolerances import CANCELLING, f64, near
+from tests.tolerances import AMPLIFIED, CANCELLING, f64, near
 
 CASE = CASES["IJEPA"]
 SMALL = {"predictor_dim": 16, "predictor_depth": 1, "min_keep": 2}
@@ -81,9 +81,9 @@ def test_training_equals_the_program(accumulate):
     torch.testing.assert_close(seeded.losses, program.losses, **f64(CANCELLING))
     found = dict(module.named_parameters())
     for name, expected in program.weights.items():
-        torch.testing.assert_close(found[name].detach(), expected.detach(), **f64(CANCELLING))
+        torch.testing.assert_close(found[name].detach(), expected.detach(), **f64(AMPLIFIED, size=1e-3))
     for name, expected in program.teacher.items():
-        torch.testing.assert_close(found[f"momentum_backbone.masked.vit.{name}"], expected, **f64(CANCELLING))
+        torch.testing.assert_close(found[f"momentum_backbone.masked.vit.{name}"], expected, **f64(AMPLIFIED, size=1e-3))
 
 
 def masks_of(rows=slice(None)):

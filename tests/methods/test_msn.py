@@ -14,7 +14,7 @@ from lightning_contrast.callbacks import MomentumUpdate
 from tests.methods.cases import CASES, TinyBackbone, make, tiny_vit
 from tests.methods.test_contract import BATCH, Data, run_step, step_batch, trainer
 from tests.plain_transformer import AdamW, below, linear, published_decay, published_rate, vit
-from tests.tolerances import CANCELLING, NETWORK, f64, near
+from tests.tolerances import AMPLIFIED, CANCELLING, NETWORK, f64, near
 
 CASE = CASES["MSN"]
 SIZES = (16, 16, 8, 8, 12)  # target, random anchor, focal views of two sizes
@@ -131,9 +131,9 @@ def test_training_equals_the_program(accumulate):
     torch.testing.assert_close(seeded.losses, program.losses, **f64(CANCELLING))
     found = dict(module.named_parameters())
     for name, expected in program.weights.items():
-        torch.testing.assert_close(found[name].detach(), expected.detach(), **f64(CANCELLING))
+        torch.testing.assert_close(found[name].detach(), expected.detach(), **f64(AMPLIFIED, size=1e-3))
     for name, expected in program.teacher.items():
-        torch.testing.assert_close(found[f"momentum_{name}"], expected, **f64(CANCELLING))
+        torch.testing.assert_close(found[f"momentum_{name}"], expected, **f64(AMPLIFIED, size=1e-3))
     assert (found["prototypes.weight"] - found["prototypes.weight"].mean()).abs().max() > 0.01
 
 
