@@ -53,7 +53,7 @@ must agree, which no wrong formula does.
 """
 
 AMPLIFIED = 2**30
-"""float64 only: weights after several steps of Adam, which divides a gradient by its size even if it is mere rounding."""
+"""float64 only: weights after steps of Adam, which divides a gradient by its size even if it is mere rounding."""
 
 FOUR_DIGITS = 1e-4
 """Not rounding: a constant that one of two programs gives with four digits, as the luma of a color."""
