@@ -54,7 +54,9 @@ class WatchSteps(L.Callback):
         self.backward = {}
 
     def held(self, module):
-        online = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        """Return copies of the weights, without prototypes, whose length SwAV sets to 1, with rounding, in each step."""
+        named = [(name, p) for name, p in module.named_parameters() if name != "prototypes.weight"]
+        online = {name: p.detach().clone() for name, p in named if p.requires_grad}
         return online, [weights(momentum) for _, momentum in pairs_of(module)]
 
     def on_before_backward(self, trainer, pl_module, loss):
