@@ -54,7 +54,7 @@ class WatchSteps(L.Callback):
         self.backward = {}
 
     def held(self, module):
-        """Return copies of the weights, without prototypes, whose length SwAV sets to 1, with rounding, in each step."""
+        """Return copies of the weights, without prototypes: SwAV sets their length to 1 in each step, which rounds."""
         named = [(name, p) for name, p in module.named_parameters() if name != "prototypes.weight"]
         online = {name: p.detach().clone() for name, p in named if p.requires_grad}
         return online, [weights(momentum) for _, momentum in pairs_of(module)]
