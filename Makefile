@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
 CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
 
-.PHONY: install demo test matrix check format bench learn faults audit clean browser-test
+.PHONY: install demo test fast test-elsewhere matrix check format bench learn faults audit clean browser-test
 
 install: $(DEPENDENCIES) $(CHECKOUT)
 
@@ -30,6 +30,21 @@ demo: install
 
 test: install
 	$(PYTEST)
+
+# What starts no processes and takes no more than a few seconds a test: under three minutes on two quiet cores.
+fast: install
+	$(PYTEST) -m "not dist and not slow and not browser"
+
+# The numerical tests as on other machines: with the kernels of a processor without AVX, and with those of one with AVX2
+# at two threads for each of JOBS processes (more threads than cores) and in random order. The variables choose the code
+# paths of torch, oneDNN and MKL and ask for no more than the processor has. `make test-elsewhere SEED=1` repeats an order.
+NUMERICAL := $(addprefix tests/,augment evaluation losses methods metrics nn optim)
+SEED ?= $(shell date +%s)
+ELSEWHERE = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not dist and not slow" $(NUMERICAL)
+test-elsewhere: install
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(ELSEWHERE)
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(ELSEWHERE) \
+		--random-order-bucket=global --random-order-seed=$(SEED)
 
 # Every method under every condition: runs the cells and writes docs/matrix.md.
 matrix: install

@@ -258,6 +258,7 @@ def _fills(rank, folder, plugin):
     return None
 
 
+@pytest.mark.dist
 def test_a_write_that_the_system_refuses_names_the_checkpoint_and_leaves_the_one_before(tmp_path):
     [(step, number, message)] = run_processes(_fills, 1, tmp_path, AtomicCheckpointIO, init=False)
     assert number == errno.EFBIG

@@ -105,6 +105,7 @@ def _train(rank, folder, batch, ckpt_path=None):
 
 
 @pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize("batch", [8, 11], ids=["mid-epoch", "last batch of an epoch"])
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(tmp_path, batch):
     def both(rank):

@@ -34,12 +34,14 @@ def test_unknown_name_is_an_attribute_error_that_lists_what_there_is():
         lc.SimCLRR  # noqa: B018
 
 
+@pytest.mark.dist
 def test_import_brings_no_heavy_library():
     heavy = "('kornia', 'timm', 'lightly', 'lightning', 'sklearn')"
     code = f"import sys, lightning_contrast; print(*[n for n in {heavy} if n in sys.modules])"
     assert python(code) == []
 
 
+@pytest.mark.dist
 def test_using_a_method_and_the_callbacks_brings_no_kornia_timm_or_lightly():
     code = (
         "import sys, lightning_contrast as lc; lc.SimCLR, lc.ViewAugmentation, lc.OnlineLinearProbe, lc.OnlineKNN;"
@@ -48,6 +50,7 @@ def test_using_a_method_and_the_callbacks_brings_no_kornia_timm_or_lightly():
     assert python(code) == []
 
 
+@pytest.mark.dist
 def test_import_draws_no_random_number():
     code = (
         "import random, torch, lightning; a = torch.get_rng_state(); r = random.getstate();"

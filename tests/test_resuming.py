@@ -13,6 +13,7 @@ from lightning_contrast.resuming import HeadWarmup, extend_training, from_pretra
 from lightning_contrast.runtime.schedule_position import Plan, planned
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCHES, data, trainer
+from tests.tolerances import ROUNDED, near, near64
 
 STEPS = BATCHES  # of an epoch
 
@@ -99,10 +100,10 @@ def test_all_schedules_of_a_finished_run_go_back_and_on_together(name, tmp_path)
     update = next(c for c in module.trainer.callbacks if isinstance(c, lc.callbacks.MomentumUpdate))
     for index, entry in enumerate(second):
         place = reference.at(4 * STEPS + index, 8 * STEPS)
-        assert entry["momentum"] == pytest.approx(update.momentum_at(place, 4 * STEPS), abs=1e-6)
+        assert entry["momentum"] == near(update.momentum_at(place, 4 * STEPS), ROUNDED, size=1)
     for index, entry in enumerate(second):
         place = reference.at(4 * STEPS + index, 8 * STEPS)
-        assert entry["lr"] == pytest.approx(0.05 * module.lr_factor(place, 0, 4 * STEPS), rel=1e-9)
+        assert entry["lr"] == near64(0.05 * module.lr_factor(place, 0, 4 * STEPS))
 
 
 def test_weight_decay_and_temperature_follow_the_same_place(tmp_path):
@@ -112,7 +113,7 @@ def test_weight_decay_and_temperature_follow_the_same_place(tmp_path):
     for index, entry in enumerate(second):
         place = extension.plan.at(2 * STEPS + index, 4 * STEPS)
         expected = lc.optim.weight_decay_cosine(place, 2 * STEPS, module.weight_decay, module.final_weight_decay)
-        assert entry["weight_decay"] == pytest.approx(expected, rel=1e-9)
+        assert entry["weight_decay"] == near64(expected)
 
     schedule = lc.nn.ScheduledTemperature(0.5, 0.1)
 
@@ -124,7 +125,7 @@ def test_weight_decay_and_temperature_follow_the_same_place(tmp_path):
     _, second, _ = run(tmp_path, "SimCLR", 4, scheduled, extension=extension, ckpt_path=checkpoint)
     for index, entry in enumerate(second):
         place = extension.plan.at(2 * STEPS + index, 4 * STEPS)
-        assert entry["temperature"] == pytest.approx(schedule(place, 2 * STEPS), rel=1e-6)
+        assert entry["temperature"] == near(schedule(place, 2 * STEPS), ROUNDED)
 
 
 def test_a_run_on_the_way_is_stretched(tmp_path):

@@ -15,6 +15,7 @@ from lightning_contrast.testing import free_port, run_processes
 from tests.methods.cases import CASES, make
 from tests.methods.test_contract import Data, trainer
 from tests.rank_runs import batch_of, fitted_state, shares
+from tests.tolerances import CANCELLING, f64
 
 pytestmark = pytest.mark.dist
 
@@ -94,7 +95,7 @@ def test_two_nodes_equal_one_process(launcher):
             assert environment is LAUNCHERS[launcher][1]
             assert place == (2, 2, node, node, 0)
             for key, value in state.items():
-                torch.testing.assert_close(value, alone[name][key], rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(value, alone[name][key], **f64(CANCELLING))
 
 
 class Draws(Callback):
@@ -169,7 +170,7 @@ def test_torchrun_starts_two_nodes(tmp_path):
     for node in range(2):
         state = torch.load(tmp_path / f"node{node}.pt", weights_only=True)
         for key, value in state.items():
-            torch.testing.assert_close(value, alone[key], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(value, alone[key], **f64(CANCELLING))
 
 
 def test_the_learning_rate_follows_the_images_of_all_nodes():

@@ -11,6 +11,7 @@ from lightning_contrast.testing import run_processes
 from tests.methods.cases import CASES, make
 from tests.methods.test_contract import rows_of, state, step_batch
 from tests.rank_runs import batch_of, fit, on_ranks, shares
+from tests.tolerances import FORMULA, f32, near64
 
 NAMES = ("MoCo", "NNCLR", "NPID", "SwAV", "DINO", "DINOv2 centres")  # queues, banks, centres, momentum networks
 
@@ -66,9 +67,7 @@ def test_two_processes_and_one_go_on_from_each_others_checkpoints(tmp_path):
             assert all(torch.equal(saved[key], value) for key, value in start.items()), name
             expected = as_numbers(alone[name])
             for key, value in as_numbers(end).items():
-                torch.testing.assert_close(
-                    value, expected[key], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-                )
+                torch.testing.assert_close(value, expected[key], **f32(FORMULA), msg=lambda m, n=name: f"{n}: {m}")
 
 
 class Schedules(L.Callback):
@@ -111,12 +110,12 @@ def test_schedules_go_on_from_the_same_share_of_the_run(tmp_path, steps_before, 
     for index, (momentum, decay) in enumerate(zip(seen.momenta, seen.decays, strict=True)):
         place = 2 * steps_after + index  # as if the epochs before had been as long
         expected = lc.optim.weight_decay_cosine(place, total, module.weight_decay, module.final_weight_decay)
-        assert decay == pytest.approx(expected, rel=1e-9)
-        assert momentum == pytest.approx(update.momentum_at(place, total), rel=1e-9)
+        assert decay == near64(expected)
+        assert momentum == near64(update.momentum_at(place, total))
         if index:  # the rate of the first step was in the checkpoint
-            assert seen.rates[index] == pytest.approx(0.05 * module.lr_factor(place, steps_after, total), rel=1e-9)
+            assert seen.rates[index] == near64(0.05 * module.lr_factor(place, steps_after, total))
     kept = 0.05 * module.lr_factor(2 * steps_before, steps_before, 4 * steps_before)
-    assert seen.rates[0] == pytest.approx(kept, rel=1e-9)
+    assert seen.rates[0] == near64(kept)
     assert abs(seen.rates[1] - seen.rates[0]) < 0.1 * 0.05 * 8 / steps_after
     (words,) = said
     assert f"An epoch has {steps_after} optimizer steps; before the checkpoint it had {steps_before}." in words
@@ -160,5 +159,5 @@ def test_an_extension_with_epochs_of_another_length(tmp_path):
     for index, decay in enumerate(seen.decays):
         place = 2 * 8 + index * (2 * 8) / (6 * 8)  # of 4 epochs of 8 steps
         expected = lc.optim.weight_decay_cosine(place, 4 * 8, module.weight_decay, module.final_weight_decay)
-        assert decay == pytest.approx(expected, rel=1e-9)
+        assert decay == near64(expected)
     assert all(b <= a for a, b in zip(seen.rates, seen.rates[1:], strict=False))

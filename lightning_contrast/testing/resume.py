@@ -33,6 +33,8 @@ def assert_resume_exact(
     state of the callbacks. What no checkpoint keeps (buffers with ``persistent=False``, plain attributes) may differ as
     long as nothing comes of it, and is named where something does. Runs on one device.
 
+    There is no tolerance: one program runs twice on one machine, where nothing can round differently.
+
     Args:
         make_module: Makes a new module at each call.
         make_data: Makes new data at each call: a datamodule, a loader, or a pair of loaders (training, validation).

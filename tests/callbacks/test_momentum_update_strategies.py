@@ -12,6 +12,7 @@ from lightning_contrast.callbacks import MomentumUpdate
 from tests.callbacks.step_modules import Pair, loader
 from tests.callbacks.strategies import STRATEGIES, TakeWeights, fit_ranks, sharded
 from tests.launch import run_processes
+from tests.tolerances import ROUNDED, f32
 
 pytestmark = pytest.mark.dist
 
@@ -56,7 +57,7 @@ def check(results, update, counts, name):
             average = {key: m * average[key] + (1 - m) * online[key] for key in targets}
             step += 1
         for key in targets:
-            torch.testing.assert_close(after[key].double(), average[key], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(after[key].double(), average[key], **f32(ROUNDED))
     assert step == counts
 
 

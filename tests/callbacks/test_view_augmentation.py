@@ -17,6 +17,7 @@ from lightning_contrast.seeding import derived_seed
 from tests.callbacks.probe_modules import images_and_labels
 from tests.callbacks.step_modules import QUIET
 from tests.launch import run_processes
+from tests.tolerances import FORMULA, f32
 
 
 class Policy(nn.Module):
@@ -132,7 +133,7 @@ def test_training_gets_views_and_every_other_stage_plain_images(layout, kind):
         assert len(views) == 2
         for view in views:
             shift = view - FLOATS
-            torch.testing.assert_close(shift, shift.mean().expand_as(shift), atol=1e-5, rtol=0)
+            torch.testing.assert_close(shift, shift.mean().expand_as(shift), **f32(FORMULA))
         assert not torch.equal(*views)
         assert torch.equal(labels, LABELS)
     for stage in ("val", "test", "predict"):

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_contrast.data import EmojiDataModule, estimate_mean_std
+from tests.tolerances import NETWORK, ROUNDED, near, near64
 
 
 class Given(L.LightningDataModule):
@@ -24,8 +25,8 @@ def test_emoji_against_numpy():
     data = EmojiDataModule(batch_size=1000)  # 492 images would be left out of an epoch
     mean, std = estimate_mean_std(data)
     pixels = data.images("train").numpy().astype(np.float64) / 255
-    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-12)
-    assert std == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-12)
+    assert mean == near64(pixels.mean((0, 2, 3)).tolist(), NETWORK, size=1)
+    assert std == near64(pixels.std((0, 2, 3)).tolist(), NETWORK, size=1)
     own = pixels.std((2, 3)).mean(0)
     assert (abs(own - std) > 0.03).all()  # the mean of the images' own deviations is another number
 
@@ -37,15 +38,15 @@ def test_uneven_batches_and_any_number_of_channels(dtype):
     batches = [(part, None) for part in given.split([40, 1, 30])]
     mean, std = estimate_mean_std(Given(batches))
     pixels = images.double().numpy() / 255
-    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-7)
-    assert std == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-7)
+    assert mean == near(pixels.mean((0, 2, 3)).tolist(), ROUNDED, size=1)
+    assert std == near(pixels.std((0, 2, 3)).tolist(), ROUNDED, size=1)
 
 
 def test_a_constant_channel_has_no_negative_variance():
     images = torch.full((50, 2, 3, 3), 0.1)
     images[:, 1] = torch.rand(50, 3, 3)
     _, std = estimate_mean_std(Given([images]))
-    assert std[0] == pytest.approx(0, abs=1e-12)
+    assert std[0] == near64(0, NETWORK, size=1)
 
 
 def test_a_shuffled_loader_is_read_whole_and_draws_nothing():
@@ -54,7 +55,7 @@ def test_a_shuffled_loader_is_read_whole_and_draws_nothing():
     state = torch.get_rng_state()
     mean, _ = estimate_mean_std(Given(loader))
     assert torch.equal(state, torch.get_rng_state())
-    assert mean[0] == pytest.approx(images.double().mean().item(), abs=1e-7)
+    assert mean[0] == near(images.double().mean().item(), ROUNDED, size=1)
 
 
 def test_an_iterable_set_is_taken_as_it_comes():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.losses.cases import CASES, Case, make_inputs, value_and_gradients
+from tests.tolerances import CANCELLING, NETWORK, f64
 
 NAMES = sorted(CASES)
 TILED = [name for name in NAMES if CASES[name].tiled]
@@ -18,7 +19,7 @@ def _assert_equal(case: Case, found: list[torch.Tensor | None], expected: list[t
             assert mine is None
             continue
         assert mine is not None
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(mine, theirs, **f64(CANCELLING))
 
 
 @pytest.mark.parametrize("rows", [2, 6])
@@ -47,8 +48,8 @@ def test_order_of_the_batch_does_not_matter(name: str) -> None:
     order = torch.tensor([3, 0, 4, 1, 2])
     turned = [t[order] if t.ndim and len(t) == 5 else t for t in tensors]
     found, expected = value_and_gradients(case.loss, turned), value_and_gradients(case.loss, tensors)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found[1], expected[1][order], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found[0], expected[0], **f64(NETWORK))
+    torch.testing.assert_close(found[1], expected[1][order], **f64(CANCELLING, size=0.1))
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -56,7 +57,7 @@ def test_views_can_be_swapped(name: str) -> None:
     case = CASES[name]
     first, second, *rest = make_inputs(case, 5, seed=3)
     found, expected = case.loss(second, first, *rest), case.loss(first, second, *rest)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, expected, **f64(NETWORK))
 
 
 def test_collapsed_embeddings_give_the_logarithm_of_the_candidates() -> None:

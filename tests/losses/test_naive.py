@@ -13,6 +13,7 @@ from lightning_contrast.losses import Negatives, contrastive, geometric, image_t
 from lightning_contrast.losses.kernels.normalization import normalize_rows
 from lightning_contrast.losses.negatives import naive_anchor_losses
 from tests.losses.cases import value_and_gradients
+from tests.tolerances import CANCELLING, f64
 
 ROWS, DIM, TILE = 9, 6, 4
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 2, 5, 2])
@@ -89,7 +90,7 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor
 
 def assert_same(fast: Callable[..., Tensor], naive: Callable[..., Tensor], tensors: list[Tensor]) -> None:
     for found, expected in zip(value_and_gradients(fast, tensors), value_and_gradients(naive, tensors), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found, expected, **f64(CANCELLING))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -140,9 +141,9 @@ def test_debiasing_is_clamped_in_both_forms() -> None:
     negatives = (z @ z.T)[image[:, None] != image].view(2 * ROWS, -1)
     positive = (z * z.roll(ROWS, 0)).sum(1)
     expected = naive_anchor_losses(positive, negatives, temperature=0.2, weighting=weighting)
-    torch.testing.assert_close(found, expected.mean(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found, expected.mean(), **f64(CANCELLING))
     floor = torch.tensor(2 * ROWS - 2).double().log() - 5
-    torch.testing.assert_close(expected, torch.logaddexp(5 * positive, floor) - 5 * positive, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(expected, torch.logaddexp(5 * positive, floor) - 5 * positive, **f64(CANCELLING))
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 599.0), (torch.float32, 59.0)])
@@ -159,7 +160,7 @@ def test_negatives_opposite_to_the_query(dtype: torch.dtype, scale: float) -> No
     found = value_and_gradients(partial(losses.info_nce, temperature=1 / scale, weighting="decoupled"), tensors)
     expected = value_and_gradients(naive, tensors)
     for mine, theirs in zip(found, expected, strict=True):
-        bound = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+        bound = f64(CANCELLING) if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
         torch.testing.assert_close(mine, theirs, **bound)
 
 

@@ -8,6 +8,7 @@ from lightning_contrast.losses import Negatives
 from lightning_contrast.losses.negatives import KINDS
 from tests.losses import oracles
 from tests.losses.cases import value_and_gradients
+from tests.tolerances import CANCELLING, f64
 
 WEIGHTINGS = {kind: Negatives(kind, tau_plus=0.02, k=2) for kind in KINDS}
 ANCHORS = {
@@ -26,7 +27,7 @@ def _rows(count: int, seed: int = 0, dim: int = 5) -> torch.Tensor:
 
 def _assert_same(found: list[torch.Tensor | None], expected: list[torch.Tensor | None]) -> None:
     for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(mine, theirs, **f64(CANCELLING))
 
 
 @pytest.mark.parametrize("kind", ANCHORS)
@@ -124,7 +125,7 @@ def test_limits_in_which_two_weightings_are_equal(weighting: Negatives, same_as:
     found = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=weighting), views)
     expected = value_and_gradients(lambda a, b: losses.nt_xent(a, b, temperature=0.5, weighting=same_as), views)
     for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(mine, theirs, **f64(CANCELLING))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.05, 0.005])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_contrast import losses
 from tests.losses.cases import value_and_gradients
+from tests.tolerances import CANCELLING, FORMULA, f32, f64
 
 ROWS, DIMS = st.integers(2, 23), st.integers(1, 9)
 TILES, TEMPERATURES = st.sampled_from([None, 1, 2, 5, 16]), st.floats(0.02, 5.0)
@@ -28,8 +29,8 @@ def _check(loss, dense, tensors: list[Tensor], temperature: float = 1.0) -> None
     for mine, theirs in zip(found, expected, strict=True):
         # One-dimensional rows are +1 or -1, so their gradient is rounding only, scaled by 1 / T.
         size = 1 + float(theirs.abs().max()) + 1 / temperature**2
-        bound = (1e-10 if exact else 1e-5) * size
-        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=bound)
+        close = f64(CANCELLING, size=size) if exact else f32(FORMULA, size=size)
+        torch.testing.assert_close(mine.double(), theirs, **close)
 
 
 def _dense_nt_xent(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_contrast import distributed, losses
 from tests.launch import run_processes
 from tests.losses.cases import CASES, DIM, Case, make_inputs
+from tests.tolerances import CANCELLING, f64
 
 # Losses without an oracle in loops: their values are those of the reference implementations, in test_official.
 _VIEWS = {"temperature": 0.1, "epsilon": 0.05, "iterations": 3}
@@ -89,12 +90,9 @@ def test_ranks_equal_one_process(split: str) -> None:
     expected = {name: _run(case, make_inputs(case, 8), slice(0, 8)) for name, case in ALL.items()}
     for found in run_processes(work, len(sizes)):
         for name, (loss, grads) in found.items():
-            torch.testing.assert_close(
-                loss, expected[name][0], rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(loss, expected[name][0], **f64(CANCELLING), msg=lambda m, n=name: f"{n}: {m}")
             for mine, theirs in zip(grads, expected[name][1], strict=True):
-                close = {"rtol": 1e-10, "atol": 1e-10} if mine.ndim == 0 else {"rtol": 1e-8, "atol": 1e-9}  # learned
-                torch.testing.assert_close(mine, theirs, **close, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(mine, theirs, **f64(CANCELLING), msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.dist

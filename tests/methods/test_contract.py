@@ -14,6 +14,7 @@ from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate, StepSeed
 from lightning_contrast.contracts import HasMomentumPairs, HasQueues
 from tests.launch import run_processes
 from tests.methods.cases import CASES, Case, fill_queue, make
+from tests.tolerances import CANCELLING, f64
 
 BATCH, BATCHES, PIXELS = 8, 4, 16
 methods = pytest.mark.parametrize("name", CASES)
@@ -335,7 +336,7 @@ def test_two_ranks_give_the_gradient_of_one(name):
     for grads in run_processes(rank_gradients, 2, name, 2):
         assert grads.keys() == alone.keys()
         for key, gradient in grads.items():
-            torch.testing.assert_close(gradient, alone[key], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(gradient, alone[key], **f64(CANCELLING))
 
 
 def as_is(batch):

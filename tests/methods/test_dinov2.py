@@ -18,6 +18,7 @@ from tests.methods.cases import CASES, make, tiny_vit
 from tests.methods.programs import dinov2_loss
 from tests.methods.test_contract import BATCH, BATCHES, Data, gradients, rows_of, run_step, trainer
 from tests.methods.test_dino import fit, make_views
+from tests.tolerances import CANCELLING, f64
 
 CASE = CASES["DINOv2"]
 SIZES = (16, 16, 8, 12)
@@ -44,11 +45,11 @@ def test_loss_and_gradient_are_the_programs(name, sizes):
     grads = torch.autograd.grad(expected, list(trained.values()), allow_unused=True)
     torch.manual_seed(11)
     out = run_step(module, [views])
-    torch.testing.assert_close(out["loss"], expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(out["loss"], expected, **f64(CANCELLING))
     out["loss"].backward()
     for (key, parameter), gradient in zip(trained.items(), grads, strict=True):
         torch.testing.assert_close(
-            parameter.grad, gradient, rtol=1e-6, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
+            parameter.grad, gradient, **f64(CANCELLING), msg=lambda text, key=key: f"{key}: {text}"
         )
 
 
@@ -95,7 +96,7 @@ def test_two_ranks_with_unequal_numbers_of_masked_patches_give_the_gradient_of_o
         assert found.keys() == alone.keys()
         for key, gradient in found.items():
             torch.testing.assert_close(
-                gradient, alone[key], rtol=1e-6, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}"
+                gradient, alone[key], **f64(CANCELLING), msg=lambda text, key=key: f"{key}: {text}"
             )
 
 

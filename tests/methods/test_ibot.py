@@ -15,6 +15,7 @@ from tests.methods.cases import CASES, make, tiny_vit
 from tests.methods.programs import IBOTProgram, Moves
 from tests.methods.test_contract import BATCH, BATCHES, Data, rows_of, run_step, step_batch, trainer
 from tests.methods.test_dino import fit, make_views
+from tests.tolerances import CANCELLING, ROUNDED, TRAINING, f32, f64
 
 CASE = CASES["IBOT"]
 SIZES = (16, 16, 8, 12)  # two global views, two local ones of unequal sizes
@@ -52,14 +53,14 @@ def test_training_equals_the_program(name, accumulate):
     draws = Draws()
     run = fit(module, batches, 3, [draws], accumulate_grad_batches=accumulate)
     assert run.global_step == 6
-    torch.testing.assert_close(draws.losses, program.losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(draws.losses, program.losses, **f64(CANCELLING))
     online, teacher = zip(*module.momentum_pairs(), strict=True)
     for nets, weights in ((online, program.weights), (teacher, program.teacher)):
         for net, expected in zip(nets, weights, strict=True):
             for key, value in net.named_parameters():
-                torch.testing.assert_close(value, expected[key], rtol=1e-8, atol=1e-10, check_device=False)
+                torch.testing.assert_close(value, expected[key], **f64(CANCELLING), check_device=False)
     for center, expected in zip(module.step_states(), program.centers, strict=True):
-        torch.testing.assert_close(center.value.double(), expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(center.value.double(), expected, **f32(ROUNDED))
         assert expected.abs().max() > 1e-3
 
 
@@ -245,4 +246,4 @@ def test_fsdp2_shards_the_mask_token_and_equals_one_process():
     fit(module, [step_batch(CASE)] * 2, 2, precision="32-true")
     for weights in run_processes(fsdp2_fit, 2, init=False):
         for name, parameter in module.named_parameters():
-            torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(weights[name], parameter.detach(), **f32(TRAINING, size=0.01))

@@ -26,6 +26,7 @@ from tests.methods.test_contract import (
     trainer,
     weights,
 )
+from tests.tolerances import FORMULA, NETWORK, bound, f32
 
 CLIP = 1e-3
 
@@ -53,7 +54,9 @@ class WatchSteps(L.Callback):
         self.backward = {}
 
     def held(self, module):
-        online = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        """Return copies of the weights, without prototypes: SwAV sets their length to 1 in each step, which rounds."""
+        named = [(name, p) for name, p in module.named_parameters() if name != "prototypes.weight"]
+        online = {name: p.detach().clone() for name, p in named if p.requires_grad}
         return online, [weights(momentum) for _, momentum in pairs_of(module)]
 
     def on_before_backward(self, trainer, pl_module, loss):
@@ -94,7 +97,7 @@ def test_accumulation_with_clipping(name, tmp_path):
     assert norms[0] > CLIP
     for (got, given), norm in zip(watch.steps, norms, strict=True):
         factor = min(1.0, CLIP / (norm + 1e-6))
-        assert_close(got, {key: given[key] * factor for key in got}, 1e-5 * CLIP, "gradient", scale=1.0)
+        assert_close(got, {key: given[key] * factor for key in got}, bound(FORMULA) * CLIP, "gradient", scale=1.0)
 
 
 def recomputed(module):
@@ -166,7 +169,7 @@ def assert_same_run(states):
         {key: value.view(torch.float32) if key.endswith("bits") else value for key, value in one.items()}
         for one in states
     )
-    assert_close(compiled, eager, 1e-5, "compiled and not")
+    assert_close(compiled, eager, bound(NETWORK), "compiled and not")
 
 
 @primary
@@ -251,10 +254,10 @@ def test_an_exported_backbone_gives_the_same_features(name, tmp_path):
     fresh.load_state_dict(saved["state_dict"], strict=True)
     with torch.no_grad():
         again = fresh.eval().to(memory_format=torch.channels_last)(images)  # as this package lays them out
-    torch.testing.assert_close(again, features, rtol=0, atol=0)
+    torch.testing.assert_close(again, features, **f32(NETWORK))  # timm's own forward pass has other kernels
 
     path = lc.evaluation.export_backbone(module, tmp_path / "backbone.onnx", format="onnx")
     session = onnxruntime.InferenceSession(path)
     (given,) = session.run(["features"], {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(given), features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(given), features, **f32(NETWORK))
     assert json.loads(session.get_modelmeta().custom_metadata_map["input_spec"]) == spec

@@ -8,6 +8,7 @@ import lightning_contrast as lc
 from lightning_contrast.methods import mochi
 from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 from tests.methods.test_contract import BATCH, run_step, step_batch
+from tests.tolerances import near
 
 CASE = CASES["MoCHi"]
 
@@ -36,7 +37,7 @@ def test_synthetic_negatives_join_those_of_the_queue_from_their_epoch_on(epoch, 
         assert made[0].shape == (BATCH, 6 + 4, 8)
         logits.append((made[0].double() @ query.unsqueeze(2)).squeeze(2))
     expected = F.cross_entropy(torch.cat(logits, 1) / 0.3, torch.zeros(BATCH, dtype=torch.int64))
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert loss == near(expected.item())
 
 
 def test_defaults_are_the_papers():

@@ -13,6 +13,7 @@ from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 from tests.methods.test_contract import BATCH, BATCHES, Data, run_step, step_batch, trainer
+from tests.tolerances import NETWORK, bound, near
 
 CASE = CASES["MoCo"]
 
@@ -43,7 +44,7 @@ def test_loss_is_the_papers_over_the_filled_rows(symmetric):
     if symmetric:
         other, other_keys = direction(view_k, view_q)
         value, keys = value + other, torch.stack([keys, other_keys], 1).flatten(0, 1)
-    assert out["loss"].item() == pytest.approx(value, rel=1e-5)
+    assert out["loss"].item() == near(value)
     torch.testing.assert_close(out["keys"], keys)
     assert not out["keys"].requires_grad
 
@@ -103,7 +104,7 @@ def test_keys_are_normalised_with_other_images_than_their_queries():
     (view_q, _), _ = step_batch(CASE)
     still = make("MoCo", batchnorm_splits=4, shuffle=False)
     torch.testing.assert_close(still._keys(view_q), F.normalize(still.projector(still.backbone(view_q)), dim=1))
-    assert (module._keys(view_q) - still._keys(view_q)).abs().max() > 1e-4
+    assert (module._keys(view_q) - still._keys(view_q)).abs().max() > bound(NETWORK)
 
 
 def exchange(rank):

@@ -10,6 +10,7 @@ import lightning_contrast as lc
 from lightning_contrast.methods.npid import noise_contrastive_loss
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCH, Data, data, run_step, step_batch, trainer
+from tests.tolerances import NETWORK, near
 
 CASE = CASES["NPID"]
 
@@ -23,7 +24,7 @@ def test_softmax_over_all_images():
     (view,), _, indices = batch = step_batch(CASE)
     projection = F.normalize(module.projector(module.backbone(view)), dim=1).double()
     expected = F.cross_entropy(projection @ unit_bank(module).T / 0.3, indices)
-    assert run_step(module, batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert run_step(module, batch)["loss"].item() == near(expected.item())
 
 
 def test_noise_contrastive_estimation_is_the_programs(monkeypatch):
@@ -40,18 +41,18 @@ def test_noise_contrastive_estimation_is_the_programs(monkeypatch):
         p = [value / z for value in row]
         total -= math.log(p[0] / (p[0] + noise + 1e-7))
         total -= sum(math.log(noise / (q + noise + 1e-7)) for q in p[1:])
-    assert run_step(module, batch)["loss"].item() == pytest.approx(total / BATCH, rel=1e-5)
-    assert module.normalizer.item() == pytest.approx(z, rel=1e-5)
+    assert run_step(module, batch)["loss"].item() == near(total / BATCH)
+    assert module.normalizer.item() == near(z)
     module.bank.push(torch.ones(BATCH, 8), indices)
     run_step(module, batch)
-    assert module.normalizer.item() == pytest.approx(z, rel=1e-5), "Z is taken once"
+    assert module.normalizer.item() == near(z), "Z is taken once"
     assert "normalizer_bits" in module.state_dict()
 
 
 def test_noise_contrastive_loss_of_equal_odds():
     probabilities = torch.full((3, 5), 1 / 32, dtype=torch.float64)  # noise mass 4 / 32
     expected = -math.log(1 / 5) - 4 * math.log(4 / 5)
-    assert noise_contrastive_loss(probabilities, 32).item() == pytest.approx(expected, rel=1e-4)
+    assert noise_contrastive_loss(probabilities, 32).item() == near(expected, NETWORK)
 
 
 def test_rows_move_half_way_after_their_use(tmp_path):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import lightning_contrast as lc
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCH, run_step, step_batch
+from tests.tolerances import NETWORK, near
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -23,7 +24,7 @@ def test_loss_of_the_hardest_pairs(labelled, distance):
         positive = max(far[j] for j in range(BATCH) if classes[j] == classes[i])
         negative = min(far[j] for j in range(BATCH) if classes[j] != classes[i])
         total += 0.5 * positive**2 + 0.5 * max(0.0, 0.7 - negative) ** 2
-    assert run_step(module, [views, labels])["loss"].item() == pytest.approx(total / (2 * BATCH), rel=1e-4)
+    assert run_step(module, [views, labels])["loss"].item() == near(total / (2 * BATCH), NETWORK)
 
 
 def test_an_image_that_has_no_dissimilar_one_only_attracts():
@@ -34,7 +35,7 @@ def test_an_image_that_has_no_dissimilar_one_only_attracts():
     own = (a - b).square().sum(1).tolist()
     expected = sum(0.5 * (h + o) for h, o in zip(hardest, own, strict=True)) / (2 * BATCH)
     one_class = torch.zeros(BATCH, dtype=torch.int64)
-    assert run_step(module, [views, one_class])["loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert run_step(module, [views, one_class])["loss"].item() == near(expected, NETWORK)
 
 
 def test_defaults_are_the_papers():

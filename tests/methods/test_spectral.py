@@ -7,6 +7,7 @@ from torch import nn
 import lightning_contrast as lc
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import run_step, step_batch
+from tests.tolerances import near
 
 
 def test_loss_is_the_programs():
@@ -17,7 +18,7 @@ def test_loss_is_the_programs():
     size = len(a)
     others = sum((a[i] @ b[j]) ** 2 for i in range(size) for j in range(size) if i != j) / (size * (size - 1))
     expected = (others - 2 * sum(a[i] @ b[i] for i in range(size)) / size) / 0.5
-    assert run_step(module, batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert run_step(module, batch)["loss"].item() == near(expected.item())
 
 
 def test_head_is_the_programs():

@@ -13,6 +13,7 @@ from lightning_contrast.cli import main
 from lightning_contrast.nn import LearnedTemperature, ScheduledTemperature
 from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 from tests.methods.test_contract import BATCHES, assert_equal_states, data, run_step, state, step_batch, trainer
+from tests.tolerances import NETWORK, ROUNDED, f64, near
 
 NAMES = ["SimCLR", "MoCo", "MoCo symmetric", "MoCo masked", "MoCHi", "NNCLR", "SupCon", "MoCoV3", "NPID"]
 every = pytest.mark.parametrize("name", NAMES)
@@ -37,15 +38,15 @@ def test_a_learned_temperature_gets_the_gradient_of_the_loss(name):
     up, down = (loss_at(name, t)[1].item() / factor(t) for t in (here * (1 + step), here / (1 + step)))
     slope = (up - down) / (2 * torch.tensor(1 + step, dtype=torch.float64).log().item())  # over log temperature
     assert abs(slope) > 1e-3
-    assert module.temperature.log_temperature.grad.item() == pytest.approx(slope, rel=1e-6)
-    torch.testing.assert_close(loss, loss_at(name, here)[1], rtol=1e-12, atol=1e-12)
+    assert module.temperature.log_temperature.grad.item() == near(slope, ROUNDED)
+    torch.testing.assert_close(loss, loss_at(name, here)[1], **f64(NETWORK))
 
 
 @every
 def test_a_schedule_sets_the_temperature_of_the_step(name, monkeypatch):
     monkeypatch.setattr(L.LightningModule, "global_step", 30)
     for schedule in (ScheduledTemperature(0.5, 0.1, steps=60), lambda step: step / 100):
-        torch.testing.assert_close(loss_at(name, schedule)[1], loss_at(name, 0.3)[1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(loss_at(name, schedule)[1], loss_at(name, 0.3)[1], **f64(NETWORK))
 
 
 class Record(L.Callback):
@@ -73,9 +74,9 @@ def test_a_schedule_counts_optimizer_steps_and_goes_on_after_a_resume(schedule, 
         return record.values
 
     whole, resumed = make("SimCLR", temperature=schedule), make("SimCLR", temperature=schedule)
-    assert fit(whole, "whole") == pytest.approx(expected, rel=1e-6)
+    assert fit(whole, "whole") == near(expected, ROUNDED)
     stopped = {"ckpt_path": tmp_path / "whole" / "step=3.ckpt", "weights_only": True}
-    assert fit(resumed, "resumed", **stopped) == pytest.approx(expected[6:], rel=1e-6)
+    assert fit(resumed, "resumed", **stopped) == near(expected[6:], ROUNDED)
     assert_equal_states(state(whole), state(resumed))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from lightning_contrast.metrics import LiDAR, lidar
 from tests.launch import run_processes
+from tests.tolerances import ROUNDED, near
 
 
 def views(images=30, count=4, width=6, seed=0):
@@ -40,17 +41,17 @@ def arrays(x):
 
 def test_lidar_equals_plain_loops():
     x = views()
-    assert lidar(x).item() == pytest.approx(lidar_by_hand(arrays(x)), rel=1e-6)
-    assert lidar(x, delta=0.5).item() == pytest.approx(lidar_by_hand(arrays(x), delta=0.5), rel=1e-6)
+    assert lidar(x).item() == near(lidar_by_hand(arrays(x)), ROUNDED)
+    assert lidar(x, delta=0.5).item() == near(lidar_by_hand(arrays(x), delta=0.5), ROUNDED)
 
 
 def test_rows_are_grouped_by_image_in_any_form():
     x = views()
     expected = lidar_by_hand(arrays(x))
-    assert lidar(list(x.unbind(dim=1))).item() == pytest.approx(expected, rel=1e-6)  # views as a batch holds them
+    assert lidar(list(x.unbind(dim=1))).item() == near(expected, ROUNDED)  # views as a batch holds them
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1))
     images = torch.arange(30).repeat_interleave(4) * 7 + 3
-    assert lidar(x.flatten(0, 1)[order], images[order]).item() == pytest.approx(expected, rel=1e-6)
+    assert lidar(x.flatten(0, 1)[order], images[order]).item() == near(expected, ROUNDED)
     wrong = lidar(x.flatten(0, 1)[order].view(30, 4, 6)).item()
     assert abs(wrong - expected) > 0.1
 
@@ -59,7 +60,7 @@ def test_images_with_unequal_numbers_of_views_count_the_same():
     x = views()
     groups = [x[i, : 2 + i % 3] for i in range(30)]
     images = torch.arange(30).repeat_interleave(torch.tensor([len(group) for group in groups]))
-    assert lidar(torch.cat(groups), images).item() == pytest.approx(lidar_by_hand(arrays(groups)), rel=1e-6)
+    assert lidar(torch.cat(groups), images).item() == near(lidar_by_hand(arrays(groups)), ROUNDED)
 
 
 def test_the_metric_takes_images_in_parts():
@@ -67,7 +68,7 @@ def test_the_metric_takes_images_in_parts():
     metric = LiDAR()
     metric.update(x[:11])
     metric.update(list(x[11:].unbind(dim=1)))
-    assert metric.compute().item() == pytest.approx(lidar_by_hand(arrays(x)), rel=1e-6)
+    assert metric.compute().item() == near(lidar_by_hand(arrays(x)), ROUNDED)
     assert metric.within.shape == metric.outer.shape == (6, 6)
 
 
@@ -80,7 +81,7 @@ def test_two_ranks_count_all_images():
         metric.update(x[:11] if rank == 0 else x[11:])
         return metric.compute().item()
 
-    assert run_processes(on_rank, 2) == [pytest.approx(lidar_by_hand(arrays(x)), rel=1e-6)] * 2
+    assert run_processes(on_rank, 2) == [near(lidar_by_hand(arrays(x)), ROUNDED)] * 2
 
 
 def test_two_directions_that_tell_images_apart_count_two():

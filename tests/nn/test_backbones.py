@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 from lightning_contrast.nn import SmallConvNet, build_backbone, check_image_size, read_feature_dim, use_small_stem
+from tests.tolerances import NETWORK, f32
 
 FAMILIES = {  # one small member of each, with arguments that make it smaller
     "resnet18": {},
@@ -143,7 +144,7 @@ def test_width_one_is_the_ordinary_resnet():
         with torch.no_grad():
             # timm shortens the shortcut of the first block in the same way
             # rounded alike but for the memory format of the convolutions
-            torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), **f32(NETWORK))
 
 
 def test_wide_resnet_starts_as_timm_starts():
@@ -169,7 +170,7 @@ def test_small_convnet():
         expected = nn.functional.conv2d(expected, conv.weight.contiguous(), stride=2, padding=1)
         mean, var = expected.mean((0, 2, 3), keepdim=True), expected.var((0, 2, 3), unbiased=False, keepdim=True)
         expected = ((expected - mean) / (var + norm.eps).sqrt()).relu()
-    torch.testing.assert_close(network(images), expected.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network(images), expected.mean((2, 3)), **f32(NETWORK, size=0.1))
     small = build_backbone("small_convnet", small_images=True).module
     assert small.stem(torch.randn(1, 3, 32, 32)).shape == (1, 24, 32, 32)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_contrast.nn import FeatureQueue
 from lightning_contrast.testing import HostSyncs
+from tests.tolerances import NETWORK, bound, near
 
 
 def ring(size, pushes):
@@ -86,8 +87,8 @@ def test_the_effect_of_int8_on_the_loss_is_small():
         logits = torch.cat([(query * positive).sum(1, keepdim=True), query @ queue.features.T], dim=1) / 0.2
         return torch.nn.functional.cross_entropy(logits.double(), torch.zeros(256, dtype=torch.int64)).item()
 
-    assert abs(loss("int8") - loss("float32")) < 1e-4
-    assert loss("float16") == pytest.approx(loss("float32"), abs=1e-5)
+    assert abs(loss("int8") - loss("float32")) < bound(NETWORK)
+    assert loss("float16") == near(loss("float32"), size=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

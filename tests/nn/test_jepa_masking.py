@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_contrast.nn import JepaMaskSampler, JepaPredictor, sincos_positions
 from tests.plain_transformer import blocks, linear, norm
+from tests.tolerances import FORMULA, f32
 
 PAPER = (14, 14)
 
@@ -224,7 +225,7 @@ def test_bad_batch_size():
 @pytest.mark.parametrize(("width", "side"), [(8, 3), (64, 7), (384, 14)])
 def test_positions_are_the_programs(width, side):
     expected = torch.from_numpy(get_2d_sine_cosine_positional_embedding(width, side, cls_token=False))
-    torch.testing.assert_close(sincos_positions(width, (side, side)), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sincos_positions(width, (side, side)), expected, **f32(FORMULA))
 
 
 def test_positions_of_an_oblong_grid():

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_contrast.nn import build_backbone
 from tests.launch import run_processes
+from tests.tolerances import NETWORK, f32
 
 
 @pytest.mark.parametrize("name", ["resnet18", "small_convnet"])
@@ -20,7 +21,7 @@ def test_convolutions_of_a_named_network_are_channels_last_and_its_values_are_ti
     network.eval()
     expected = network(images)
     network.to(memory_format=torch.contiguous_format)
-    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network(images), expected, **f32(NETWORK, size=0.1))
 
 
 def test_modules_of_the_user_and_transformers_keep_their_memory_format():

@@ -10,15 +10,16 @@ import torch
 from lightning_contrast.nn import LearnedTemperature, ScheduledTemperature
 from lightning_contrast.nn.temperature import check_temperature
 from lightning_contrast.optim import parameter_groups
+from tests.tolerances import ROUNDED, near
 
 
 def test_a_learned_temperature_starts_where_it_is_told_and_has_a_gradient():
     temperature = LearnedTemperature(0.2).double()
     value = temperature()
     assert value.shape == (1,)
-    assert value.item() == pytest.approx(0.2, rel=1e-6)
+    assert value.item() == near(0.2, ROUNDED)
     (3 * value).sum().backward()
-    assert temperature.log_temperature.grad.item() == pytest.approx(3 * 0.2, rel=1e-6)  # d exp(x) = exp(x) dx
+    assert temperature.log_temperature.grad.item() == near(3 * 0.2, ROUNDED)  # d exp(x) = exp(x) dx
 
 
 @pytest.mark.parametrize(("start", "inwards", "bound"), [(5.0, 1.0, 0.5), (-9.0, -1.0, 0.01)])
@@ -26,9 +27,9 @@ def test_bounds_hold_and_let_go(start, inwards, bound):
     """A descent step moves against the gradient: the one that leads back passes, the other does not."""
     temperature = LearnedTemperature(0.1, minimum=0.01, maximum=0.5)
     temperature.log_temperature.data.fill_(start)
-    assert temperature().item() == pytest.approx(bound)
+    assert temperature().item() == near(bound)
     (gradient,) = torch.autograd.grad(inwards * temperature(), temperature.log_temperature)
-    assert gradient.item() == pytest.approx(inwards * bound)
+    assert gradient.item() == near(inwards * bound)
     (gradient,) = torch.autograd.grad(-inwards * temperature(), temperature.log_temperature)
     assert gradient.item() == 0
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_contrast.optim import LARS, parameter_groups
 from lightning_contrast.testing import count_host_syncs
+from tests.tolerances import FORMULA, NETWORK, ROUNDED, decimals, f32, f64
 
 
 def make_weights(seed=0, dtype=torch.float64):
@@ -60,7 +61,7 @@ def test_steps_equal_plain_loops_in_float64(form, clip, lr_in_momentum):
                 expected[i] = weight - lr * velocity[i]
         optimizer.step()
     for weight, value in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight.detach(), value, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(weight.detach(), value, **f64(NETWORK))
 
 
 @pytest.mark.parametrize(("form", "value"), [("A", 0.00447214), ("B", 0.00333333)])
@@ -70,7 +71,7 @@ def test_known_trust_ratio(form, value):
     weight.grad = torch.tensor([0.8, -0.6], dtype=torch.float64)
     LARS([weight], lr=1.0, weight_decay=0.1, trust_form=form).step()
     ratio = (start - weight.detach()) / (weight.grad + 0.1 * start)
-    torch.testing.assert_close(ratio, torch.full_like(ratio, value), rtol=0, atol=5e-9)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, value), rtol=0, atol=decimals(8))
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -86,7 +87,7 @@ def test_form_b_equals_timm(clip):
         a.step()
         b.step()
     for x, y in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(x, y, **f64(NETWORK))
 
 
 def test_excluded_group_is_plain_momentum_sgd_bit_for_bit():
@@ -110,7 +111,7 @@ def test_a_decay_that_an_excluded_group_names_itself_is_kept():
     a.step()
     b.step()
     for x, y in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-14, atol=0)
+        torch.testing.assert_close(x, y, **f64(FORMULA))
 
 
 def test_gradients_are_not_written_and_missing_ones_leave_the_weight_alone():
@@ -199,7 +200,7 @@ def test_closure_and_scheduler():
     assert torch.equal(weight, torch.ones(3))  # a rate of 0 moves nothing
     scheduler.step()
     optimizer.step(closure)
-    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9981), rtol=0, atol=1e-6)  # 1 - (0.0009 + 0.001)
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9981), **f32(ROUNDED))  # 1 - (0.0009 + 0.001)
 
 
 def test_groups_of_a_network_step_together():

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_contrast.optim import LARS, parameter_groups
 from tests.launch import run_processes
+from tests.tolerances import NETWORK, f64
 
 STEPS = 3
 
@@ -44,7 +45,7 @@ def check(results, form):
         assert is_smaller  # or nothing was sharded and the test shows nothing
         assert rank_sizes == sizes
         for name, value in expected.items():
-            torch.testing.assert_close(weights[name], value, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(weights[name], value, **f64(NETWORK))
             assert not torch.allclose(value, start[name].detach())
 
 

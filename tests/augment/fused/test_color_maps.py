@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lightning_contrast.augment.fused.color import BRIGHTNESS, CONTRAST, HUE, MAPS, SATURATION, color_maps
+from tests.tolerances import FORMULA, ROUNDED, f32
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -63,7 +64,7 @@ def test_equals_one_step_after_the_other(seed, additive):
     images = np.random.default_rng(9).random((300, 3, 20))
     for image, kind, factor, numbers in zip(images, kinds, factors, maps.numbers, strict=True):
         expected = step_by_step(image, kind, factor.astype(np.float64), additive)
-        np.testing.assert_allclose(by_maps(image, numbers, hue=True), expected, atol=2e-6)
+        np.testing.assert_allclose(by_maps(image, numbers, hue=True), expected, **f32(FORMULA))
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -82,7 +83,7 @@ def test_steps_that_stay_inside_need_one_map():
     factors = np.array([[0.5, 0.25, 0.75]], np.float32)
     maps = color_maps(np.array([[BRIGHTNESS, CONTRAST, SATURATION]]), factors)
     assert maps.counts.tolist() == [[0, 1]]  # no hue: all is after it
-    np.testing.assert_allclose(maps.numbers[0, MAPS], [0.5 * 0.25 * 0.75, 0.125 * 0.25, 0.5 - 0.125, 0], atol=1e-7)
+    np.testing.assert_allclose(maps.numbers[0, MAPS], [0.5 * 0.25 * 0.75, 0.125 * 0.25, 0.5 - 0.125, 0], **f32(ROUNDED))
 
 
 def test_steps_that_may_leave_the_range_end_a_map():

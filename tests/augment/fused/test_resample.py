@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 from lightning_contrast.augment.fused import FusedResizedCrop
 from lightning_contrast.augment.fused.base import to_device
 from lightning_contrast.augment.fused.resample import apply_weights, resize_weights, tabulated_weights
+from tests.tolerances import FORMULA, NETWORK, ROUNDED, f32, f64
 
 BOXES = torch.tensor(
     [[0, 0, 100, 130], [10, 20, 7, 5], [60, 90, 40, 40], [3, 100, 90, 30], [99, 0, 1, 1], [5, 5, 33, 64]]
@@ -40,7 +41,7 @@ def test_crop_equals_interpolate(photos, size, interpolation, antialias, backend
     operation = FusedResizedCrop(size, interpolation=interpolation, antialias=antialias, backend=backend)
     views = operation.compute_(images, plan_of(operation))
     reference = expected(images, size, interpolation, antialias).clamp(0, 1)
-    torch.testing.assert_close(views, reference, atol=2e-6, rtol=0)
+    torch.testing.assert_close(views, reference, **f32(FORMULA))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "accelerator"])
@@ -48,7 +49,7 @@ def test_nearest_is_nearest_exact(photos, backend):
     images = photos.double() / 255
     operation = FusedResizedCrop(48, interpolation="nearest", backend=backend)
     reference = expected(images, 48, "nearest-exact", False)
-    torch.testing.assert_close(operation.compute_(images, plan_of(operation)), reference, atol=1e-12, rtol=0)
+    torch.testing.assert_close(operation.compute_(images, plan_of(operation)), reference, **f64(NETWORK))
 
 
 def test_uint8_is_that_of_torchvision(photos):
@@ -68,8 +69,8 @@ def test_products_take_uint8(emoji):
     boxes = torch.tensor([[0, 0, 32, 32], [4, 8, 20, 16], [1, 1, 30, 25]])
     plan = plan_of(operation, boxes, torch.tensor([False, True, False]))
     views = operation.compute_(emoji[:3], plan)
-    torch.testing.assert_close(views[0], emoji[0] / 255, atol=1e-6, rtol=0)
-    torch.testing.assert_close(views, operation.compute_(emoji[:3] / 255, plan), atol=1e-6, rtol=0)
+    torch.testing.assert_close(views[0], emoji[0] / 255, **f32(ROUNDED))
+    torch.testing.assert_close(views, operation.compute_(emoji[:3] / 255, plan), **f32(ROUNDED))
 
 
 def test_weights_are_exact_in_float64():
@@ -93,7 +94,7 @@ def test_table_holds_the_weights_of_every_crop(size, interpolation, antialias):
     flip = torch.arange(len(start)) >= len(crops)
     style = {"flip": flip, "interpolation": interpolation, "antialias": antialias}
     table = tabulated_weights(start, length, 12, size, **style)
-    torch.testing.assert_close(table, resize_weights(start, length, 12, size, **style), atol=1e-6, rtol=0)
+    torch.testing.assert_close(table, resize_weights(start, length, 12, size, **style), **f32(ROUNDED))
     plain = tabulated_weights(start, length, 12, size, interpolation=interpolation, antialias=antialias)
     assert torch.equal(plain, table[: len(crops)].repeat(2, 1, 1))
     table.zero_()  # a look-up is a copy: nothing that is done to it reaches the table

@@ -14,6 +14,7 @@ from lightning_contrast.nn import MemoryBank
 from tests.callbacks.monitor_modules import Queued, TwoViews, views_loader
 from tests.callbacks.probe_modules import adversary, quiet_fit
 from tests.launch import run_processes
+from tests.tolerances import near
 
 
 def embeddings(count=9, width=5, seed=0):
@@ -69,8 +70,8 @@ def test_a_batch_equals_plain_loops():
     a, b, labels = embeddings()
     values = against_batch(a, b, torch.tensor(0.3), labels, 4)
     expected = batch_by_hand(a, b, labels, 0.3, 4)
-    assert {name: value.item() for name, value in values.items()} == pytest.approx(expected, rel=1e-5)
-    assert values["loss"].item() == pytest.approx(nt_xent(a, b, temperature=0.3).item(), rel=1e-5)
+    assert {name: value.item() for name, value in values.items()} == near(expected)
+    assert values["loss"].item() == near(nt_xent(a, b, temperature=0.3).item())
 
 
 def test_a_queue_equals_plain_loops():
@@ -81,7 +82,7 @@ def test_a_queue_equals_plain_loops():
         (cosine(x, y), [(cosine(x, z), False) for z, valid in zip(queue, mask, strict=True) if valid], None)
         for x, y in zip(a, b, strict=True)
     ]
-    assert {name: value.item() for name, value in values.items()} == pytest.approx(summary(anchors, 0.3, 1), rel=1e-5)
+    assert {name: value.item() for name, value in values.items()} == near(summary(anchors, 0.3, 1))
 
 
 def test_what_has_no_value_is_left_out():
@@ -97,8 +98,8 @@ def test_what_has_no_value_is_left_out():
 def test_equal_embeddings_have_no_top1_and_flat_negatives():
     values = against_batch(torch.ones(6, 3), torch.ones(6, 3), torch.tensor(0.1), None, 4)
     assert values["top1"].item() == 0
-    assert values["bound"].item() == pytest.approx(0, abs=1e-5)
-    assert values["effective_negatives"].item() == pytest.approx(10, rel=1e-5)
+    assert values["bound"].item() == near(0, size=1)
+    assert values["effective_negatives"].item() == near(10)
 
 
 @pytest.mark.dist
@@ -114,9 +115,9 @@ def test_two_ranks_measure_the_joined_batch():
     first, second = run_processes(on_rank, 2)
     expected = batch_by_hand(a, b, labels, 0.3, 4)
     for values in (first, second):
-        assert {name: values[name].item() for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert {name: values[name].item() for name in expected} == near(expected)
     whole = against_queue(a, b, embeddings(14, seed=3)[0], torch.ones(14, dtype=torch.bool), None)
-    assert first["queue/top1"].item() == pytest.approx(whole["top1"].item())
+    assert first["queue/top1"].item() == near(whole["top1"].item())
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -126,7 +127,7 @@ def test_it_measures_what_the_step_computed(joined):
     labels = torch.cat([batch[1] for batch in views_loader()])[48:]
     expected = against_batch(*module.last, torch.tensor(0.5), labels, 10)
     found = {name: run.callback_metrics[f"contrast/{name}"].item() for name in expected}
-    assert found == pytest.approx({name: value.item() for name, value in expected.items()})
+    assert found == near({name: value.item() for name, value in expected.items()})
 
 
 def test_a_queue_is_read_before_the_keys_of_the_step_enter_it():
@@ -137,7 +138,7 @@ def test_a_queue_is_read_before_the_keys_of_the_step_enter_it():
     assert mask.sum() == 32
     expected = against_queue(query, key, queue, mask, torch.tensor(0.5))
     found = {name: run.callback_metrics[f"contrast/{name}"].item() for name in expected}
-    assert found == pytest.approx({name: value.item() for name, value in expected.items()})
+    assert found == near({name: value.item() for name, value in expected.items()})
     assert "contrast/false_negatives" not in run.callback_metrics
 
 

@@ -18,6 +18,7 @@ from tests.callbacks.monitor_modules import Queued, TwoViews, views_loader
 from tests.callbacks.probe_modules import adversary, classifier, labelled, quiet_fit
 from tests.callbacks.strategies import fit_ranks
 from tests.launch import run_processes
+from tests.tolerances import NETWORK, ROUNDED, f32, near
 
 pytestmark = pytest.mark.filterwarnings("ignore:CollapseMonitor:UserWarning")
 
@@ -63,10 +64,10 @@ def test_the_numbers_equal_plain_loops():
     rows, batches = sample()
     values, spectrum = measure(rows, batches)
     alpha = values.pop("alpha_req")
-    assert values == pytest.approx(numbers_by_hand(rows, batches), rel=1e-4)
+    assert values == near(numbers_by_hand(rows, batches), NETWORK)
     assert alpha > 0
     expected = torch.linalg.svdvals(rows.double())
-    torch.testing.assert_close(spectrum, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(spectrum, expected, **f32(ROUNDED))
 
 
 def test_batches_that_hang_together_are_seen():
@@ -95,13 +96,13 @@ def test_pairs_and_scores_equal_plain_loops():
     positive = cosines.diagonal().mean().item()
     others = (cosines.sum().item() - 12 * positive) / (12 * 11)
     expected = {"alignment": 2 - 2 * positive, "positive_cosine": positive}
-    assert measure_pairs(a, b) == pytest.approx(expected | {"margin": (positive - others) / (1 - others)}, rel=1e-5)
+    assert measure_pairs(a, b) == near(expected | {"margin": (positive - others) / (1 - others)})
     p = torch.tensor([[0.7, 0.3, 0.0], [0.6, 0.2, 0.2], [0.1, 0.9, 0.0], [0.8, 0.1, 0.1]], dtype=torch.float64)
     entropies = torch.special.entr(p).sum(dim=1)
     values = measure_scores(p.argmax(dim=1), entropies, p.mean(dim=0))
     used = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     mean = [0.55, 0.375, 0.075]
-    assert values == pytest.approx(
+    assert values == near(
         {
             "prototypes": used,
             "prototype_use": used / 3,

@@ -12,6 +12,7 @@ from lightning_contrast.callbacks.probes.tasks import build_task
 from tests.callbacks.probe_modules import CLASSES, classifier, equal_states, images_and_labels, labelled, quiet_fit
 from tests.callbacks.probes.test_linear_probe_data import Plain
 from tests.launch import run_processes
+from tests.tolerances import NETWORK, TRAINING, f32, near
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,7 @@ def test_weights_of_classes_are_those_of_the_weighted_cross_entropy():
     (grad,) = torch.autograd.grad(expected, head.weight)
     _, loss = step(head, features, labels)
     torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(head.weight.grad, grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(head.weight.grad, grad, **f32(NETWORK, size=0.1))
 
 
 def test_balanced_classes_weigh_by_how_often_they_were_seen_before():
@@ -57,7 +58,9 @@ def test_balanced_classes_weigh_by_how_often_they_were_seen_before():
     assert head.class_counts.tolist() == [8, 3, 1]
     _, second = step(head, features, labels)
     weights = torch.tensor([12 / (3 * 8), 12 / (3 * 3), 12 / (3 * 1)])
-    torch.testing.assert_close(second, F.cross_entropy(logits, labels, weight=weights).detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        second, F.cross_entropy(logits, labels, weight=weights).detach(), **f32(NETWORK, size=0.1)
+    )
 
 
 def test_labels_of_their_own_are_logistic_regressions_that_leave_out_what_is_unknown():
@@ -74,8 +77,8 @@ def test_labels_of_their_own_are_logistic_regressions_that_leave_out_what_is_unk
                 grad[c] += (p - y) * x[i]
                 known += 1
     _, loss = step(head, features, labels, valid)
-    assert loss.item() == pytest.approx(total / known, rel=1e-5)
-    torch.testing.assert_close(head.weight.grad.double(), grad / (known / 3), atol=1e-5, rtol=1e-4)
+    assert loss.item() == near(total / known)
+    torch.testing.assert_close(head.weight.grad.double(), grad / (known / 3), **f32(NETWORK, size=0.1))
 
 
 def test_numbers_are_least_squares_on_standardised_targets():
@@ -85,12 +88,12 @@ def test_numbers_are_least_squares_on_standardised_targets():
     x, y = standardised(features)[:10], standardised(targets[:10])
     error = F.linear(x, head.weight) - y
     _, loss = step(head, features, targets, valid)
-    torch.testing.assert_close(loss, error.square().mean().detach(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(head.weight.grad, error.T.detach() @ x / 10, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(loss, error.square().mean().detach(), **f32(NETWORK))
+    torch.testing.assert_close(head.weight.grad, error.T.detach() @ x / 10, **f32(TRAINING, size=0.1))
     torch.testing.assert_close(head.target_mean, targets[:10].mean(0))
     predicted = head(features[:10]).detach()
     expected = F.linear(x, head.weight) * targets[:10].std(0, unbiased=False) + targets[:10].mean(0)
-    torch.testing.assert_close(predicted, expected.detach(), atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(predicted, expected.detach(), **f32(NETWORK, size=100))
 
 
 def test_targets_that_come_late_are_standardised_by_themselves():
@@ -159,12 +162,12 @@ def test_several_labels_end_to_end():
     outputs, targets = outputs_and_targets(probe, val)
     rows = [(outputs[targets[:, c] >= 0, c], targets[targets[:, c] >= 0, c]) for c in range(3)]
     expected = sum(average_precision(o, t.tolist()) for o, t in rows) / 3
-    assert run.callback_metrics["linear_probe/map"].item() == pytest.approx(expected, abs=1e-5)
+    assert run.callback_metrics["linear_probe/map"].item() == near(expected, size=1)
     f1 = []
     for out, target in rows:
         hit = ((out > 0) & (target == 1)).sum().item()
         f1.append(2 * hit / ((out > 0).sum().item() + (target == 1).sum().item()))
-    assert run.callback_metrics["linear_probe/f1"].item() == pytest.approx(sum(f1) / 3, abs=1e-5)
+    assert run.callback_metrics["linear_probe/f1"].item() == near(sum(f1) / 3, size=1)
     assert expected > 0.9
     assert "linear_probe/top1" not in run.callback_metrics
 
@@ -210,14 +213,14 @@ def test_top5_and_the_calibration_error_by_hand():
     best = p.argsort(dim=1, descending=True)
     for k in (1, 5):
         right = sum(label in row[:k] for row, label in zip(best.tolist(), kept.tolist(), strict=True))
-        assert found[f"top{k}"].item() == pytest.approx(right / len(kept))
+        assert found[f"top{k}"].item() == near(right / len(kept))
     error = 0.0
     for low in range(15):
         inside = [i for i in range(len(kept)) if low / 15 < p[i].max() <= (low + 1) / 15]
         if inside:
             gap = sum((best[i, 0] == kept[i]).item() - p[i].max().item() for i in inside)
             error += abs(gap) / len(kept)
-    assert found["calibration_error"].item() == pytest.approx(error, abs=1e-5)
+    assert found["calibration_error"].item() == near(error, size=1)
     assert ClassScores(5, CPU).ranks == (1,)
 
 
@@ -230,7 +233,7 @@ def test_two_ranks_score_as_one_process_and_one_may_have_nothing():
         return scored(logits, labels, torch.full((40,), rank == 1))
 
     for found in run_processes(on_rank, 2):
-        assert {k: v.item() for k, v in found.items()} == pytest.approx({k: v.item() for k, v in everything.items()})
+        assert {k: v.item() for k, v in found.items()} == near({k: v.item() for k, v in everything.items()})
 
 
 def test_too_few_images_give_nan_and_no_error():

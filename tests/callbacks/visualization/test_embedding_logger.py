@@ -21,6 +21,7 @@ from lightning_contrast.callbacks.visualization.scatter import project_features
 from lightning_contrast.testing import assert_callback_changes_nothing, assert_resume_exact, run_processes
 from tests.callbacks.picture_runs import Flip, Pixels, enlarged, events, fit, loader, pictures, tile
 from tests.callbacks.probe_modules import adversary, classifier, images_and_labels, labelled, trainers
+from tests.tolerances import NETWORK, ROUNDED, TRAINING, f32
 
 VAL, LABELS = images_and_labels(24, seed=5)
 SAME, OTHER = (46, 160, 67), (218, 54, 51)
@@ -57,7 +58,7 @@ def test_projector_has_features_labels_and_pictures(tmp_path):
     fit([callback], folder=tmp_path, logger=TensorBoardLogger(tmp_path), max_epochs=1)
     ((name, (rows, words, sprite, size)),) = read_projector(tmp_path).items()
     assert name == "embeddings:00003"
-    assert np.allclose(rows, colors(VAL), rtol=1e-4)
+    assert np.allclose(rows, colors(VAL), **f32(NETWORK, size=0))
     names = ["dark", "grey ish", "light"]
     assert words == ["label\timage", *(f"{names[label]}\t{i}" for i, label in enumerate(LABELS))]
     assert size == [64, 64]
@@ -77,7 +78,7 @@ def test_projector_keeps_the_first_and_the_newest_snapshots(tmp_path):
     ours = [f"{name}:{step:05d}" for step in steps for name in ("embeddings", "val/b")]
     found = read_projector(tmp_path)
     assert sorted(found) == sorted([*ours, "theirs:00001"])
-    assert np.allclose(found["theirs:00001"][0], theirs, atol=1e-6)
+    assert np.allclose(found["theirs:00001"][0], theirs, **f32(ROUNDED))
     folders = {path.name for path in Path(logger.log_dir).iterdir() if path.is_dir()}
     assert folders == {"00001", *(f"{step:05d}" for step in steps)}
     assert len(list(Path(logger.log_dir).rglob("sprite.png"))) == 10
@@ -191,7 +192,7 @@ def test_principal_components_are_those_of_numpy():
     for axis in range(2):
         direction = vectors[:, -1 - axis]
         direction *= np.sign(direction[np.abs(direction).argmax()])
-        assert np.allclose(places[:, axis], rows @ direction, atol=1e-6)
+        assert np.allclose(places[:, axis], rows @ direction, **f32(ROUNDED))
         assert words[axis] == f"component {axis + 1}, {values[-1 - axis] / values.sum():.0%} of the variance"
 
 
@@ -248,7 +249,7 @@ def test_a_loader_of_its_own_is_encoded_in_eval_mode(tmp_path):
     assert words == [str(i) for i in range(12)]
     model.eval()
     with torch.no_grad():
-        assert np.allclose(rows, model.backbone(VAL[::2].float() / 255), rtol=1e-3, atol=1e-5)
+        assert np.allclose(rows, model.backbone(VAL[::2].float() / 255), **f32(TRAINING, size=0.01))
     assert [tag for tag, _ in events(tmp_path)] == ["embeddings/neighbours"]
 
 
