@@ -380,7 +380,7 @@ def bad_labels(value, dtype=torch.int64):
             ValueError,
             r"submodule of Classifier, got 'bakbone'.*Near names: 'backbone'",
         ),
-        ({"features": "nothing"}, labelled, ValueError, r"It has 'backbone', 'drop', 'out' and what lies below"),
+        ({"features": "nothing"}, labelled, ValueError, r"It has 'backbone', 'drop', 'out' and their submodules"),
     ],
 )
 def test_bad_input_is_named(probe, data, error, message):
