@@ -98,7 +98,7 @@ def test_different_numbers_of_batches_are_an_error_on_every_rank_before_the_firs
     def work(rank):
         fit(make(name, norm=False), [batch_of(name, slice(0, 4))] * (3 - rank), **on_ranks(2))
 
-    words = "`training batches of an epoch` must be the same on all ranks, got [3, 2]. Give each rank as many"
+    words = "`training batches per epoch` must be the same on all ranks, got [3, 2]. Use a DistributedSampler"
     for kind, message in error_of(work):
         assert kind == "ValueError"
         assert message.startswith(words)

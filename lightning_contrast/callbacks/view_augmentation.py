@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_at_least, fail
 from lightning_contrast.augment.policy import ViewPolicy  # named for configuration files: functions return it
 from lightning_contrast.contracts import check_images, check_views
-from lightning_contrast.runtime.batch_transfer import Transfer, map_batches, transform_images
+from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
 from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
@@ -88,7 +88,7 @@ class ViewAugmentation(L.Callback):
             self.policy.to(trainer.strategy.root_device)
         self._trainer = trainer
         self._checked.clear()
-        Transfer.add(trainer.strategy, self._transform)
+        BatchTransforms.add(trainer.strategy, self._transform)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the strategy as it was."""
@@ -105,7 +105,7 @@ class ViewAugmentation(L.Callback):
             checkpoint[CHECKPOINT_KEY] = dict(spec)
 
     def _remove(self, trainer: Any) -> None:
-        Transfer.remove(trainer.strategy, self._transform)
+        BatchTransforms.remove(trainer.strategy, self._transform)
         self._trainer = None
 
     def _transform(self, batch: Any) -> Any:

@@ -14,7 +14,7 @@ from lightning_contrast.callbacks.throughput.report import Costs, EnergyMeter, S
 from lightning_contrast.callbacks.throughput.timer import Clock, CudaClock, HostClock, Ledger
 from lightning_contrast.callbacks.throughput.trainer_events import CATEGORIES, VIEWS, Events
 from lightning_contrast.distributed import gather, world_size
-from lightning_contrast.runtime.batch_transfer import HOOK, Transfer
+from lightning_contrast.runtime.batch_transfer import HOOK, BatchTransforms
 
 
 class TrainingCostMonitor(L.Callback):
@@ -112,9 +112,9 @@ class TrainingCostMonitor(L.Callback):
         self._device = trainer.strategy.root_device
         self._meter = self._new_meter(trainer)
         self._events = Events(trainer, Ledger(self._new_clock(), self.warmup), self._take_images, self._around)
-        if isinstance(vars(trainer.strategy).get(HOOK), Transfer):
-            Transfer.add(trainer.strategy, self._before_views, first=True)
-            Transfer.add(trainer.strategy, self._after_views)
+        if isinstance(vars(trainer.strategy).get(HOOK), BatchTransforms):
+            BatchTransforms.add(trainer.strategy, self._before_views, first=True)
+            BatchTransforms.add(trainer.strategy, self._after_views)
         self._events.open()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -170,8 +170,8 @@ class TrainingCostMonitor(L.Callback):
             self._events.close()
             self._events = None
         self._counter.end()
-        Transfer.remove(trainer.strategy, self._before_views)
-        Transfer.remove(trainer.strategy, self._after_views)
+        BatchTransforms.remove(trainer.strategy, self._before_views)
+        BatchTransforms.remove(trainer.strategy, self._after_views)
 
     def _before_views(self, batch: Any) -> Any:
         if self._events is not None:

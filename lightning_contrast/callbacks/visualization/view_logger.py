@@ -21,7 +21,7 @@ from lightning_contrast.callbacks.visualization.images import (
     statistics_of,
 )
 from lightning_contrast.contracts import Images, split_batch
-from lightning_contrast.runtime.batch_transfer import Transfer, map_batches
+from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches
 
 MOST = 224
 """Edge of the largest tile in pixels; larger views are shown smaller."""
@@ -91,7 +91,7 @@ class ViewLogger(L.Callback):
         """Look at batches before `ViewAugmentation` does; a checkpoint that is resumed is loaded after this."""
         if stage == "fit":
             self._trainer, self._armed, self._shown, self._originals = trainer, False, False, None
-            Transfer.add(trainer.strategy, self._look, first=True)
+            BatchTransforms.add(trainer.strategy, self._look, first=True)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Expect the first batch."""
@@ -129,7 +129,7 @@ class ViewLogger(L.Callback):
         self._shown = state_dict["shown"]
 
     def _remove(self, trainer: Any) -> None:
-        Transfer.remove(trainer.strategy, self._look)
+        BatchTransforms.remove(trainer.strategy, self._look)
         self._trainer = self._originals = None
 
     def _look(self, batch: Any) -> Any:
