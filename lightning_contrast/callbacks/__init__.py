@@ -1,4 +1,4 @@
-"""Plug-ins for any Trainer, one a file."""
+"""Callbacks for any Trainer, one per module."""
 
 from typing import TYPE_CHECKING
 
