@@ -485,4 +485,4 @@ def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
     from lightning_contrast.runtime.optimizer_steps import StepDetector
 
     with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got 'object'"):
-        StepDetector().open([object()])
+        StepDetector().attach([object()])

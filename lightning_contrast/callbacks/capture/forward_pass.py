@@ -29,12 +29,12 @@ def extra_pass(trainer: Any, module: nn.Module, hooks: Sequence[FeatureHook]) ->
     roots = [module] if root is None or root is module else [module, root]
     modes = {layer: layer.training for one in roots for layer in one.modules()}
     stage = trainer.state.stage
-    others = [hook for hook in attached_hooks(module) if not any(hook is own for own in hooks)]
-    were_paused = [hook.paused for hook in others]
+    attached = attached_hooks(module)
+    were_paused = [hook.paused for hook in attached]
     for layer in modes:
         layer.training = False  # not `eval()`, which a module may have overridden
-    for hook in others:
-        hook.paused = True
+    for hook in attached:
+        hook.paused = not any(hook is own for own in hooks)
     if stage is not None:
         trainer.state.stage = type(stage).VALIDATING
     try:
@@ -42,7 +42,7 @@ def extra_pass(trainer: Any, module: nn.Module, hooks: Sequence[FeatureHook]) ->
             yield
     finally:
         trainer.state.stage = stage
-        for hook, paused in zip(others, were_paused, strict=True):
+        for hook, paused in zip(attached, were_paused, strict=True):
             hook.paused = paused
         for layer, mode in modes.items():
             layer.training = mode

@@ -283,6 +283,7 @@ def test_two_ranks_divide_a_fresh_bank(size):
         ({"k": [5, 0]}, "`k` must be >= 1"),
         ({"k": [5, 30], "bank_size": 20}, "`bank_size` must be >= 30"),
         ({"bank": "val"}, "`bank` must be one of 'train', 'fresh', got 'val'"),
+        ({"bank": "fresh", "dataloader": [1]}, "`bank` must be left out if there is a `dataloader`, got 'fresh'"),
         ({"k": 0}, "`k` must be >= 1"),
         ({"temperature": 0.0}, "`temperature` must be > 0"),
         ({"bank_size": 3}, "`bank_size` must be >= 20, got 3. Raise `bank_size` to at least `k`"),
@@ -292,3 +293,15 @@ def test_two_ranks_divide_a_fresh_bank(size):
 def test_arguments_are_checked_when_they_are_given(arguments, message):
     with pytest.raises(ValueError, match=message):
         OnlineKNN(**({"num_classes": 3} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bank": [1]}, '`bank` must be "train" or "fresh", got \'list\'. Give a loader as `dataloader`'),
+        ({"dataloader": 3}, "`dataloader` must be a DataModule or a loader, got 'int'"),
+    ],
+)
+def test_types_are_checked(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        OnlineKNN(CLASSES, **arguments)

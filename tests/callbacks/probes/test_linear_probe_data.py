@@ -1,4 +1,4 @@
-"""The online linear probe with labelled batches of its own, and on several layers at once."""
+"""The online linear probe with a labeled loader, and on several layers at once."""
 
 import random
 import warnings
@@ -142,7 +142,7 @@ def test_a_stream_leaves_the_global_generators_alone_and_repeats_itself():
     assert orders[0] != orders[1]
 
 
-def test_an_extra_pass_restores_every_mode_and_only_its_taps_hear_it():
+def test_an_extra_pass_restores_every_mode_and_is_recorded_by_its_own_hooks_only():
     class Stubborn(classifier()):
         def train(self, mode=True):
             return super().train(True)
@@ -151,19 +151,24 @@ def test_an_extra_pass_restores_every_mode_and_only_its_taps_hear_it():
     module.backbone.eval()
     modes = {name: layer.training for name, layer in module.named_modules()}
     trainer = quiet_fit(Plain(), [], max_epochs=1, limit_train_batches=1)
-    joins, deaf = FeatureHook("backbone"), FeatureHook("backbone")
-    for tap in (joins, deaf):
-        tap.attach(module)
-        tap.arm(2)
+    recording, other = FeatureHook("backbone"), FeatureHook("backbone")
+    for hook in (recording, other):
+        hook.attach(module)
+        hook.arm(2)
     stage = trainer.state.stage
-    with extra_pass(trainer, module, [joins]):
+    with extra_pass(trainer, module, [recording]):
         assert not any(layer.training for layer in module.modules())
         assert not torch.is_grad_enabled()
         module(torch.rand(2, 3, 8, 8))
     assert {name: layer.training for name, layer in module.named_modules()} == modes
     assert trainer.state.stage == stage
-    assert joins.called()
-    assert not deaf.called()
+    assert recording.called()
+    assert not other.called()
+    with extra_pass(trainer, module, [recording]), extra_pass(trainer, module, [other]):
+        module(torch.rand(2, 3, 8, 8))
+    assert other.called()
+    assert not recording.paused
+    assert not other.paused
 
 
 def test_several_layers_of_a_method_whose_validation_does_not_call_them():
