@@ -83,7 +83,7 @@ class NonFiniteGuard(Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Check the loss, without reading the result on the host."""
+        """Check the loss, a scalar, without reading the result on the host."""
         self._bad_losses.append(~loss.detach().isfinite().all())
         self._loss_batches.append(self._batches[-1])
 
@@ -269,6 +269,9 @@ def first_nonfinite(
         optimizer: Optimizer of the gradients to check; None checks no gradients.
         batch: The batch of the bad loss, or None if it was not kept.
         has_bad_loss: Whether a loss of this rank is not finite.
+
+    Returns:
+        The first of the tensors, of any shape; a placeholder if this rank has none.
     """
     for name, tensor in _leaves(batch, "batch"):
         if _is_bad(tensor):
