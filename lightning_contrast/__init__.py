@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks import GradientCache as GradientCache
     from lightning_contrast.callbacks import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
     from lightning_contrast.callbacks import InvarianceMonitor as InvarianceMonitor
-    from lightning_contrast.callbacks import LoggerGuard as LoggerGuard
     from lightning_contrast.callbacks import MomentumUpdate as MomentumUpdate
     from lightning_contrast.callbacks import NonFiniteGuard as NonFiniteGuard
     from lightning_contrast.callbacks import OnlineKNN as OnlineKNN

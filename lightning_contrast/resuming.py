@@ -11,9 +11,14 @@ from torch.optim import Optimizer
 from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.runtime.default_callbacks import owned
+from lightning_contrast.runtime.default_callbacks import mark_defaults
 from lightning_contrast.runtime.optimizer_steps import has_gradients
-from lightning_contrast.runtime.schedule_position import SchedulePlan, is_other_length, set_plan, steps_per_epoch
+from lightning_contrast.runtime.schedule_position import (
+    ScheduleExtension,
+    epoch_length_changed,
+    set_extension,
+    steps_per_epoch,
+)
 
 __all__ = ["ExtendedRun", "HeadWarmup", "extend_training", "from_pretrained_backbone"]
 
@@ -30,7 +35,7 @@ class ExtendedRun(L.Callback):
         plan: Where the schedules stand, in optimizer steps of the run before.
     """
 
-    def __init__(self, checkpoint: str, max_epochs: int, plan: SchedulePlan, epochs: int) -> None:
+    def __init__(self, checkpoint: str, max_epochs: int, plan: ScheduleExtension, epochs: int) -> None:
         self.checkpoint, self.max_epochs, self.plan = checkpoint, max_epochs, plan
         self._epochs = epochs  # that the checkpoint has done
 
@@ -41,7 +46,7 @@ class ExtendedRun(L.Callback):
         if trainer.max_epochs != self.max_epochs:
             hint = "Set `max_epochs=extension.max_epochs` on the Trainer"
             fail("max_epochs", f"be {self.max_epochs} for this extension", trainer.max_epochs, hint)
-        set_plan(trainer, self.plan)
+        set_extension(trainer, self.plan)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run that does not go on from the checkpoint, or from a later one."""
@@ -49,16 +54,16 @@ class ExtendedRun(L.Callback):
             hint = "Pass `ckpt_path=extension.checkpoint`, or a later checkpoint of the extended run, to `fit`"
             fail("ckpt_path", f"lead to step {self.plan.done} or later", trainer.global_step, hint)
         steps, before = steps_per_epoch(trainer), self.plan.done / self._epochs
-        if steps is not None and is_other_length(steps, before):  # another number of processes, for example
-            set_plan(trainer, SchedulePlan(self._epochs * steps, round(self.plan.total / before * steps)))
+        if steps is not None and epoch_length_changed(steps, before):  # another number of processes, for example
+            set_extension(trainer, ScheduleExtension(self._epochs * steps, round(self.plan.total / before * steps)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the plan away again."""
-        set_plan(trainer, None)
+        set_extension(trainer, None)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Take the plan away again."""
-        set_plan(trainer, None)
+        set_extension(trainer, None)
 
 
 def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs: int | None = None) -> ExtendedRun:
@@ -99,7 +104,7 @@ def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs:
     if planned_epochs is None:
         planned_epochs = epochs
     check_at_least("planned_epochs", planned_epochs, epochs, f"The checkpoint has done {epochs} already")
-    plan = SchedulePlan(done=steps, total=round(steps * planned_epochs / epochs))
+    plan = ScheduleExtension(done=steps, total=round(steps * planned_epochs / epochs))
     return ExtendedRun(str(checkpoint), planned_epochs + more_epochs, plan, epochs)
 
 
@@ -173,7 +178,7 @@ def from_pretrained_backbone(
         if online is module.backbone:
             momentum.load_state_dict(online.state_dict())
     if head_warmup_epochs > 0:
-        module._default_callbacks = owned([*module.default_callbacks(), HeadWarmup(head_warmup_epochs)], module)
+        module._default_callbacks = mark_defaults([*module.default_callbacks(), HeadWarmup(head_warmup_epochs)], module)
     return module
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_contrast as lc
 from lightning_contrast import distributed
 from lightning_contrast.callbacks.probes.base import Step
-from lightning_contrast.callbacks.probes.linear_head import Learner, default_lr
+from lightning_contrast.callbacks.probes.linear_head import HeadTrainer, default_lr
 from lightning_contrast.callbacks.probes.tasks import ClassTask
 from lightning_contrast.testing import ChildError, run_processes
 from tests.methods.cases import CASES, fill_queue, make
@@ -99,7 +99,7 @@ def test_different_numbers_of_batches_are_an_error_on_every_rank_before_the_firs
     def work(rank):
         fit(make(name, norm=False), [batch_of(name, slice(0, 4))] * (3 - rank), **on_ranks(2))
 
-    words = "`training batches of an epoch` must be the same on all ranks, got [3, 2]. Give each rank as many"
+    words = "`training batches per epoch` must be the same on all ranks, got [3, 2]. Use a DistributedSampler"
     for kind, message in error_of(work):
         assert kind == "ValueError"
         assert message.startswith(words)
@@ -187,7 +187,7 @@ def test_an_empty_evaluation_batch_and_ranks_with_more_batches_than_others():
 
 def test_the_rate_of_a_probe_follows_the_images_of_all_ranks():
     def work(rank):
-        learner = Learner("probe", ClassTask(3), lr=None, optimizer=None, schedule=None)
+        learner = HeadTrainer("probe", ClassTask(3), lr=None, optimizer=None, schedule=None)
         rows = (3, 1)[rank]
         everything = torch.ones(rows, dtype=torch.bool)
         learner.begin_epoch(torch.device("cpu"))

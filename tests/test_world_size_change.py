@@ -120,7 +120,7 @@ def test_schedules_go_on_from_the_same_share_of_the_run(tmp_path, steps_before, 
     (words,) = said
     assert f"An epoch has {steps_after} optimizer steps; before the checkpoint it had {steps_before}." in words
     assert f"is about {steps_before / steps_after:g} times as large" in words
-    assert "peak learning rate stays the checkpoint's 0.05" in words
+    assert "peak learning rate remains the checkpoint's 0.05" in words
 
 
 def test_a_second_stop_resumes_exactly(tmp_path):

@@ -1,4 +1,4 @@
-"""Plug-ins for any Trainer, one a file."""
+"""Callbacks for any Trainer, one per module."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from lightning_contrast.callbacks.collapse.monitor import CollapseMonitor as CollapseMonitor
     from lightning_contrast.callbacks.gradient_cache import GradientCache as GradientCache
     from lightning_contrast.callbacks.invariance.monitor import InvarianceMonitor as InvarianceMonitor
-    from lightning_contrast.callbacks.logger_guard import LoggerGuard as LoggerGuard
     from lightning_contrast.callbacks.momentum_update import MomentumUpdate as MomentumUpdate
     from lightning_contrast.callbacks.nonfinite_guard import NonFiniteGuard as NonFiniteGuard
     from lightning_contrast.callbacks.probes.knn import OnlineKNN as OnlineKNN

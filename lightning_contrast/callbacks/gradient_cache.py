@@ -1,4 +1,4 @@
-"""Exact large contrastive batches in the memory of small ones."""
+"""Exact large contrastive batches with the memory of small ones."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -15,27 +15,28 @@ from lightning_contrast.nn.activation_checkpointing import frozen_running_statis
 
 
 class GradientCache(Callback):
-    """Runs one module chunk by chunk, so that a large batch takes the memory of a small one.
+    """Run one module in chunks, so that a large batch needs the memory of a small one.
 
-    GradCache (https://arxiv.org/abs/2101.06983) without its second loss: the forward pass of the module keeps nothing
-    but its outputs, the loss sees the embeddings of the whole batch, and the one ordinary backward pass computes each
-    chunk again. The gradient is that of the whole batch (1e-6 relative in float32), dropout masks are repeated, and
-    mixed precision, accumulation, clipping, DDP and FSDP need nothing more. It costs one more forward pass.
+    GradCache (https://arxiv.org/abs/2101.06983) without its surrogate loss: the forward pass of the module stores only
+    its outputs, the loss uses the embeddings of the whole batch, and the single backward pass recomputes each chunk.
+    The gradient is that of the whole batch (1e-6 relative in float32), dropout masks are reproduced, and mixed
+    precision, accumulation, clipping, DDP and FSDP work unchanged. It costs one additional forward pass.
 
-    With BatchNorm the statistics are those of each chunk, so it is not the exact large batch: use it for networks
-    without BatchNorm, or with `SyncBatchNorm` and chunks that are large enough. The running averages move once a chunk
-    and not again in the second computation. Evaluation and passes without gradient run unchanged.
+    BatchNorm computes its statistics per chunk, so the result is not the exact large batch: use networks without
+    BatchNorm, or `SyncBatchNorm` and large chunks. The running averages are updated once per chunk and not in the
+    recomputation. Evaluation and passes without gradient run unchanged.
 
-    Differs from it: no surrogate loss and no manual optimization; other networks of the step are not chunked.
+    Differs from the reference implementation: no surrogate loss and no manual optimization; other networks of the step
+    are not chunked.
 
     Args:
-        chunk_size: Images a chunk, >= 1, on each rank. A batch that is not larger runs as it is.
+        chunk_size: Images per chunk on each rank, >= 1. Smaller batches run unchanged.
         module: Name of the submodule whose ``forward`` is run in chunks. Its first argument and each tensor of its
             output have the batch as first dimension; it takes no other tensors.
 
     Raises:
-        TypeError: If ``chunk_size`` is not a whole number, or the module is given or gives something else.
-        ValueError: If it is below 1, or the LightningModule has no submodule of that name.
+        TypeError: If ``chunk_size`` is not a whole number, or the inputs or outputs of the module do not fit.
+        ValueError: If ``chunk_size`` is below 1, or the LightningModule has no submodule of that name.
     """
 
     def __init__(self, chunk_size: int, module: str = "backbone") -> None:
@@ -43,18 +44,18 @@ class GradientCache(Callback):
         self.chunk_size, self.module = chunk_size, module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the chunked pass in the place of the module's ``forward``, inside of what strategies wrap around it."""
+        """Replace the module's ``forward`` by the chunked one, inside any wrapper of the strategy."""
         modules = dict(pl_module.named_modules())
         check_choice("module", self.module, [name for name in modules if name])
         module = _inside_fsdp(modules[self.module])
         module.__dict__["forward"] = ChunkedForward(module, self.chunk_size)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own ``forward`` back."""
+        """Restore the module's ``forward``."""
         self._undo(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module its own ``forward`` back: ``teardown`` is not called after an error."""
+        """Restore the module's ``forward``: ``teardown`` is not called after an exception."""
         self._undo(pl_module)
 
     def _undo(self, pl_module: LightningModule) -> None:
@@ -70,20 +71,26 @@ class GradientCache(Callback):
 
 
 class ChunkedForward:
-    """Stands in the place of a module's ``forward``; can be copied and pickled with the module.
+    """Replacement of a module's ``forward`` that runs it in chunks; can be copied and pickled with the module.
 
     Args:
-        module: The module whose forward pass is to be run in chunks.
-        chunk_size: Rows a chunk, >= 1.
+        module: The module whose forward pass is run in chunks.
+        chunk_size: Rows per chunk, >= 1.
+
+    Attributes:
+        inner: A previous ``forward`` of the instance; None if it is that of the class.
     """
 
     def __init__(self, module: nn.Module, chunk_size: int) -> None:
         self.module, self.chunk_size = module, chunk_size
         self.inner = module.__dict__.get("forward")
-        """A ``forward`` of the instance, which was there before; None where it is the class's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module's forward pass returns."""
+        """Return the output of the module's forward pass.
+
+        Raises:
+            TypeError: If the module gets no tensor first or another one, or its outputs have not one row per image.
+        """
         forward = self.inner or type(self.module).forward.__get__(self.module)
         batch = args[0] if args else None
         if not torch.is_grad_enabled() or (isinstance(batch, Tensor) and len(batch) <= self.chunk_size):
@@ -91,7 +98,7 @@ class ChunkedForward:
         others, _ = tree_flatten((args[1:], kwargs))
         if not isinstance(batch, Tensor) or any(isinstance(other, Tensor) for other in others):
             got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
-            hint = "Name a submodule that gets one tensor, such as the backbone"
+            hint = "Name a submodule with one tensor as input, such as the backbone"
             fail("module", "take one tensor, as its first argument, to run in chunks", got, hint, TypeError)
 
         def contexts() -> tuple[Any, Any]:
@@ -106,17 +113,17 @@ class ChunkedForward:
 
 
 def _concatenate(outputs: list[Any], sizes: list[int]) -> Any:
-    """Join the outputs of the chunks: tensors, or any nesting of them in tuples, lists and dicts."""
+    """Concatenate the outputs of the chunks: tensors, or nested tuples, lists and dicts of tensors."""
     flat = [tree_flatten(output)[0] for output in outputs]
     for leaf in flat[0]:
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != sizes[0]:
             got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            hint = "Name a submodule whose outputs have one row for each image"
+            hint = "Name a submodule whose outputs have one row per image"
             fail("module", f"return tensors of {sizes[0]} rows for {sizes[0]} images", got, hint, TypeError)
     columns = [torch.cat(column) for column in zip(*flat, strict=True)]
     return tree_unflatten(columns, tree_flatten(outputs[0])[1])
 
 
 def _inside_fsdp(module: nn.Module) -> nn.Module:
-    """Return the module that an FSDP1 wrapper holds, or the module itself."""
+    """Return the module inside an FSDP1 wrapper, or the module itself."""
     return module.module if isinstance(module, FullyShardedDataParallel) else module

@@ -1,4 +1,4 @@
-"""Momentum networks that follow their online networks, once per real optimizer step."""
+"""Moving average of the online weights, updated once per real optimizer step."""
 
 import math
 from typing import Any, Literal, TypeAlias, cast
@@ -9,50 +9,53 @@ from torch import nn
 from lightning_contrast._checks import check_choice, check_probability, fail
 from lightning_contrast.nn.ema import BUFFER_RULES, BufferRule
 from lightning_contrast.nn.ema_sharded import Averager, Pairs, check_pairs
-from lightning_contrast.runtime.default_callbacks import drop_if_foreign
+from lightning_contrast.runtime.default_callbacks import remove_if_other_module
 from lightning_contrast.runtime.optimizer_steps import (
-    StepWatch,
+    StepDetector,
     batches_done,
     has_gradients,
     step_was_skipped,
     total_steps,
 )
-from lightning_contrast.runtime.schedule_position import planned
+from lightning_contrast.runtime.schedule_position import schedule_position
 
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 _SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 
 
 class MomentumUpdate(Callback):
-    """Moves every momentum network of ``momentum_pairs()`` once per real optimizer step.
+    """Update every momentum network of ``momentum_pairs()`` once per real optimizer step.
 
     ``target <- m * target + (1 - m) * online`` with the weights after the step, as in BYOL
-    (https://arxiv.org/abs/2006.07733) and DINO. The first update uses ``m = start``; "cosine" then rises as
-    ``end - (end - start) * (1 + cos(pi * k / K)) / 2``, with k the updates before and K the optimizer steps of the run.
-    A micro-batch of an accumulation moves nothing, nor does a step that the gradient scaler skipped or whose
-    ``training_step`` returned None. Under manual optimization there is one update per batch in which any optimizer
-    stepped, and the schedule follows the share of the run that is done, since nobody knows how often it will step.
+    (https://arxiv.org/abs/2006.07733) and DINO. The first update uses ``m = start``; the "cosine" schedule then
+    increases it as ``end - (end - start) * (1 + cos(pi * k / K)) / 2``, with k the number of previous updates and K the
+    optimizer steps of the run. There is no update on accumulated micro-batches, on steps that a gradient scaler or
+    `NonFiniteGuard` skipped, or if ``training_step`` returned None. Under manual optimization there is one update per
+    batch in which any optimizer stepped, and the schedule follows the finished share of the run, because the number of
+    steps is unknown.
 
-    It works with accumulation, gradient scaling, DDP, FSDP1 and FSDP2 (shard both networks of a pair alike; FSDP1
-    wrapped only around the whole module gathers all weights at each update, which is right and slow). Momentum networks
-    in half precision get a float32 master, kept in the checkpoint, because an update with a momentum of 0.99 or more
-    vanishes in bfloat16. The modules of ``step_states()`` are committed after each real step and discarded after
-    each skipped one. Logs ``train/momentum``. A resumed run goes on exactly where it stopped.
+    Accumulation, gradient scaling, DDP, FSDP1 and FSDP2 are supported (shard both networks of a pair alike; FSDP1
+    around the whole module only gathers all weights at each update, which is correct but slow). Momentum networks in
+    half precision get a float32 copy, kept in the checkpoint, because an update with a momentum of 0.99 or more rounds
+    to nothing in bfloat16. The modules of ``step_states()`` are committed after each real step and discarded after each
+    skipped one. Logs ``train/momentum``. A resumed run continues exactly where it stopped.
 
-    Differs from them: MoCo's program updates before the key forward pass, which gives the same keys one update later.
+    Differs from MoCo's reference implementation, which updates before the forward pass of the keys: the keys are the
+    same, one update later.
 
     Args:
-        start: Share that is kept at the first update; in [0, 1]. 0.996 is BYOL's (1,000 epochs) and DINO's.
-        end: Share that is kept at the end of the run; in [start, 1]. Not used by the constant schedule.
+        start: Momentum of the first update, the share of the target that is kept; in [0, 1]. 0.996 is the value of BYOL
+            (1,000 epochs) and DINO.
+        end: Momentum at the end of the run; in [start, 1]. Not used by the constant schedule.
         schedule: "cosine", "linear", or "constant".
-        buffers: What becomes of floating buffers such as BatchNorm's running averages: "none" leaves them to the
-            momentum network's own forward passes (MoCo, BYOL, DINO), "copy" takes the online network's, "ema" averages
-            them. Counters are always copied.
+        buffers: Rule for floating-point buffers such as the running averages of BatchNorm: "none" leaves them to the
+            momentum network's own forward passes (MoCo, BYOL, DINO), "copy" copies those of the online network, "ema"
+            averages them. Integer buffers are always copied.
 
     Raises:
-        ValueError: If a momentum lies outside [0, 1] or they fall, a name is unknown, the pairs differ in structure, or
-            a schedule other than "constant" meets a run without an end.
         TypeError: If the module has neither ``momentum_pairs`` nor ``step_states``.
+        ValueError: If a momentum is outside [0, 1] or ``end`` is below ``start``, a name is unknown, the networks of a
+            pair differ in structure, or an endless run has a schedule other than "constant".
     """
 
     def __init__(
@@ -70,27 +73,27 @@ class MomentumUpdate(Callback):
             fail("end", f"be at least `start` ({start})", end, 'Swap them, or set schedule="constant"')
         self.start, self.end, self.schedule = start, end, schedule
         self._averager = Averager(buffers)
-        self._watch = StepWatch()
+        self._detector = StepDetector()
         self._updates = 0  # in state_dict: trainer.global_step also counts skipped steps
         self._total = math.inf
         self._global_step = 0
 
     @property
     def buffers(self) -> BufferRule:
-        """What becomes of floating buffers."""
+        """Rule for floating-point buffers."""
         return self._averager.buffers
 
     @property
     def updates(self) -> int:
-        """How many updates the run has had."""
+        """Number of updates of the run so far."""
         return self._updates
 
     def momentum_at(self, step: float, total: float) -> float:
-        """Return the momentum of the update that ``step`` others came before.
+        """Return the momentum of an update.
 
         Args:
-            step: Updates before this one, >= 0; from ``total`` on the momentum stays at its end.
-            total: Optimizer steps of the run, > 0; infinity where only the constant schedule is asked for.
+            step: Number of updates before it, >= 0; from ``total`` on the momentum is ``end``.
+            total: Optimizer steps of the run, > 0; may be infinite for the constant schedule.
         """
         if self.schedule == "constant":
             return self.start
@@ -99,8 +102,8 @@ class MomentumUpdate(Callback):
         return self.end - (self.end - self.start) * remaining
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that has nothing to move, and a schedule for a run without an end."""
-        if drop_if_foreign(self, trainer, pl_module) or stage != "fit":
+        """Refuse a module without momentum networks, and a schedule for an endless run."""
+        if remove_if_other_module(self, trainer, pl_module) or stage != "fit":
             return
         if not hasattr(pl_module, "momentum_pairs") and not hasattr(pl_module, "step_states"):
             hint = "Return [(online_module, momentum_module), ...] from it, or leave `MomentumUpdate` out"
@@ -109,15 +112,15 @@ class MomentumUpdate(Callback):
             self._check_end(math.inf)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the pairs, which may not exist before ``configure_model``."""
+        """Check the pairs, which ``configure_model`` may have created."""
         pairs = _pairs(pl_module)
         if not pairs and not _step_states(pl_module):
             hint = "Leave `MomentumUpdate` out"
-            fail("momentum_pairs", "give at least one pair", pairs, hint)
+            fail("momentum_pairs", "return at least one pair", pairs, hint)
         check_pairs(pairs, _root(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watch the optimizers; checkpoints are loaded by now on every strategy."""
+        """Hook the optimizers; every strategy has loaded its checkpoint by now."""
         if trainer.global_step == 0:
             self._updates = 0  # a new run of the same callback
         self._global_step = trainer.global_step
@@ -125,16 +128,16 @@ class MomentumUpdate(Callback):
         has_end = math.isfinite(self._total) or (not pl_module.automatic_optimization and trainer.max_steps > 0)
         self._check_end(self._total if not has_end else 1)
         self._averager.start(_pairs(pl_module), _root(trainer, pl_module))
-        self._watch.open(trainer.optimizers)
+        self._detector.attach(trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update once per real optimizer step, so that gradient accumulation does not speed it up."""
+        """Update after a real optimizer step; no update on accumulated micro-batches or skipped steps."""
         before, self._global_step = self._global_step, trainer.global_step
-        stepped = self._watch.take()
+        stepped = self._detector.stepped()
         if stepped and not outputs and pl_module.automatic_optimization:
-            # A training_step that returned None still lets the optimizer step, with the gradients there are.
+            # After a training_step that returned None the optimizer steps too, with the gradients that are left.
             stepped = has_gradients(trainer.optimizers)
         skipped = step_was_skipped(trainer)
         if skipped or not stepped:
@@ -152,35 +155,35 @@ class MomentumUpdate(Callback):
             pl_module.log("train/momentum", momentum)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimizers alone."""
-        self._watch.close()
+        """Remove the optimizer hooks."""
+        self._detector.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimizers alone."""
-        self._watch.close()
+        """Remove the optimizer hooks."""
+        self._detector.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of updates, and the float32 masters of momentum networks in half precision."""
+        """Return the number of updates, and the float32 copies of momentum networks in half precision."""
         return {"updates": self._updates, "masters": self._averager.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a run that is resumed."""
+        """Restore the state of a resumed run."""
         self._updates = state_dict["updates"]
         self._averager.load_state_dict(state_dict["masters"])
 
     def _momentum(self, trainer: Trainer, pl_module: LightningModule, global_step: int) -> float:
-        """Return the momentum of the update that is due now."""
+        """Return the momentum of the current update."""
         if pl_module.automatic_optimization:
-            return self.momentum_at(*planned(trainer, self._updates, self._total))
+            return self.momentum_at(*schedule_position(trainer, self._updates, self._total))
         shares = [batches_done(trainer) / self._total]
         if trainer.max_steps > 0:
             shares.append(global_step / trainer.max_steps)
         return self.momentum_at(max(shares), 1.0)
 
     def _check_end(self, total: float) -> None:
-        """Refuse a schedule for a run without an end."""
+        """Refuse a schedule for an endless run."""
         if math.isinf(total) and self.schedule != "constant" and self.start != self.end:
-            rule = 'be "constant" in a run without an end'
+            rule = 'be "constant" in an endless run'
             fail("schedule", rule, self.schedule, "Set `max_epochs` or `max_steps` on the Trainer, or the schedule")
 
 
@@ -189,7 +192,7 @@ def _root(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
 
 
 def _pairs(pl_module: LightningModule) -> Pairs:
-    """Return the pairs as they are now: strategies may have wrapped or replaced modules."""
+    """Return the current pairs: strategies may have wrapped or replaced modules."""
     return cast("Pairs", getattr(pl_module, "momentum_pairs", list)())
 
 

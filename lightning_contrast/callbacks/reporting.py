@@ -1,4 +1,4 @@
-"""Shows pictures: to the loggers of a Trainer that take them, and as PNG files."""
+"""Logging of images and scalars from callbacks, and PNG files."""
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -14,43 +14,43 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-Giver: TypeAlias = Callable[[str, "Image", int], Any]
-"""Gives a logger a picture, by its tag, at a step."""
+ImageWriter: TypeAlias = Callable[[str, "Image", int], Any]
+"""Writes an image to a logger, with a tag and a step."""
 
 FOLDER = "pictures"
-"""Folder of the PNG files, below that of the logger or the Trainer."""
+"""Subfolder of the PNG files in the folder of the logger or the Trainer."""
 
 
 def publish(trainer: Any, tag: str, picture: "Image", folder: str | Path | None) -> None:
-    """Show a picture at the present step; to be called on rank 0 only.
+    """Log an image at the current step; to be called on rank 0 only.
 
-    Loggers that take pictures are TensorBoard's (``experiment.add_image``), those with a ``log_image(key, images,
-    step)`` of their own (Weights & Biases), MLflow's and Comet's (``experiment.log_image``). Others are passed over.
+    Loggers that support images are TensorBoard (``experiment.add_image``), those with their own ``log_image(key,
+    images, step)`` (Weights & Biases), MLflow and Comet (``experiment.log_image``). Others are ignored.
 
     Args:
-        trainer: Of `lightning` or `pytorch_lightning`.
-        tag: Name of the picture; words divided by "/".
-        picture: In colours, RGB.
-        folder: Where a PNG file is written as well. None: only where no logger takes pictures, into ``pictures`` below
-            the logger's folder, or ``default_root_dir`` without one.
+        trainer: Trainer of `lightning` or `pytorch_lightning`.
+        tag: Tag of the image; words separated by "/".
+        picture: RGB image.
+        folder: Folder of an additional PNG file. None: only if no logger supports images, in ``pictures`` in the
+            logger's folder, or in ``default_root_dir`` without one.
     """
     step = int(trainer.global_step)
-    givers = givers_of(trainer)
-    for give in givers:
-        give(tag, picture, step)
-    if folder is None and givers:
+    writers = image_writers(trainer)
+    for write in writers:
+        write(tag, picture, step)
+    if folder is None and writers:
         return
     if folder is None:
         folder = f"{getattr(trainer.logger, 'log_dir', None) or trainer.default_root_dir}/{FOLDER}"
     write_file(str(folder), f"{tag.replace('/', '_')}_step{step:07d}.png", png_bytes(picture))
 
 
-def givers_of(trainer: Any) -> list[Giver]:
-    """Return, for each logger of a Trainer that takes pictures, what gives it one at a step."""
-    return [giver for giver in map(_giver, trainer.loggers) if giver is not None]
+def image_writers(trainer: Any) -> list[ImageWriter]:
+    """Return a writer for each logger of a Trainer that supports images."""
+    return [writer for writer in map(_image_writer, trainer.loggers) if writer is not None]
 
 
-def _giver(logger: Any) -> Giver | None:
+def _image_writer(logger: Any) -> ImageWriter | None:
     if hasattr(logger, "log_image"):
         return lambda tag, picture, step: logger.log_image(key=tag, images=[picture], step=step)
     experiment: Any = getattr(logger, "experiment", None)
@@ -58,13 +58,13 @@ def _giver(logger: Any) -> Giver | None:
         return lambda tag, picture, step: experiment.add_image(tag, np.asarray(picture), step, dataformats="HWC")
     if not hasattr(experiment, "log_image"):
         return None
-    if hasattr(logger, "run_id"):  # MLflow's client, which is told the run at each call
+    if hasattr(logger, "run_id"):  # MLflow's client, which takes the run at each call
         return lambda tag, picture, step: experiment.log_image(logger.run_id, picture, key=tag, step=step)
     return lambda tag, picture, step: experiment.log_image(picture, name=tag, step=step)
 
 
 def picture_of(figure: "Figure") -> "Image":
-    """Return a figure of matplotlib as a picture."""
+    """Render a matplotlib figure as an RGB image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -74,14 +74,14 @@ def picture_of(figure: "Figure") -> "Image":
 
 
 def png_bytes(picture: "Image") -> bytes:
-    """Return a picture as a PNG file."""
+    """Encode an image as PNG."""
     buffer = BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def write_file(folder: str, name: str, content: bytes) -> None:
-    """Write a file into a folder that need not exist, on this machine or on any file system of fsspec."""
+    """Write a file to a local or fsspec folder, which is created if necessary."""
     files, root = url_to_fs(folder)
     files.makedirs(root, exist_ok=True)
     with files.open(f"{root}/{name}", "wb") as file:
@@ -89,37 +89,37 @@ def write_file(folder: str, name: str, content: bytes) -> None:
 
 
 def log_values(trainer: Any, pl_module: Any, values: Mapping[str, float | Tensor], *, on_epoch: bool = False) -> None:
-    """Bring values that are equal on all ranks to ``callback_metrics``, and to the loggers at this very step.
+    """Log values to ``callback_metrics`` and, at the current step, to the loggers; they are equal on all ranks.
 
-    A Trainer shows its loggers every n-th step only, which need not be the steps that a monitor measures.
+    A Trainer passes values to its loggers in every n-th step only, which may not be the step of a measurement.
 
     Args:
-        trainer: Of `lightning` or `pytorch_lightning`.
-        pl_module: Its module, in a hook that may log.
+        trainer: Trainer of `lightning` or `pytorch_lightning`.
+        pl_module: Its module, in a hook that allows logging.
         values: Scalars by name.
         on_epoch: Whether the hook belongs to an epoch and not to a step.
     """
     for name, value in values.items():
         pl_module.log(name, value, on_step=not on_epoch, on_epoch=on_epoch, logger=False, sync_dist=on_epoch)
     if trainer.loggers and trainer.is_global_zero:
-        plain = {name: float(value) for name, value in values.items()}
+        scalars = {name: float(value) for name, value in values.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(plain, step=trainer.global_step)
+            logger.log_metrics(scalars, step=trainer.global_step)
 
 
 def draw_spectra(trainer: Any, name: str, first: Mapping[str, Tensor], last: Mapping[str, Tensor]) -> None:
-    """Show the singular spectra of two measurements to the loggers that take pictures; needs matplotlib.
+    """Plot the singular spectra of two measurements to the loggers that support images; needs matplotlib.
 
     Args:
-        trainer: See `publish` for its loggers.
-        name: First part of the picture's name.
-        first: Singular values of the first measurement by space, largest first.
-        last: Those of the last.
+        trainer: The Trainer, see `publish` for its loggers.
+        name: Prefix of the tag.
+        first: Singular values of the first measurement by space, ``(D,)``, largest first.
+        last: Singular values of the last measurement.
     """
     if not last or not trainer.is_global_zero or find_spec("matplotlib") is None:
         return
-    givers = givers_of(trainer)
-    if not givers:
+    writers = image_writers(trainer)
+    if not writers:
         return
     from matplotlib.figure import Figure
 
@@ -132,5 +132,5 @@ def draw_spectra(trainer: Any, name: str, first: Mapping[str, Tensor], last: Map
         axes.set(title=space, xlabel="rank", ylabel="singular value / largest")
         axes.legend()
     picture = picture_of(figure)
-    for give in givers:
-        give(f"{name}/spectrum", picture, int(trainer.global_step))
+    for write in writers:
+        write(f"{name}/spectrum", picture, int(trainer.global_step))

@@ -1,4 +1,4 @@
-"""Views made on the device of the batch, whatever the DataModule, the Trainer or the strategy."""
+"""Views created on the device of the batch, for any DataModule, Trainer and strategy."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,13 +8,13 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail
-from lightning_contrast.augment.policy import ViewPolicy  # named for configuration files: functions return it
+from lightning_contrast.augment.policy import ViewPolicy  # in the signature for configuration files
 from lightning_contrast.contracts import check_images, check_views
-from lightning_contrast.runtime.batch_transfer import Transfer, map_batches, transform_images
+from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
 from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
-"""Key of a checkpoint under which the size, mean and std of the policy are kept."""
+"""Checkpoint key of the size, mean and std of the policy."""
 
 _STEPS = {
     "fit": ("training_step", "validation_step"),
@@ -26,41 +26,43 @@ _STEPS = {
 
 @runtime_checkable
 class Policy(Protocol):
-    """Makes views of images, and the plain images that evaluation sees."""
+    """Protocol of a view policy: views for training, one transformed image for evaluation."""
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Return V views (B, C, h, w), float, of images (B, C, H, W), uint8 or float in 0..1."""
+        """Return V views ``(B, C, h, w)``, float, of images ``(B, C, H, W)``, uint8 or float in 0..1."""
         ...
 
     def eval_transform(self, images: Tensor) -> Tensor:
-        """Return the images resized, cut to the policy's size and normalised, (B, C, h, w), float."""
+        """Return images ``(B, C, H, W)`` resized, cropped and normalized, ``(B, C, h, w)``, float."""
         ...
 
 
 class ViewAugmentation(L.Callback):
-    """Makes the views of every training batch, on its device, in front of every step and every other callback.
+    """Create the views of every training batch on its device, before every step and every other callback.
 
     In training ``policy(images)`` replaces the images of a batch by a list of views; in validation, sanity check, test
-    and prediction ``policy.eval_transform(images)`` replaces them by one tensor, so that one place owns preprocessing.
-    Everything else in the batch stays as it is, and nothing is written into the loader's own tensors. Batches may be a
-    tensor, a tuple, list, NamedTuple, dict or dataclass as in `lightning_contrast.contracts`, or collections of them
-    from a `CombinedLoader`. A loader that already yields views is refused: remove one of the two.
+    and prediction ``policy.eval_transform(images)`` replaces them by one tensor, so that all preprocessing is in one
+    place. The rest of the batch is unchanged, and the loader's own tensors are not modified. Batches may be a tensor, a
+    tuple, list, NamedTuple, dict or dataclass as in `lightning_contrast.contracts`, or collections of them from a
+    `CombinedLoader`. A loader that already yields views is refused: remove one of the two.
 
-    Images are uint8 in 0..255 or float in 0..1. Values are checked in every batch on the CPU, and in the first batch
-    of a fit on an accelerator, where each check would cost a synchronisation.
+    Images are uint8 in 0..255 or float in 0..1. Values are checked in every batch on the CPU, and in the first batch of
+    a fit on an accelerator, where each check costs a synchronization.
 
-    A checkpoint gets the policy's ``input_spec`` under the key ``"input_spec"``: what a consumer of the backbone has
-    to do to an image.
+    A checkpoint keeps the policy's ``input_spec`` under the key ``"input_spec"``: the preprocessing that users of the
+    backbone have to apply.
 
     Args:
-        policy: Makes the views, for example ``augment.simclr_views(224)``. A module is moved to the device.
-        seed: Views become a function of (seed, epoch, batch, rank) alone, >= 0, and the global generators stay as they
-            were. None: they are drawn from the global generators, unless a callback of the Trainer, as `StepSeed`, has
+        policy: Creates the views, for example ``augment.simclr_views(224)``. A module is moved to the device.
+        seed: Makes views a function of (seed, epoch, batch, rank) alone, >= 0, without changing the global generators.
+            None: views are drawn from the global generators, unless a callback of the Trainer, such as `StepSeed`, has
             a ``provides_view_seed``.
-        evaluate: False leaves the batches of validation, test and prediction as the loader gives them.
+        evaluate: False leaves the batches of validation, test and prediction unchanged.
 
     Raises:
-        TypeError: If the policy cannot be called or lacks ``eval_transform`` where that is needed.
+        TypeError: If the policy cannot be called or lacks a required ``eval_transform``, or ``seed`` is not a whole
+            number.
+        ValueError: If ``seed`` is below 0.
     """
 
     def __init__(self, policy: Policy | ViewPolicy, seed: int | None = None, evaluate: bool = True) -> None:
@@ -68,7 +70,7 @@ class ViewAugmentation(L.Callback):
             hint = "Give for example `augment.simclr_views(32)`"
             fail("policy", "be callable with a batch of images", type(policy).__name__, hint, TypeError)
         if evaluate and not callable(getattr(policy, "eval_transform", None)):
-            hint = "Give it a method `eval_transform(images)`, or set `evaluate=False`"
+            hint = "Define `eval_transform(images)`, or set `evaluate=False`"
             fail("policy", "have a method `eval_transform`", type(policy).__name__, hint, TypeError)
         if seed is not None:
             check_at_least("seed", seed, 0)
@@ -77,57 +79,61 @@ class ViewAugmentation(L.Callback):
         self._checked: set[bool] = set()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Wrap the strategy's transfer of batches to the device."""
+        """Add the views to the strategy's transfer of batches to the device.
+
+        Raises:
+            TypeError: If a step takes `dataloader_iter`, which bypasses the transfer.
+        """
         for name in _STEPS[stage]:
             step = getattr(pl_module, name, None)
             ours = self.evaluate or name == "training_step"
             if ours and step is not None and is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-                hint = f"Write `{name}(self, batch, batch_idx)`, or make the views in the step"
-                fail(name, "take a batch, for ViewAugmentation to make views of", "`dataloader_iter`", hint, TypeError)
+                hint = f"Write `{name}(self, batch, batch_idx)`, or create the views in the step"
+                fail(name, "take a batch, which ViewAugmentation transforms", "`dataloader_iter`", hint, TypeError)
         if isinstance(self.policy, nn.Module):
             self.policy.to(trainer.strategy.root_device)
         self._trainer = trainer
         self._checked.clear()
-        Transfer.add(trainer.strategy, self._transform)
+        BatchTransforms.add(trainer.strategy, self._transform)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the strategy as it was."""
+        """Restore the strategy's transfer."""
         self._remove(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the strategy as it was: `teardown` is not called after an exception."""
+        """Restore the strategy's transfer: `teardown` is not called after an exception."""
         self._remove(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep what a consumer of the backbone has to know of its input."""
+        """Save the preprocessing that the backbone expects."""
         spec = getattr(self.policy, "input_spec", None)
         if spec is not None:
             checkpoint[CHECKPOINT_KEY] = dict(spec)
 
     def _remove(self, trainer: Any) -> None:
-        Transfer.remove(trainer.strategy, self._transform)
+        BatchTransforms.remove(trainer.strategy, self._transform)
         self._trainer = None
 
     def _transform(self, batch: Any) -> Any:
-        """Make the views of a batch that has just come to its device."""
+        """Create the views of a batch that was just moved to its device."""
         trainer = self._trainer
         training = bool(trainer.training)
         if not training and not self.evaluate:
             return batch
         owner = type(self).__name__
         seed = self._seed_of_batch(trainer) if training else None
-        make = self._views if training else self._plain
+        make = self._views if training else self._eval_images
         loaders = trainer.train_dataloader if training else None
         with torch.no_grad(), seeded(seed, trainer.strategy.root_device):
             batch = map_batches(batch, lambda one: transform_images(one, make, owner), loaders)
         self._checked.add(training)
-        return trainer.precision_plugin.convert_input(batch)  # which has seen the images only, perhaps as uint8
+        return trainer.precision_plugin.convert_input(batch)  # the views are new float tensors
 
     def _views(self, images: Tensor) -> list[Tensor]:
         images = self._check(images, evaluating=False)
         return check_views(self.policy(images), images)
 
-    def _plain(self, images: Tensor) -> Tensor:
+    def _eval_images(self, images: Tensor) -> Tensor:
         return self.policy.eval_transform(self._check(images, evaluating=True))
 
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
@@ -141,5 +147,5 @@ class ViewAugmentation(L.Callback):
             seed = next((value for value in given if value is not None), None)
         if seed is None:
             return None
-        batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # not yet counted up for this batch
+        batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # incremented after the transfer
         return derived_seed(seed, trainer.current_epoch, batch_idx, trainer.global_rank)

@@ -15,14 +15,20 @@ from lightning_contrast._checks import check_not_negative, check_positive, fail,
 from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.nn import ScheduledTemperature, build_backbone, check_image_size
 from lightning_contrast.nn.temperature import Temperature
-from lightning_contrast.runtime.default_callbacks import missing, owned
-from lightning_contrast.runtime.fsdp import ClipsShards, has_local_batchnorm, outermost, shard_submodules, start_state
+from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults
+from lightning_contrast.runtime.fsdp import (
+    ShardedClippingModule,
+    has_local_batchnorm,
+    initialize_optimizer_state,
+    shard_submodules,
+    strategy_module,
+)
 from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
-from lightning_contrast.runtime.run_length import FollowsEpochs, global_batch_size, planned_steps, rate_factor
-from lightning_contrast.runtime.schedule_position import planned
+from lightning_contrast.runtime.run_length import EpochScheduledModule, global_batch_size, planned_steps, rate_factor
+from lightning_contrast.runtime.schedule_position import schedule_position
 
 
-class SelfSupervisedModule(ClipsShards, FollowsEpochs):
+class SelfSupervisedModule(ShardedClippingModule, EpochScheduledModule):
     """Base of the methods: features, evaluation steps, optimizer and schedule, default plug-ins, sharding.
 
     Args:
@@ -98,7 +104,7 @@ class SelfSupervisedModule(ClipsShards, FollowsEpochs):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups: norms and biases carry no weight decay; ``"fixed_lr"`` skips the schedule."""
-        return optim.parameter_groups(outermost(self), self.weight_decay)
+        return optim.parameter_groups(strategy_module(self), self.weight_decay)
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the learning rate at an optimizer step as a share of its peak: warm-up, then cosine to 0."""
@@ -112,7 +118,7 @@ class SelfSupervisedModule(ClipsShards, FollowsEpochs):
             global_batch = global_batch_size(self.trainer)
             lr = optim.scaled_lr(self.base_lr, global_batch, rule=self.lr_rule)
             rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
-        optimizer = start_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
+        optimizer = initialize_optimizer_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
         factor = rate_factor(self.trainer, self.lr_factor, warmup_steps, total_steps)
         factors = [optim.constant if group.get("fixed_lr", False) else factor for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
@@ -129,8 +135,8 @@ class SelfSupervisedModule(ClipsShards, FollowsEpochs):
     def configure_callbacks(self) -> list[L.Callback]:
         """Bring the default plug-ins of which the Trainer has none: the user's own always win."""
         if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
-            self._default_callbacks = owned(self.default_callbacks(), self)
-        return missing(self._default_callbacks, self.trainer.callbacks, self)  # type: ignore[attr-defined]
+            self._default_callbacks = mark_defaults(self.default_callbacks(), self)
+        return missing_defaults(self._default_callbacks, self.trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
@@ -203,7 +209,7 @@ def temperature_of(module: L.LightningModule) -> float | Tensor:
         step: float = module.global_step
         total: float | None = None
         if temperature.steps is None:
-            step, total = planned(module.trainer, step, module.trainer.estimated_stepping_batches)
+            step, total = schedule_position(module.trainer, step, module.trainer.estimated_stepping_batches)
         value = temperature(step, total)
     else:
         value = temperature(module.global_step)

@@ -15,7 +15,7 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import MaskedViT, build_masked_backbone
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.schedules import warmed_up
-from lightning_contrast.runtime.schedule_position import planned, shift_of
+from lightning_contrast.runtime.schedule_position import schedule_offset, schedule_position
 
 _SCHEDULED = "scheduled_decay"  # key of the parameter group whose weight decay follows the schedule
 
@@ -120,7 +120,9 @@ class DistillationModule(SelfSupervisedModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Set the weight decay of this step; ``global_step`` goes on where a run is resumed."""
-        step, total = planned(self.trainer, self.trainer.global_step, int(self.trainer.estimated_stepping_batches))
+        step, total = schedule_position(
+            self.trainer, self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
+        )
         decay = optim.weight_decay_cosine(step, total, self.weight_decay, self.final_weight_decay)
         for group in optimizer.param_groups:
             if group.get(_SCHEDULED):
@@ -170,7 +172,7 @@ def _steps(module: SelfSupervisedModule, epochs: int) -> tuple[int, int]:
     batches = module.trainer.num_training_batches
     if not math.isfinite(batches):
         return module.current_epoch, epochs
-    step = module.global_step + shift_of(module.trainer)
+    step = module.global_step + schedule_offset(module.trainer)
     return step, epochs * math.ceil(batches / module.trainer.accumulate_grad_batches)
 
 
@@ -279,7 +281,7 @@ class StretchedModule(DistillationModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Set the weight decay of this step; ``global_step`` goes on where a run is resumed."""
-        step, total = planned(self.trainer, self.trainer.global_step, self.trainer.estimated_stepping_batches)
+        step, total = schedule_position(self.trainer, self.trainer.global_step, self.trainer.estimated_stepping_batches)
         stretched = int(self.stretch * total)
         decay = optim.weight_decay_cosine(step + 1, stretched, self.weight_decay, self.final_weight_decay)
         for group in optimizer.param_groups:

@@ -22,7 +22,7 @@ from lightning_contrast.nn import FeatureQueue, Norm, Prototypes, mlp_head
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
-from lightning_contrast.runtime.fsdp import whole_weights
+from lightning_contrast.runtime.fsdp import full_weights
 
 
 class SwAV(SelfSupervisedModule):
@@ -128,7 +128,7 @@ class SwAV(SelfSupervisedModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Bring the prototypes to length 1, before each forward pass as in the program."""
-        with whole_weights(self, self.prototypes):
+        with full_weights(self, self.prototypes):
             self.prototypes.normalize()
 
     def on_after_backward(self) -> None:

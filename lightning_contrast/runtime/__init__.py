@@ -1,1 +1,1 @@
-"""What is read from a Trainer or attached to one: the only place that knows Lightning's internals."""
+"""State that is read from or attached to a Trainer; the only package that depends on Lightning's internals."""

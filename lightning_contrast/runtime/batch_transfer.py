@@ -1,4 +1,4 @@
-"""Transforms that run on the device right after a batch was transferred."""
+"""Transforms of batches on the device, right after the strategy has transferred them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +12,13 @@ from lightning_contrast.contracts import IMAGE_KEY, Images, is_views, replace_im
 HOOK = "batch_to_device"
 
 
-class Transfer:
-    """Stands for a strategy's ``batch_to_device`` and runs transforms on what it gives.
+class BatchTransforms:
+    """Replacement of a strategy's ``batch_to_device`` that applies transforms to the transferred batch.
 
-    There is one for each strategy and it holds a list, so that several callbacks may come and go in any order.
+    A strategy has at most one, with a list of transforms, so that callbacks can be added and removed in any order.
+
+    Args:
+        strategy: The Trainer's strategy, whose ``batch_to_device`` is wrapped.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -24,7 +27,7 @@ class Transfer:
         self.transforms: list[Callable[[Any], Any]] = []
 
     def __call__(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move the batch to the device, then transform it there."""
+        """Move the batch to the device and apply the transforms there."""
         batch = self.inner(batch, device=device, dataloader_idx=dataloader_idx)
         for transform in self.transforms:
             batch = transform(batch)
@@ -32,7 +35,7 @@ class Transfer:
 
     @classmethod
     def add(cls, strategy: Any, transform: Callable[[Any], Any], *, first: bool = False) -> None:
-        """Run ``transform`` on every batch of the strategy, once however often it is added; last, or first of all."""
+        """Apply ``transform`` to every batch, after all others or ``first``; adding it twice has no effect."""
         current = vars(strategy).get(HOOK)
         if not isinstance(current, cls):
             current = cls(strategy)
@@ -42,7 +45,7 @@ class Transfer:
 
     @classmethod
     def remove(cls, strategy: Any, transform: Callable[[Any], Any]) -> None:
-        """Stop running ``transform``, and leave the strategy as it was after the last one."""
+        """Remove ``transform``; without transforms the strategy gets its own method back."""
         current = vars(strategy).get(HOOK)
         if not isinstance(current, cls):
             return
@@ -56,17 +59,17 @@ class Transfer:
 
 
 def map_batches(batch: Any, transform: Callable[[Any], Any], loaders: Any = None) -> Any:
-    """Transform a batch, or each batch of the collection that a `CombinedLoader` gives.
+    """Transform a batch, or each batch of a collection from a `CombinedLoader`.
 
     Args:
-        batch: A batch of the contract, or a list, tuple or dict of batches; None where a loader has run out.
-        transform: Gets one batch of the contract.
-        loaders: The loader that gave the batch, or the collection of loaders; None where it is not known, as in
-            evaluation, and what the batch looks like has to tell.
+        batch: A batch of the contract, or a list, tuple or dict of batches; None for an exhausted loader.
+        transform: Function of one batch of the contract.
+        loaders: The loader of the batch, or the collection of loaders. None if unknown, as in evaluation: collections
+            are then recognized by their structure.
     """
     if batch is None:
         return None
-    many = _many(batch) if loaders is None else isinstance(loaders, Mapping | list | tuple)
+    many = _is_collection(batch) if loaders is None else isinstance(loaders, Mapping | list | tuple)
     if not many:
         return transform(batch)
     if isinstance(batch, Mapping):
@@ -75,8 +78,8 @@ def map_batches(batch: Any, transform: Callable[[Any], Any], loaders: Any = None
     return type(batch)(map_batches(one, transform, of) for one, of in zip(batch, of_each, strict=True))
 
 
-def _many(batch: Any) -> bool:
-    """Tell a collection of batches from one batch."""
+def _is_collection(batch: Any) -> bool:
+    """Return whether a value is a collection of batches and not one batch."""
     if isinstance(batch, Mapping):
         items = [item for item in batch.values() if item is not None]
         return IMAGE_KEY not in batch and all(isinstance(item, Mapping | list | tuple) for item in items)
@@ -87,15 +90,15 @@ def _many(batch: Any) -> bool:
 
 
 def transform_images(batch: Any, transform: Callable[[Tensor], Images], owner: str) -> Any:
-    """Return the batch with its images transformed.
+    """Return a copy of the batch with transformed images.
 
     Args:
         batch: A batch of the contract with a tensor of images.
-        transform: Gets the images (B, C, H, W).
+        transform: Function of the images ``(B, C, H, W)``.
         owner: Name of the callback, for messages.
 
     Raises:
-        TypeError: If the batch holds views already.
+        TypeError: If the batch already holds views.
     """
     images, _ = split_batch(batch)
     if not isinstance(images, Tensor):

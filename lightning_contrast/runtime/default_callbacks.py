@@ -1,55 +1,55 @@
-"""Plug-ins that a module brings itself: they serve that module only, and the user's own always win."""
+"""Default callbacks of a module: added if the Trainer has none of their type, and used with that module only."""
 
 from typing import Any
 
 from lightning.pytorch import Callback
 
-_OWNER = "owner"  # attribute of a default plug-in: the module that brought it
+_OWNER = "owner"  # attribute of a default callback: the module whose default it is
 
 
-def owned(defaults: list[Callback], pl_module: Any) -> list[Callback]:
-    """Return the default plug-ins of a module, marked as its own.
+def mark_defaults(defaults: list[Callback], pl_module: Any) -> list[Callback]:
+    """Mark callbacks as defaults of a module and return them.
 
     Args:
         defaults: New instances.
-        pl_module: The module that brings them.
+        pl_module: The module that returns them from ``configure_callbacks``.
     """
     for callback in defaults:
         setattr(callback, _OWNER, pl_module)
     return defaults
 
 
-def missing(defaults: list[Callback], present: list[Callback], pl_module: Any) -> list[Callback]:
-    """Return those default plug-ins of which a Trainer has none, subclasses counted.
+def missing_defaults(defaults: list[Callback], present: list[Callback], pl_module: Any) -> list[Callback]:
+    """Return the default callbacks that a Trainer lacks; instances of subclasses count as present.
 
     Args:
-        defaults: What `owned` gave for the module.
-        present: The Trainer's callbacks; the defaults of another module do not count.
+        defaults: Result of `mark_defaults`.
+        present: The Trainer's callbacks; defaults of other modules do not count.
         pl_module: The module that the Trainer runs now.
     """
-    valid = [other for other in present if not _is_foreign(other, pl_module)]
+    valid = [other for other in present if not _belongs_to_other_module(other, pl_module)]
     return [c for c in defaults if not any(isinstance(other, type(c)) for other in valid)]
 
 
-def drop_if_foreign(callback: Callback, trainer: Any, pl_module: Any) -> bool:
-    """Take the default plug-in of an earlier module out of a Trainer that runs another one.
+def remove_if_other_module(callback: Callback, trainer: Any, pl_module: Any) -> bool:
+    """Remove a default callback of an earlier module from a Trainer that now runs another one.
 
-    A Trainer keeps what a module's ``configure_callbacks`` gave it when it goes on to the next module.
+    A Trainer keeps the callbacks of ``configure_callbacks`` when it is reused with another module.
 
     Args:
-        callback: The callback whose ``setup`` this is.
-        trainer: The Trainer, which gets a new list: it iterates over the old one at this moment.
+        callback: The callback whose ``setup`` calls this.
+        trainer: The Trainer; it gets a new list, because it is iterating over the old one.
         pl_module: The module that the Trainer runs now.
 
     Returns:
-        Whether the callback was taken out.
+        Whether the callback was removed.
     """
-    foreign = _is_foreign(callback, pl_module)
-    if foreign:
+    other_module = _belongs_to_other_module(callback, pl_module)
+    if other_module:
         trainer.callbacks = [other for other in trainer.callbacks if other is not callback]
-    return foreign
+    return other_module
 
 
-def _is_foreign(callback: Callback, pl_module: Any) -> bool:
-    """Tell whether another module brought the callback; the user's own belong to every module."""
+def _belongs_to_other_module(callback: Callback, pl_module: Any) -> bool:
+    """Return whether a callback is a default of another module; the user's callbacks belong to every module."""
     return getattr(callback, _OWNER, pl_module) is not pl_module

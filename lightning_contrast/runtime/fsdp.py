@@ -1,4 +1,4 @@
-"""What a method needs to run on several ranks: FSDP2's shards, FSDP1's norms, and a look at its BatchNorm."""
+"""Sharded modules: FSDP2 sharding of submodules, gradient clipping and full weights under FSDP1, optimizer state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ from lightning_contrast.optim import LARS, clip_gradients_together
 from lightning_contrast.sharding import is_fsdp1_shard
 
 
-class ClipsShards(L.LightningModule):
-    """A module whose gradients the Trainer can clip by their norm under FSDP1 too, where Lightning refuses."""
+class ShardedClippingModule(L.LightningModule):
+    """LightningModule with gradient clipping by norm under FSDP1 too, which Lightning does not support."""
 
     def configure_gradient_clipping(
         self,
@@ -30,7 +30,7 @@ class ClipsShards(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the Trainer is told to, whatever holds the gradients."""
+        """Clip as the Trainer is configured; gradients may be sharded by FSDP1."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and any(map(is_fsdp1_shard, parameters)):
             clip_gradients_together(parameters, gradient_clip_val)
@@ -39,15 +39,15 @@ class ClipsShards(L.LightningModule):
 
 
 def shard_submodules(module: nn.Module, mesh: DeviceMesh, methods: Mapping[str, Sequence[str]]) -> None:
-    """Shard each child with parameters over the data-parallel ranks; a second call changes nothing.
+    """Shard each child that has parameters over the data-parallel ranks; a second call has no effect.
 
     Args:
-        module: The LightningModule; it is not sharded itself.
+        module: The LightningModule, which is not sharded itself.
         mesh: Lightning's mesh, with the dimensions "data_parallel" and "tensor_parallel".
-        methods: Methods other than ``forward`` that a step calls, by the name of the child that has them.
+        methods: Methods other than ``forward`` that a step calls, by the name of their child.
 
     Raises:
-        ValueError: If the mesh asks for tensor parallelism.
+        ValueError: If the mesh uses tensor parallelism.
     """
     tensor_parallel = mesh["tensor_parallel"].size()
     hint = "Use `ModelParallelStrategy(tensor_parallel_size=1)`"
@@ -55,17 +55,17 @@ def shard_submodules(module: nn.Module, mesh: DeviceMesh, methods: Mapping[str, 
     for name, child in module.named_children():
         if any(True for _ in child.parameters()) and not isinstance(child, FSDPModule):
             for weight in child.parameters():
-                weight.data = weight.data.contiguous()  # FSDP2 refuses channels-last weights
+                weight.data = weight.data.contiguous()  # FSDP2 does not support channels-last weights
             fully_shard(child, mesh=mesh["data_parallel"])
             for method in methods.get(name, ()):
                 register_fsdp_forward_method(child, method)
 
 
-def start_state(optimizer: Optimizer) -> Optimizer:
-    """Give every sharded parameter the state that its first step would start from, and return the optimizer.
+def initialize_optimizer_state(optimizer: Optimizer) -> Optimizer:
+    """Create the optimizer state of every sharded parameter, as its first step would, and return the optimizer.
 
-    FSDP loads no checkpoint in which a parameter has none, as those have that a method freezes in its first epochs.
-    Optimizers other than SGD, LARS, Adam and AdamW are left as they are.
+    FSDP cannot load a checkpoint in which a parameter has no state, such as those that a method freezes in its first
+    epochs. Optimizers other than SGD, LARS, Adam and AdamW are returned unchanged.
 
     Args:
         optimizer: An optimizer that has not stepped yet.
@@ -84,25 +84,25 @@ def start_state(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def outermost(module: L.LightningModule) -> nn.Module:
-    """Return what the strategy has wrapped around a module: FSDP1 keeps there what shapes it has flattened.
+def strategy_module(module: L.LightningModule) -> nn.Module:
+    """Return the module as the strategy has wrapped it: FSDP1's wrapper knows the shapes of flattened parameters.
 
     Args:
-        module: The LightningModule, of a fit or without a Trainer.
+        module: The LightningModule, with or without a Trainer.
     """
     strategy = module.trainer.strategy if module._trainer is not None else None
     return module if strategy is None or strategy.model is None else strategy.model
 
 
 @contextmanager
-def whole_weights(module: L.LightningModule, part: nn.Module) -> Iterator[None]:
-    """Hold the whole weights that FSDP1 has flattened and cut; what is written to them lasts. Not within a step.
+def full_weights(module: L.LightningModule, part: nn.Module) -> Iterator[None]:
+    """Gather the weights that FSDP1 has sharded, and write changes back. Not to be used within a step.
 
     Args:
         module: The LightningModule.
-        part: What is to be changed; the weights are gathered only if those of this part are cut.
+        part: The submodule to change; weights are gathered only if it is sharded.
     """
-    root = outermost(module)
+    root = strategy_module(module)
     if isinstance(root, FullyShardedDataParallel) and any(map(is_fsdp1_shard, part.parameters())):
         with FullyShardedDataParallel.summon_full_params(root, writeback=True):
             yield
@@ -111,7 +111,7 @@ def whole_weights(module: L.LightningModule, part: nn.Module) -> Iterator[None]:
 
 
 def has_local_batchnorm(module: nn.Module) -> bool:
-    """Tell whether a module has BatchNorm whose statistics each rank would keep for itself."""
+    """Return whether a module has BatchNorm layers that are not synchronized between ranks."""
     kinds = [type(child) for child in module.modules()]
     local = any(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds)
     return local and nn.SyncBatchNorm not in kinds

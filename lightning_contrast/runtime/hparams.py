@@ -1,4 +1,4 @@
-"""Which arguments of a method's constructor a checkpoint keeps, and in what form."""
+"""Constructor arguments of a method that a checkpoint keeps as hyperparameters."""
 
 import dataclasses
 from types import FrameType
@@ -14,10 +14,10 @@ def caller(frame: FrameType | None) -> FrameType | None:
 
 
 def unsaved_arguments(frame: FrameType | None) -> list[str]:
-    """Return the names of the constructor arguments that ``weights_only=True`` could not load.
+    """Return the names of the constructor arguments that a checkpoint with ``weights_only=True`` cannot hold.
 
     Args:
-        frame: The frame of a constructor; those of the subclasses that called it are looked at too.
+        frame: The frame of a constructor; arguments of subclass constructors that called it are included.
     """
     return [name for name, value in _arguments(frame) if not _is_plain(value)]
 
@@ -25,10 +25,10 @@ def unsaved_arguments(frame: FrameType | None) -> list[str]:
 def settings_as_dicts(frame: FrameType | None) -> dict[str, dict[str, Any]]:
     """Return the constructor arguments that are dataclasses of plain values, such as `losses.Negatives`, as dicts.
 
-    What takes such a dataclass takes its dict too, so that a checkpoint brings it back.
+    Constructors that take such a dataclass accept its dict too, so that it can be restored from a checkpoint.
 
     Args:
-        frame: The frame of a constructor; those of the subclasses that called it are looked at too.
+        frame: The frame of a constructor; arguments of subclass constructors that called it are included.
     """
     given = {
         name: dataclasses.asdict(value)
@@ -39,13 +39,13 @@ def settings_as_dicts(frame: FrameType | None) -> dict[str, dict[str, Any]]:
 
 
 def _arguments(frame: FrameType | None) -> list[tuple[str, Any]]:
-    """Return the names and values of the arguments of a constructor and of the subclasses' that called it."""
+    """Return names and values of the arguments of a constructor and of the subclass constructors that called it."""
     levels = [] if frame is None else collect_init_args(frame, [], classes=(L.LightningModule,))
     return [argument for arguments in levels for argument in arguments.items()]
 
 
 def _is_plain(value: object) -> bool:
-    """Tell numbers, text, None and containers of them from modules, callables and the like."""
+    """Return whether a value is a number, a str, None, or a container of these."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):

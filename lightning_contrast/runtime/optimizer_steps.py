@@ -1,4 +1,4 @@
-"""Which optimizer steps were real, and how far a run has come."""
+"""Detection of real optimizer steps, and the progress of a run in steps and batches."""
 
 import math
 from collections.abc import Sequence
@@ -13,87 +13,86 @@ from lightning_contrast._checks import fail
 _SKIPPED = "_lightning_contrast_skipped_batch"  # attribute of a Trainer: the batch at whose end a step was skipped
 
 
-class StepWatch:
-    """Tells whether an optimizer truly stepped since it was last asked.
+class StepDetector:
+    """Detects whether an optimizer really stepped since the last query.
 
-    ``trainer.global_step`` also counts steps that a gradient scaler skipped; a hook that the optimizer calls after its
-    step does not, but for fused optimizers, which skip inside their step and say so in ``found_inf``.
+    ``trainer.global_step`` also counts steps that a gradient scaler skipped. A post-step hook of the optimizer is not
+    called for those, except by fused optimizers, which skip inside their step and set ``found_inf``.
     """
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._stepped = False
+        self._has_stepped = False
 
-    def open(self, optimizers: Sequence[Any]) -> None:
-        """Watch these optimizers from now on, and no others.
+    def attach(self, optimizers: Sequence[Any]) -> None:
+        """Register hooks on these optimizers, and remove those on all others.
 
         Raises:
-            TypeError: If one is not a torch optimizer, so that its steps cannot be seen.
+            TypeError: If one is not a torch optimizer, which has no such hooks.
         """
-        self.close()
+        self.detach()
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer):
                 hint = "Return a torch.optim.Optimizer from `configure_optimizers`"
                 fail("optimizer", "be a torch.optim.Optimizer", type(optimizer).__name__, hint, TypeError)
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
-    def close(self) -> None:
-        """Watch no optimizer any more."""
+    def detach(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stepped = [], False
+        self._handles, self._has_stepped = [], False
 
-    def take(self) -> bool:
-        """Return whether there was a real step since the last call."""
-        stepped, self._stepped = self._stepped, False
-        return stepped
+    def stepped(self) -> bool:
+        """Return whether there was a real step since the last call, and reset."""
+        has_stepped, self._has_stepped = self._has_stepped, False
+        return has_stepped
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler during the step of a fused optimizer
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
-        self._stepped = self._stepped or not skipped
+        self._has_stepped = self._has_stepped or not skipped
 
-    def __reduce__(self) -> tuple[type["StepWatch"], tuple[()]]:
-        """Copy and pickle as a watch that is closed: the hooks belong to the optimizers of this process."""
-        return StepWatch, ()
+    def __reduce__(self) -> tuple[type["StepDetector"], tuple[()]]:
+        """Copy and pickle without hooks, which belong to the optimizers of this process."""
+        return StepDetector, ()
 
 
 def has_gradients(optimizers: Sequence[Optimizer]) -> bool:
-    """Tell whether any parameter of the optimizers has a gradient."""
+    """Return whether any parameter of the optimizers has a gradient."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     return any(p.grad is not None for group in groups for p in group["params"])
 
 
 def total_steps(trainer: Trainer, pl_module: LightningModule) -> float:
-    """Return the number of optimizer steps of the run, or infinity where nothing ends it.
+    """Return the number of optimizer steps of the run, infinity for an endless run.
 
-    Under manual optimization, where nobody knows how often the module will step, it is the number of batches; see
-    `steps_done`.
+    Under manual optimization, where the number of steps is unknown, it is the number of batches; see `batches_done`.
     """
     if pl_module.automatic_optimization:
         total = float(trainer.estimated_stepping_batches)
     else:
         epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
         total = math.inf if epochs < 0 else float(trainer.num_training_batches) * epochs
-    return total if total >= 0 else math.inf  # Lightning says -1 for a loader of unknown length
+    return total if total >= 0 else math.inf  # Lightning returns -1 for a loader of unknown length
 
 
 def batches_done(trainer: Trainer) -> int:
-    """Return how many batches of the whole run came before the present one."""
+    """Return the number of batches of the whole run before the current one."""
     return int(trainer.fit_loop.total_batch_idx)
 
 
 def mark_skipped(trainer: Trainer) -> None:
-    """Tell all plug-ins that the optimizer step of the present batch is not to be taken for one."""
+    """Mark the optimizer step of the current batch as skipped, for all callbacks."""
     setattr(trainer, _SKIPPED, batches_done(trainer))
 
 
 def clear_skipped(trainer: Trainer) -> None:
-    """Forget which step was skipped: a Trainer may count its batches from the start again."""
+    """Remove the mark of `mark_skipped`: another fit may count its batches from 0."""
     setattr(trainer, _SKIPPED, None)
 
 
 def step_was_skipped(trainer: Trainer) -> bool:
-    """Tell whether `mark_skipped` was called in the present batch."""
+    """Return whether `mark_skipped` was called in the current batch."""
     skipped = getattr(trainer, _SKIPPED, None)
     return skipped is not None and skipped == batches_done(trainer)

@@ -1,32 +1,34 @@
-"""Where the schedules of a run stand that is made longer, or goes on with epochs of another length."""
+"""Schedule position for extended runs and changed epoch lengths."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-_PLAN, _SHIFT = "_lightning_contrast_plan", "_lightning_contrast_shift"  # attributes of a Trainer
-_SAME = 0.1  # an epoch that differs by less has lost some steps, as to a gradient scaler
-RAMP_SHARE = 0.1  # of the added steps: the way back from the end of the schedules
+_EXTENSION, _OFFSET = "_lightning_contrast_extension", "_lightning_contrast_offset"  # attributes of a Trainer
+_TOLERANCE = 0.1  # relative; a smaller difference of epoch lengths is due to skipped steps
+RAMP_SHARE = 0.1
+"""Share of the added steps in which the schedules of a finished run move back from their end."""
 
 
 @dataclass(frozen=True)
-class SchedulePlan:
-    """The steps of a longer run as steps of the old one, without a jump at the checkpoint.
+class ScheduleExtension:
+    """Maps the steps of a longer run to those of the original schedules, without a jump at the checkpoint.
 
-    From a checkpoint on the way the rest of the old schedules is stretched over the rest of the new run. From the end
-    of a run, where a learning rate is spent, the schedules first go back, in a line over a tenth of the added steps, to
-    where a run that had been planned so long would stand, and then forward to their end again.
+    From a checkpoint in the middle of a run, the remaining part of the original schedules is stretched over the
+    remaining steps of the longer run. From the end of a run, where the learning rate is spent, the schedules first move
+    back linearly, in a tenth of the added steps, to the position of a run that was planned with the new length, and
+    then forward to their end again.
 
     Args:
         done: Optimizer steps at the checkpoint.
-        total: Optimizer steps that the old run was planned for, >= ``done``.
+        total: Planned optimizer steps of the original run, >= ``done``.
     """
 
     done: int
     total: int
 
     def at(self, step: float, end: float) -> float:
-        """Return the step of the old plan at which the schedules stand.
+        """Return the position in the original schedules.
 
         Args:
             step: Optimizer step of the longer run, >= 0.
@@ -45,34 +47,34 @@ class SchedulePlan:
         return back + (self.total - back) * (since - ramp) / (added - ramp)
 
 
-def set_plan(trainer: Any, plan: SchedulePlan | None) -> None:
-    """Give a Trainer a plan for all its schedules, or take it away."""
-    setattr(trainer, _PLAN, plan)
+def set_extension(trainer: Any, extension: ScheduleExtension | None) -> None:
+    """Set the extension of all schedules of a Trainer, or remove it."""
+    setattr(trainer, _EXTENSION, extension)
 
 
-def plan_of(trainer: Any) -> SchedulePlan | None:
-    """Return the plan of a Trainer whose run was extended."""
-    plan = getattr(trainer, _PLAN, None)
-    return plan if isinstance(plan, SchedulePlan) else None
+def extension_of(trainer: Any) -> ScheduleExtension | None:
+    """Return the extension of a Trainer whose run was extended, else None."""
+    extension = getattr(trainer, _EXTENSION, None)
+    return extension if isinstance(extension, ScheduleExtension) else None
 
 
-def planned(trainer: Any, step: float, total: float) -> tuple[float, float]:
-    """Return where the schedules stand, and how long they are.
+def schedule_position(trainer: Any, step: float, total: float) -> tuple[float, float]:
+    """Return the current position in the schedules and their length, both in optimizer steps.
 
     Args:
         trainer: The Trainer.
         step: Optimizer step of the run.
-        total: Optimizer steps of the run, as the Trainer estimates them: epochs times steps of an epoch.
+        total: Optimizer steps of the run, as the Trainer estimates them: epochs times steps per epoch.
     """
-    plan, step = plan_of(trainer), step + shift_of(trainer)
-    return (step, total) if plan is None else (plan.at(step, total), plan.total)
+    extension, step = extension_of(trainer), step + schedule_offset(trainer)
+    return (step, total) if extension is None else (extension.at(step, total), extension.total)
 
 
 def steps_per_epoch(trainer: Any) -> int | None:
-    """Return the optimizer steps of an epoch, or None where the schedules do not count epochs.
+    """Return the optimizer steps per epoch, or None if the run is not measured in epochs.
 
     Args:
-        trainer: The Trainer of a fit that has begun.
+        trainer: The Trainer, after the start of a fit.
     """
     counts = trainer.max_epochs not in (None, -1) and trainer.max_steps == -1
     if not counts or not math.isfinite(trainer.num_training_batches):
@@ -81,21 +83,21 @@ def steps_per_epoch(trainer: Any) -> int | None:
     return steps
 
 
-def is_other_length(steps: int, before: float) -> bool:
-    """Tell whether an epoch is longer or shorter than before, by more than a few skipped steps.
+def epoch_length_changed(steps: int, before: float) -> bool:
+    """Return whether epochs are longer or shorter than before, by more than a few skipped steps.
 
     Args:
-        steps: Optimizer steps of an epoch, >= 1.
-        before: The mean of the epochs before.
+        steps: Optimizer steps per epoch, >= 1.
+        before: Mean number of steps of the epochs before.
     """
-    return abs(before - steps) > _SAME * steps
+    return abs(before - steps) > _TOLERANCE * steps
 
 
-def shift_of(trainer: Any) -> int:
-    """Return how many optimizer steps later than the run has made all schedules stand; see `set_shift`."""
-    return int(getattr(trainer, _SHIFT, 0))
+def schedule_offset(trainer: Any) -> int:
+    """Return by how many optimizer steps all schedules are ahead of the run; see `set_schedule_offset`."""
+    return int(getattr(trainer, _OFFSET, 0))
 
 
-def set_shift(trainer: Any, shift: int) -> None:
-    """Let all schedules stand ``shift`` optimizer steps later than the run has made."""
-    setattr(trainer, _SHIFT, shift)
+def set_schedule_offset(trainer: Any, offset: int) -> None:
+    """Set by how many optimizer steps all schedules are ahead of the run; negative if they are behind."""
+    setattr(trainer, _OFFSET, offset)

@@ -20,7 +20,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)
 
 
 class Flip:
-    """Two views without chance: the image upside down, and its upper left quarter; both normalised."""
+    """Two views without chance: the image upside down, and its upper left quarter; both normalized."""
 
     input_spec = {"size": 8, "mean": list(MEAN), "std": list(STD)}  # noqa: RUF012
 
@@ -34,7 +34,7 @@ class Flip:
 
 
 class Pixels(L.LightningModule):
-    """Its features are the mean colour of the first view; a module that knows nothing of the package."""
+    """Its features are the mean color of the first view; a module that knows nothing of the package."""
 
     def __init__(self):
         super().__init__()

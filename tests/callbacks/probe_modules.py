@@ -1,4 +1,4 @@
-"""Modules that know nothing of the package, with a small labelled set of images, for the callbacks that look on."""
+"""Modules that know nothing of the package, and a small labeled set of images, for callbacks that read features."""
 
 import random
 import warnings
@@ -17,7 +17,7 @@ CLASSES = 3
 
 
 def images_and_labels(count=48, seed=0):
-    """Return uint8 images whose brightness tells the class."""
+    """Return uint8 images whose brightness depends on the class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (count,), generator=generator)
     images = torch.randint(0, 90, (count, 3, 8, 8), generator=generator) + 60 * labels.view(-1, 1, 1, 1)

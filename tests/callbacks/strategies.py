@@ -75,7 +75,7 @@ def fit_ranks(module, callbacks, data, name, *, ckpt_path=None, **kwargs):
 
 
 class TakeWeights(L.Callback):
-    """Keeps the whole weights of a module, however it is sharded, and tells whether it is."""
+    """Keeps the full weights of a module, sharded or not, and the share of them on this rank."""
 
     def take(self, trainer, pl_module):
         """Return whole weights by name; every rank must call it."""

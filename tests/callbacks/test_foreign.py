@@ -66,7 +66,7 @@ def test_neighbours_say_that_a_run_without_validation_gives_them_nothing_to_judg
         warnings.simplefilter("always")
         trainer.fit(foreign.LightlySimCLR(), train)
     said = [str(warning.message) for warning in caught]
-    assert sum(words.startswith("`knn` judges validation images, and this run has none") for words in said) == 1
+    assert sum(words.startswith("`knn` classifies validation images, and this run has none") for words in said) == 1
 
 
 # What is wrong.

@@ -413,7 +413,7 @@ def test_bad_arguments_are_refused(kwargs, words):
 
 
 def test_an_endless_run_needs_a_constant():
-    words = "`schedule` must be \"constant\" in a run without an end, got 'cosine'. Set `max_epochs` or `max_steps`"
+    words = "`schedule` must be \"constant\" in an endless run, got 'cosine'. Set `max_epochs` or `max_steps`"
     with pytest.raises(ValueError, match=words):
         fit(Pair(), [MomentumUpdate(0.9, 1.0)], max_epochs=-1)
     endless = DataLoader(Endless(), batch_size=4)
@@ -463,7 +463,7 @@ class Twice(Pair):
     ("make", "error", "words"),
     [
         (NoPairs, TypeError, "`pl_module` must have a method `momentum_pairs`, got 'NoPairs'"),
-        (EmptyPairs, ValueError, "`momentum_pairs` must give at least one pair"),
+        (EmptyPairs, ValueError, "`momentum_pairs` must return at least one pair"),
         (OtherWidth, ValueError, r"got '2.weight' of shape \(3, 4\) in the online and \(2, 4\)"),
         (Itself, ValueError, "is its own source"),
         (Twice, ValueError, "in two momentum modules"),
@@ -483,7 +483,7 @@ def test_bad_modules_are_refused_before_the_first_step(make, error, words):
 
 
 def test_an_optimizer_whose_steps_cannot_be_seen_is_refused():
-    from lightning_contrast.runtime.optimizer_steps import StepWatch
+    from lightning_contrast.runtime.optimizer_steps import StepDetector
 
     with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got 'object'"):
-        StepWatch().open([object()])
+        StepDetector().attach([object()])

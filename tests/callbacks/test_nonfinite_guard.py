@@ -1,4 +1,8 @@
-"""A step with values that are not finite leaves no trace, on any rank; the oracle is the run without its batches."""
+"""A step with values that are not finite changes nothing but the counters.
+
+The oracle is a run whose `training_step` returns None for the batches of the skipped steps: Lightning then steps the
+optimizer without gradients, and moves its counters and schedules as after a step that a gradient scaler skips.
+"""
 
 import math
 import warnings
@@ -37,6 +41,17 @@ def without(batches, left_out):
     return [batch for index, batch in enumerate(batches) if index not in left_out]
 
 
+def leaving_out(module, batches):
+    """Make the module's training step return None for the batches of these indices."""
+    step = module.training_step
+
+    def training_step(batch, batch_idx):
+        return None if batch_idx in batches else step(batch, batch_idx)
+
+    module.training_step = training_step
+    return module
+
+
 class Scheduled(Pair):
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -63,19 +78,43 @@ def everything(module, trainer):
     [(5, [1], [1], 1), (5, [0, 3], [0, 3], 1), (6, [2], [2, 3], 2), (6, [3], [2, 3], 2), (5, [4], [4], 2)],
     ids=["one", "first and another", "first micro-batch", "second micro-batch", "odd last"],
 )
-def test_a_skipped_step_leaves_no_trace(count, bad, left_out, accumulate, guard_first):
+def test_a_skipped_step_changes_nothing_but_the_counters(count, bad, left_out, accumulate, guard_first):
     batches = rows(count, bad)
     settings = {"accumulate_grad_batches": accumulate}
-    guard, update, plain = NonFiniteGuard(), constant(), Scheduled(norm=True)
+    guard, update, plain = NonFiniteGuard(), constant(), leaving_out(Scheduled(norm=True), left_out)
     callbacks = [guard, update] if guard_first else [update, guard]
     guarded = Scheduled(norm=True)
     with_guard = fit(guarded, callbacks, loader(batches), **settings)
-    expected = fit(plain, [constant()], loader(without(batches, left_out)), **settings)
+    expected = fit(plain, [constant()], loader(rows(count)), **settings)
+    steps = math.ceil(count / accumulate)
     assert guard.skipped == len(bad)
     assert states_equal(everything(plain, expected), everything(guarded, with_guard))
-    assert update.updates == with_guard.global_step == expected.global_step
+    assert (with_guard.global_step, update.updates) == (steps, steps - len(bad))
+    assert with_guard.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**steps)
     assert int(with_guard.callback_metrics["train/skipped_steps"]) == len(bad)
-    assert with_guard.lr_scheduler_configs[0].interval == "step"
+
+
+class Snapshots(L.Callback):
+    """Keeps what the run has learned before each batch, and the counters."""
+
+    def __init__(self):
+        self.states, self.counters = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        state = everything(pl_module, trainer)
+        self.counters.append((int(state.pop("global_step")), float(state.pop("lr"))))
+        self.states.append(state)
+
+
+def test_a_skipped_step_leaves_weights_optimizer_teacher_and_statistics():
+    snapshots, module = Snapshots(), Scheduled(norm=True)
+    fit(module, [NonFiniteGuard(), constant(), snapshots], loader(rows(4, [2])))
+    before, after = snapshots.states[2:]
+    assert states_equal(before, after)
+    first = snapshots.states[1]  # the step before has changed all of these
+    for name in ("online.0.weight", "target.0.weight", "online.1.running_mean", "momentum_buffer 0"):
+        assert not torch.equal(first[name], before[name]), name
+    assert snapshots.counters == [(n, pytest.approx(0.1 * 0.9**n)) for n in range(4)]
 
 
 def test_without_the_guard_everything_is_poisoned():
@@ -101,8 +140,8 @@ def test_a_bad_gradient_of_a_finite_loss_is_found_and_named():
     guard, module = NonFiniteGuard(), BadGradient()
     with pytest.warns(RuntimeWarning, match=r"epoch 0, batch 2\): the first is NaN in the gradient of `online.0.bias`"):
         quiet_fit(module, [guard, constant()], rows(4))
-    plain = Pair()
-    fit(plain, [constant()], loader(without(rows(4), [2])))
+    plain = leaving_out(Pair(), [2])
+    fit(plain, [constant()], loader(rows(4)))
     assert states_equal(plain.state_dict(), module.state_dict())
 
 
@@ -138,14 +177,14 @@ def test_bad_weights_raise_even_where_steps_are_skipped():
     with torch.no_grad():
         module.online[2].weight[0, 0] = math.inf
     with pytest.raises(
-        FloatingPointError, match=r"infinity in the weights `online.2.weight`.* go on from a checkpoint"
+        FloatingPointError, match=r"infinity in the weights `online.2.weight`.* resume from an earlier checkpoint"
     ):
         fit(module, [NonFiniteGuard()], loader(rows(2)))
 
 
 def test_too_many_in_a_row_raise():
     guard = NonFiniteGuard(max_in_a_row=3)
-    with pytest.raises(FloatingPointError, match=r"the 3\. step in a row"):
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row were not finite"):
         fit(Pair(), [guard], loader(rows(8, [0, 1, 3, 4, 5])))
     assert guard.skipped == 4  # two, a sound step, two, and the third in a row
 
@@ -161,17 +200,17 @@ def views(count, per_batch, bad=(), indices=False):
     return batches
 
 
-def method_fit(name, batches, callbacks):
-    module = make(name)
-    settings = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 0}
+def method_fit(name, batches, callbacks, left_out=()):
+    module = leaving_out(make(name), left_out)
+    settings = {"max_steps": 5, "max_epochs": -1, "limit_val_batches": 0}
     return module, fit(module, callbacks, loader(batches), **settings)
 
 
 @pytest.mark.parametrize(("name", "per_batch"), [("MoCo", 2), ("DINO", 4), ("BYOL", 2), ("NPID", 1)])
-def test_methods_keep_teachers_queues_and_centres_sound(name, per_batch):
-    batches, guard = views(5, per_batch, bad=[2]), NonFiniteGuard()
-    expected = everything(*method_fit(name, without(batches, [2]), []))
-    found = everything(*method_fit(name, batches, [guard]))
+def test_methods_keep_teachers_queues_and_centers(name, per_batch):
+    guard = NonFiniteGuard()
+    expected = everything(*method_fit(name, views(5, per_batch), [], left_out=[2]))
+    found = everything(*method_fit(name, views(5, per_batch, bad=[2]), [guard]))
     assert guard.skipped == 1
     assert states_equal(expected, found)
 
@@ -188,7 +227,7 @@ class OnOneRank(Pair):
 def ddp(rank, bad):
     module = (OnOneRank if bad else Pair)(norm=True)
     batches = [(batch[0] + rank,) for batch in rows(4)]
-    batches = batches if bad else without(batches, [1])
+    batches = batches if bad else without(batches, [1])  # Lightning refuses a step that returns None on several ranks
     guard = NonFiniteGuard()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -211,8 +250,9 @@ def test_all_ranks_skip_what_is_bad_on_one():
     found = run_processes(ddp, 2, True, init=False)
     for (sound, _, _), (state, skipped, _) in zip(expected, found, strict=True):
         assert skipped == 1
+        assert (sound.pop("global_step"), state.pop("global_step")) == (3, 4)
         assert states_equal(sound, state)
-    assert "batch 1) on rank 1: the first is the loss" in found[0][2][0]  # rank 0 tells what rank 1 has
+    assert "batch 1) on rank 1: the first is the loss" in found[0][2][0]  # the message of rank 0 names rank 1
     assert not found[1][2]
 
 
@@ -233,7 +273,7 @@ def test_manual_optimization():
     module, plain = Manual(), Manual()
     trainer = fit(module, [guard, update], loader(batches))
     fit(plain, [constant()], loader(without(batches, [1])))
-    assert (guard.skipped, trainer.global_step, update.updates) == (1, 4, 4)
+    assert (guard.skipped, trainer.global_step, update.updates) == (1, 5, 4)
     assert states_equal(plain.state_dict(), module.state_dict())
 
 
@@ -243,8 +283,8 @@ def scaled_fit(module, guard, batches):
     return fit(module, [guard, constant()], loader(batches), plugins=[plugin]), scaler
 
 
-def test_a_gradient_scaler_keeps_its_business():
-    """An infinite gradient of a finite loss is the scaler's, a loss that is not finite is not."""
+def test_infinite_gradients_are_left_to_a_gradient_scaler():
+    """The guard checks the loss only."""
     guard, module = NonFiniteGuard("raise"), BadGradient()
     _, scaler = scaled_fit(module, guard, rows(4))
     assert guard.skipped == 0
@@ -253,9 +293,31 @@ def test_a_gradient_scaler_keeps_its_business():
 
     guard, module = NonFiniteGuard(), Scheduled()
     trainer, _ = scaled_fit(module, guard, rows(4, [1]))
-    assert (guard.skipped, trainer.global_step) == (1, 3)
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**3)
-    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    assert (guard.skipped, trainer.global_step) == (1, 4)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**4)
+
+
+class ScheduledBadGradient(BadGradient, Scheduled):
+    pass
+
+
+def test_counters_move_as_after_a_step_that_a_gradient_scaler_skips():
+    def counters(trainer, update):
+        schedule = trainer.lr_scheduler_configs[0].scheduler
+        progress = trainer.fit_loop.epoch_loop
+        return (
+            (trainer.global_step, update.updates, schedule.last_epoch, schedule.get_last_lr()),
+            (progress.automatic_optimization.state_dict(), progress.scheduler_progress.state_dict()),
+        )
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    update, other, guard = constant(), constant(), NonFiniteGuard()
+    scaled = fit(ScheduledBadGradient(), [update], loader(rows(4)), plugins=[plugin])
+    assert scaler.get_scale() == 2.0**7  # it skipped one step
+    guarded = fit(ScheduledBadGradient(), [guard, other], loader(rows(4)))
+    assert guard.skipped == 1
+    assert counters(guarded, other) == counters(scaled, update)
 
 
 def test_one_host_read_in_a_step():
@@ -316,8 +378,7 @@ def test_large_but_finite_gradients_are_no_fault():
     assert guard.skipped == 0
 
 
-def test_users_queue_callback_is_not_fed_either():
-    batches = views(5, 2, bad=[2])
-    a = everything(*method_fit("MoCo", without(batches, [2]), [QueueUpdate()]))
-    b = everything(*method_fit("MoCo", batches, [QueueUpdate(), NonFiniteGuard()]))
+def test_a_queue_callback_of_the_user_is_not_fed_either():
+    a = everything(*method_fit("MoCo", views(5, 2), [QueueUpdate()], left_out=[2]))
+    b = everything(*method_fit("MoCo", views(5, 2, bad=[2]), [QueueUpdate(), NonFiniteGuard()]))
     assert states_equal(a, b)

@@ -217,8 +217,8 @@ class NoIndices(Banked):
     ("make", "error", "words"),
     [
         (Without, TypeError, "`pl_module` must have a method `queues`, got 'Without'"),
-        (Empty, ValueError, "`queues` must give at least one queue"),
-        (Outside, ValueError, "`queues` must give submodules of the module, got 'keys'"),
+        (Empty, ValueError, "`queues` must return at least one queue"),
+        (Outside, ValueError, "`queues` must return submodules of the module, got 'keys'"),
         (Misnamed, ValueError, "`training_step` must return a tensor 'projections' .* got \"'loss', 'keys'\""),
         (Bare, ValueError, "`training_step` must return a tensor 'keys' .* got \"'loss'\""),
         (Unlabelled, ValueError, "`training_step` must return a tensor 'keys_labels'"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_contrast.callbacks import OnlineLinearProbe, StepSeed, ViewAugmentation
-from lightning_contrast.runtime.batch_transfer import Transfer
+from lightning_contrast.runtime.batch_transfer import BatchTransforms
 from lightning_contrast.seeding import derived_seed
 from tests.callbacks.probe_modules import images_and_labels
 from tests.callbacks.step_modules import QUIET
@@ -266,12 +266,12 @@ def test_several_wrappers_come_and_go_in_any_order():
     strategy = Strategy()
     add_a, add_b = (lambda batch: [*batch, "a"]), (lambda batch: [*batch, "b"])
     for transform in (add_a, add_b, add_a):
-        Transfer.add(strategy, transform)
+        BatchTransforms.add(strategy, transform)
     assert strategy.batch_to_device([]) == ["moved", "a", "b"]
-    Transfer.remove(strategy, add_a)
+    BatchTransforms.remove(strategy, add_a)
     assert strategy.batch_to_device([]) == ["moved", "b"]
-    Transfer.remove(strategy, add_a)
-    Transfer.remove(strategy, add_b)
+    BatchTransforms.remove(strategy, add_a)
+    BatchTransforms.remove(strategy, add_b)
     assert vars(strategy) == {}
     assert strategy.batch_to_device([]) == ["moved"]
 
@@ -288,9 +288,9 @@ def test_the_attribute_of_somebody_else_is_put_back():
 
     strategy = Strategy()
     strategy.batch_to_device = foreign
-    Transfer.add(strategy, transform)
+    BatchTransforms.add(strategy, transform)
     assert strategy.batch_to_device([]) == ["foreign", "ours"]
-    Transfer.remove(strategy, transform)
+    BatchTransforms.remove(strategy, transform)
     assert strategy.batch_to_device is foreign
 
 

@@ -48,11 +48,11 @@ def probe(layer: str, pair: str) -> L.Callback:
 
 def several_layers(layer: str, pair: str) -> L.Callback:
     data = labelled(20, seed=9, shuffle=True)
-    return OnlineLinearProbe(CLASSES, features=[layer, pair], data=data, every_n_steps=2, name="several", lr=0.01)
+    return OnlineLinearProbe(CLASSES, features=[layer, pair], dataloader=data, every_n_steps=2, name="several", lr=0.01)
 
 
 def other_bank(layer: str, pair: str) -> L.Callback:
-    return OnlineKNN(CLASSES, features=layer, k=5, bank=labelled(20, seed=9, shuffle=True), name="other")
+    return OnlineKNN(CLASSES, features=layer, k=5, dataloader=labelled(20, seed=9, shuffle=True), name="other")
 
 
 def at_validation(layer: str, pair: str) -> L.Callback:

@@ -1,1 +1,1 @@
-"""Capture of features, labels and batches that callbacks share."""
+"""Features, labels and batches that several callbacks read."""

@@ -1,4 +1,4 @@
-"""Labelled batches beside those of the run: a loader or DataModule of its own, its shares and its position."""
+"""Labeled batches from a loader of a callback's own: division among ranks, position, padding."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,20 +20,20 @@ from lightning_contrast._checks import fail, require
 from lightning_contrast.distributed import rank, world_size
 from lightning_contrast.seeding import derived_seed, isolated
 
-# Row i of rank r is place i * ranks + r of an order, after whose end the first ones come again. Subclasses may differ.
+# Row i of rank r is position i * ranks + r of an order, which is padded with its first rows. Subclasses may differ.
 _SAMPLERS = (DistributedSampler, DistributedSamplerWrapper)
 
 
 SEED = 7
-"""Of the order of a loader without a seed of its own: its order must not be drawn from the run's generators."""
+"""Seed of a loader that has none: its order must not be drawn from the run's generators."""
 
 
 def check_source(name: str, data: Any) -> None:
-    """Check that ``data`` is a DataModule or can be iterated more than once.
+    """Check that ``data`` is a LightningDataModule or an iterable that can be read more than once.
 
     Args:
-        name: The argument that it was given as.
-        data: What was given.
+        name: Name of the argument, for messages.
+        data: Value of the argument.
 
     Raises:
         TypeError: If it is neither.
@@ -46,16 +46,19 @@ def check_source(name: str, data: Any) -> None:
 
 
 def training_loader(name: str, data: Any, trainer: Any) -> Any:
-    """Return the loader itself, or the training loader of a DataModule, which is prepared and set up.
+    """Return the loader itself, or the training loader of a DataModule, which is prepared and set up first.
 
     Args:
-        name: The argument that ``data`` was given as.
+        name: Name of the argument ``data``, for messages.
         data: See `check_source`.
-        trainer: The Trainer, which the DataModule may ask for the number of processes.
+        trainer: The Trainer, from which a DataModule may read the number of processes.
+
+    Raises:
+        ValueError: If ``data`` is the DataModule of the run.
     """
     if not _is_data_module(data):
         return data
-    hint = f"Leave `{name}` out, or give a DataModule of its own"
+    hint = f"Leave `{name}` out, or give another DataModule"
     require(data is not trainer.datamodule, name, "be another DataModule than the run's", type(data).__name__, hint)
     with isolated(derived_seed(SEED), trainer.strategy.root_device):
         data.trainer = trainer
@@ -67,10 +70,11 @@ def training_loader(name: str, data: Any, trainer: Any) -> Any:
 
 
 def rank_share(loader: Any) -> Any:
-    """Return the loader of one rank: an ordinary DataLoader is divided among the ranks, as Lightning would do.
+    """Return the loader of one rank: an ordinary DataLoader is divided among the ranks, as Lightning does it.
 
     Args:
-        loader: Any loader. With a sampler of its own, over an iterable set, or no DataLoader, it stays as it is.
+        loader: Any loader. One with its own sampler, over an iterable dataset, or that is no DataLoader is returned
+            unchanged.
     """
     if world_size() == 1 or not _is_ordinary(loader):
         return loader
@@ -82,7 +86,7 @@ def rank_share(loader: Any) -> Any:
 
 
 def like(loader: Any, sampler: Any, *, drop_last: bool) -> DataLoader[Any]:
-    """Return a DataLoader over the same set, with the same collation and workers, in another order."""
+    """Return a DataLoader over the same dataset, with the same collation and workers, but another sampler."""
     settings = ("batch_size", "collate_fn", "num_workers", "timeout", "worker_init_fn", "multiprocessing_context")
     given = {name: getattr(loader, name) for name in (*settings, "prefetch_factor", "pin_memory")}
     return DataLoader(
@@ -90,19 +94,22 @@ def like(loader: Any, sampler: Any, *, drop_last: bool) -> DataLoader[Any]:
     )
 
 
-class LabelledStream:
-    """Yields batches of labelled data without end, from where a checkpoint left them.
+class LabeledStream:
+    """Endless stream of labeled batches whose position can be saved and restored.
 
-    Random numbers that the loader draws come from the number of the pass and of the batch, so that the run's
-    generators stay as they are and a position can be reached again. A loader with ``state_dict`` and
-    ``load_state_dict`` is given its own state; any other is read up to the position.
+    Random numbers that the loader draws are seeded by the pass and the batch, so that the run's generators do not
+    change and a position is reproducible. A loader with ``state_dict`` and ``load_state_dict`` restores its own state;
+    any other is read up to the position.
 
     Args:
         data: See `check_source`.
-        name: The argument that it was given as.
+        name: Name of the argument, for messages.
+
+    Raises:
+        TypeError: If ``data`` is neither a DataModule nor an iterable that can be read more than once.
     """
 
-    def __init__(self, data: Any, name: str = "data") -> None:
+    def __init__(self, data: Any, name: str = "dataloader") -> None:
         check_source(name, data)
         self.data, self.name = data, name
         self._loader: Any = None
@@ -111,15 +118,15 @@ class LabelledStream:
         self._saved: Any = None
 
     def start(self, trainer: Any) -> None:
-        """Prepare the loader."""
+        """Create the loader of this rank."""
         if self._loader is None:
             self._loader = rank_share(training_loader(self.name, self.data, trainer))
 
     def next(self, device: torch.device) -> Any:
-        """Return the next batch, as the loader gives it.
+        """Return the next batch of the loader, on the device where the loader put it.
 
         Args:
-            device: Whose generator is kept beside the CPU's.
+            device: Its generator is preserved, as the CPU's is.
 
         Raises:
             ValueError: If the loader is empty.
@@ -133,11 +140,11 @@ class LabelledStream:
                 if self._position == 0:
                     break
                 self._passes, self._position, self._iterator = self._passes + 1, 0, None
-        hint = "Look at its dataset, its batch size and `drop_last`"
+        hint = "Check its dataset, its batch size and `drop_last`"
         fail(self.name, "yield at least one batch", type(self._loader).__name__, hint)
 
     def close(self) -> None:
-        """Let the workers go; the next batch is the one that would have come."""
+        """Shut down the workers; the position is kept."""
         self.load_state_dict(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,22 +154,22 @@ class LabelledStream:
         try:
             length = len(self._loader)
         except TypeError:
-            length = -1  # of an iterable set
+            length = -1  # an iterable dataset
         if self._position == length:
             return {"passes": self._passes + 1, "position": 0, "loader": None}
         return {"passes": self._passes, "position": self._position, "loader": self._state_of_loader()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position.
+        """Continue from a position.
 
         Args:
-            state: What `state_dict` returned.
+            state: Result of `state_dict`.
         """
         self._iterator = None
         self._passes, self._position, self._saved = state["passes"], state["position"], state["loader"]
 
     def _open(self, device: torch.device) -> None:
-        """Begin the pass, and go to the position."""
+        """Start the pass and advance to the position."""
         loader, saved, self._saved = self._loader, self._saved, None
         for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
             if sampler is not None and hasattr(sampler, "set_epoch"):
@@ -174,14 +181,14 @@ class LabelledStream:
             self._iterator = iter(loader)
         if not restored:
             position, self._position = self._position, 0
-            for place in range(position):
-                self._read(place, device)
+            for batch_idx in range(position):
+                self._read(batch_idx, device)
 
-    def _read(self, place: int, device: torch.device) -> Any:
+    def _read(self, batch_idx: int, device: torch.device) -> Any:
         assert self._iterator is not None  # opened before
-        with isolated(derived_seed(SEED, self._passes, place, rank()), device):
+        with isolated(derived_seed(SEED, self._passes, batch_idx, rank()), device):
             batch = next(self._iterator)
-        self._position = place + 1
+        self._position = batch_idx + 1
         return batch
 
     def _state_of_loader(self) -> Any:
@@ -194,7 +201,7 @@ def _is_data_module(data: Any) -> bool:
 
 
 def _is_ordinary(loader: Any) -> bool:
-    """Tell whether a loader reads a set of known length in an order of torch's own."""
+    """Return whether a loader reads a dataset of known length with one of torch's default samplers."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
     sampler = loader.sampler
@@ -204,40 +211,43 @@ def _is_ordinary(loader: Any) -> bool:
     return whole and type(loader.batch_sampler) is BatchSampler
 
 
-class Repeats:
-    """Tells which rows of a rank's evaluation batches would be counted twice.
+class SamplerPadding:
+    """Finds the rows of a rank's evaluation batches that another rank evaluates too.
 
-    Where a set does not divide by the ranks, the sampler that Lightning puts into a loader, and that of this package's
-    data modules, give some images to two ranks. Other samplers are taken to repeat nothing.
+    If a dataset does not divide by the number of ranks, the sampler that Lightning inserts, and that of this package's
+    data modules, pad it with images that another rank has already. Other samplers are assumed not to repeat images.
 
     Args:
-        loaders: The Trainer's loaders of an evaluation: one, or several in any container.
+        loaders: The Trainer's evaluation loaders: one, or several in any container.
     """
 
     def __init__(self, loaders: Any) -> None:
         self._samplers = [_sampler(loader) for loader in tree_leaves(loaders)]
         self._rows = [0] * len(self._samplers)
 
-    def first_time(self, loader: int, rows: int) -> Tensor | None:
-        """Return which of the next ``rows`` rows of a loader count, (rows,) bool; None where all do.
+    def mask(self, loader: int, rows: int) -> Tensor | None:
+        """Return which rows of a loader's next batch are not padding.
 
         Args:
-            loader: Number of the loader.
-            rows: Images in its next batch.
+            loader: Index of the loader.
+            rows: Number of images in its next batch.
+
+        Returns:
+            ``(rows,)``, bool, on the CPU; None if there is no padding in the batch.
         """
         sampler = self._samplers[loader] if loader < len(self._samplers) else None
         if sampler is None:
             return None
         start = self._rows[loader]
         self._rows[loader] += rows
-        total = len(sampler.dataset)  # type: ignore[arg-type]  # a set that is sampled has a length
+        total = len(sampler.dataset)  # type: ignore[arg-type]  # a dataset with a sampler has a length
         if (start + rows - 1) * sampler.num_replicas + sampler.rank < total:
             return None
         return torch.arange(start, start + rows) * sampler.num_replicas + sampler.rank < total
 
 
 def _sampler(loader: Any) -> DistributedSampler[Any] | None:
-    """Return the sampler of a loader, where it is one whose order is known."""
+    """Return the sampler of a loader if its order of rows is known."""
     batches = getattr(loader, "batch_sampler", None)
     sampler = batches.sampler if type(batches) is BatchSampler else None
     deals_in_turn = type(sampler) in _SAMPLERS or getattr(sampler, "deals_in_turn", False)

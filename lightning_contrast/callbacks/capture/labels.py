@@ -1,4 +1,4 @@
-"""Labels of a batch."""
+"""Look-up and checks of the labels of a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -10,20 +10,22 @@ from lightning_contrast._checks import fail, require
 from lightning_contrast.contracts import split_batch
 
 Labels: TypeAlias = str | int | Callable[[Any], Tensor] | None
+"""Where the labels of a batch are, see `find_labels`."""
 
 
 def find_labels(batch: Any, source: Labels, owner: str) -> Any:
-    """Return what stands where the labels of a batch should be.
+    """Look up the labels of a batch, of any type and shape.
 
     Args:
-        batch: What the loader gave, with views in the place of images or not.
-        source: See `OnlineProbe`.
+        batch: A batch of the loader, with images or with views.
+        source: None follows the batch contract, a str is the key of a dict batch, an int the index into a tuple or list
+            batch, a callable is applied to the whole batch.
         owner: Name of the callback, for messages.
 
     Raises:
-        ValueError: If there is nothing.
+        ValueError: If the batch has no labels there.
     """
-    hint = f"{owner} needs labels: let the loader yield (images, labels), or say where they are with `labels=`"
+    hint = f"{owner} needs labels: yield (images, labels) from the loader, or name their place with `labels=`"
     if callable(source):
         return source(batch)
     if source is None:
@@ -42,23 +44,32 @@ def find_labels(batch: Any, source: Labels, owner: str) -> Any:
 
 
 def read_labels(batch: Any, source: Labels, owner: str) -> Tensor:
-    """Return the classes (B,) of a batch, int64; arguments are those of `find_labels`.
+    """Look up the classes of a batch; the arguments are those of `find_labels`.
+
+    Returns:
+        ``(B,)``, int64.
 
     Raises:
-        TypeError: If what stands there is not a tensor of integers.
-        ValueError: If there is nothing, or it has another shape.
+        TypeError: If the labels are not a tensor of integers.
+        ValueError: If there are no labels, or their shape is not ``(B,)``.
     """
     return class_targets(find_labels(batch, source, owner))
 
 
 def class_targets(found: Any) -> Tensor:
-    """Return classes (B,), int64, as they were found in a batch.
+    """Check labels and convert them to classes.
+
+    Args:
+        found: Labels as the batch holds them.
+
+    Returns:
+        ``(B,)``, int64.
 
     Raises:
         TypeError: If they are not a tensor of integers.
-        ValueError: If they do not have the shape (B,).
+        ValueError: If their shape is not ``(B,)``.
     """
-    hint = "Give one class number for each image"
+    hint = "Give one class index per image"
     if not isinstance(found, Tensor) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         what = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
         fail("labels", "be a tensor of integer classes", what, hint, TypeError)

@@ -1,1 +1,1 @@
-"""Online linear probe and k-NN."""
+"""Online linear probe and online k-NN."""

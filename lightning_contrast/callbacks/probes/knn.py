@@ -1,4 +1,4 @@
-"""A k-NN classifier beside a run, over the features that it has just seen or over a bank encoded anew."""
+"""Online k-NN classifier over the features of the training steps, or over a set that is encoded at validation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,47 +9,53 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, fail, require
 from lightning_contrast.callbacks.capture.dataloaders import check_source, training_loader
-from lightning_contrast.callbacks.capture.feature_bank import Bank, Chunks, can_share, encoded
+from lightning_contrast.callbacks.capture.feature_bank import FeatureBuffer, LabeledFeatures, can_share, encoded
 from lightning_contrast.callbacks.capture.labels import Labels
-from lightning_contrast.callbacks.probes.base import OnlineProbe, Step
-from lightning_contrast.callbacks.probes.metrics import Scores, Share
+from lightning_contrast.callbacks.probes.base import BatchSource, OnlineProbe, Step
+from lightning_contrast.callbacks.probes.metrics import MaskedAccuracy, Scores
 from lightning_contrast.callbacks.probes.tasks import ClassTask
 from lightning_contrast.distributed import world_size
 from lightning_contrast.metrics.neighbours import search, vote
 
 
 class OnlineKNN(OnlineProbe):
-    """Classifies validation images by their nearest neighbours among training features, and logs the accuracy.
+    """Classify validation images by their nearest neighbors among training features, and log the accuracy.
 
-    The vote is the published one: the ``k`` most similar features, each with the weight exp(cosine / temperature)
-    (https://arxiv.org/abs/1805.01978, sec. 3.4; DINO's ``eval_knn.py``). The bank is one of three:
+    The vote is the published one: the ``k`` most similar features, each weighted by exp(cosine / temperature)
+    (https://arxiv.org/abs/1805.01978, sec. 3.4; DINO's ``eval_knn.py``). The bank of features is one of three:
 
-    - "train": the features that the run has seen in training. They belong to augmented images and are up to an epoch
-      old, which is not the published protocol; in return it costs no forward pass. Use it to follow a run.
-    - "fresh": the set of the run's training loader, encoded anew at each validation in eval mode, the plain images
-      where the Trainer has a `ViewAugmentation`: the published protocol, at the price of a forward pass over the set.
-    - a loader or a DataModule of labelled batches, encoded in the same way: the run itself may be unlabelled.
+    - ``bank="train"``: the features of the training steps. They belong to augmented images and are up to an epoch old,
+      so this is not the published protocol, but it needs no forward pass. Use it to follow a run.
+    - ``bank="fresh"``: the set of the run's training loader, encoded at each validation in eval mode, on unaugmented
+      images if the Trainer has a `ViewAugmentation`. This is the published protocol; it costs a forward pass per image.
+    - ``dataloader=loader``: labeled batches of another loader, encoded in the same way; the run itself may be
+      unlabeled.
 
-    Logged: ``<name>/top1`` at validation (``<name>/test_top1`` at test), also for each of several layers and loaders,
-    as `OnlineLinearProbe` does. With several ``k`` or temperatures each pair has its own,
-    ``<name>/k<k>_t<temperature>/top1``, and ``<name>/top1`` is that of the first. The run is left as it was, bit for
-    bit. Nothing is kept in a checkpoint: a resumed run fills the bank "train" again, so that from the end of its first
-    epoch on its values are those of the run that was not stopped; the other banks give them at once.
+    Logged: ``<name>/top1`` at validation (``<name>/test_top1`` at test), also per layer and per loader as by
+    `OnlineLinearProbe`. Several ``k`` or temperatures are logged as ``<name>/k<k>_t<temperature>/top1`` each, and the
+    first also as ``<name>/top1``. The run is not changed, bit for bit. A checkpoint keeps nothing: after a resume the
+    bank "train" fills again, so its values equal those of the uninterrupted run from the end of the first epoch on; the
+    other banks are complete at once.
 
-    Memory for each layer of width F: ``bank_size`` x F x 2 bytes over all ranks, held while training with the bank
-    "train" only, and ``bank_size`` x F x 4 bytes (x 6 while it is gathered) on each rank during validation; 128 MiB of
-    similarities.
+    Memory per layer of width F: ``bank_size`` x F x 2 bytes over all ranks, during training, for the bank "train" only;
+    and ``bank_size`` x F x 4 bytes (x 6 while gathering) on each rank plus 128 MiB of similarities during validation.
 
     Args:
-        num_classes: Number of classes.
-        features: As for `OnlineLinearProbe`.
-        labels: As for `OnlineLinearProbe`; images with the label -1 are left out.
-        k: Neighbours that vote, one number or several; all, while the bank has fewer.
-        temperature: Divisor of the cosine similarities, one or several; unitless, > 0.
-        name: First part of the names that are logged; must differ between probes.
-        bank_size: Features kept at most, over all ranks. Of "train" the newest; else spread evenly over the set.
-        tokens: As for `OnlineLinearProbe`.
-        bank: "train", "fresh", or a loader or DataModule of labelled batches.
+        num_classes: Number of classes, >= 2.
+        features: As in `OnlineLinearProbe`.
+        labels: As in `OnlineLinearProbe`; images with the label -1 are left out.
+        k: One or several numbers of neighbors that vote, >= 1; all features while the bank has fewer.
+        temperature: One or several divisors of the cosine similarities; unitless, > 0.
+        name: Prefix of the log keys; must differ between probes.
+        bank_size: Maximum number of features over all ranks, >= k. "train" keeps the newest; a set that is encoded is
+            sampled evenly.
+        tokens: As in `OnlineLinearProbe`.
+        bank: "train" or "fresh".
+        dataloader: A loader of labeled batches, or a LightningDataModule whose training loader is used, as the bank.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or ``dataloader`` is given with ``bank="fresh"``.
     """
 
     def __init__(
@@ -63,59 +69,64 @@ class OnlineKNN(OnlineProbe):
         name: str = "knn",
         bank_size: int = 65_536,
         tokens: str = "mean",
-        bank: Any = "train",
+        bank: str = "train",
+        dataloader: Any = None,
     ) -> None:
         super().__init__(ClassTask(num_classes), features=features, labels=labels, name=name, tokens=tokens)
         self.k, self.temperature = _several(k), _several(temperature)
         require(len(self.k) > 0 and len(self.temperature) > 0, "k", "not be empty", k, "Give `k` and `temperature`")
-        for one in self.k:
-            check_at_least("k", one, 1)
-        for heat in self.temperature:
-            check_positive("temperature", heat)
+        for neighbors in self.k:
+            check_at_least("k", neighbors, 1)
+        for value in self.temperature:
+            check_positive("temperature", value)
         check_at_least("bank_size", bank_size, max(self.k), "Raise `bank_size` to at least `k`")
-        if isinstance(bank, str):
-            check_choice("bank", bank, ("train", "fresh"))
-        else:
-            check_source("bank", bank)
-        self.bank, self.bank_size = bank, bank_size
-        self._chunks = {layer: Chunks() for layer in self.layers}
+        if not isinstance(bank, str):
+            fail("bank", 'be "train" or "fresh"', type(bank).__name__, "Give a loader as `dataloader`", TypeError)
+        check_choice("bank", bank, ("train", "fresh"))
+        if dataloader is not None:
+            check_source("dataloader", dataloader)
+            hint = "Give either `bank` or `dataloader`"
+            require(bank == "train", "bank", "be left out if there is a `dataloader`", bank, hint)
+        self.bank, self.bank_size, self.dataloader = bank, bank_size, dataloader
+        self._collects = dataloader is None and bank == "train"
+        self._buffers = {layer: FeatureBuffer() for layer in self.layers}
         self._batches_per_epoch = float("inf")
         self._loader: Any = None
-        self._banks: dict[str, Bank | None] = {}
+        self._banks: dict[str, LabeledFeatures | None] = {}
 
     @property
     def state_key(self) -> str:
-        """Key in a checkpoint's ``"callbacks"``, so that a Trainer takes several."""
+        """Key in a checkpoint's ``"callbacks"``, which allows several in a Trainer."""
         return f"OnlineKNN[{self.name}]"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin with an empty bank: features of another fit may be those of another module."""
+        """Empty the bank: features of an earlier fit may belong to another module."""
         super().on_fit_start(trainer, pl_module)
-        for chunks in self._chunks.values():
-            chunks.clear()
+        for buffer in self._buffers.values():
+            buffer.clear()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say so, if there will be nothing to judge, and nobody has wished that."""
+        """Warn if the run has no validation data, unless validation was turned off."""
         if not trainer.enable_validation and trainer.limit_val_batches:
             rank_zero_warn(
-                f"`{self.name}` judges validation images, and this run has none, so nothing is logged before a test: "
-                "give the module a `validation_step`, and `fit` a validation loader."
+                f"`{self.name}` classifies validation images, and this run has none, so nothing is logged before a "
+                "test: define a `validation_step`, and give `fit` a validation loader."
             )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take the length of an epoch, beyond which features are too old."""
+        """Read the length of an epoch; older features leave the bank."""
         self._batches_per_epoch = trainer.num_training_batches
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Read the labels and expect their features, where the bank is made of them."""
-        if self.bank == "train":
+        """Read the labels and arm the hooks, for the bank "train" only."""
+        if self._collects:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def learn(self, step: Step) -> None:
-        """Keep the features of a batch and forget those of the batch an epoch ago."""
-        chunks = self._chunks[step.layer or self.layers[0]]
-        chunks.add(step.features, step.labels.masked_fill(~step.valid, -1))
-        chunks.forget(max(1, self.bank_size // world_size()), self._batches_per_epoch)
+        """Add the features of a batch and remove those of one epoch before."""
+        buffer = self._buffers[step.layer or self.layers[0]]
+        buffer.add(step.features, self.task.masked(step.labels, step.valid))
+        buffer.trim(max(1, self.bank_size // world_size()), self._batches_per_epoch)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Gather the bank of all ranks."""
@@ -129,19 +140,22 @@ class OnlineKNN(OnlineProbe):
         self._gather(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the memory back."""
+        """Free the gathered bank."""
         self._banks = {}
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the memory back."""
+        """Free the gathered bank."""
         self._banks = {}
 
     def predict(self, features: Tensor, layer: str = "") -> Tensor | None:
-        """Return the classes (B, S) that win the votes of S pairs of k and temperature, or None without a bank.
+        """Return the classes ``(B, S)`` that win the votes of S pairs of k and temperature, or None without a bank.
 
         Args:
-            features: (B, F).
-            layer: Where they come from; "" is the first layer.
+            features: ``(B, F)``.
+            layer: Layer of the features; "" is the first layer.
+
+        Raises:
+            ValueError: If the features of the bank have another width.
         """
         found = self._banks.get(layer or self.layers[0])
         if found is None:
@@ -151,9 +165,9 @@ class OnlineKNN(OnlineProbe):
         hint = "Name a layer that `forward` and the validation step both call"
         require(widths[0] == widths[1], "features", "be as wide at validation as in the bank", widths, hint)
         similarities, indices = search(features, bank, min(max(self.k), len(bank)))
-        neighbours = labels[indices]
+        neighbors = labels[indices]
         shares = [
-            vote(similarities[:, :k], neighbours[:, :k], num_classes=self.num_classes, temperature=temperature)
+            vote(similarities[:, :k], neighbors[:, :k], num_classes=self.num_classes, temperature=temperature)
             for k in self.k
             for temperature in self.temperature
         ]
@@ -165,54 +179,55 @@ class OnlineKNN(OnlineProbe):
         return VoteScores(pairs, device)
 
     def _gather(self, trainer: Any, pl_module: Any) -> None:
-        chunks = self._chunks if self.bank == "train" else self._encode(trainer, pl_module)
-        self._banks = {layer: of_layer.gathered(pl_module.device) for layer, of_layer in chunks.items()}
-        if self.bank != "train" and chunks and not any(self._banks.values()):
+        buffers = self._buffers if self._collects else self._encode(trainer, pl_module)
+        self._banks = {layer: buffer.gathered(pl_module.device) for layer, buffer in buffers.items()}
+        if not self._collects and buffers and not any(self._banks.values()):
             rank_zero_warn(f"`{self.name}`: no image of the bank has a label and finite features; nothing is logged.")
 
-    def _encode(self, trainer: Any, pl_module: Any) -> dict[str, Chunks]:
-        if isinstance(self.bank, str):
+    def _encode(self, trainer: Any, pl_module: Any) -> dict[str, FeatureBuffer]:
+        if self.dataloader is None:
             loader = trainer.train_dataloader
             if loader is None:
                 rank_zero_warn(f'`{self.name}`: there is no training set to encode for `bank="fresh"` without a fit.')
                 return {}
             if not can_share(loader):
-                hint = "Give `bank` a loader of labelled images"
+                hint = "Give a loader of labeled images as `dataloader`"
                 rule = 'be a DataLoader over a set of known length for `bank="fresh"`'
                 fail("train_dataloader", rule, type(loader).__name__, hint, TypeError)
         else:
             if self._loader is None:
-                self._loader = training_loader("bank", self.bank, trainer)
+                self._loader = training_loader("dataloader", self.dataloader, trainer)
             loader = self._loader
-        self._seen.discard("bank")
-        return encoded(trainer, pl_module, list(self._taps.values()), loader, self._read, limit=self.bank_size)
+        self._checked.discard(BatchSource.BANK)
+        return encoded(trainer, pl_module, list(self._hooks.values()), loader, self._read, limit=self.bank_size)
 
     def _read(self, features: Tensor, batch: Any, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the features of a bank's batch and their classes, -1 where a row must not vote."""
-        step = self._step(self.layers[layer], features, self._targets_of(batch, "bank"), "bank of features")
-        self._seen.add("bank")
-        return step.features, step.labels.masked_fill(~step.valid, -1)
+        """Return features and classes of a bank's batch, with class -1 for rows that do not vote."""
+        targets = self._targets_of(batch, BatchSource.BANK)
+        step = self._step(self.layers[layer], features, targets, BatchSource.BANK)
+        self._checked.add(BatchSource.BANK)
+        return step.features, self.task.masked(step.labels, step.valid)
 
 
 class VoteScores(Scores):
     """Accuracies of several votes by name, and that of the first as ``top1``.
 
     Args:
-        names: What is logged of each vote.
-        device: Where the predictions are.
+        names: Log key of each vote.
+        device: Device of the predictions.
     """
 
     def __init__(self, names: list[str], device: torch.device) -> None:
-        self.shares = {name: Share().to(device) for name in names}
+        self.accuracies = {name: MaskedAccuracy().to(device) for name in names}
 
     def update(self, outputs: Tensor, targets: Tensor, valid: Tensor) -> None:
-        """Add predicted classes (B, S) and classes (B,)."""
-        for share, predicted in zip(self.shares.values(), outputs.unbind(dim=1), strict=True):
-            share.update(predicted == targets, valid)
+        """Add predicted classes ``(B, S)``, classes ``(B,)`` and the mask ``(B,)``."""
+        for accuracy, predicted in zip(self.accuracies.values(), outputs.unbind(dim=1), strict=True):
+            accuracy.update(predicted == targets, valid)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the accuracies."""
-        found = {name: share.compute() for name, share in self.shares.items()}
+        """Return the accuracies, scalars."""
+        found = {name: accuracy.compute() for name, accuracy in self.accuracies.items()}
         first = {"top1": next(iter(found.values()))}
         return first if len(found) == 1 else first | found
 

@@ -1,4 +1,4 @@
-"""What an online probe may learn: classes, several labels at once, or numbers."""
+"""Tasks of an online probe: classification, multi-label classification, regression."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Literal, TypeAlias
@@ -12,7 +12,7 @@ from lightning_contrast.callbacks.capture.labels import class_targets
 from lightning_contrast.callbacks.probes.metrics import ClassScores, MultilabelScores, RegressionScores, Scores
 
 IGNORED = -1
-"""The label of an image that has none."""
+"""Label of an image without a label."""
 
 TaskName: TypeAlias = Literal["classes", "multilabel", "regression"]
 ClassWeights: TypeAlias = Literal["balanced"] | Tensor | None
@@ -20,68 +20,90 @@ TASKS = ("classes", "multilabel", "regression")
 
 
 class Task(ABC):
-    """What the targets of a probe are, how its outputs are judged, and what it loses.
+    """Targets, metrics and loss of a probe.
 
     Args:
         outputs: Number of outputs C: classes, labels or numbers.
     """
 
-    standardises = False
-    """Targets are standardised by running statistics, as the features are."""
+    standardizes = False
+    """Whether targets are standardized by running statistics, as the features are."""
     balances = False
-    """Classes weigh what makes them count alike."""
+    """Whether the loss weights classes by their inverse frequency."""
     nesterov = False
-    """Nesterov's momentum: without it a squared error, whose slope has no bound, swings around its minimum."""
+    """Whether SGD uses Nesterov momentum. Without it a squared error, whose slope is unbounded, oscillates."""
 
     def __init__(self, outputs: int) -> None:
         self.outputs = outputs
 
     @abstractmethod
     def targets(self, found: Any) -> Tensor:
-        """Return labels as they were found in a batch in the shape and type that the loss takes, or name the fault."""
+        """Convert the labels of a batch to the targets of the loss.
+
+        Args:
+            found: Labels as the batch holds them.
+
+        Returns:
+            Targets, ``(B, ...)``.
+
+        Raises:
+            TypeError: If the labels are not a tensor of the right kind.
+            ValueError: If their shape is wrong.
+        """
 
     @abstractmethod
     def check(self, targets: Tensor) -> None:
-        """Raise a ValueError where a value is out of range; reads values on the host."""
+        """Check the values of targets ``(B, ...)``; synchronizes with the device.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
 
     @abstractmethod
     def has_target(self, targets: Tensor) -> Tensor:
-        """Return whether an image has a target, (B,), bool."""
+        """Return which images have a target, ``(B,)``, bool, for targets ``(B, ...)``."""
 
+    @abstractmethod
     def masked(self, targets: Tensor, valid: Tensor) -> Tensor:
-        """Return the targets with 0 in the rows that do not count."""
-        return targets.masked_fill(~valid.view(-1, *[1] * (targets.ndim - 1)), 0)
+        """Return the targets ``(B, ...)`` with a neutral value in the rows that ``valid``, ``(B,)``, excludes."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the sum of the loss over the valid images, and the weight by which it is to be divided.
+        """Compute the summed loss of the valid images and the weight of each image in its mean.
 
         Args:
-            outputs: (B, C).
-            targets: As `targets` returns them.
-            valid: (B,), bool.
-            weights: Weights of the classes, (C,), or None.
+            outputs: ``(B, C)``.
+            targets: What `masked` returns, ``(B, ...)``; standardized for a task that standardizes.
+            valid: ``(B,)``, bool.
+            weights: Class weights, ``(C,)``, or None.
+
+        Returns:
+            The sum over the images, a scalar, and the weights ``(B,)`` whose sum divides it.
         """
 
-    def logged_share(self) -> float:
-        """Return what the loss is multiplied by before it is logged."""
+    def logged_factor(self) -> float:
+        """Return the factor of the loss in the logs."""
         return 1.0
 
     def highest_lr(self, width: int) -> float:
-        """Return the learning rate beyond which SGD with momentum may diverge on F standardised features."""
+        """Return the learning rate above which SGD with momentum may diverge on ``width`` standardized features."""
         return float("inf")
 
     @abstractmethod
     def scores(self, device: torch.device) -> Scores:
-        """Return what judges outputs at validation."""
+        """Return new validation metrics on a device."""
 
 
 class ClassTask(Task):
-    """One class out of C for each image; softmax cross-entropy.
+    """One class out of C per image; softmax cross-entropy.
 
     Args:
-        outputs: Number of classes C.
-        class_weights: "balanced", weights (C,), or None.
+        outputs: Number of classes C, >= 2.
+        class_weights: "balanced", weights ``(C,)``, or None.
+
+    Raises:
+        TypeError: If ``class_weights`` is neither a str, a tensor nor None.
+        ValueError: If there are fewer than 2 classes, or the weights have the wrong shape or negative values.
     """
 
     def __init__(self, outputs: int, class_weights: ClassWeights = None) -> None:
@@ -91,11 +113,11 @@ class ClassTask(Task):
         self.weights = _checked_weights(class_weights, outputs)
 
     def targets(self, found: Any) -> Tensor:
-        """Return classes (B,), int64."""
+        """Return classes ``(B,)``, int64."""
         return class_targets(found)
 
     def check(self, targets: Tensor) -> None:
-        """Check that labels lie in -1..C - 1."""
+        """Check that classes ``(B,)`` lie in -1..C - 1."""
         if len(targets) == 0:
             return
         low, high = (int(bound) for bound in torch.aminmax(targets))
@@ -104,70 +126,82 @@ class ClassTask(Task):
         require(fits, "labels", rule, low if low < IGNORED else high, "Set `num_classes` to the number of classes")
 
     def has_target(self, targets: Tensor) -> Tensor:
-        """Return whether the class is one of the C."""
-        return (targets >= 0) & (targets < self.outputs)
+        """Return which classes ``(B,)`` are one of the C, ``(B,)``, bool."""
+        return targets == targets.clamp(0, self.outputs - 1)
+
+    def masked(self, targets: Tensor, valid: Tensor) -> Tensor:
+        """Return the classes ``(B,)`` with -1 in the rows that ``valid``, ``(B,)``, excludes."""
+        return targets.masked_fill(~valid, IGNORED)
 
     def loss(self, outputs: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the sum of the weighted cross-entropies in nats, and the sum of the weights."""
-        share = valid.to(outputs.dtype) if weights is None else weights[targets] * valid
-        return (F.cross_entropy(outputs, targets, reduction="none") * share).sum(), share.sum()
+        """Return the sum of the weighted cross-entropies in nats, a scalar, and the weights of the images ``(B,)``."""
+        loss = F.cross_entropy(outputs, targets, weights, ignore_index=IGNORED, reduction="sum")
+        return loss, valid.to(outputs.dtype) if weights is None else weights[targets] * valid
 
     def scores(self, device: torch.device) -> Scores:
-        """Return top-1, top-5 and the calibration error."""
+        """Return top-1 and top-5 accuracy and the calibration error."""
         return ClassScores(self.outputs, device)
 
 
 class MultilabelTask(Task):
-    """Any of C labels for each image, each 0 or 1, or -1 where it is not known; a logistic regression for each."""
+    """Any of C labels per image, each 0 or 1, or -1 where unknown; one logistic regression per label.
+
+    Args:
+        outputs: Number of labels C.
+    """
 
     def targets(self, found: Any) -> Tensor:
-        """Return labels (B, C), int64."""
-        hint = f"Give {self.outputs} numbers 0 or 1 for each image"
+        """Return labels ``(B, C)``, int64."""
+        hint = f"Give {self.outputs} numbers 0 or 1 per image"
         found = _tensor(found, hint)
         fits = found.shape[1:] == (self.outputs,)
         require(fits, "labels", f"have the shape (B, {self.outputs})", tuple(found.shape), hint)
         return found.long() if found.dtype == torch.bool or not found.is_floating_point() else _whole(found)
 
     def check(self, targets: Tensor) -> None:
-        """Check that labels are 0, 1 or -1."""
+        """Check that labels ``(B, C)`` are 0, 1 or -1."""
         if targets.numel() == 0:
             return
         low, high = (int(bound) for bound in torch.aminmax(targets))
         fits = low >= IGNORED and high <= 1
-        rule = f"be 0 or 1, or {IGNORED} where it is not known"
-        require(fits, "labels", rule, low if low < IGNORED else high, "Give one number for each label")
+        rule = f"be 0 or 1, or {IGNORED} where unknown"
+        require(fits, "labels", rule, low if low < IGNORED else high, "Give one number per label")
 
     def has_target(self, targets: Tensor) -> Tensor:
-        """Return whether any of the labels is known."""
+        """Return which images have a known label, ``(B,)``, bool."""
         return (targets >= 0).any(dim=1)
 
     def masked(self, targets: Tensor, valid: Tensor) -> Tensor:
-        """Return the targets with -1 in the rows that do not count."""
+        """Return the labels ``(B, C)`` with -1 in the rows that ``valid``, ``(B,)``, excludes."""
         return targets.masked_fill(~valid.unsqueeze(1), IGNORED)
 
     def loss(self, outputs: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the sum of the binary cross-entropies of the known labels, and how many rows they would fill."""
+        """Return the summed binary cross-entropies of known labels, a scalar, and their share per image, ``(B,)``."""
         known = ((targets >= 0) & valid.unsqueeze(1)).to(outputs.dtype)
         losses = F.binary_cross_entropy_with_logits(outputs, targets.clamp(min=0).to(outputs.dtype), reduction="none")
-        return (losses * known).sum(), known.sum() / self.outputs
+        return (losses * known).sum(), known.mean(dim=1)
 
-    def logged_share(self) -> float:
-        """Return 1 / C: what is logged is the mean over the labels."""
+    def logged_factor(self) -> float:
+        """Return 1 / C: the mean over the labels is logged."""
         return 1 / self.outputs
 
     def scores(self, device: torch.device) -> Scores:
-        """Return mAP and F1, means over the labels."""
+        """Return mAP and F1, averaged over the labels."""
         return MultilabelScores(self.outputs, device)
 
 
 class RegressionTask(Task):
-    """C numbers for each image, NaN where they are not known; squared error on standardised targets."""
+    """C numbers per image, NaN where unknown; squared error on standardized targets.
 
-    standardises = nesterov = True
+    Args:
+        outputs: Number of targets C.
+    """
+
+    standardizes = nesterov = True
 
     def targets(self, found: Any) -> Tensor:
-        """Return numbers (B, C), float32."""
-        hint = f"Give {self.outputs} numbers for each image"
+        """Return numbers ``(B, C)``, float32."""
+        hint = f"Give {self.outputs} numbers per image"
         given = _tensor(found, hint)
         if given.dtype == torch.bool or given.is_complex():
             fail("labels", "be a tensor of numbers", str(given.dtype), hint, TypeError)
@@ -177,24 +211,28 @@ class RegressionTask(Task):
         return numbers
 
     def check(self, targets: Tensor) -> None:
-        """Refuse infinite targets; NaN is a target that is not known."""
+        """Check that targets ``(B, C)`` are finite, or NaN where unknown."""
         infinite = bool(torch.isinf(targets).any())
-        require(not infinite, "labels", "be finite, or NaN where they are not known", "infinity", "Look at the targets")
+        require(not infinite, "labels", "be finite, or NaN where unknown", "infinity", "Check the targets")
 
     def has_target(self, targets: Tensor) -> Tensor:
-        """Return whether all targets are known."""
+        """Return which images have only known targets, ``(B,)``, bool."""
         return torch.isfinite(targets).all(dim=1)
 
-    def loss(self, outputs: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return half the sum of the squared errors, and the number of images."""
-        return 0.5 * ((outputs - targets).square() * valid.unsqueeze(1)).sum(), valid.to(outputs.dtype).sum()
+    def masked(self, targets: Tensor, valid: Tensor) -> Tensor:
+        """Return the targets ``(B, C)`` with 0 in the rows that ``valid``, ``(B,)``, excludes."""
+        return targets.masked_fill(~valid.unsqueeze(1), 0.0)
 
-    def logged_share(self) -> float:
-        """Return 2 / C: what is logged is the mean squared error over the variance of the targets."""
+    def loss(self, outputs: Tensor, targets: Tensor, valid: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return half the sum of the squared errors, a scalar, and 1 per valid image, ``(B,)``."""
+        return 0.5 * ((outputs - targets).square() * valid.unsqueeze(1)).sum(), valid.to(outputs.dtype)
+
+    def logged_factor(self) -> float:
+        """Return 2 / C: the mean squared error over the variance of the targets is logged."""
         return 2 / self.outputs
 
     def highest_lr(self, width: int) -> float:
-        """Return 1 / F: the curvature of half the squared error is F at most, and 1.36 over it is the limit."""
+        """Return 1 / F: half the squared error has a curvature of at most F, and SGD diverges above 1.36 / F."""
         return 1 / width
 
     def scores(self, device: torch.device) -> Scores:
@@ -203,7 +241,7 @@ class RegressionTask(Task):
 
 
 def build_task(name: str, outputs: int, class_weights: ClassWeights) -> Task:
-    """Return the task of that name.
+    """Create a task by name.
 
     Args:
         name: One of `TASKS`.
@@ -211,7 +249,8 @@ def build_task(name: str, outputs: int, class_weights: ClassWeights) -> Task:
         class_weights: For "classes" only.
 
     Raises:
-        ValueError: If there is no such task, or an argument does not fit it.
+        TypeError: If an argument has the wrong type.
+        ValueError: If the name is unknown, or an argument does not fit the task.
     """
     check_choice("task", name, TASKS)
     if name == "classes":
@@ -229,7 +268,7 @@ def _tensor(found: Any, hint: str) -> Tensor:
 
 
 def _whole(found: Tensor) -> Tensor:
-    """Return float labels as integers; 2, which `check` refuses, for what is no whole number."""
+    """Convert float labels to integers; fractions become 2, which `MultilabelTask.check` refuses."""
     return torch.where(found == found.round(), found, 2.0).long()
 
 

@@ -19,7 +19,7 @@ from lightning_contrast.callbacks.throughput.report import StepStatistics
 from lightning_contrast.callbacks.throughput.timer import CudaTimer, StepTimer, Timer
 from lightning_contrast.callbacks.throughput.trainer_events import CATEGORIES, VIEWS, ProfilerListener
 from lightning_contrast.distributed import gather, world_size
-from lightning_contrast.runtime.batch_transfer import HOOK, Transfer
+from lightning_contrast.runtime.batch_transfer import HOOK, BatchTransforms
 
 
 class TrainingCostMonitor(L.Callback):
@@ -126,9 +126,9 @@ class TrainingCostMonitor(L.Callback):
             self._meter = EnergyMeter()
         step_timer = StepTimer(self._new_timer(), self.warmup)
         self._listener = ProfilerListener(trainer, step_timer, self._take_images, self._around_step)
-        if isinstance(vars(trainer.strategy).get(HOOK), Transfer):
-            Transfer.add(trainer.strategy, self._before_views, first=True)
-            Transfer.add(trainer.strategy, self._after_views)
+        if isinstance(vars(trainer.strategy).get(HOOK), BatchTransforms):
+            BatchTransforms.add(trainer.strategy, self._before_views, first=True)
+            BatchTransforms.add(trainer.strategy, self._after_views)
         self._listener.attach()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -183,8 +183,8 @@ class TrainingCostMonitor(L.Callback):
             self._meter.stop()
             self._meter = None
         self._flop_counter.stop()
-        Transfer.remove(trainer.strategy, self._before_views)
-        Transfer.remove(trainer.strategy, self._after_views)
+        BatchTransforms.remove(trainer.strategy, self._before_views)
+        BatchTransforms.remove(trainer.strategy, self._after_views)
 
     def _before_views(self, batch: Any) -> Any:
         if self._listener is not None:

@@ -21,7 +21,7 @@ from lightning_contrast.callbacks.visualization.images import (
     statistics_of,
 )
 from lightning_contrast.contracts import Images, split_batch
-from lightning_contrast.runtime.batch_transfer import Transfer, map_batches
+from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches
 
 MAX_EDGE = 224
 """Maximum edge of a tile in pixels; larger views are downsampled."""
@@ -91,7 +91,7 @@ class ViewLogger(L.Callback):
         """Register a transform before `ViewAugmentation`, and reset the state (a checkpoint's is loaded later)."""
         if stage == "fit":
             self._trainer, self._armed, self._shown, self._originals = trainer, False, False, None
-            Transfer.add(trainer.strategy, self._keep_originals, first=True)
+            BatchTransforms.add(trainer.strategy, self._keep_originals, first=True)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Arm the callback for the first batch of an epoch that is logged."""
@@ -129,7 +129,7 @@ class ViewLogger(L.Callback):
         self._shown = state_dict["shown"]
 
     def _remove(self, trainer: Any) -> None:
-        Transfer.remove(trainer.strategy, self._keep_originals)
+        BatchTransforms.remove(trainer.strategy, self._keep_originals)
         self._trainer = self._originals = None
 
     def _keep_originals(self, batch: Any) -> Any:

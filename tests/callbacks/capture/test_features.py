@@ -130,7 +130,7 @@ def test_attaching_again_hooks_once_and_follows_a_replaced_layer():
     ("value", "error", "message"),
     [
         ((torch.ones(3, 2),), TypeError, r"layer that returns a tensor \('backbone' does not\), got 'tuple'"),
-        (torch.ones(4, 2), ValueError, r"features of 3 images, one row for each label, got the shape \(4, 2\)"),
+        (torch.ones(4, 2), ValueError, r"features of 3 images, one row per label, got the shape \(4, 2\)"),
         (torch.ones(3), ValueError, r"got the shape \(3,\)"),
     ],
 )
@@ -157,5 +157,5 @@ def test_unknown_names_list_near_ones():
         FeatureHook("blocks.2").attach(Net())
     module = nn.ModuleDict({"trunk": nn.Linear(1, 1)})
     tap = tapped("backbone", module, 3)  # the steps may return features
-    with pytest.raises(ValueError, match=r"It has 'trunk' and what lies below them; or return \"features\""):
+    with pytest.raises(ValueError, match=r"It has 'trunk' and their submodules; or return \"features\""):
         tap.read(module, None)

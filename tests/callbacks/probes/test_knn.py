@@ -103,10 +103,10 @@ def test_in_the_middle_of_an_epoch_the_rest_is_an_epoch_old():
 def test_memory_is_half_precision_while_training_and_given_back_after_validation():
     probe = OnlineKNN(CLASSES)
     quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
-    chunks = probe._chunks["backbone"]
-    assert {chunk.dtype for chunk, _ in chunks.batches} == {torch.float16}
+    buffer = probe._buffers["backbone"]
+    assert {features.dtype for features, _ in buffer.batches} == {torch.float16}
     assert not probe._banks
-    assert chunks.rows == 48
+    assert buffer.rows == 48
 
 
 def test_images_without_label_and_broken_features_do_not_vote():
@@ -188,11 +188,11 @@ def encoded_by_hand(module, images):
 
 
 @pytest.mark.parametrize("kind", ["fresh", "loader", "list"])
-def test_a_bank_is_encoded_anew_at_each_validation(kind):
+def test_a_bank_is_encoded_at_each_validation(kind):
     module = classifier()()
     other = labelled(40, seed=8, shuffle=True)
-    bank = {"fresh": "fresh", "loader": other, "list": list(other)}[kind]
-    probe = Keeps(CLASSES, k=7, bank=bank)
+    bank = {"fresh": {"bank": "fresh"}, "loader": {"dataloader": other}, "list": {"dataloader": list(other)}}[kind]
+    probe = Keeps(CLASSES, k=7, **bank)
     run = quiet_fit(module, [probe], labelled(shuffle=True, drop_last=True), max_epochs=2)
     images, bank_labels = images_and_labels(48) if kind == "fresh" else images_and_labels(40, seed=8)
     features = encoded_by_hand(module, images)
@@ -212,7 +212,7 @@ def test_a_small_bank_is_spread_over_the_set(size):
     quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
     _, labels = images_and_labels(48)
     assert torch.equal(probe.banks[0][1], labels[[i * 48 // size for i in range(size)]])
-    listed = Keeps(CLASSES, bank=list(labelled()), bank_size=size)
+    listed = Keeps(CLASSES, dataloader=list(labelled()), bank_size=size)
     quiet_fit(Frozen(), [listed], labelled(), max_epochs=1)
     assert torch.equal(listed.banks[0][1], labels[:size])
 
@@ -230,7 +230,7 @@ def test_an_unlabelled_run_with_a_labelled_bank():
     images, _ = images_and_labels(48)
     train = DataLoader(images.float() / 255, batch_size=8)
 
-    run = quiet_fit(Forward(), [OnlineKNN(CLASSES, bank=labelled(40, seed=8))], train, max_epochs=1)
+    run = quiet_fit(Forward(), [OnlineKNN(CLASSES, dataloader=labelled(40, seed=8))], train, max_epochs=1)
     assert run.callback_metrics["knn/top1"] > 0.4
 
 
@@ -238,10 +238,10 @@ def test_a_bank_without_a_label_is_a_warning_and_an_empty_one_an_error():
     images, labels = images_and_labels(16)
     none = DataLoader(list(zip(images.float() / 255, labels * 0 - 1, strict=True)), batch_size=8)
     with pytest.warns(UserWarning, match="`knn`: no image of the bank has a label and finite features"):
-        run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank=none)], max_epochs=1)
+        run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, dataloader=none)], max_epochs=1)
     assert run.callback_metrics == {}
-    with pytest.raises(ValueError, match="`bank` must yield at least one batch, got 'list'"):
-        quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank=[])], max_epochs=1)
+    with pytest.raises(ValueError, match="`dataloader` must yield at least one batch, got 'list'"):
+        quiet_fit(Frozen(), [OnlineKNN(CLASSES, dataloader=[])], max_epochs=1)
     with pytest.raises(TypeError, match='must be a DataLoader over a set of known length for `bank="fresh"`'):
         quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank="fresh")], DataLoader(Stream(), batch_size=8), max_epochs=1)
 
@@ -284,6 +284,7 @@ def test_two_ranks_divide_a_fresh_bank(size):
         ({"k": [5, 0]}, "`k` must be >= 1"),
         ({"k": [5, 30], "bank_size": 20}, "`bank_size` must be >= 30"),
         ({"bank": "val"}, "`bank` must be one of 'train', 'fresh', got 'val'"),
+        ({"bank": "fresh", "dataloader": [1]}, "`bank` must be left out if there is a `dataloader`, got 'fresh'"),
         ({"k": 0}, "`k` must be >= 1"),
         ({"temperature": 0.0}, "`temperature` must be > 0"),
         ({"bank_size": 3}, "`bank_size` must be >= 20, got 3. Raise `bank_size` to at least `k`"),
@@ -293,3 +294,15 @@ def test_two_ranks_divide_a_fresh_bank(size):
 def test_arguments_are_checked_when_they_are_given(arguments, message):
     with pytest.raises(ValueError, match=message):
         OnlineKNN(**({"num_classes": 3} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bank": [1]}, '`bank` must be "train" or "fresh", got \'list\'. Give a loader as `dataloader`'),
+        ({"dataloader": 3}, "`dataloader` must be a DataModule or a loader, got 'int'"),
+    ],
+)
+def test_types_are_checked(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        OnlineKNN(CLASSES, **arguments)

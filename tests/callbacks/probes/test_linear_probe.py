@@ -35,7 +35,7 @@ class Records(OnlineLinearProbe):
 
 
 def plain_regression(batches, lr, momentum, classes):
-    """Softmax regression with momentum on features standardised by the statistics of earlier batches, in float64."""
+    """Softmax regression with momentum on features standardized by the statistics of earlier batches, in float64."""
     width = batches[0][0].shape[1]
     weight, bias = torch.zeros(classes, width, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
     speed_weight, speed_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -381,7 +381,7 @@ def bad_labels(value, dtype=torch.int64):
             ValueError,
             r"submodule of Classifier, got 'bakbone'.*Near names: 'backbone'",
         ),
-        ({"features": "nothing"}, labelled, ValueError, r"It has 'backbone', 'drop', 'out' and what lies below"),
+        ({"features": "nothing"}, labelled, ValueError, r"It has 'backbone', 'drop', 'out' and their submodules"),
     ],
 )
 def test_bad_input_is_named(probe, data, error, message):

@@ -1,4 +1,4 @@
-"""The online linear probe with labelled batches of its own, and on several layers at once."""
+"""The online linear probe with a labeled loader, and on several layers at once."""
 
 import random
 import warnings
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_contrast as lc
 from lightning_contrast.callbacks import OnlineLinearProbe
-from lightning_contrast.callbacks.capture.dataloaders import LabelledStream, check_source, rank_share
+from lightning_contrast.callbacks.capture.dataloaders import LabeledStream, check_source, rank_share
 from lightning_contrast.callbacks.capture.features import FeatureHook
 from lightning_contrast.callbacks.capture.forward_pass import extra_pass
 from tests.callbacks.probe_modules import (
@@ -50,7 +50,7 @@ def unlabelled(count=48):
 
 def test_it_learns_from_every_nth_batch_of_its_own_loader():
     data = labelled(40, seed=3)
-    probe = Records(CLASSES, data=data, every_n_steps=2)
+    probe = Records(CLASSES, dataloader=data, every_n_steps=2)
     run = quiet_fit(Plain(), [probe], unlabelled(), max_epochs=4)
     given = [(images.mean((2, 3)), labels) for images, labels in data]
     batches = [given[i % 5] for i in range(12)]  # 24 steps; five batches to a pass
@@ -65,7 +65,7 @@ def resumable(make_data, tmp_path):
     """Return the labels that a whole run and a run that is stopped and resumed give the probe, and both heads."""
 
     def run(epochs, ckpt_path=None):
-        probe, module = Records(CLASSES, data=make_data(), every_n_steps=2), Plain()
+        probe, module = Records(CLASSES, dataloader=make_data(), every_n_steps=2), Plain()
         trainer = quiet_fit(module, [probe], unlabelled(), max_epochs=epochs, ckpt_path=ckpt_path)
         return probe, trainer
 
@@ -125,7 +125,7 @@ def test_a_stream_leaves_the_global_generators_alone_and_repeats_itself():
             return torch.rand(()) + random.random() + np.random.rand(), index
 
     def batches():
-        stream = LabelledStream(DataLoader(Noisy(), batch_size=2, shuffle=True))
+        stream = LabeledStream(DataLoader(Noisy(), batch_size=2, shuffle=True))
         stream._loader = stream.data
         return [stream.next(CPU) for _ in range(8)]
 
@@ -143,7 +143,7 @@ def test_a_stream_leaves_the_global_generators_alone_and_repeats_itself():
     assert orders[0] != orders[1]
 
 
-def test_an_extra_pass_restores_every_mode_and_only_its_taps_hear_it():
+def test_an_extra_pass_restores_every_mode_and_is_recorded_by_its_own_hooks_only():
     class Stubborn(classifier()):
         def train(self, mode=True):
             return super().train(True)
@@ -152,19 +152,24 @@ def test_an_extra_pass_restores_every_mode_and_only_its_taps_hear_it():
     module.backbone.eval()
     modes = {name: layer.training for name, layer in module.named_modules()}
     trainer = quiet_fit(Plain(), [], max_epochs=1, limit_train_batches=1)
-    joins, deaf = FeatureHook("backbone"), FeatureHook("backbone")
-    for tap in (joins, deaf):
-        tap.attach(module)
-        tap.arm(2)
+    recording, other = FeatureHook("backbone"), FeatureHook("backbone")
+    for hook in (recording, other):
+        hook.attach(module)
+        hook.arm(2)
     stage = trainer.state.stage
-    with extra_pass(trainer, module, [joins]):
+    with extra_pass(trainer, module, [recording]):
         assert not any(layer.training for layer in module.modules())
         assert not torch.is_grad_enabled()
         module(torch.rand(2, 3, 8, 8))
     assert {name: layer.training for name, layer in module.named_modules()} == modes
     assert trainer.state.stage == stage
-    assert joins.called()
-    assert not deaf.called()
+    assert recording.called()
+    assert not other.called()
+    with extra_pass(trainer, module, [recording]), extra_pass(trainer, module, [other]):
+        module(torch.rand(2, 3, 8, 8))
+    assert other.called()
+    assert not recording.paused
+    assert not other.paused
 
 
 def test_several_layers_of_a_method_whose_validation_does_not_call_them():
@@ -173,7 +178,7 @@ def test_several_layers_of_a_method_whose_validation_does_not_call_them():
     model = lc.SimCLR("small_convnet", warmup_epochs=0, optimizer="sgd", lr=0.01)
     data = DataLoader(TensorDataset(images, labels), batch_size=8)
     probes = [
-        OnlineLinearProbe(CLASSES, features=["backbone", "projector"], data=data),
+        OnlineLinearProbe(CLASSES, features=["backbone", "projector"], dataloader=data),
         OnlineLinearProbe(CLASSES, features=["projector", "backbone"], name="second"),
     ]
     seen = []
@@ -211,13 +216,13 @@ class Module(L.LightningDataModule):
 def test_a_data_module_of_its_own():
     alone, watched = Plain(), Plain()
     quiet_fit(alone, [], unlabelled())
-    probe = Records(CLASSES, data=Module())
+    probe = Records(CLASSES, dataloader=Module())
     quiet_fit(watched, [probe], unlabelled())
     assert equal_states(alone.state_dict(), watched.state_dict())
     assert len(probe.steps) == 12
     own = Module()
-    with pytest.raises(ValueError, match="`data` must be another DataModule than the run's, got 'Module'"):
-        L.Trainer(callbacks=[OnlineLinearProbe(CLASSES, data=own)], **SILENT).fit(Plain(), datamodule=own)
+    with pytest.raises(ValueError, match="`dataloader` must be another DataModule than the run's, got 'Module'"):
+        L.Trainer(callbacks=[OnlineLinearProbe(CLASSES, dataloader=own)], **SILENT).fit(Plain(), datamodule=own)
 
 
 SILENT = {
@@ -242,7 +247,7 @@ class Loaders(L.LightningDataModule):
 @pytest.mark.dist
 def test_two_ranks_divide_the_labelled_loader_and_learn_the_same():
     def on_rank(rank):
-        probe = Records(CLASSES, data=labelled(32, seed=3, shuffle=True))
+        probe = Records(CLASSES, dataloader=labelled(32, seed=3, shuffle=True))
         run = fit_ranks(Plain(), [probe], Loaders(), "ddp", max_epochs=1)
         rows = torch.cat([step.features for step in probe.steps])
         return rows, probe.head.weight.detach(), run.callback_metrics["linear_probe/top1"].item()
@@ -267,10 +272,10 @@ def test_only_ordinary_loaders_are_divided():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"data": 3}, TypeError, "`data` must be a DataModule or a loader, got 'int'"),
-        ({"data": iter([1])}, TypeError, "`data` must be a loader that can be read more than once"),
-        ({"every_n_steps": 2}, ValueError, "`every_n_steps` must be 1 without `data`, got 2"),
-        ({"data": [1], "every_n_steps": 0}, ValueError, "`every_n_steps` must be >= 1"),
+        ({"dataloader": 3}, TypeError, "`dataloader` must be a DataModule or a loader, got 'int'"),
+        ({"dataloader": iter([1])}, TypeError, "`dataloader` must be a loader that can be read more than once"),
+        ({"every_n_steps": 2}, ValueError, "`every_n_steps` must be 1 without `dataloader`, got 2"),
+        ({"dataloader": [1], "every_n_steps": 0}, ValueError, "`every_n_steps` must be >= 1"),
         ({"features": []}, ValueError, "`features` must name different layers"),
         ({"features": ["a", "a"]}, ValueError, "`features` must name different layers"),
         ({"features": ["a", 3]}, TypeError, "`features` must be the name of a submodule"),
@@ -283,13 +288,13 @@ def test_arguments_are_checked_when_they_are_given(arguments, error, message):
 
 def test_a_data_module_and_a_list_of_batches_are_sources():
     for data in (Module(), [1, 2], labelled()):
-        check_source("data", data)
+        check_source("dataloader", data)
 
 
 @pytest.mark.parametrize(
     ("make", "data", "error", "message"),
     [
-        (Plain, list, ValueError, "`data` must yield at least one batch, got 'list'"),
+        (Plain, list, ValueError, "`dataloader` must yield at least one batch, got 'list'"),
         (Plain, unlabelled, ValueError, "`labels` must be in the batch"),
         (Plain, lambda: [(torch.rand(2, 3, 8, 8), torch.tensor([0, 9]))], ValueError, r"must lie in 0\.\.2.*got 9"),
         (Plain, lambda: [(torch.rand(2, 3, 8, 8), torch.tensor([0]))], ValueError, "`labels` must have 2 rows, got 1"),
@@ -297,13 +302,13 @@ def test_a_data_module_and_a_list_of_batches_are_sources():
 )
 def test_bad_batches_are_named(make, data, error, message):
     with pytest.raises(error, match=message):
-        quiet_fit(make(), [OnlineLinearProbe(CLASSES, data=data())], unlabelled(), num_sanity_val_steps=0)
+        quiet_fit(make(), [OnlineLinearProbe(CLASSES, dataloader=data())], unlabelled(), num_sanity_val_steps=0)
 
 
 def test_a_layer_that_does_not_take_the_features_is_named():
     module = Plain()
     module.head = torch.nn.Linear(50, 2)
-    probe = OnlineLinearProbe(CLASSES, features=["backbone", "head"], data=labelled(16))
+    probe = OnlineLinearProbe(CLASSES, features=["backbone", "head"], dataloader=labelled(16))
     with pytest.raises(ValueError, match=r"layer that the step calls, or that takes the features \(8, 3\), got 'head'"):
         quiet_fit(module, [probe], unlabelled(), num_sanity_val_steps=0)
 
@@ -318,8 +323,8 @@ def test_a_module_without_forward_and_without_the_layer_is_named():
         def validation_step(self, batch, batch_idx):
             return {"features": batch[0].mean((2, 3))}
 
-    probe = OnlineLinearProbe(CLASSES, features="features", data=labelled(16))
-    with pytest.raises(ValueError, match="`features` must be found by a forward pass of its own, got 'features'"):
+    probe = OnlineLinearProbe(CLASSES, features="features", dataloader=labelled(16))
+    with pytest.raises(ValueError, match="`features` must be computed by `forward` or a submodule, got 'features'"):
         quiet_fit(Bare(), [probe], unlabelled(), num_sanity_val_steps=0)
 
 
@@ -328,15 +333,17 @@ def test_nan_features_of_labelled_batches_are_named_and_left_out():
         def forward(self, images):
             return torch.where(torch.arange(len(images)).view(-1, 1) == 1, float("nan"), images.mean((2, 3)))
 
-    probe = Records(CLASSES, data=labelled(16))
-    with pytest.warns(UserWarning, match=r"features 'backbone' of 1 of 8 images are NaN or infinite in `data` batch 1"):
+    probe = Records(CLASSES, dataloader=labelled(16))
+    with pytest.warns(
+        UserWarning, match=r"features 'backbone' of 1 of 8 images are NaN or infinite in `dataloader` batch 1"
+    ):
         quiet_fit(Sick(), [probe], unlabelled(), num_sanity_val_steps=0, limit_val_batches=0, max_epochs=1)
     assert all(int(step.valid.sum()) == 7 for step in probe.steps)
     assert all(value.isfinite().all() for value in probe.head.state_dict().values())
 
 
 def test_a_second_fit_goes_on_in_the_labelled_loader():
-    probe, module = Records(CLASSES, data=labelled(64, seed=3)), Plain()
+    probe, module = Records(CLASSES, dataloader=labelled(64, seed=3)), Plain()
     with warnings.catch_warnings():
         trainer = quiet_fit(module, [probe], unlabelled(), max_epochs=1)
         trainer.fit_loop.max_epochs = 2

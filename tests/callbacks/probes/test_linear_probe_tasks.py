@@ -156,7 +156,7 @@ def several_labels(images, labels):
 
 
 def test_several_labels_end_to_end():
-    probe = OnlineLinearProbe(3, task="multilabel", data=with_targets(several_labels))
+    probe = OnlineLinearProbe(3, task="multilabel", dataloader=with_targets(several_labels))
     val = with_targets(several_labels, 40, seed=5)
     run = quiet_fit(Brightness(), [probe], val=val, max_epochs=6, num_sanity_val_steps=1)
     outputs, targets = outputs_and_targets(probe, val)
@@ -290,7 +290,7 @@ def test_a_checkpoint_of_other_statistics_or_layers_is_refused():
         ({"class_weights": -torch.ones(3)}, ValueError, "`class_weights` must be finite and >= 0"),
         ({"class_weights": "balanced", "task": "multilabel"}, ValueError, "be None for the task 'multilabel'"),
         ({"optimizer": "sgd"}, TypeError, "`optimizer` must be callable, got 'str'"),
-        ({"optimizer": torch.optim.SGD, "lr": 0.1}, ValueError, "`lr` must be None where there is an `optimizer`"),
+        ({"optimizer": torch.optim.SGD, "lr": 0.1}, ValueError, "`lr` must be None if there is an `optimizer`"),
     ],
 )
 def test_arguments_are_checked_when_they_are_given(arguments, error, message):
@@ -312,4 +312,4 @@ def test_arguments_are_checked_when_they_are_given(arguments, error, message):
 def test_targets_that_do_not_fit_the_task_are_named(task, labels, error, message):
     data = [(torch.rand(8, 3, 8, 8), labels)]
     with pytest.raises(error, match=message):
-        quiet_fit(Plain(), [OnlineLinearProbe(3, task=task, data=data)], val=data, num_sanity_val_steps=0)
+        quiet_fit(Plain(), [OnlineLinearProbe(3, task=task, dataloader=data)], val=data, num_sanity_val_steps=0)
