@@ -1,5 +1,3 @@
-from .faults import Kill as Kill
-from .faults import assert_survives_kills as assert_survives_kills
 from .host_syncs import HostSyncs as HostSyncs
 from .host_syncs import count_host_syncs as count_host_syncs
 from .processes import ChildError as ChildError

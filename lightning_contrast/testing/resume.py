@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_contrast._checks import check_at_least, check_choice
-from lightning_contrast.testing._runs import fit, make, seeded
+from lightning_contrast.seeding import isolated
+from lightning_contrast.testing._runs import fit, make
 from lightning_contrast.testing._trace import UNSAVED, Difference, Trace, first_difference, largest_difference
 
 
@@ -62,7 +63,7 @@ def assert_resume_exact(
         save = _Save(path, stop)
 
         def run(seed: int, kept: Sequence[str] = (), **options: Any) -> Trace:
-            with seeded(seed):
+            with isolated(seed):
                 module = make("make_module", make_module, L.LightningModule)
                 for name, tensor in module.state_dict().items():
                     if name in kept and tensor.is_floating_point():

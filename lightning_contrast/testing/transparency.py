@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast._checks import check_at_least, fail
-from lightning_contrast.testing._runs import fit, make, required_arguments, seeded
+from lightning_contrast.seeding import isolated
+from lightning_contrast.testing._runs import fit, make, required_arguments
 from lightning_contrast.testing._trace import Difference, Record, Trace, first_difference, largest_difference
 from lightning_contrast.testing.processes import run_processes
 
@@ -56,7 +57,7 @@ def assert_callback_changes_nothing(
         settings |= {"devices": world_size, "strategy": settings.get("strategy", "ddp")}
 
     def run(rank: int, watched: bool) -> Record:
-        with seeded(0), tempfile.TemporaryDirectory(prefix="callback-") as folder:
+        with isolated(0), tempfile.TemporaryDirectory(prefix="callback-") as folder:
             module = make("make_module", make_module or _Classifier, L.LightningModule)
             data = make("make_data", make_data or _loaders)
             others, trace = list(make("make_callbacks", make_callbacks)), Trace(with_random=True)

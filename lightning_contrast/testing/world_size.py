@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_at_least, check_positive, fail
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.testing._runs import fit, required_arguments, seeded
+from lightning_contrast.seeding import isolated
+from lightning_contrast.testing._runs import fit, required_arguments
 from lightning_contrast.testing.processes import run_processes
 
 _Values = dict[str, Tensor]  # by a name in words, in the order in which they come about
@@ -61,14 +62,14 @@ def check_world_size_equivalence(
     check_at_least("steps", steps, 1)
     check_positive("rtol", rtol)
     check_positive("atol", atol)
-    with seeded(0):
+    with isolated(0):
         subject = _made(make_module_or_loss)
         joined = _default_batch(subject, world_size) if batch is None else batch
     joined = _as_double(joined)
 
     def run(rank: int | None) -> _Values:
         share = joined if rank is None else _rows(joined, rank, world_size)
-        with seeded(0):
+        with isolated(0):
             made = _made(make_module_or_loss)
             if isinstance(made, L.LightningModule):
                 devices = {"devices": 1 if rank is None else world_size, "strategy": "auto" if rank is None else "ddp"}
