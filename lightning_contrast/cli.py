@@ -1,9 +1,9 @@
 """Command line: LightningCLI with short names for the package's methods, callbacks, data modules and policies.
 
-``python -m lightning_contrast fit --config FILE`` runs a recipe. Classes and view policies of the package need no import
-path (``class_path: MoCo``, ``class_path: moco_v2_views``, ``--trainer.callbacks.policy moco_v2_views``). Checkpoints are
-written by `AtomicCheckpointIO` unless the recipe sets ``trainer.plugins``; ``--ckpt_path last`` resumes from the newest
-complete one.
+``python -m lightning_contrast fit --config FILE`` runs a recipe. Classes and view policies of the package need no
+import path (``class_path: MoCo``, ``class_path: moco_v2_views``, ``--trainer.callbacks.policy moco_v2_views``).
+Checkpoints are written by `AtomicCheckpointIO` unless the recipe sets ``trainer.plugins``; ``--ckpt_path last`` resumes
+from the newest complete one.
 """
 
 import inspect
@@ -76,10 +76,10 @@ def _expand_arguments(args: Sequence[str]) -> list[str]:
     for argument in args:
         option, is_assignment, value = argument.partition("=")
         if is_assignment and _names_policy(option):
-            argument = f"{option}={_import_path(value)}"
-        elif expanded and _names_policy(expanded[-1]):
-            argument = _import_path(argument)
-        expanded.append(argument)
+            expanded.append(f"{option}={_import_path(value)}")
+        else:
+            is_value = bool(expanded) and _names_policy(expanded[-1])
+            expanded.append(_import_path(argument) if is_value else argument)
     return expanded
 
 

@@ -83,7 +83,14 @@ def test_fit_runs_a_recipe(tmp_path, monkeypatch):
     assert "knn/top1" in cli.trainer.callback_metrics
 
 
-SIMCLR = ["--model=SimCLR", "--model.backbone=small_convnet", "--data=EmojiDataModule", *CPU, *QUIET]
+SIMCLR = [
+    "--seed_everything=0",
+    "--model=SimCLR",
+    "--model.backbone=small_convnet",
+    "--data=EmojiDataModule",
+    *CPU,
+    *QUIET,
+]
 VIEWS = ["--trainer.callbacks=ViewAugmentation", "--trainer.callbacks.policy.size=24"]
 
 
@@ -121,6 +128,7 @@ def test_policies_have_short_names_in_yaml(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
+seed_everything: 0
 model: {{class_path: SupCon, init_args: {{backbone: small_convnet}}}}
 data: EmojiDataModule
 trainer:
