@@ -83,14 +83,7 @@ def test_fit_runs_a_recipe(tmp_path, monkeypatch):
     assert "knn/top1" in cli.trainer.callback_metrics
 
 
-SIMCLR = [
-    "--seed_everything=0",
-    "--model=SimCLR",
-    "--model.backbone=small_convnet",
-    "--data=EmojiDataModule",
-    *CPU,
-    *QUIET,
-]
+SIMCLR = ["--seed_everything=0", "--model=SimCLR", "--model.backbone=small_convnet", "--data=EmojiDataModule"]
 VIEWS = ["--trainer.callbacks=ViewAugmentation", "--trainer.callbacks.policy.size=24"]
 
 
@@ -111,7 +104,7 @@ def policy_of(cli):
 def test_policies_have_short_names_on_the_command_line(name, option, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
     option = [part.replace("NAME", name) for part in option]
-    cli = main([*SIMCLR, VIEWS[0], *option, VIEWS[1]], run=False)
+    cli = main([*SIMCLR, *CPU, *QUIET, VIEWS[0], *option, VIEWS[1]], run=False)
     assert policy_of(cli).size == 24
     assert repr(policy_of(cli)) == repr(lc.augment.moco_v2_views(24))
 
@@ -146,7 +139,7 @@ trainer:
 def test_unknown_short_name_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
     with pytest.raises(SystemExit):
-        main([*SIMCLR, VIEWS[0], "--trainer.callbacks.policy=simclr_vews"], run=False)
+        main([*SIMCLR, *CPU, *QUIET, VIEWS[0], "--trainer.callbacks.policy=simclr_vews"], run=False)
     assert "simclr_vews" in capsys.readouterr().err
 
 

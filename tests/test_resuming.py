@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast.resuming import HeadWarmup, extend_training, from_pretrained_backbone
-from lightning_contrast.runtime.schedule_position import Plan, planned
+from lightning_contrast.runtime.schedule_position import SchedulePlan, planned
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCHES, data, trainer
 
@@ -19,7 +19,7 @@ STEPS = BATCHES  # of an epoch
 
 @pytest.mark.parametrize(("done", "total", "end"), [(100, 100, 200), (100, 100, 110), (40, 100, 300), (7, 7, 8)])
 def test_plan_has_no_jump_and_ends_where_the_old_one_did(done, total, end):
-    plan = Plan(done, total)
+    plan = SchedulePlan(done, total)
     places = [plan.at(step, end) for step in range(end + 1)]
     assert places[: done + 1] == list(range(done + 1))
     assert places[-1] == pytest.approx(total)
@@ -82,10 +82,10 @@ def test_all_schedules_of_a_finished_run_go_back_and_on_together(name, tmp_path)
     _, first, checkpoint = run(tmp_path, name, 4)
     extension = extend_training(checkpoint, 4)
     assert extension.max_epochs == 8
-    assert extension.plan == Plan(4 * STEPS, 4 * STEPS)
+    assert extension.plan == SchedulePlan(4 * STEPS, 4 * STEPS)
     module, second, _ = run(tmp_path, name, 8, extension=extension, ckpt_path=extension.checkpoint)
     assert len(second) == 4 * STEPS
-    reference = Plan(4 * STEPS, 4 * STEPS)
+    reference = SchedulePlan(4 * STEPS, 4 * STEPS)
     assert module.trainer.global_step == 8 * STEPS
     keys = set(first[0]) - {"temperature"}
     assert {"lr", "momentum"} <= keys
@@ -137,7 +137,7 @@ def test_a_run_on_the_way_is_stretched(tmp_path):
     fit.fit(make("BYOL"), data("BYOL"))
     fit.save_checkpoint(tmp_path / "way.ckpt")
     extension = extend_training(tmp_path / "way.ckpt", 4, planned_epochs=4)
-    assert (extension.max_epochs, extension.plan) == (8, Plan(2 * STEPS, 4 * STEPS))
+    assert (extension.max_epochs, extension.plan) == (8, SchedulePlan(2 * STEPS, 4 * STEPS))
     module, second, _ = run(tmp_path, "BYOL", 8, extension=extension, ckpt_path=extension.checkpoint)
     rates = [entry["lr"] for entry in record.seen + second]
     assert all(b < a for a, b in pairwise(rates)), "no jump up"

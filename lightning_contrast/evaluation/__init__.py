@@ -1,4 +1,4 @@
-"""Offline protocols on a frozen backbone, and pictures of what it has learned."""
+"""Offline evaluation of frozen backbones, figures and export."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
-"""Checks for any LightningModule, callback or loss: resume, kills, world size, transparency, host reads.
+"""Test utilities for LightningModules, callbacks and losses: resume, world size, transparency, host synchronization.
 
-Each says in words what differs and where it first differs. Use small modules: every kit trains, and keeps copies.
+Failure messages name the first difference. Use small modules: the checks train them and keep copies.
 """
 
 import lazy_loader
