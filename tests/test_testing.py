@@ -410,7 +410,11 @@ def test_world_size_shows_the_error_of_a_rank():
     ("kwargs", "error", "words"),
     [
         ({"make_module_or_loss": Contrast}, ValueError, "`batch` must be given"),
-        ({"make_module_or_loss": ntxent, "batch": (torch.ones(3, 2),) * 2}, ValueError, "number of rows divisible by 2"),
+        (
+            {"make_module_or_loss": ntxent, "batch": (torch.ones(3, 2),) * 2},
+            ValueError,
+            "number of rows divisible by 2",
+        ),
         ({"make_module_or_loss": 3}, TypeError, "must be callable"),
         ({"make_module_or_loss": ntxent, "world_size": 1}, ValueError, "`world_size` must be >= 2"),
     ],

@@ -72,7 +72,9 @@ class FolderImages(Dataset[Sample | None]):
                 value = self.loader(path)
             except Exception as error:
                 if self._on_error == "raise":
-                    raise RuntimeError(f"Cannot read the image {path}: {error} Repair or remove the file.") from error
+                    raise RuntimeError(
+                        f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
+                    ) from error
                 self._note(position, error)
                 if self._on_error == "leave out":
                     return None
@@ -80,7 +82,9 @@ class FolderImages(Dataset[Sample | None]):
             try:
                 image = self._resized(_as_image(value))
             except Exception as error:  # invalid output of the loader, not an unreadable file
-                raise RuntimeError(f"Cannot read the image {path}: {error} Repair or remove the file.") from error
+                raise RuntimeError(
+                    f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
+                ) from error
             return image, self.labels[position], position
         tried = min(len(self), _MOST_IN_A_ROW)
         raise RuntimeError(f"None of {tried} consecutive images can be read, the last one is {path}. Check the folder.")

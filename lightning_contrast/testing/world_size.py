@@ -184,9 +184,7 @@ def _message(
 ) -> str:
     """Describe the first difference and its possible causes."""
     a, b = alone[name].double(), several[name].double()
-    lines = [
-        f"{world_size} ranks differ from one process on the joined batch. First difference, the {name}:"
-    ]
+    lines = [f"{world_size} ranks differ from one process on the joined batch. First difference, the {name}:"]
     if a.shape != b.shape:
         lines.append(f"shape {tuple(b.shape)} on the ranks, {tuple(a.shape)} on one process.")
     elif a.numel() == 1:

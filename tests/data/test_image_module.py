@@ -219,7 +219,7 @@ def test_download_is_torchvisions_and_happens_in_prepare_data(tmp_path, monkeypa
 def test_missing_data_says_what_to_do(tmp_path, name, files):
     data = ImageDataModule(name, tmp_path / "nowhere")
     with pytest.raises(
-        FileNotFoundError, match=rf"`root` must hold {name}.*got '.*nowhere'\. Set `download=True`"
+        FileNotFoundError, match=rf"`root` must hold all of {name}.*got '.*nowhere'\. Set `download=True`"
     ) as info:
         data.setup("fit")
     assert files in str(info.value)
@@ -233,7 +233,7 @@ def test_broken_idx_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"Cannot unpack .*train-images-idx3-ubyte\.gz"):
         ImageDataModule("MNIST", tmp_path).images("train")
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    with pytest.raises(ValueError, match=r"`root` must hold whole files .*train-images-idx3-ubyte\.gz"):
+    with pytest.raises(ValueError, match=r"`root` must hold complete files .*train-images-idx3-ubyte\.gz"):
         ImageDataModule("MNIST", tmp_path).images("train")
 
 
@@ -251,7 +251,7 @@ def test_broken_idx_files_are_named(tmp_path):
         ({"validation_size": -1}, r"`validation_size` must be >= 0, got -1"),
         (
             {"dataset": "STL10", "train_split": "unlabeled", "validation_size": 5},
-            r"`validation_size` must be 0 where `train_split` is 'unlabeled', got 5",
+            r"`validation_size` must be 0 if `train_split` is 'unlabeled', got 5",
         ),
     ],
 )

@@ -375,7 +375,7 @@ def test_a_loader_made_for_one_process_is_refused_by_two(tiny, recorder, make_tr
     loader = tiny().train_dataloader()  # before any process group: Lightning would leave its sampler as it is
 
     def fit(rank):
-        with pytest.raises(RuntimeError, match=r"made for one process and is used by 2.*`fit\(model, datamodule"):
+        with pytest.raises(RuntimeError, match=r"created for one process and is used by 2.*`fit\(model, datamodule"):
             make_trainer(strategy="ddp", devices=2, max_epochs=1).fit(recorder(), loader, tiny().val_dataloader())
         return True
 
