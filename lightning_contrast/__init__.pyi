@@ -13,6 +13,7 @@ from . import metrics as metrics
 from . import nn as nn
 from . import optim as optim
 from . import resuming as resuming
+from . import seeding as seeding
 from . import testing as testing
 from .callbacks import CollapseMonitor as CollapseMonitor
 from .callbacks import EmbeddingLogger as EmbeddingLogger

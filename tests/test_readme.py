@@ -1,5 +1,6 @@
-"""Every Python fence of the README and of docs runs as it stands, and what the README names exists."""
+"""Every Python fence of the README and of docs runs, and the names they mention are public."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ FENCES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("source", FENCES)
 def test_fence_runs(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the Trainer writes its logs where it runs
+    monkeypatch.chdir(tmp_path)  # the Trainer writes its logs to the working directory
     monkeypatch.setattr("sys.argv", ["readme"])
     torch.manual_seed(0)
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
@@ -42,3 +43,23 @@ def test_tables_name_what_exists(table):
     package = getattr(lc, table.lower())
     listed = {name for name in package.__all__ if name[0].isupper() and name != "SelfSupervisedModule"}
     assert listed == set(names)
+
+
+PUBLIC = [lc, *(getattr(lc, name) for name in lc.__all__ if name.islower())]
+
+
+def defined_names():
+    """Return the names of all public classes and functions of the package, wherever they are defined."""
+    paths = [path for path in (ROOT / "lightning_contrast").rglob("*.py") if not path.stem.startswith("_")]
+    trees = [ast.parse(path.read_text()) for path in paths]
+    nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return {node.name for node in nodes if not node.name.startswith("_")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_in_the_text_are_public(page):
+    """A class or function of the package that a page names can be imported from a public module."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    mentioned = re.findall(r"`(?:\w+\.)*(\w+)(?:\([^`]*\))?`", text)
+    public = {name for module in PUBLIC for name in getattr(module, "__all__", [])}
+    assert not set(mentioned) & defined_names() - public

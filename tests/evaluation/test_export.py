@@ -105,7 +105,7 @@ class Doubling(nn.Module):
 
 
 def test_a_graph_that_differs_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="differ from the backbone's by up to"):
+    with pytest.raises(RuntimeError, match="differ from those of the backbone by up to"):
         export_backbone(Doubling(), tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
 
 
@@ -145,7 +145,7 @@ def test_shards_are_refused(tmp_path):
             return str(error)
         return "no error"
 
-    assert all("`model` must hold whole weights" in message for message in run_processes(run, 2))
+    assert all("`model` must have full weights" in message for message in run_processes(run, 2))
 
 
 def test_a_compiled_module_is_looked_into(tmp_path):
