@@ -26,6 +26,7 @@ from .callbacks import OnlineKNN as OnlineKNN
 from .callbacks import OnlineLinearProbe as OnlineLinearProbe
 from .callbacks import QueueUpdate as QueueUpdate
 from .callbacks import StepSeed as StepSeed
+from .callbacks import Thresholds as Thresholds
 from .callbacks import TrainingCostMonitor as TrainingCostMonitor
 from .callbacks import ViewAugmentation as ViewAugmentation
 from .callbacks import ViewLogger as ViewLogger

@@ -41,7 +41,7 @@ CONDITIONS = {
     "`load_from_checkpoint(path)` needs no arguments.",
     "torch.compile": "`fit(torch.compile(module))` ends with the same weights (1e-5): backend aot_eager for every "
     "method, inductor for SimCLR, BYOL and MoCo.",
-    "second fit": "`fit` twice, and `fit`, `validate`, `fit`: the same weights, and plug-ins that go on.",
+    "second fit": "`fit` twice, and `fit`, `validate`, `fit`: equal weights, and callbacks that continue.",
     "copied": "`deepcopy` and `pickle` after a fit give the same module, that trains on.",
     "watched": "A linear probe, k-NN, `CollapseMonitor`, `TrainingCostMonitor`, `InvarianceMonitor`, `ViewLogger`, "
     "`EmbeddingLogger` and (where a step has two views of a projection) `InstanceDiscriminationMonitor` at once change "

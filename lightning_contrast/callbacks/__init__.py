@@ -1,4 +1,4 @@
-"""Plug-ins for any Trainer, one a file."""
+"""Callbacks for any LightningModule and Trainer."""
 
 import lazy_loader
 

@@ -1,4 +1,5 @@
 from .collapse.contrast_monitor import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
+from .collapse.diagnosis import Thresholds as Thresholds
 from .collapse.monitor import CollapseMonitor as CollapseMonitor
 from .gradient_cache import GradientCache as GradientCache
 from .invariance.monitor import InvarianceMonitor as InvarianceMonitor

@@ -1,4 +1,4 @@
-"""One LightningModule a file: each is a method as its paper has it."""
+"""Self-supervised methods, one LightningModule per file."""
 
 import lazy_loader
 
