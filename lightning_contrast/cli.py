@@ -41,7 +41,9 @@ def main(args: list[str] | None = None, *, run: bool = True) -> "LightningCLI":
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     class Parser(LightningArgumentParser):
-        def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        def parse_args(  # type: ignore[override]  # argparse has overloads
+            self, args: Sequence[str] | None = None, *more: Any, **options: Any
+        ) -> Any:
             return super().parse_args(_expand_arguments(sys.argv[1:] if args is None else args), *more, **options)
 
     try:
