@@ -1,4 +1,4 @@
-"""Registers the plug-in of the matrix, and lets autograd start before any test does."""
+"""Registers the pytest plugin of the matrix, and starts autograd before the tests."""
 
 from pathlib import Path
 

@@ -289,7 +289,7 @@ def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(small_disk):
 
 
 def test_lightnings_own_writer_destroys_the_last_one_on_another_disk(small_disk):
-    """What the plug-in is for. Should Lightning write beside the target one day, the docs may say less."""
+    """The reason for `AtomicCheckpointIO`; fails if a later version of Lightning writes atomically."""
     path, too_large = small_disk / "last.ckpt", {"step": 2, "weight": torch.ones(30_000)}
     for plugin in (AtomicCheckpointIO(), TorchCheckpointIO()):
         plugin.save_checkpoint({"step": 1}, path)

@@ -1,4 +1,4 @@
-"""The public names: declared once, found lazily, and cheap to import."""
+"""Public names are declared in stubs, resolved lazily and cheap to import."""
 
 import ast
 import configparser
@@ -63,13 +63,13 @@ def test_unknown_name_is_an_attribute_error():
         lc.SimCLRR  # noqa: B018
 
 
-def test_import_brings_no_heavy_library():
+def test_import_loads_no_heavy_library():
     heavy = "('kornia', 'timm', 'lightly', 'lightning', 'sklearn')"
     code = f"import sys, lightning_contrast; print(*[n for n in {heavy} if n in sys.modules])"
     assert python(code) == []
 
 
-def test_using_a_method_and_the_callbacks_brings_no_kornia_timm_or_lightly():
+def test_using_a_method_and_the_callbacks_loads_no_kornia_timm_or_lightly():
     code = (
         "import sys, lightning_contrast as lc; lc.SimCLR, lc.ViewAugmentation, lc.OnlineLinearProbe, lc.OnlineKNN;"
         "print(*[n for n in ('kornia', 'timm', 'lightly', 'sklearn') if n in sys.modules])"

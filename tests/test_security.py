@@ -56,7 +56,7 @@ def findings(source, name="x.py"):
     """Return what a source calls or names that could run code from a file."""
     tree = ast.parse(source)
     names = {forbidden: f"builtins.{forbidden}" for forbidden in FORBIDDEN["builtins"]}
-    for node in ast.walk(tree):  # what each imported name stands for
+    for node in ast.walk(tree):  # the module of each imported name
         if isinstance(node, ast.Import):
             for alias in node.names:
                 root = alias.name.split(".")[0]

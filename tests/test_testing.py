@@ -152,7 +152,7 @@ def test_resume_passes_where_every_draw_is_seeded_by_the_step():
     assert_resume_exact(Draws, loader, lambda: [lc.StepSeed(0)])
 
 
-def test_resume_tells_a_run_that_does_not_repeat_at_all():
+def test_resume_reports_a_run_that_is_not_reproducible():
     calls = []
 
     class Unrepeatable(Plain):

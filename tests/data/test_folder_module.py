@@ -67,7 +67,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 
 
 def test_crop_and_squash(tmp_path):
-    """An image 24 x 8 in three bands of 8: the centre crop is the middle band, the squash has all three."""
+    """An image 24 x 8 in three bands of 8: the center crop is the middle band, the squash has all three."""
     pixels = np.zeros((8, 24, 3), dtype=np.uint8)
     pixels[:, 8:16], pixels[:, 16:] = 100, 200
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -261,7 +261,7 @@ def test_missing_and_empty_folders(folder, tmp_path):
         _data(folder).setup()
 
 
-def test_loose_images_beside_class_folders_are_not_skipped(folder):
+def test_loose_images_next_to_class_folders_are_an_error(folder):
     _write(folder / "train" / "loose.png", 1)
     with pytest.raises(ValueError, match=r"`train_dir` must hold class folders or images, not both.*loose\.png"):
         _data(folder).setup()

@@ -110,11 +110,11 @@ def test_mnist_and_its_likes(tmp_path, name, inside, packed):
     data = ImageDataModule(name, tmp_path, batch_size=3)
     for split in ("train", "test"):
         _same(data, split, written[split])
-    coloured = ImageDataModule(name, tmp_path, batch_size=3, channels=3)
+    colored = ImageDataModule(name, tmp_path, batch_size=3, channels=3)
     for split in ("train", "test"):
-        _same(coloured, split, (np.repeat(written[split][0], 3, axis=1), written[split][1]))
-    assert next(iter(coloured.train_dataloader()))[0].shape == (3, 3, 28, 28)
-    assert coloured.images("train").untyped_storage().nbytes() == 8 * 28 * 28  # repeated without taking memory
+        _same(colored, split, (np.repeat(written[split][0], 3, axis=1), written[split][1]))
+    assert next(iter(colored.train_dataloader()))[0].shape == (3, 3, 28, 28)
+    assert colored.images("train").untyped_storage().nbytes() == 8 * 28 * 28  # repeated without a copy
 
 
 def test_torchvision_reads_the_same_files_alike(tmp_path):

@@ -43,7 +43,7 @@ def test_weights_are_plain_and_carry_the_input(tmp_path):
     torch.testing.assert_close(fresh.eval()(images), net.eval()(images))
 
 
-def test_a_graph_stands_alone_and_leaves_the_model_as_it_was(tmp_path):
+def test_a_graph_is_self_contained_and_the_model_is_not_modified(tmp_path):
     model = lc.SupCon(convnet().double())
     model.backbone[2].eval()
     before = copy.deepcopy(model.state_dict())
