@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,14 +68,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def mixed_seed(*numbers: int) -> int:
-    """Return a 64-bit hash of the numbers."""
-    packed = struct.pack(f"<{len(numbers)}q", *(number & (2**63 - 1) for number in numbers))
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
-
-
-def seed_of(*parts: int) -> int:
-    """Return a 32-bit hash of the parts, integers >= 0."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_contrast._checks import check_at_least, fail, require
-from lightning_contrast.seeding import seed_of
+from lightning_contrast.seeding import derived_seed
 
 Batch = tuple[Tensor, ...]
 Layout = dict[str, int]
@@ -120,7 +120,7 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         total = len(self.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
         if self.shuffle:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
             order = torch.randperm(total, generator=generator)
         else:
             order = torch.arange(total)
@@ -191,7 +191,7 @@ class ResumableLoader(DataLoader[Any]):
             yield from batches
             return
         if self.generator is not None:  # seeds the workers instead of the global generator
-            self.generator.manual_seed(seed_of(sampler.seed, sampler.epoch, sampler.rank + 1))
+            self.generator.manual_seed(derived_seed(sampler.seed, sampler.epoch, sampler.rank + 1))
         sampler.first = start * (self.batch_size or 1)
         try:
             batches = super().__iter__()
