@@ -1,4 +1,4 @@
-"""Run the package's kits on somebody else's code: lightly's NT-Xent without gathering, and its memory bank."""
+"""Apply the checks of `lightning_contrast.testing` to lightly: NT-Xent without gathering, and with a memory bank."""
 
 import lightning as L
 import torch
@@ -10,7 +10,7 @@ from lightning_contrast.testing import assert_resume_exact, check_world_size_equ
 
 
 class MoCoWithBank(L.LightningModule):
-    """A module as lightly's documentation has it: the loss holds the past keys."""
+    """A module as in the documentation of lightly: the loss holds the past keys."""
 
     def __init__(self, bank):
         super().__init__()
@@ -18,7 +18,7 @@ class MoCoWithBank(L.LightningModule):
         self.criterion = NTXentLoss(memory_bank_size=(64, 16) if bank else 0)
 
     def training_step(self, batch, batch_idx):
-        """Compare an image with itself, shifted by a pixel."""
+        """Contrast images with copies shifted by one pixel."""
         (images,) = batch
         return self.criterion(self.encoder(images), self.encoder(images.roll(1, dims=3)))
 
@@ -28,13 +28,13 @@ class MoCoWithBank(L.LightningModule):
 
 
 def images():
-    """Return a loader with the same images in the same order at each call."""
+    """Return a loader with fixed images in a fixed order."""
     pixels = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(pixels), batch_size=8)
 
 
 def report(what, check):
-    """Run a check and print what it finds."""
+    """Run a check and print its result."""
     try:
         check()
     except AssertionError as error:
@@ -44,7 +44,7 @@ def report(what, check):
 
 
 def main():
-    """Two defects, and beside each what does not have it."""
+    """Check two defects, each with a correct alternative."""
     report("NTXentLoss() on two ranks", lambda: check_world_size_equivalence(NTXentLoss))
     gathers = lambda: NTXentLoss(gather_distributed=True)  # noqa: E731
     report("NTXentLoss(gather_distributed=True) on two ranks", lambda: check_world_size_equivalence(gathers))

@@ -1,4 +1,4 @@
-"""Pretrain SimCLR on the bundled emoji with and without colour jitter, and draw what each encoder is blind to."""
+"""Pretrain SimCLR on the bundled emoji with and without color jitter, and plot the invariances of the encoders."""
 
 import argparse
 import json
@@ -21,15 +21,15 @@ data = lc.data.EmojiDataModule(batch_size=256, seed=options.seed)
 mean, std = lc.data.estimate_mean_std(data)
 
 
-def mean_colours(images: torch.Tensor) -> torch.Tensor:
-    """Return the mean colour of each image (N, 3) without its grey."""
+def mean_colors(images: torch.Tensor) -> torch.Tensor:
+    """Return the mean color (N, 3) of each image minus its mean intensity."""
     means = images.double().mean(dim=(2, 3))
     return means - means.mean(dim=1, keepdim=True)
 
 
-def colour_scores(train: torch.Tensor, test: torch.Tensor) -> tuple[float, float]:
-    """Return how well the nearest image's colour, and least squares, tell an image's mean colour; 1 is all of it."""
-    known, wanted = mean_colours(data.images("train")), mean_colours(torch.cat(data.artists("val")))
+def color_scores(train: torch.Tensor, test: torch.Tensor) -> tuple[float, float]:
+    """Return the explained variance of the mean color, by the nearest image and by least squares; at most 1."""
+    known, wanted = mean_colors(data.images("train")), mean_colors(torch.cat(data.artists("val")))
     nearest = torch.corrcoef(test).fill_diagonal_(-1).argmax(dim=1)
     rows = [torch.cat([x, torch.ones(len(x), 1)], dim=1).double() for x in (train, test)]
     read = rows[1] @ torch.linalg.lstsq(rows[0], known).solution
@@ -37,17 +37,17 @@ def colour_scores(train: torch.Tensor, test: torch.Tensor) -> tuple[float, float
     return 1 - missed[1] / (2 * missed[0]), 1 - missed[2] / missed[0]  # two random images differ by twice the variance
 
 
-def train(colour: bool) -> tuple[dict[str, object], dict[str, object]]:
+def train(color: bool) -> tuple[dict[str, object], dict[str, object]]:
     """Train once and return the results at random weights and after training."""
     L.seed_everything(options.seed, verbose=False)
-    jitter = {"jitter": (0.8, 0.8, 0.8, 0.2), "gray_p": 0.2} if colour else {}  # SimCLR's at full strength
+    jitter = {"jitter": (0.8, 0.8, 0.8, 0.2), "gray_p": 0.2} if color else {}  # full strength of SimCLR
     spec = lc.augment.ViewSpec(32, (0.08, 1.0), bicubic=True, **jitter)
     policy = lc.augment.make_policy([spec, spec], mean=mean, std=std)
     settings = {"temperature": 0.1, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-4, "warmup_epochs": 1}
     model = lc.SimCLR("small_convnet", **settings)
     monitor = lc.InvarianceMonitor(samples=options.samples, every_n_epochs=options.epochs)
-    plugins = [lc.ViewAugmentation(policy, seed=options.seed), monitor]
-    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": plugins}
+    monitors = [lc.ViewAugmentation(policy, seed=options.seed), monitor]
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "callbacks": monitors}
     trainer = L.Trainer(max_epochs=options.epochs, check_val_every_n_epoch=options.epochs, **quiet)
     found = []
     for run in (trainer.validate, trainer.fit):
@@ -56,13 +56,13 @@ def train(colour: bool) -> tuple[dict[str, object], dict[str, object]]:
         bank, noto, fluent = (evaluation.encode(model, images, policy.eval_transform) for images in groups)
         test = torch.cat([noto, fluent])
         knn = evaluation.knn_top1(bank, data.labels("train"), test, data.labels("val"), num_classes=data.num_classes)
-        neighbour, linear = colour_scores(bank, test)
-        found.append({"knn": knn, "neighbour_colour": neighbour, "linear_colour": linear, **monitor.curves})
+        neighbor, linear = color_scores(bank, test)
+        found.append({"knn": knn, "neighbor_color": neighbor, "linear_color": linear, **monitor.curves})
     return found[0], found[1]
 
 
-without, jittered = train(colour=False), train(colour=True)
-results = {"random weights": without[0], "without colour jitter": without[1], "with colour jitter": jittered[1]}
+without, jittered = train(color=False), train(color=True)
+results = {"random weights": without[0], "without color jitter": without[1], "with color jitter": jittered[1]}
 options.output.mkdir(parents=True, exist_ok=True)
 (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 figure = Figure(figsize=(11, 4.8), dpi=90, layout="constrained")
@@ -74,7 +74,7 @@ for axes, name in zip(figure.subplots(2, 5, sharey=True).flat, names, strict=Tru
     axes.axhline(0, color="0.8", linestyle=":")
     axes.set_title(name, fontsize=10)
 figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-figure.supylabel("similarity (1: blind to it, 0: like another image)", fontsize=9)
+figure.supylabel("similarity (1: invariant, 0: as another image)", fontsize=9)
 figure.savefig(options.output / "invariance.png")
 for name, result in results.items():
     ends = "  ".join(f"{change} {result[change][-1][1]:.2f}" for change in names)  # at the largest strength

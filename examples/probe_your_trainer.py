@@ -1,4 +1,4 @@
-"""Add a linear probe and a k-NN to a trainer that knows nothing of this package; its weights stay bit-identical."""
+"""Add a linear probe and a k-NN probe to an existing module and Trainer; the weights stay bit-identical."""
 
 import argparse
 
@@ -11,7 +11,7 @@ import lightning_contrast as lc
 
 
 class Autoencoder(L.LightningModule):
-    """Somebody's own module: it learns to rebuild images, and nobody asked it what its code is good for."""
+    """An autoencoder that is independent of this package."""
 
     def __init__(self):
         super().__init__()
@@ -20,14 +20,14 @@ class Autoencoder(L.LightningModule):
         self.decoder = nn.Sequential(nn.Linear(64, 3 * 32 * 32), nn.Sigmoid(), nn.Unflatten(1, (3, 32, 32)))
 
     def training_step(self, batch, batch_idx):
-        """Rebuild the images; the labels are not looked at."""
+        """Reconstruct the images; labels are not used."""
         images, _ = batch
         loss = nn.functional.mse_loss(self.decoder(self.encoder(images)), images)
         self.log("loss", loss)
         return loss
 
     def validation_step(self, batch, batch_idx):
-        """Encode, so that the probes see the features of the validation images."""
+        """Encode the images, for the probes."""
         self.encoder(batch[0])
 
     def configure_optimizers(self):
@@ -36,7 +36,7 @@ class Autoencoder(L.LightningModule):
 
 
 def train(callbacks, epochs):
-    """Train from the same seed with the given callbacks and return the module and its Trainer."""
+    """Train with a fixed seed and the given callbacks; return the module and the Trainer."""
     data = lc.data.EmojiDataModule()
     sets = [TensorDataset(data.images(split).float() / 255, data.labels(split)) for split in ("train", "test")]
     L.seed_everything(0, verbose=False)
@@ -50,7 +50,7 @@ def train(callbacks, epochs):
 
 
 def main():
-    """Train twice, once watched."""
+    """Train without and with probes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
     epochs = parser.parse_args().epochs
@@ -59,10 +59,10 @@ def main():
         lc.OnlineLinearProbe(num_classes=9, features="encoder"),
         lc.OnlineKNN(num_classes=9, features="encoder"),
     ]
-    watched, trainer = train(probes, epochs)
+    probed, trainer = train(probes, epochs)
     for name in ("linear_probe/top1", "knn/top1"):
         print(f"{name}: {trainer.callback_metrics[name]:.3f}")
-    same = all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(alone.parameters(), probed.parameters(), strict=True))
     print(f"weights bit-identical with and without the probes: {same}")
 
 

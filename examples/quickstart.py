@@ -1,4 +1,4 @@
-"""Pretrain SimCLR on the bundled emoji, watch it with two probes, and draw what it learned: `make demo`."""
+"""Pretrain SimCLR on the bundled emoji with two online probes and plot the results: `make demo`."""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ from lightning_contrast import evaluation
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=250)
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--fold", type=int, help="judge on this fold (1-4) of the training things, to choose settings")
-parser.add_argument("--stock", action="store_true", help="make the views with Kornia's own operations")
+parser.add_argument("--fold", type=int, help="validate on this fold (1-4) of the training set")
+parser.add_argument("--stock", action="store_true", help="use stock Kornia operations for the views")
 parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
 options, start = parser.parse_args(), time.perf_counter()
 
@@ -31,7 +31,7 @@ model = lc.SimCLR(
 trainer = L.Trainer(
     max_epochs=options.epochs,
     check_val_every_n_epoch=max(options.epochs // 20, 1),
-    accelerator="cpu",  # the same figures on every machine; leave it out to train on what there is
+    accelerator="cpu",  # for reproducible results; omit it to use an accelerator
     logger=loggers.TensorBoardLogger(options.output, name="logs", version=""),
     log_every_n_steps=5,
     callbacks=[
@@ -44,7 +44,7 @@ trainer = L.Trainer(
 
 
 def features(network: torch.nn.Module) -> list[torch.Tensor]:
-    """Return the features of the training images, and of the judged images by either artist."""
+    """Return the features of the training images and of the validation images by each artist."""
     return [
         evaluation.encode(network, group, policy.eval_transform)
         for group in (data.images("train"), *data.artists("val"))
@@ -52,7 +52,7 @@ def features(network: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def score(train: torch.Tensor, noto: torch.Tensor, fluent: torch.Tensor) -> dict[str, float]:
-    """Return k-NN and linear accuracy over 9 groups, and how often the same thing by the other artist is nearest."""
+    """Return k-NN and linear accuracy over 9 groups, and recall@1 of the same emoji by the other artist."""
     split = (train, data.labels("train"), torch.cat([noto, fluent]), data.labels("val"))
     return {
         "knn": evaluation.knn_top1(*split, num_classes=data.num_classes),
@@ -77,7 +77,7 @@ evaluation.image_map(torch.cat([noto, fluent]), torch.cat(trained[1:])).savefig(
 torch.save(model.backbone.state_dict(), options.output / "backbone.pt")
 results |= {"seconds": round(time.perf_counter() - start, 1), "seed": options.seed}
 (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-print(f"\n{'features':10}{'k-NN':>8}{'linear':>8}{'recall@1':>10}   (in {options.output}: pictures and weights)")
+print(f"\n{'features':10}{'k-NN':>8}{'linear':>8}{'recall@1':>10}   (figures and weights in {options.output})")
 for name in spaces:
     print(f"{name:10}" + "{knn:8.3f}{linear:8.3f}{recall@1:10.3f}".format(**results[name]))
-print(f"{results['seconds']:.0f} s in all, seed {options.seed}")
+print(f"{results['seconds']:.0f} s, seed {options.seed}")

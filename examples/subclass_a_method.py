@@ -1,4 +1,4 @@
-"""Change one thing of a method: SimCLR whose temperature falls while it trains."""
+"""Subclass a method: SimCLR with a decreasing temperature."""
 
 import argparse
 import math
@@ -11,11 +11,11 @@ from lightning_contrast.losses import nt_xent
 
 
 class CoolingSimCLR(lc.SimCLR):
-    """SimCLR with a temperature that goes from ``hot`` to ``temperature`` on a cosine.
+    """SimCLR with a cosine schedule of the temperature from ``hot`` to ``temperature``.
 
     Args:
         backbone: As in SimCLR.
-        hot: The temperature at the first step.
+        hot: Temperature at the first step.
         **kwargs: All other arguments of SimCLR.
     """
 
@@ -25,7 +25,7 @@ class CoolingSimCLR(lc.SimCLR):
         self.save_hyperparameters()
 
     def training_step(self, batch, batch_idx):
-        """Do what SimCLR does, at the temperature of this step."""
+        """Compute the SimCLR loss with the temperature of this step."""
         view_a, view_b = self.views(batch, count=2)
         features = self(torch.cat([view_a, view_b]))
         projection_a, projection_b = self.projector(features).chunk(2)
@@ -38,7 +38,7 @@ class CoolingSimCLR(lc.SimCLR):
 
 
 def main():
-    """Train it with the plug-ins that every method takes."""
+    """Train on the bundled emoji."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     epochs = parser.parse_args().epochs

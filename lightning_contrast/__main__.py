@@ -1,4 +1,4 @@
-"""``python -m lightning_contrast``: see `lightning_contrast.cli`."""
+"""Entry point of ``python -m lightning_contrast``; see `lightning_contrast.cli`."""
 
 from lightning_contrast.cli import main
 

@@ -1,4 +1,4 @@
-"""Argument checks with one style of message: `` `name` must <rule>, got <value>. <mend>. ``."""
+"""Argument checks with messages of the form `` `name` must <rule>, got <value>. <hint>. ``."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def fail(name: str, rule: str, value: object, hint: str, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise ``error`` in the style of the package.
+    """Raise ``error`` with the message `` `name` must <rule>, got <value>. <hint>. ``.
 
     Args:
-        name: Name of the argument as the user wrote it.
-        rule: What must hold, as the words after "must".
-        value: What was given.
-        hint: A sentence without its full stop that tells how to put it right.
+        name: Name of the argument.
+        rule: The words after "must".
+        value: The value given.
+        hint: How to fix it: a sentence without its full stop.
         error: ValueError for values and shapes, TypeError for objects.
     """
     raise error(f"`{name}` must {rule}, got {value!r}. {hint}.")
@@ -37,7 +37,7 @@ def check_not_negative(name: str, value: float, hint: str = "Give 0 or a number 
 
 
 def check_at_least(name: str, value: int, minimum: int, hint: str | None = None) -> None:
-    """Check that ``value`` is a whole number of at least ``minimum``."""
+    """Check that ``value`` is an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         fail(name, "be a whole number", value, hint or f"Give an int of at least {minimum}", TypeError)
     require(value >= minimum, name, f"be >= {minimum}", value, hint or f"Give at least {minimum}")
@@ -49,7 +49,7 @@ def check_probability(name: str, value: float, hint: str = "Give a number from 0
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """Check that ``value`` is one of ``choices``, naming near matches where it is not."""
+    """Check that ``value`` is one of ``choices``; the message names near matches."""
     options = list(choices)
     if value in options:
         return
@@ -58,23 +58,23 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     fail(name, f"be one of {', '.join(map(repr, options))}", value, hint)
 
 
-def check_word(name: str, value: object, hint: str = "It is the first part of what is logged") -> None:
-    """Check that ``value`` is a str that is not empty."""
+def check_word(name: str, value: object, hint: str = "It is the prefix of the log keys") -> None:
+    """Check that ``value`` is a non-empty str."""
     require(isinstance(value, str) and value != "", name, "be a word", value, hint)
 
 
 def check_same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor, dims: int) -> None:
-    """Check that two tensors have the same shape and ``dims`` dimensions."""
+    """Check that two tensors have the same shape, of ``dims`` dimensions."""
     if a.shape != b.shape or a.ndim != dims:
         raise ValueError(
             f"`{name_a}` and `{name_b}` must have the same {dims}-D shape, got {tuple(a.shape)} and {tuple(b.shape)}. "
-            f"Give one row of each for every image."
+            f"Give one row of each per image."
         )
 
 
 def check_batch(name: str, size: int, minimum: int = 2) -> None:
-    """Check that a batch has the rows that a loss needs."""
-    hint = "Raise `batch_size`, or set `drop_last=True` so that no short batch is left over"
+    """Check the number of rows in a batch."""
+    hint = "Raise `batch_size`, or set `drop_last=True` to drop a short last batch"
     require(size >= minimum, name, f"have a batch of at least {minimum}", size, hint)
 
 

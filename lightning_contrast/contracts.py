@@ -1,61 +1,50 @@
-"""What a method, a batch and a callback may ask of each other.
+"""The interface between batches, methods and callbacks.
 
 A loader yields ``images``, ``(images, labels, ...)``, a dict with ``"image"`` and ``"label"``, or a dataclass with
 fields of those names. ``images`` is a tensor ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1. After
-`ViewAugmentation` the same container holds, in the place of ``images``, a list of V view tensors ``(B, C, h, w)``.
+`ViewAugmentation` the same container holds a list of V view tensors ``(B, C, h, w)`` instead of ``images``.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_contrast._checks import check_batch, fail, require
 
-TOLERANCE = 1e-3
-"""How far float images may leave 0..1: rounding in a lower precision, not another range."""
+__all__ = [
+    "IMAGE_KEY",
+    "INDEX_KEY",
+    "LABEL_KEY",
+    "TOLERANCE",
+    "Images",
+    "batch_indices",
+    "check_images",
+    "check_views",
+    "is_views",
+    "replace_images",
+    "require_indices",
+    "require_labels",
+    "require_views",
+    "split_batch",
+]
 
+TOLERANCE = 1e-3
+"""How far float images may lie outside 0..1; allows for rounding in a lower precision."""
 
 Images: TypeAlias = Tensor | list[Tensor]
 
 IMAGE_KEY, LABEL_KEY, INDEX_KEY = "image", "label", "index"
 
 
-@runtime_checkable
-class HasMomentumPairs(Protocol):
-    """A module with networks that follow others: moved by `MomentumUpdate` only."""
-
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return ``[(online_module, momentum_module), ...]``."""
-        ...
-
-
-@runtime_checkable
-class HasQueues(Protocol):
-    """A module that holds queues of past embeddings: fed by `QueueUpdate` only."""
-
-    def queues(self) -> dict[str, nn.Module]:
-        """Return the queues by the name of the step output that feeds them."""
-        ...
-
-
-@runtime_checkable
-class HasStepStates(Protocol):
-    """A module with state that moves once per optimizer step: committed by `MomentumUpdate` only."""
-
-    def step_states(self) -> list[nn.Module]:
-        """Return modules with ``commit()`` and ``discard()``."""
-        ...
-
-
 def is_views(value: object) -> bool:
-    """Tell whether ``value`` is a list (or tuple) of view tensors.
+    """Return whether ``value`` is a non-empty list or tuple of view tensors ``(B, C, h, w)``.
 
     Args:
-        value: Anything that stands in the place of the images of a batch.
+        value: The images entry of a batch, of any type.
     """
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence) or len(value) == 0:
         return False
@@ -63,7 +52,7 @@ def is_views(value: object) -> bool:
 
 
 def _is_bare_views(batch: Sequence[object]) -> bool:
-    """Tell a sequence of two or more floating 4-D tensors of equal (B, C) from ``(images, labels)``."""
+    """Return whether a batch is a list of two or more floating 4-D tensors of equal (B, C), not (images, labels)."""
     if len(batch) < 2 or not is_views(batch):
         return False
     tensors = cast("Sequence[Tensor]", batch)
@@ -71,7 +60,7 @@ def _is_bare_views(batch: Sequence[object]) -> bool:
 
 
 def _field(batch: object, key: str) -> str | None:
-    """Return the name of the dataclass field that plays ``key`` (``image`` or ``images``), if there is one."""
+    """Return the name of the dataclass field for ``key`` (``image`` or ``images``), or None."""
     names = {field.name for field in dataclasses.fields(cast("Any", batch))}
     return next((name for name in (key, key + "s") if name in names), None)
 
@@ -81,7 +70,7 @@ def _is_record(batch: object) -> bool:
 
 
 def _as_images(value: object) -> Images:
-    """Return a tensor as it is and a sequence of tensors as a list."""
+    """Return a tensor unchanged and a sequence of view tensors as a list."""
     if isinstance(value, Tensor):
         return value
     if is_views(value):
@@ -90,8 +79,8 @@ def _as_images(value: object) -> Images:
 
 
 _LAYOUTS = (
-    'Yield images, (images, labels), or a dict or dataclass with "image" and "label"; where it holds something else, '
-    "convert it in the collate function"
+    'Yield images, (images, labels), or a dict or dataclass with "image" and "label"; convert other batches in the '
+    "collate function"
 )
 
 
@@ -99,14 +88,14 @@ def split_batch(batch: Any) -> tuple[Images, Tensor | None]:
     """Split a batch into its images or views and its labels.
 
     Args:
-        batch: Images ``(B, C, H, W)``; a list of views; ``(images or views, labels, ...)``; a dict with ``"image"``
-            and maybe ``"label"``; or a dataclass with such fields. A list and a tuple mean the same.
+        batch: Images ``(B, C, H, W)``; a list of views ``(B, C, h, w)``; ``(images or views, labels, ...)``; a dict
+            with ``"image"`` and optionally ``"label"``; or a dataclass with such fields. A tuple equals a list.
 
     Returns:
-        The images, or the list of views, and the labels or None.
+        The images or the list of views, and the labels ``(B,)`` or None.
 
     Raises:
-        TypeError: If there are no images where the contract puts them.
+        TypeError: If the batch has none of these layouts.
     """
     if isinstance(batch, Tensor):
         return batch, None
@@ -130,23 +119,23 @@ def split_batch(batch: Any) -> tuple[Images, Tensor | None]:
 
 
 def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
-    """Return the views of a training batch, or say what is wrong with it.
+    """Return the views of a training batch after checking their number and sizes.
 
     Args:
         batch: A batch whose images are a list of views, each ``(B, C, h, w)``.
-        count: How many views the method takes.
-        minimum: Images that there must be, >= 1; 1 is right on each of several ranks, whose images count together.
+        count: Number of views that the method takes.
+        minimum: Smallest batch size, >= 1; use 1 if the batches of all ranks are joined.
 
     Returns:
-        The views; they have equal batch sizes of at least ``minimum``.
+        The views, each ``(B, C, h, w)`` with ``B >= minimum``.
 
     Raises:
-        ValueError: If the batch holds one tensor of images, another number of views, views of unequal batch sizes,
-            or views of too few images.
+        ValueError: If the batch holds a single tensor of images, a different number of views, views of unequal batch
+            sizes, or fewer than ``minimum`` images.
     """
     images, _ = split_batch(batch)
     if isinstance(images, Tensor):
-        hint = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or let the loader yield a list of views"
+        hint = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or yield a list of views from the loader"
         fail("batch", f"hold a list of {count} views", f"one tensor of shape {tuple(images.shape)}", hint)
     require(
         len(images) == count, "batch", f"hold {count} views", len(images), f"Give a policy that makes {count} views"
@@ -158,7 +147,7 @@ def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
 
 
 def batch_indices(batch: Any) -> Tensor | None:
-    """Return the sample indices ``(B,)`` of a batch, or None where the loader gives none.
+    """Return the sample indices ``(B,)`` of a batch, or None if the loader does not provide them.
 
     Args:
         batch: A dict or dataclass with ``"index"``, or a sequence whose third item is the indices.
@@ -175,11 +164,14 @@ def batch_indices(batch: Any) -> Tensor | None:
 
 
 def replace_images(batch: Any, images: Images) -> Any:
-    """Return the batch with other images in their place: the same container, nothing written into the old one.
+    """Return a copy of the batch with its images replaced; the original batch is not modified.
 
     Args:
         batch: Any batch that `split_batch` takes.
-        images: What stands in the place of the images: a tensor, or a list of views.
+        images: The new images ``(B, C, H, W)``, or a list of views ``(B, C, h, w)``.
+
+    Returns:
+        A batch of the same type.
     """
     if isinstance(batch, Tensor) or (isinstance(batch, Sequence) and _is_bare_views(batch)):
         return images
@@ -189,25 +181,25 @@ def replace_images(batch: Any, images: Images) -> Any:
         return copied
     if _is_record(batch):
         return dataclasses.replace(batch, **{cast("str", _field(batch, IMAGE_KEY)): images})
-    if hasattr(batch, "_replace"):  # a NamedTuple, whose constructor takes its fields one by one
+    if hasattr(batch, "_replace"):  # a NamedTuple: its constructor takes the fields as arguments
         return batch._replace(**{batch._fields[0]: images})
     return type(batch)([images, *batch[1:]])
 
 
 def check_images(images: Tensor, *, values: bool, evaluating: bool) -> Tensor:
-    """Return images as float or uint8, or say what is wrong with them.
+    """Return images as uint8 or float32 after checking shape, dtype and range.
 
     Args:
         images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
-        values: Read the values too, which costs a synchronisation on an accelerator.
-        evaluating: The batch is one of validation, test or prediction.
+        values: Also check the values, which synchronizes with an accelerator.
+        evaluating: Whether this is a validation, test or prediction batch; used in the error message.
 
     Returns:
-        The images; a float type other than float32 becomes float32, in which policies compute.
+        The images, (B, C, H, W); other float types are converted to float32.
 
     Raises:
-        TypeError: If they are neither uint8 nor float.
-        ValueError: If they are not 4-D, NaN, or outside 0..1.
+        TypeError: If the dtype is neither uint8 nor float.
+        ValueError: If the shape is not 4-D, or a value is NaN or outside 0..1.
     """
     hint = "Yield a batch of images, or name them in a dict"
     require(images.ndim == 4, "images", "have the shape (B, C, H, W)", tuple(images.shape), hint)
@@ -220,7 +212,7 @@ def check_images(images: Tensor, *, values: bool, evaluating: bool) -> Tensor:
     if values and images.numel() > 0:
         low, high = (float(bound) for bound in torch.aminmax(images))
         if math.isnan(low) or math.isnan(high):
-            fail("images", "be finite", "NaN", "Look at the files and the transform of the dataset")
+            fail("images", "be finite", "NaN", "Check the files and the transform of the dataset")
         _check_range(low, high, evaluating)
     return images
 
@@ -231,14 +223,23 @@ def _check_range(low: float, high: float, evaluating: bool) -> None:
     if low >= 0 and high <= 255:
         hint = "Divide by 255, or leave them as uint8"
     else:
-        hint = "Remove Normalize from the dataset's transform: the policy normalises"
+        hint = "Remove Normalize from the dataset's transform: the policy normalizes"
     if evaluating:
-        hint += "; or set `evaluate=False`, which leaves validation, test and prediction batches as they are"
+        hint += "; or set `evaluate=False`, which leaves validation, test and prediction batches unchanged"
     fail("images", "lie in 0..1 where they are float", (low, high), hint)
 
 
 def check_views(views: Any, images: Tensor) -> list[Tensor]:
-    """Return what a policy made, as a list, or say what it should have been."""
+    """Return the output of a policy as a list after checking it.
+
+    Args:
+        views: Output of ``policy(images)``; must be a sequence of tensors ``(B, C, h, w)``.
+        images: Images that the policy was applied to, ``(B, C, H, W)``.
+
+    Raises:
+        TypeError: If ``views`` is not a sequence of 4-D tensors.
+        ValueError: If a view has another batch size than ``images``.
+    """
     if not is_views(views) or not isinstance(views, Sequence):
         hint = "Return one tensor (B, C, h, w) for each view"
         fail("policy(images)", "be a list of views", type(views).__name__, hint, TypeError)
@@ -253,10 +254,10 @@ def require_labels(batch: Any, method: str) -> Tensor:
 
     Args:
         batch: A training batch.
-        method: Name of the method that needs them.
+        method: Name of the method that needs them, for the error message.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If the batch has none.
     """
     _, labels = split_batch(batch)
     if labels is None:
@@ -270,10 +271,10 @@ def require_indices(batch: Any, method: str) -> Tensor:
 
     Args:
         batch: A training batch.
-        method: Name of the method that needs them.
+        method: Name of the method that needs them, for the error message.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If the batch has none.
     """
     indices = batch_indices(batch)
     if indices is None:

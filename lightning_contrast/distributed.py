@@ -1,11 +1,11 @@
-"""Collectives over all ranks: `torch.distributed` only, and the identity where one process trains alone.
+"""Collectives over all ranks by `torch.distributed`; the identity if there is only one process.
 
-Every rank must call each function of this file the same number of times and in the same order. Ranks may hold
-different numbers of rows: whatever is gathered is padded on its way and right in rank order.
+Every rank must call each function the same number of times and in the same order. Ranks may hold different numbers of
+rows: rows are padded for the transfer and returned in rank order.
 
-The functions ``*_with_gradient`` sum the gradients of all ranks on the way back. A loss computed from them has the same
-value on every rank, and the mean over ranks of its gradients, which DDP and FSDP take, is the gradient of one process
-that holds the joined batch.
+The backward pass of the functions ``*_with_gradient`` sums the gradients of all ranks. A loss computed from them has
+the same value on every rank, and the mean of its gradients over ranks, which DDP and FSDP compute, equals the gradient
+of one process with the joined batch.
 """
 
 from typing import Any, cast
@@ -16,28 +16,42 @@ from torch import Tensor
 
 from lightning_contrast._checks import fail
 
+__all__ = [
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "all_reduce_sum_with_gradient",
+    "batch_sizes",
+    "check_equal",
+    "gather",
+    "gather_with_gradient",
+    "global_mean",
+    "is_distributed",
+    "rank",
+    "world_size",
+]
+
 
 def is_distributed() -> bool:
-    """Tell whether several processes train together."""
+    """Return whether there is more than one process."""
     return world_size() > 1
 
 
 def world_size() -> int:
-    """Return the number of processes that train together, 1 where there is no process group."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this process among them, 0 where there is no process group."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def batch_sizes(size: int, device: torch.device | None = None) -> list[int]:
-    """Return the sizes that all ranks give, in rank order.
+    """Return the sizes of all ranks, in rank order.
 
     Args:
         size: Number of rows on this rank, >= 0.
-        device: Where the process group can communicate; None is the CPU, right for gloo.
+        device: Device on which the process group communicates; None is the CPU, as for gloo.
     """
     if not is_distributed():
         return [size]
@@ -46,16 +60,16 @@ def batch_sizes(size: int, device: torch.device | None = None) -> list[int]:
 
 
 def check_equal(name: str, value: float, hint: str, device: torch.device | None = None) -> None:
-    """Raise on every rank where a number differs between ranks: what they would do next, they would not do together.
+    """Raise on every rank if a number differs between ranks.
 
     Args:
-        name: What the number is, for the message.
-        value: This rank's, >= 0.
-        hint: A sentence without its full stop that tells how to put it right.
-        device: Where the process group can communicate; None is the CPU, right for gloo.
+        name: Name of the number, for the message.
+        value: The number on this rank, >= 0.
+        hint: How to fix it: a sentence without its full stop.
+        device: Device on which the process group communicates; None is the CPU, as for gloo.
 
     Raises:
-        ValueError: If it differs; the message has the numbers of all ranks.
+        ValueError: If it differs; the message lists the numbers of all ranks.
     """
     if not is_distributed():
         return
@@ -69,11 +83,11 @@ def gather(x: Tensor, sizes: list[int] | None = None) -> Tensor:
     """Return the rows of all ranks in rank order, without gradient.
 
     Args:
-        x: Any tensor with at least one dimension, ``(B_r, ...)``; ``B_r`` may differ from rank to rank.
-        sizes: What `batch_sizes` gave for these rows, where it is known already; None asks the other ranks.
+        x: Any tensor with at least one dimension, ``(B_r, ...)``; ``B_r`` may differ between ranks.
+        sizes: Result of `batch_sizes` for these rows; None computes it, with one more collective.
 
     Returns:
-        ``(sum of B_r, ...)``, the same on every rank; ``x`` detached where there is one process.
+        ``(sum of B_r, ...)``, the same on every rank; ``x`` detached if there is one process.
     """
     x = x.detach()
     if not is_distributed():
@@ -82,13 +96,13 @@ def gather(x: Tensor, sizes: list[int] | None = None) -> Tensor:
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """Return the rows of all ranks in rank order; backward sums over ranks the gradient of each rank's own rows.
+    """Return the rows of all ranks in rank order; backward sums the gradient of each rank's rows over ranks.
 
     Args:
-        x: A floating tensor with at least one dimension, ``(B_r, ...)``; ``B_r`` may differ from rank to rank.
+        x: A floating tensor with at least one dimension, ``(B_r, ...)``; ``B_r`` may differ between ranks.
 
     Returns:
-        ``(sum of B_r, ...)``, the same on every rank; ``x`` itself where there is one process.
+        ``(sum of B_r, ...)``, the same on every rank; ``x`` itself if there is one process.
     """
     if not is_distributed():
         return x
@@ -96,10 +110,10 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Return the sum over ranks, without gradient; ``x`` is left as it is.
+    """Return the sum over ranks, without gradient; ``x`` is not modified.
 
     Args:
-        x: A tensor of the same shape on every rank.
+        x: A tensor of the same shape ``(...)`` on every rank.
     """
     x = x.detach()
     if not is_distributed():
@@ -110,34 +124,25 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """Return the mean over ranks, without gradient; each rank counts the same, however many rows it holds.
+    """Return the unweighted mean over ranks, without gradient.
 
     Args:
-        x: A floating tensor of the same shape on every rank.
+        x: A floating tensor of the same shape ``(...)`` on every rank.
     """
     return all_reduce_sum(x) / world_size() if is_distributed() else x.detach()
 
 
 def all_reduce_sum_with_gradient(x: Tensor) -> Tensor:
-    """Return the sum over ranks; backward gives each rank the sum of the gradients of all ranks.
+    """Return the sum over ranks; backward sums the gradients over ranks.
 
     Args:
-        x: A floating tensor of the same shape on every rank.
+        x: A floating tensor of the same shape ``(...)`` on every rank.
     """
     return cast("Tensor", _AllReduceSum.apply(x)) if is_distributed() else x
 
 
-def all_reduce_mean_with_gradient(x: Tensor) -> Tensor:
-    """Return the mean over ranks; backward gives each rank the mean of the gradients of all ranks.
-
-    Args:
-        x: A floating tensor of the same shape on every rank.
-    """
-    return all_reduce_sum_with_gradient(x) / world_size() if is_distributed() else x
-
-
 def _all_gather_equal(x: Tensor) -> list[Tensor]:
-    """Gather tensors of one shape."""
+    """Gather tensors of equal shape."""
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x)
     return parts
@@ -145,7 +150,7 @@ def _all_gather_equal(x: Tensor) -> list[Tensor]:
 
 def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
     """Gather ``x`` with ``sizes[r]`` rows on rank r: pad to the longest, gather, cut."""
-    is_bool = x.dtype == torch.bool  # which not every backend can send
+    is_bool = x.dtype == torch.bool  # not supported by every backend
     x = (x.to(torch.uint8) if is_bool else x).contiguous()
     longest = max(sizes)
     if len(x) < longest:
@@ -155,7 +160,7 @@ def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks; on the way back the sum over ranks of the gradient of this rank's rows."""
+    """Rows of all ranks; backward returns the gradient of this rank's rows, summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -183,11 +188,14 @@ class _AllReduceSum(torch.autograd.Function):
 def global_mean(values: Tensor) -> Tensor:
     """Return the mean of ``values`` over all rows of all ranks, the same on every rank.
 
-    Its gradient on this rank is ``world_size`` times that of this rank's share, so that the mean over ranks, which DDP
-    takes, is the gradient of one process; ranks may hold different numbers of rows.
+    The gradient on this rank is ``world_size`` times that of this rank's share, so that the mean over ranks, which DDP
+    computes, is the gradient of one process. Ranks may hold different numbers of rows.
 
     Args:
-        values: One value for each row of this rank, ``(B_r,)``.
+        values: One value per row of this rank, ``(B_r,)``.
+
+    Returns:
+        The mean, a scalar.
     """
     if not is_distributed():
         return values.mean()

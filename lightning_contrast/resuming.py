@@ -1,4 +1,4 @@
-"""Go on from what is there: make a finished run longer, or start from the weights of a backbone."""
+"""Extended runs and initialization from a pretrained backbone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,20 +27,20 @@ _CLASSIFIERS = ("head", "fc", "classifier", "last_linear")
 
 
 class ExtendedRun(L.Callback):
-    """Lets all schedules of a run go on without a jump; made by `extend_training`.
+    """Extends the schedules of a run without a jump; created by `extend_training`.
 
     Attributes:
-        checkpoint: Path of the checkpoint to go on from.
-        max_epochs: Length of the longer run, for the Trainer.
-        plan: Where the schedules stand, in optimizer steps of the run before.
+        checkpoint: Path of the checkpoint to resume from.
+        max_epochs: Length of the extended run, for the Trainer.
+        plan: Schedule position, in optimizer steps of the previous run.
     """
 
     def __init__(self, checkpoint: str, max_epochs: int, plan: ScheduleExtension, epochs: int) -> None:
         self.checkpoint, self.max_epochs, self.plan = checkpoint, max_epochs, plan
-        self._epochs = epochs  # that the checkpoint has done
+        self._epochs = epochs  # completed in the checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the Trainer the plan before optimizers and schedules are made."""
+        """Set the plan before optimizers and schedules are created."""
         if stage != "fit":
             return
         if trainer.max_epochs != self.max_epochs:
@@ -49,7 +49,7 @@ class ExtendedRun(L.Callback):
         set_extension(trainer, self.plan)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a run that does not go on from the checkpoint, or from a later one."""
+        """Check that the run resumed from the checkpoint or from a later one."""
         if trainer.global_step < self.plan.done:
             hint = "Pass `ckpt_path=extension.checkpoint`, or a later checkpoint of the extended run, to `fit`"
             fail("ckpt_path", f"lead to step {self.plan.done} or later", trainer.global_step, hint)
@@ -58,65 +58,64 @@ class ExtendedRun(L.Callback):
             set_extension(trainer, ScheduleExtension(self._epochs * steps, round(self.plan.total / before * steps)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the plan away again."""
+        """Remove the plan."""
         set_extension(trainer, None)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Take the plan away again."""
+        """Remove the plan."""
         set_extension(trainer, None)
 
 
 def extend_training(checkpoint: str | Path, more_epochs: int, *, planned_epochs: int | None = None) -> ExtendedRun:
-    """Return the callback with which a run goes on for more epochs than it was planned for.
+    """Return a callback that extends a run beyond its planned number of epochs.
 
-    Learning rate, weight decay, momentum and a temperature that is scheduled over the run are functions of one step,
-    and that step is re-planned, so they stay together, and none of them jumps at the checkpoint. From the end of a run,
-    where the learning rate is spent and a teacher's momentum is 1, that step goes back, over a tenth of the added
-    steps, to where a run of the new length would stand, and then forward to the end again: a re-warming along the
-    schedules themselves. From a checkpoint on the way, the rest of the schedules is stretched. Rates that fall in steps
-    (MoCo v1) keep their steps, and what counts in epochs (the warm-up of a teacher's temperature, frozen layers) is not
-    changed.
+    Learning rate, weight decay, momentum and a scheduled temperature are functions of one schedule position, which is
+    re-planned, so that all stay consistent and none jumps at the checkpoint. At the end of a run, where the learning
+    rate is 0 and the momentum of a teacher is 1, the position moves back within a tenth of the added steps to that of a
+    run of the new length, and then forward to the end: a re-warming along the schedules. From an intermediate
+    checkpoint, the rest of the schedules is stretched. Milestones of step schedules (MoCo v1) and schedules counted in
+    epochs (warm-up of the teacher temperature, frozen layers) do not change.
 
-    Add the callback to the Trainer and fit from the checkpoint; a stop within the extension resumes with the same
-    callback, from its own checkpoint:
+    Add the callback to the Trainer and fit from the checkpoint. To resume an interrupted extension, use the same
+    callback with a checkpoint of the extended run:
 
         extension = lc.resuming.extend_training("last.ckpt", more_epochs=100)
         trainer = L.Trainer(max_epochs=extension.max_epochs, callbacks=[extension])
         trainer.fit(model, data, ckpt_path=extension.checkpoint)
 
     Args:
-        checkpoint: Path of a Lightning checkpoint, written at the end of an epoch; loaded with ``weights_only=True``.
+        checkpoint: Path of a Lightning checkpoint written at the end of an epoch; loaded with ``weights_only=True``.
         more_epochs: Epochs to add to the planned ones, >= 1.
-        planned_epochs: Epochs that the run was planned for; None: those that the checkpoint has done, as at its end.
+        planned_epochs: Planned epochs of the run; None takes the epochs completed in the checkpoint.
 
     Raises:
-        ValueError: If a number is out of its range, or the file is damaged or no checkpoint of a fit.
-        FileNotFoundError: If there is no such file.
+        ValueError: If a number is out of range, or the file is damaged or not a checkpoint of a fit.
+        FileNotFoundError: If the file does not exist.
     """
     check_at_least("more_epochs", more_epochs, 1)
     state = load_checkpoint(checkpoint, mmap=True)
-    hint = "Give a checkpoint that `ModelCheckpoint` or `trainer.save_checkpoint` wrote in a fit"
+    hint = "Give a checkpoint written by `ModelCheckpoint` or `trainer.save_checkpoint` during a fit"
     if not isinstance(state, dict) or "loops" not in state:
         fail("checkpoint", "be a Lightning checkpoint with the state of its loops", str(checkpoint), hint)
     steps = int(state["global_step"])
     epochs = int(state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
-    require(steps > 0 and epochs > 0, "checkpoint", "have done at least one epoch", (epochs, steps), hint)
+    require(steps > 0 and epochs > 0, "checkpoint", "have completed at least one epoch", (epochs, steps), hint)
     if planned_epochs is None:
         planned_epochs = epochs
-    check_at_least("planned_epochs", planned_epochs, epochs, f"The checkpoint has done {epochs} already")
+    check_at_least("planned_epochs", planned_epochs, epochs, f"The checkpoint has completed {epochs}")
     plan = ScheduleExtension(done=steps, total=round(steps * planned_epochs / epochs))
     return ExtendedRun(str(checkpoint), planned_epochs + more_epochs, plan, epochs)
 
 
 class HeadWarmup(L.Callback):
-    """Keeps the backbone where it is for the first epochs, while the heads get used to it.
+    """Freezes the backbone for the first epochs while the heads are trained.
 
-    The gradients of the backbone are dropped before each step: a parameter without gradient is left alone by the
-    optimizer, weight decay included, and DDP, which has summed all gradients by then, sees nothing of it. Running
-    averages of BatchNorm move on. Brought by `from_pretrained_backbone`; another one in the Trainer's callbacks wins.
+    The gradients of the backbone are set to None before each step, so the optimizer does not update it, including
+    weight decay; DDP has reduced the gradients before. Running statistics of BatchNorm are updated. Added by
+    `from_pretrained_backbone` unless the Trainer has another one.
 
     Args:
-        epochs: Epochs in which the backbone keeps its weights, >= 0.
+        epochs: Number of epochs in which the backbone is frozen, >= 0.
 
     Raises:
         ValueError: If ``epochs`` is below 0.
@@ -127,15 +126,15 @@ class HeadWarmup(L.Callback):
         self.epochs = epochs
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Drop the gradients of the backbone."""
+        """Set the gradients of the backbone to None."""
         if trainer.current_epoch >= self.epochs:
             return
         backbone = pl_module.backbone
         for parameter in backbone.parameters():  # type: ignore[union-attr]  # a module
             parameter.grad = None
         if not has_gradients([optimizer]):
-            hint = "Set `head_warmup_epochs=0`: this method has no heads to warm up"
-            fail("head_warmup_epochs", "be 0 where only the backbone is trained", self.epochs, hint)
+            hint = "Set `head_warmup_epochs=0`: this method has no heads"
+            fail("head_warmup_epochs", "be 0 if only the backbone is trained", self.epochs, hint)
 
 
 def from_pretrained_backbone(
@@ -145,33 +144,34 @@ def from_pretrained_backbone(
     head_warmup_epochs: int = 1,
     skip: Sequence[str] = (),
 ) -> _Method:
-    """Start a method from the weights of a backbone: its own backbone, and every momentum copy of it.
+    """Load pretrained weights into the backbone of a method and its momentum copies.
 
         model = lc.resuming.from_pretrained_backbone(
             lc.DINO("resnet50"), timm.create_model("resnet50", pretrained=True)
         )
 
     Args:
-        module: A method of this package, new; changed in place. Its heads start at random.
-        weights: A network such as timm's, with weights; a ``state_dict`` of it; or a file with one, or with a Lightning
-            checkpoint of a method of this package, of which the backbone is taken; read with ``weights_only=True``. A
-            classifier ("head", "fc", "classifier") that the backbone does not have is left out.
-        head_warmup_epochs: Epochs in which the backbone keeps its weights, >= 0; see `HeadWarmup`.
-        skip: Beginnings of names that keep their random start, such as ``["conv1"]`` for the stem of ``small_images``.
+        module: A new method of this package; modified in place. Its heads keep their random initialization.
+        weights: A network such as one of timm; its ``state_dict``; or a file with a ``state_dict`` or with a Lightning
+            checkpoint of a method of this package, whose backbone is used; read with ``weights_only=True``. A
+            classifier ("head", "fc", "classifier") that the backbone lacks is ignored.
+        head_warmup_epochs: Number of epochs in which the backbone is frozen, >= 0; see `HeadWarmup`.
+        skip: Prefixes of names that keep their random initialization, such as ``["conv1"]`` for the stem of
+            ``small_images``.
 
     Returns:
-        The module, which brings a `HeadWarmup` to its Trainer.
+        The module, which adds a `HeadWarmup` to its Trainer.
 
     Raises:
-        ValueError: If a weight is missing, left over or of another shape (the message names the first ones), or if a
+        ValueError: If a weight is missing, unexpected or of another shape (the message names the first one), or if a
             file is damaged.
-        TypeError: If the module is no method of this package, or the weights are none.
+        TypeError: If ``module`` is not a method of this package or ``weights`` are not weights.
     """
     check_not_negative("head_warmup_epochs", head_warmup_epochs)
     if not isinstance(module, SelfSupervisedModule):
         fail("module", "be a method of this package", type(module).__name__, "Give e.g. lc.DINO(...)", TypeError)
     given = _state_of(weights)
-    backbone = getattr(module.backbone, "vit", module.backbone)  # the timm network within a `MaskedViT`
+    backbone = getattr(module.backbone, "vit", module.backbone)  # the timm network in a `MaskedViT`
     given = _fitting(given, backbone.state_dict(), skip)
     backbone.load_state_dict(given, strict=False)  # compared above
     for online, momentum in getattr(module, "momentum_pairs", list)():
@@ -183,7 +183,7 @@ def from_pretrained_backbone(
 
 
 def _state_of(weights: Any) -> dict[str, Tensor]:
-    """Return the weights as names and tensors."""
+    """Return the weights as a dict of tensors."""
     if isinstance(weights, str | Path):
         weights = load_checkpoint(weights)
     if isinstance(weights, nn.Module):
@@ -199,7 +199,7 @@ def _state_of(weights: Any) -> dict[str, Tensor]:
 
 
 def _fitting(given: dict[str, Tensor], own: Mapping[str, Tensor], skip: Sequence[str]) -> dict[str, Tensor]:
-    """Return the weights that the backbone takes, or tell what does not fit."""
+    """Return the weights of the backbone, or raise if they do not match."""
     skipped = tuple(skip)
     given = {
         name: tensor
@@ -211,6 +211,6 @@ def _fitting(given: dict[str, Tensor], own: Mapping[str, Tensor], skip: Sequence
     left = [name for name in given if name not in own]
     for names, what in ((missing, "are missing"), (left, "are not in the backbone"), (other, "have another shape")):
         if names:
-            hint = "Build the backbone as the weights were made, or name what is to start at random in `skip`"
+            hint = "Build the backbone as for the weights, or list weights to initialize randomly in `skip`"
             fail("weights", "fit the backbone", f"{len(names)} that {what}, first {names[0]!r}", hint)
     return given

@@ -1,28 +1,33 @@
-"""Derived seeds and random draws that leave the global generators unchanged."""
+"""Derived seeds and isolated random draws."""
 
 import hashlib
 import random
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+__all__ = ["derived_seed", "isolated", "seed_everything", "seeded"]
+
 
 def derived_seed(*parts: int) -> int:
-    """Return a seed that is a function of all parts and of nothing else, equal on every machine."""
+    """Return a 63-bit seed that depends on all parts and their order; equal on every machine.
+
+    Args:
+        *parts: Integers, such as (seed, epoch, batch, rank).
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # 63 bits: seeds are signed
+    return int.from_bytes(digest, "big") >> 1  # torch and NumPy take signed seeds
 
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw torch's random numbers from ``seed`` inside, and leave the global generators as they were.
+    """Seed torch's generators in the block and restore their states afterwards.
 
     Args:
-        seed: None: draw from the global generators.
-        device: Whose generator is seeded beside the CPU's.
+        seed: Seed of the block, >= 0; None uses the global generators.
+        device: Device whose generator is seeded in addition to the CPU's.
     """
     if seed is None:
         yield
@@ -34,37 +39,32 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw the random numbers of torch, NumPy and Python from ``seed`` inside, and leave their generators as they were.
+def isolated(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the generators of torch, NumPy and Python in the block and restore their states afterwards.
 
     Args:
-        seed: >= 0.
-        device: Whose generator is seeded beside the CPU's.
+        seed: Seed of the block, >= 0.
+        device: Device whose generator is seeded in addition to the CPU's; None is the CUDA device, if any.
     """
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with seeded(seed, device):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-
-
-def mixed_seed(*numbers: int) -> int:
-    """Return 64 bits in which neighbouring numbers have nothing in common."""
-    packed = struct.pack(f"<{len(numbers)}q", *(number & (2**63 - 1) for number in numbers))
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators."""
+    """Seed the global generators of torch (all devices), NumPy and Python.
+
+    Args:
+        seed: >= 0; NumPy gets the lower 32 bits.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # the accelerators' generators too
-
-
-def seed_of(*parts: int) -> int:
-    """Return a 32-bit seed that depends on all of ``parts`` (whole numbers from 0), and not on their sum."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+    torch.manual_seed(seed)

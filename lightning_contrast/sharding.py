@@ -1,4 +1,4 @@
-"""Norms of whole tensors from the shards of this rank, and the trust ratios made of them."""
+"""Norms and trust ratios of full tensors computed from the shards of each rank."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -7,17 +7,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+__all__ = [
+    "is_fsdp1_shard",
+    "local",
+    "local_gradient",
+    "norms_over_ranks",
+    "shard_groups",
+    "trust_ratios",
+]
+
 _Groups: TypeAlias = tuple[Any, ...]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the shard of this rank of a DTensor (sharing its memory), and any other tensor as it is."""
+    """Return this rank's shard of a DTensor (sharing its memory), and any other tensor unchanged.
+
+    Args:
+        tensor: A tensor of any shape.
+    """
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def local_gradient(weight: Tensor) -> Tensor:
-    """Return the gradient of this rank's shard of ``weight``, whose ``grad`` is not None."""
+    """Return the gradient of this rank's shard of a weight.
+
+    Args:
+        weight: A parameter of any shape whose ``grad`` is not None.
+
+    Raises:
+        ValueError: If the gradient is sparse.
+    """
     gradient = weight.grad
     assert gradient is not None
     if gradient.is_sparse:
@@ -30,9 +50,12 @@ def local_gradient(weight: Tensor) -> Tensor:
 
 
 def is_fsdp1_shard(weight: Tensor) -> bool:
-    """Tell whether FSDP1 has made ``weight`` a view of its flat shard, with ``use_orig_params=True``.
+    """Return whether ``weight`` is a view of a flat FSDP1 shard (``use_orig_params=True``).
 
-    Such a view may be empty, and then it has no gradient, on ranks that hold no part of the tensor.
+    On ranks that hold no part of the tensor, such a view is empty and has no gradient.
+
+    Args:
+        weight: A parameter of any shape.
     """
     return bool(getattr(weight, "_fsdp_flattened", False))
 
@@ -40,11 +63,11 @@ def is_fsdp1_shard(weight: Tensor) -> bool:
 def trust_ratios(
     weights: list[Tensor], updates: list[Tensor], rule: Callable[[Tensor, Tensor], Tensor]
 ) -> list[Tensor]:
-    """Return one trust ratio for each weight, as scalars on its device.
+    """Return one trust ratio per weight, a scalar on its device.
 
     Args:
-        weights: The parameters.
-        updates: This rank's shard of each gradient, empty where it has none.
+        weights: Parameters of any shape.
+        updates: This rank's shard of each gradient, empty if it has none.
         rule: Maps the norms ``(n,)`` of weights and of updates to ratios ``(n,)``.
     """
     buckets: dict[tuple[torch.device, torch.dtype, _Groups], list[int]] = {}
@@ -60,12 +83,12 @@ def trust_ratios(
 
 
 def norms_over_ranks(shards: list[Tensor], groups: _Groups, dtype: torch.dtype) -> Tensor:
-    """Return the 2-norms ``(n,)`` of whole tensors of which each rank holds a shard; nothing is read on the host.
+    """Return the 2-norms ``(n,)`` of full tensors from their shards, without host reads.
 
     Args:
-        shards: This rank's shard of each tensor; all lie on one device.
-        groups: From `shard_groups`; empty where a shard is the whole tensor.
-        dtype: In which to add up.
+        shards: This rank's shard of each of the n tensors, all on one device.
+        groups: Process groups returned by `shard_groups`; empty for unsharded tensors.
+        dtype: Dtype of the accumulation.
     """
     norms = torch.stack(torch._foreach_norm(shards, 2, dtype=dtype))
     if groups:
@@ -77,13 +100,17 @@ def norms_over_ranks(shards: list[Tensor], groups: _Groups, dtype: torch.dtype) 
 
 
 def shard_groups(weight: Tensor) -> _Groups:
-    """Return the process groups over which the squares of the shards of ``weight`` add up to the whole."""
+    """Return the process groups over which the squared norms of the shards of ``weight`` are summed.
+
+    Args:
+        weight: A parameter of any shape.
+    """
     placements: Any = getattr(weight, "placements", None)
     if placements is not None:
         mesh: Any = weight.device_mesh  # type: ignore[attr-defined]  # a DTensor
         return tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard())
     if is_fsdp1_shard(weight):
-        # All ranks, whatever FSDP's own group is: where shards are replicated every square is counted equally often,
-        # which leaves the ratio of two norms as it is.
+        # All ranks, regardless of FSDP's group: replicated shards are all counted equally often, which does not change
+        # the ratio of two norms.
         return (dist.group.WORLD,)
     return ()

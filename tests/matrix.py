@@ -35,13 +35,13 @@ CONDITIONS = {
     "activation checkpointing": "The backbone's layers are computed twice (`nn.checkpoint_activations`): same weights, "
     "BatchNorm's averages move once, a probe on an inner layer sees each step once.",
     "resume, epoch end": "A run that was stopped and resumed equals one that was not, bit for bit: weights, momentum "
-    "networks, queues, centres, optimizer, schedules, a probe.",
+    "networks, queues, centers, optimizer, schedules, a probe.",
     "resume, mid-epoch": "The same from the middle of an epoch.",
     "checkpoint": "Loads with `weights_only=True` and holds no modules; where the backbone is a name, "
     "`load_from_checkpoint(path)` needs no arguments.",
     "torch.compile": "`fit(torch.compile(module))` ends with the same weights (1e-5): backend aot_eager for every "
     "method, inductor for SimCLR, BYOL and MoCo.",
-    "second fit": "`fit` twice, and `fit`, `validate`, `fit`: the same weights, and plug-ins that go on.",
+    "second fit": "`fit` twice, and `fit`, `validate`, `fit`: equal weights, and callbacks that continue.",
     "copied": "`deepcopy` and `pickle` after a fit give the same module, that trains on.",
     "watched": "A linear probe, k-NN, `CollapseMonitor`, `TrainingCostMonitor`, `InvarianceMonitor`, `ViewLogger`, "
     "`EmbeddingLogger` and (where a step has two views of a projection) `InstanceDiscriminationMonitor` at once change "
@@ -97,7 +97,7 @@ class Cell:
 
 
 class Matrix:
-    """The plug-in of pytest that skips what does not apply and collects the rest."""
+    """A pytest plugin that skips cells that do not apply and collects the results of the others."""
 
     def __init__(self, page: Path | None) -> None:
         self.page = page

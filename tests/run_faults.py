@@ -1,4 +1,4 @@
-"""Fifty kills of a run, and the page that tells where they landed: ``python -m tests.run_faults``."""
+"""Kill a run fifty times and write the results to docs/faults.md: ``python -m tests.run_faults``."""
 
 import argparse
 import time
@@ -10,7 +10,7 @@ import torch
 import lightning_contrast as lc
 from benchmarks.common import machine
 from lightning_contrast.data import InMemoryDataModule
-from lightning_contrast.testing import assert_survives_kills
+from tests.kill_runs import assert_survives_kills
 from tests.methods.cases import TinyBackbone
 
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
@@ -18,7 +18,7 @@ MARKS = "<!-- kills: written by `make faults` -->", "<!-- end of kills -->"
 
 
 class Images(InMemoryDataModule):
-    """48 coloured images with noise; the colour is the class."""
+    """48 colored images with noise; the color is the class."""
 
     def read(self, split):
         labels = torch.arange(48) % 3
@@ -28,7 +28,7 @@ class Images(InMemoryDataModule):
 
 
 def make_module():
-    """Return a MoCo with all that a checkpoint must hold: momentum networks, a queue that wraps, BatchNorm."""
+    """Return a MoCo with every kind of state: momentum networks, a queue that wraps, BatchNorm."""
     return lc.MoCo(TinyBackbone(norm=True), queue_size=40, projection_dim=8, warmup_epochs=1, batchnorm_splits=2)
 
 
@@ -47,15 +47,15 @@ def kill(kills, seed=0, make_module=make_module, **kwargs):
 
 
 def table(landed, seconds):
-    """Return what `make faults` found, as Markdown."""
+    """Return the results as Markdown."""
     about, count = machine(), len(landed)
-    phases = (("step", "in a step"), ("write", "while a checkpoint was written"), ("between", "between the two"))
+    phases = (("step", "in a step"), ("write", "while a checkpoint was written"), ("between", "between steps"))
     lines = [
-        f"{count} of {count} runs ended bit for bit as the run that was not killed. {about['date']}, "
+        f"{count} of {count} runs ended bit-identical to the uninterrupted run. {about['date']}, "
         f"{about['processor']}, torch {about['versions']['torch']}, lightning {about['versions']['lightning']}, "
         f"{seconds:.0f} s.",
         "",
-        "| killed | runs | left a file that is not whole | went on from a checkpoint | began anew |",
+        "| killed | runs | left an incomplete file | resumed from a checkpoint | restarted |",
         "|---|---|---|---|---|",
     ]
     for phase, words in phases:
@@ -63,7 +63,12 @@ def table(landed, seconds):
         halves, resumed = sum(one.half_written for one in those), sum(one.resumed_from > 0 for one in those)
         lines.append(f"| {words} | {len(those)} | {halves} | {resumed} | {len(those) - resumed} |")
     parts = Counter(one.function.split(" calling ")[0].split(".")[0] for one in landed)
-    lines += ["", "What was running: " + ", ".join(f"{name} {number}" for name, number in parts.most_common()) + "."]
+    lines += [
+        "",
+        "Package of the running function: "
+        + ", ".join(f"{name} {number}" for name, number in parts.most_common())
+        + ".",
+    ]
     return "\n".join(lines)
 
 

@@ -71,12 +71,12 @@ def flip(path):
 # ---------------------------------------------------------------------------------------------------- what is damaged
 
 DAMAGES = [
-    (cut, r"was cut off while it was written \(\d+ bytes"),
-    (lambda path: cut(path, 0.999), r"was cut off while it was written"),
-    (flip, r"was changed after it was written: the checksum of .*data/\d+ does not match"),
+    (cut, r"was not written completely \(\d+ bytes"),
+    (lambda path: cut(path, 0.999), r"was not written completely"),
+    (flip, r"was modified after it was written: the checksum of .*data/\d+ does not match"),
     (lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),
     (lambda path: path.write_bytes(bytes(5000)), r"is empty \(5000 bytes\)"),
-    (lambda path: path.write_text("<html>Not found</html>"), r"is not a file that `torch.save` writes"),
+    (lambda path: path.write_text("<html>Not found</html>"), r"was not written by `torch.save`"),
 ]
 
 
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, checkpoint, damage, w
     path.write_bytes(checkpoint)
     check_checkpoint(path)
     damage(path)
-    message = rf"`checkpoint` must be whole, but .*epoch=3\.ckpt {words}.*`latest_checkpoint\(folder\)`"
+    message = rf"`checkpoint` must be intact, but .*epoch=3\.ckpt {words}.*`latest_checkpoint\(folder\)`"
     for read in (check_checkpoint, load_checkpoint, AtomicCheckpointIO().load_checkpoint):
         with pytest.raises(ValueError, match=message):
             read(path)
@@ -123,7 +123,7 @@ def test_the_format_of_old_files_is_read(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert torch.equal(load_checkpoint(tmp_path / "old.pth")["a"], torch.ones(3))
     cut(tmp_path / "old.pth")
-    with pytest.raises(ValueError, match=r"`checkpoint` must be a file of `torch.save`, but .*old\.pth is not"):
+    with pytest.raises(ValueError, match=r"`checkpoint` must be written by `torch.save`, but .*old\.pth is not"):
         load_checkpoint(tmp_path / "old.pth")
 
 
@@ -131,7 +131,7 @@ def test_a_sharded_checkpoint_is_whole_with_its_last_files(tmp_path):
     folder = tmp_path / "epoch=1.ckpt"
     folder.mkdir()
     (folder / "__0_0.distcp").write_bytes(b"shard")
-    with pytest.raises(ValueError, match=r"epoch=1\.ckpt lacks \.metadata: it was cut off while it was written"):
+    with pytest.raises(ValueError, match=r"epoch=1\.ckpt lacks \.metadata: it was not written completely"):
         check_checkpoint(folder)
     (folder / ".metadata").write_bytes(b"...")
     with pytest.raises(ValueError, match=r"lacks meta\.pt"):
@@ -140,7 +140,7 @@ def test_a_sharded_checkpoint_is_whole_with_its_last_files(tmp_path):
     check_checkpoint(folder)
     assert latest_checkpoint(tmp_path) == folder
     cut(folder / "meta.pt")
-    with pytest.raises(ValueError, match="was cut off"):
+    with pytest.raises(ValueError, match="was not written completely"):
         check_checkpoint(folder)
 
 
@@ -153,18 +153,18 @@ def test_a_missing_file(tmp_path):
 # ---------------------------------------------------------------------------------------------------- the last one
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint .* It is left out")
+@pytest.mark.filterwarnings("ignore:The checkpoint .* It is skipped")
 def test_last_falls_back_to_the_newest_whole_checkpoint(tmp_path):
     fit(tmp_path, 6, save_top_k=-1)
     for step, name in enumerate(["epoch=0-step=2", "epoch=1-step=4", "epoch=2-step=6"]):
         os.utime(tmp_path / f"{name}.ckpt", ns=(0, 1000 * step))
     cut(tmp_path / "last.ckpt")
     cut(tmp_path / "epoch=2-step=6.ckpt")
-    with pytest.warns(UserWarning, match="goes on from") as warned:
+    with pytest.warns(UserWarning, match="resumes from") as warned:
         trainer = fit(tmp_path, 8, ckpt_path="last", save_top_k=-1)
     told = [str(warning.message) for warning in warned]
-    assert any("step=6.ckpt was cut off" in text and "It is left out." in text for text in told)
-    assert any("last.ckpt was cut off" in text and "step=4.ckpt instead" in text for text in told)
+    assert any("step=6.ckpt was not written completely" in text and "It is skipped." in text for text in told)
+    assert any("last.ckpt was not written completely" in text and "step=4.ckpt instead" in text for text in told)
     assert trainer.global_step == 8
     whole = fit(tmp_path / "whole", 8)
     for ours, theirs in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
@@ -176,8 +176,8 @@ def test_nothing_whole_is_an_error_and_not_a_new_run(tmp_path):
     fit(tmp_path, 2, save_top_k=0)
     cut(tmp_path / "last.ckpt")
     with (
-        pytest.warns(UserWarning, match="It is left out"),
-        pytest.raises(ValueError, match=r"must be whole, but .*last\.ckpt was cut off"),
+        pytest.warns(UserWarning, match="It is skipped"),
+        pytest.raises(ValueError, match=r"must be intact, but .*last\.ckpt was not written completely"),
     ):
         fit(tmp_path, 4, ckpt_path="last")
 
@@ -194,7 +194,7 @@ def test_latest_checkpoint(tmp_path):
     (tmp_path / ".6.ckpt.part").write_bytes(b"half")
     assert latest_checkpoint(str(tmp_path)) == tmp_path / "3.ckpt"
     cut(tmp_path / "3.ckpt")
-    with pytest.warns(UserWarning, match=r"3\.ckpt was cut off .* It is left out"):
+    with pytest.warns(UserWarning, match=r"3\.ckpt was not written completely .* It is skipped"):
         assert latest_checkpoint(tmp_path) == tmp_path / "b" / "2.ckpt"
 
 
@@ -243,7 +243,7 @@ def test_remote_folders_are_left_to_lightning():
     assert AtomicCheckpointIO().load_checkpoint("memory://folder/last.ckpt") == {"step": 1}
 
 
-FULL = r"Cannot write the checkpoint .*last\.ckpt: {}. Checkpoints before it are whole: make room"
+FULL = r"Cannot write the checkpoint .*last\.ckpt: {}. Earlier checkpoints are intact: free disk space"
 
 
 def _fills(rank, folder, plugin):
@@ -290,7 +290,7 @@ def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(small_disk):
 
 
 def test_lightnings_own_writer_destroys_the_last_one_on_another_disk(small_disk):
-    """What the plug-in is for. Should Lightning write beside the target one day, the docs may say less."""
+    """The reason for `AtomicCheckpointIO`; fails if a later version of Lightning writes atomically."""
     path, too_large = small_disk / "last.ckpt", {"step": 2, "weight": torch.ones(30_000)}
     for plugin in (AtomicCheckpointIO(), TorchCheckpointIO()):
         plugin.save_checkpoint({"step": 1}, path)
@@ -298,7 +298,7 @@ def test_lightnings_own_writer_destroys_the_last_one_on_another_disk(small_disk)
             plugin.save_checkpoint(too_large, path)
         if type(plugin) is AtomicCheckpointIO:
             assert load_checkpoint(path) == {"step": 1}
-    with pytest.raises(ValueError, match=r"last\.ckpt (was cut off|is empty)"):
+    with pytest.raises(ValueError, match=r"last\.ckpt (was not written completely|is empty)"):
         check_checkpoint(path)
 
 
@@ -320,7 +320,7 @@ def test_continuing_refuses_a_damaged_checkpoint(tmp_path, checkpoint):
     path = tmp_path / "last.ckpt"
     path.write_bytes(checkpoint)
     cut(path)
-    with pytest.raises(ValueError, match=r"must be whole, but .*last\.ckpt was cut off"):
+    with pytest.raises(ValueError, match=r"must be intact, but .*last\.ckpt was not written completely"):
         lc.resuming.extend_training(path, 1)
-    with pytest.raises(ValueError, match=r"must be whole, but .*last\.ckpt was cut off"):
+    with pytest.raises(ValueError, match=r"must be intact, but .*last\.ckpt was not written completely"):
         lc.resuming.from_pretrained_backbone(lc.SimCLR("small_convnet"), path)

@@ -83,6 +83,66 @@ def test_fit_runs_a_recipe(tmp_path, monkeypatch):
     assert "knn/top1" in cli.trainer.callback_metrics
 
 
+SIMCLR = ["--seed_everything=0", "--model=SimCLR", "--model.backbone=small_convnet", "--data=EmojiDataModule"]
+VIEWS = ["--trainer.callbacks=ViewAugmentation", "--trainer.callbacks.policy.size=24"]
+
+
+def policy_of(cli):
+    return next(callback.policy for callback in cli.trainer.callbacks if isinstance(callback, lc.ViewAugmentation))
+
+
+@pytest.mark.parametrize("name", ["moco_v2_views", "lightning_contrast.augment.moco_v2_views"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--trainer.callbacks.policy=NAME"],
+        ["--trainer.callbacks.policy", "NAME"],
+        ["--trainer.callbacks.policy.class_path=NAME"],
+    ],
+    ids=" ".join,
+)
+def test_policies_have_short_names_on_the_command_line(name, option, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
+    option = [part.replace("NAME", name) for part in option]
+    cli = main([*SIMCLR, *CPU, *QUIET, VIEWS[0], *option, VIEWS[1]], run=False)
+    assert policy_of(cli).size == 24
+    assert repr(policy_of(cli)) == repr(lc.augment.moco_v2_views(24))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "{class_path: supcon_views, init_args: {size: 24}}",
+        "{class_path: lightning_contrast.augment.supcon_views, init_args: {size: 24}}",
+    ],
+    ids=["short", "import path"],
+)
+def test_policies_have_short_names_in_yaml(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+seed_everything: 0
+model: {{class_path: SupCon, init_args: {{backbone: small_convnet}}}}
+data: EmojiDataModule
+trainer:
+  default_root_dir: supcon_views
+  callbacks:
+    - class_path: ViewAugmentation
+      init_args: {{policy: {policy}}}
+""")
+    cli = main(["--config", str(path), *CPU, *QUIET], run=False)
+    assert repr(policy_of(cli)) == repr(lc.augment.supcon_views(24))
+    assert cli.trainer.default_root_dir.endswith("supcon_views")
+    assert "augment" not in cli.trainer.default_root_dir  # the name of a policy elsewhere is left as it is
+
+
+def test_unknown_short_name_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
+    with pytest.raises(SystemExit):
+        main([*SIMCLR, *CPU, *QUIET, VIEWS[0], "--trainer.callbacks.policy=simclr_vews"], run=False)
+    assert "simclr_vews" in capsys.readouterr().err
+
+
 def test_missing_jsonargparse_names_the_extra(monkeypatch):
     import lightning.pytorch.cli as lightning_cli
 

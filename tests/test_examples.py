@@ -52,10 +52,10 @@ def test_quickstart(tmp_path):
 @pytest.mark.slow
 def test_invariance(tmp_path):
     out = run(ROOT / "examples" / "invariance.py", "--epochs", "1", "--samples", "16", "--output", "out", cwd=tmp_path)
-    assert "without colour jitter; knn 0." in out
+    assert "without color jitter; knn 0." in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(results) == {"random weights", "without colour jitter", "with colour jitter"}
-    assert all(len(result["hue"]) == 4 and 0 < result["neighbour_colour"] < 1 for result in results.values())
+    assert set(results) == {"random weights", "without color jitter", "with color jitter"}
+    assert all(len(result["hue"]) == 4 and 0 < result["neighbor_color"] < 1 for result in results.values())
     assert (tmp_path / "out" / "invariance.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,4 @@
-"""A run survives SIGKILL at any point and SIGTERM, bit for bit; and the kit finds runs that do not."""
+"""Runs resume bit-identical after SIGKILL at any point and after SIGTERM; the harness finds runs that do not."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import lightning_contrast as lc
-from lightning_contrast.testing import assert_survives_kills
 from lightning_contrast.testing._trace import UNSAVED, Trace, first_difference
+from tests.kill_runs import assert_survives_kills
 from tests.launch import run_processes
 from tests.run_faults import kill, make_callbacks, make_data, make_module
 
@@ -23,16 +23,16 @@ pytestmark = [
 
 @pytest.mark.slow
 def test_moco_survives_five_kills():
-    """`make faults` does fifty of them."""
+    """`make faults` repeats this with fifty kills."""
     landed = kill(5)
     assert [landed[number].phase for number in (0, 1, 3, 4)] == ["step", "write", "step", "write"]
     assert len(landed) == 5
     assert all(one.resumed_from % 2 == 0 and one.resumed_from <= one.batch for one in landed)
-    assert any(one.resumed_from for one in landed), "at least one goes on from a checkpoint"
+    assert any(one.resumed_from for one in landed), "no run resumed from a checkpoint"
 
 
 class WritesInPlace(TorchCheckpointIO):
-    """Writes where the old file is, as `torch.save(checkpoint, path)` does."""
+    """Overwrites the old file in place, as `torch.save(checkpoint, path)` does."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -41,8 +41,8 @@ class WritesInPlace(TorchCheckpointIO):
 
 @pytest.mark.slow
 def test_a_writer_that_is_not_atomic_is_found():
-    with pytest.raises(AssertionError, match=r"Killed in the writing of a checkpoint.*the run cannot be resumed"):
-        kill(30, plugins=[WritesInPlace()], max_epochs=1, every_n_train_steps=1)  # ends with the first that is found
+    with pytest.raises(AssertionError, match=r"Killed in a checkpoint write.*the run cannot be resumed"):
+        kill(30, plugins=[WritesInPlace()], max_epochs=1, every_n_train_steps=1)  # raises at the first failure
 
 
 def forgets_queue():
@@ -54,7 +54,7 @@ def forgets_queue():
 @pytest.mark.slow
 def test_a_queue_that_is_not_in_the_checkpoint_is_found():
     with pytest.raises(AssertionError, match=r"Killed in .*resumed after batch [1-9].*in the loss") as error:
-        kill(6, make_module=forgets_queue)  # ends with the first that is found
+        kill(6, make_module=forgets_queue)  # raises at the first failure
     assert "tensors differ, most of all" in str(error.value)
 
 
@@ -73,7 +73,7 @@ def test_arguments_are_checked():
 
 
 class Terminate(L.Callback):
-    """Sends its own process the signal of a cluster that wants its node back, in the middle of a step."""
+    """Sends SIGTERM to its own process in the middle of a step, as a cluster does that preempts a job."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -84,7 +84,7 @@ class Terminate(L.Callback):
 
 
 def _train(rank, folder, batch, ckpt_path=None):
-    """Return what was seen, and whether the run was terminated."""
+    """Return the trace, and whether the run was terminated."""
     torch.manual_seed(0 if ckpt_path is None else 1)
     trace = Trace()
     saves = ModelCheckpoint(folder, every_n_epochs=1, save_last=True, save_on_exception=True)

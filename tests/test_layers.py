@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_contrast"
 LAYERS = [
-    {"_checks", "_lazy", "_version"},
+    {"_checks", "_version"},
     {"contracts", "distributed", "precision", "seeding", "sharding"},
     {"losses"},
     {"nn", "optim", "augment", "metrics"},
@@ -74,7 +74,7 @@ def module_name(path):
 
 
 MODULES = {module_name(path): path for path in FILES}
-SHARED = {f"{PACKAGE.name}.{name}" for name in ("_checks", "_lazy", "_version")}
+SHARED = {f"{PACKAGE.name}.{name}" for name in ("_checks", "_version")}
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_contrast.callbacks import MomentumUpdate
-from lightning_contrast.contracts import HasMomentumPairs, HasQueues, HasStepStates
 from lightning_contrast.nn import Center, FeatureQueue, MemoryBank
 from tests.callbacks.step_modules import QUIET
 from tests.methods.cases import CASES, fill_queue, make
@@ -129,12 +128,12 @@ class Steps(L.Callback):
 
 
 def pairs_of(module):
-    return module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
+    return module.momentum_pairs() if hasattr(module, "momentum_pairs") else []
 
 
 def persistent(module):
     """Return the tensors that change only with optimizer steps: momentum networks and step states."""
-    states = module.step_states() if isinstance(module, HasStepStates) else []
+    states = module.step_states() if hasattr(module, "step_states") else []
     modules = [momentum for _, momentum in pairs_of(module)] + states
     return [
         tensor.detach().clone()
@@ -161,13 +160,13 @@ def check_float32(name, kind, module, trainer, losses):
     for loss in losses:
         assert loss.dtype == torch.float32
         assert loss.isfinite()
-    queues = module.queues().values() if isinstance(module, HasQueues) else []
+    queues = module.queues().values() if hasattr(module, "queues") else []
     for queue in queues:
         assert isinstance(queue, FeatureQueue | MemoryBank)
         assert queue.features.dtype == torch.float32
         assert queue.bits.dtype == torch.int32  # no strategy casts it
         assert queue.features.isfinite().all()
-    for state in module.step_states() if isinstance(module, HasStepStates) else []:
+    for state in module.step_states() if hasattr(module, "step_states") else []:
         assert isinstance(state, Center)
         assert state.value.dtype == torch.float32
         assert state.value.abs().sum() > 0 or (name, kind) == (TOO_SHORT, "16-mixed")

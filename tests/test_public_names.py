@@ -1,5 +1,8 @@
-"""The public names: declared once, found lazily, and cheap to import."""
+"""Public names are declared in stubs, resolved lazily and cheap to import."""
 
+import ast
+import configparser
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import lightning_contrast as lc
-from lightning_contrast._lazy import declared_names
+
+PACKAGE = Path(lc.__file__).parent
+STUBS = sorted(PACKAGE.rglob("*.pyi"))
 
 
 def python(code):
@@ -16,10 +21,34 @@ def python(code):
     return result.stdout.split()
 
 
-def test_declared_names_all_and_dir_are_the_same():
-    declared = set(declared_names(Path(lc.__file__)))
-    assert declared == set(lc.__all__) == set(dir(lc)) - {"__version__"}
-    assert {"SimCLR", "ViewAugmentation", "OnlineLinearProbe", "OnlineKNN", "augment", "losses"} <= declared
+def declared_names(stub):
+    """Return the names that a stub re-exports, which type checkers accept only in the form ``X as X``."""
+    imports = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ImportFrom)]
+    aliases = [alias for node in imports for alias in node.names]
+    assert all(alias.name == alias.asname for alias in aliases)
+    return [alias.name for alias in aliases]
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=lambda stub: str(stub.relative_to(PACKAGE)))
+def test_stub_all_and_dir_are_the_same(stub):
+    package = importlib.import_module(".".join(stub.parent.relative_to(PACKAGE.parent).parts))
+    declared = declared_names(stub)
+    assert sorted(declared) == package.__all__ == sorted(dir(package))
+
+
+def test_top_level_has_every_method_and_callback():
+    assert {*lc.methods.__all__, *lc.callbacks.__all__} <= set(lc.__all__)
+    assert {"SimCLR", "ViewAugmentation", "OnlineLinearProbe", "OnlineKNN", "augment", "losses"} <= set(lc.__all__)
+
+
+def test_packages_ship_their_stubs():
+    """`lazy_loader` reads the stubs at run time, so a wheel without them cannot be imported."""
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    assert "*.pyi" in setup["options.package_data"]["*"].split()
+    lazy = {path.parent for path in PACKAGE.rglob("__init__.py") if "attach_stub" in path.read_text()}
+    assert lazy == {stub.parent for stub in STUBS}
+    assert PACKAGE in lazy
 
 
 @pytest.mark.parametrize("package", ["", *(name for name in lc.__all__ if name.islower())])
@@ -29,20 +58,20 @@ def test_every_declared_name_resolves(package):
         assert getattr(module, name) is not None
 
 
-def test_unknown_name_is_an_attribute_error_that_lists_what_there_is():
-    with pytest.raises(AttributeError, match="SimCLR"):
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="SimCLRR"):
         lc.SimCLRR  # noqa: B018
 
 
 @pytest.mark.dist
-def test_import_brings_no_heavy_library():
+def test_import_loads_no_heavy_library():
     heavy = "('kornia', 'timm', 'lightly', 'lightning', 'sklearn')"
     code = f"import sys, lightning_contrast; print(*[n for n in {heavy} if n in sys.modules])"
     assert python(code) == []
 
 
 @pytest.mark.dist
-def test_using_a_method_and_the_callbacks_brings_no_kornia_timm_or_lightly():
+def test_using_a_method_and_the_callbacks_loads_no_kornia_timm_or_lightly():
     code = (
         "import sys, lightning_contrast as lc; lc.SimCLR, lc.ViewAugmentation, lc.OnlineLinearProbe, lc.OnlineKNN;"
         "print(*[n for n in ('kornia', 'timm', 'lightly', 'sklearn') if n in sys.modules])"

@@ -60,7 +60,7 @@ class Record(L.Callback):
         self.note_momentum(trainer)
 
     def note_momentum(self, trainer):
-        """The module's own plug-ins run after this one, so their value is that of the step before."""
+        """The default callbacks of the module run after this one, so their values are those of the previous step."""
         if self.seen and "train/momentum" in trainer.callback_metrics:
             self.seen[-1]["momentum"] = float(trainer.callback_metrics["train/momentum"])
 
@@ -96,7 +96,7 @@ def test_all_schedules_of_a_finished_run_go_back_and_on_together(name, tmp_path)
         ramp = 0.6 * (max(values) - min(values)) + 1e-12  # a tenth of the added steps goes back half of the way
         assert largest <= ramp, key
         assert values[4 * STEPS] == pytest.approx(values[4 * STEPS - 1], abs=ramp)
-    # the momentum of the update after k others is that of the old plan at the step that the plan tells
+    # the momentum of update k is that of the old plan at the step given by the new plan
     update = next(c for c in module.trainer.callbacks if isinstance(c, lc.callbacks.MomentumUpdate))
     for index, entry in enumerate(second):
         place = reference.at(4 * STEPS + index, 8 * STEPS)
@@ -252,7 +252,7 @@ def test_head_warmup_keeps_the_backbone_and_then_lets_it_go(tmp_path):
     assert any(isinstance(c, lc.callbacks.MomentumUpdate) for c in fit.callbacks)
 
 
-def test_no_warmup_brings_no_callback(tmp_path):
+def test_no_warmup_adds_no_callback(tmp_path):
     module = from_pretrained_backbone(make("SimCLR"), backbone_like(), head_warmup_epochs=0)
     fit = trainer(tmp_path, case_of("SimCLR"), epochs=1, limit_val_batches=0, limit_train_batches=1)
     fit.fit(module, data("SimCLR"))

@@ -1,4 +1,4 @@
-"""Rules of the code that neither the linter nor a run would see."""
+"""Rules of the code that the linter does not check."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def narrows(test):
-    """Tell whether a condition only tells a type checker what is known: ``x is not None``, ``isinstance(x, T)``."""
+    """Return whether a condition only narrows a type: ``x is not None``, ``isinstance(x, T)``."""
     if isinstance(test, ast.BoolOp):
         return all(map(narrows, test.values))
     if isinstance(test, ast.Compare):

@@ -91,7 +91,7 @@ def test_resume_passes_in_mid_epoch_with_a_loader_that_keeps_its_place(stop):
 def test_resume_finds_a_loader_that_does_not_keep_its_place():
     with pytest.raises(AssertionError, match=r"differs first before epoch 1, batch \d.*the batch") as error:
         assert_resume_exact(Plain, loader, stop="mid-epoch")
-    assert "keep its place" in str(error.value)
+    assert "restore its position" in str(error.value)
 
 
 class LostBuffer(Plain):
@@ -152,7 +152,7 @@ def test_resume_passes_where_every_draw_is_seeded_by_the_step():
     assert_resume_exact(Draws, loader, lambda: [lc.StepSeed(0)])
 
 
-def test_resume_tells_a_run_that_does_not_repeat_at_all():
+def test_resume_reports_a_run_that_is_not_reproducible():
     calls = []
 
     class Unrepeatable(Plain):
@@ -160,7 +160,7 @@ def test_resume_tells_a_run_that_does_not_repeat_at_all():
             calls.append(1)
             return {"loss": self.loss(batch[0]) * len(calls)}
 
-    with pytest.raises(AssertionError, match="does not repeat from a seed"):
+    with pytest.raises(AssertionError, match="not reproducible from a seed"):
         assert_resume_exact(Unrepeatable, loader)
 
 
@@ -192,7 +192,7 @@ def test_resume_names_what_may_be_ignored():
         ({"stop": "later"}, ValueError, "`stop` must be one of"),
         ({"max_epochs": 1}, ValueError, "`max_epochs` must be >= 2"),
         ({"make_module": Plain()}, TypeError, "`make_module` must be a function"),
-        ({"make_module": nn.Identity}, TypeError, "make a LightningModule"),
+        ({"make_module": nn.Identity}, TypeError, "return a LightningModule"),
     ],
 )
 def test_resume_refuses(kwargs, error, words):
@@ -324,7 +324,7 @@ def test_world_size_passes_on_right_losses(loss):
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        (alone, ["First differs the loss", "on one process", "2 gradients 2 differ", "see those of all ranks"]),
+        (alone, ["First difference, the loss", "on one process", "2 gradients 2 differ", "use those of all ranks"]),
         (without_gradient, ["gradient of the rows of argument 1"]),
         (summed, ["gradient of the rows of argument 0", "is 2 times", "a sum where DDP takes a mean"]),
     ],
@@ -381,7 +381,7 @@ def test_world_size_of_a_method_needs_no_batch():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Contrast(alone), ["First differs the loss of step 0", "`encoder.0.weight` in step"]),
+        (lambda: Contrast(alone), ["First difference, the loss of step 0", "`encoder.0.weight` in step"]),
         (lambda: Contrast(summed), ["gradient of `encoder.0.weight` in step 0", "is 2 times"]),
         (lambda: Contrast(norm=True), ["loss of step 0", "BatchNorm"]),
         (KeepsItsOwn, ["`seen` at the end"]),
@@ -410,7 +410,11 @@ def test_world_size_shows_the_error_of_a_rank():
     ("kwargs", "error", "words"),
     [
         ({"make_module_or_loss": Contrast}, ValueError, "`batch` must be given"),
-        ({"make_module_or_loss": ntxent, "batch": (torch.ones(3, 2),) * 2}, ValueError, "rows that divide by 2"),
+        (
+            {"make_module_or_loss": ntxent, "batch": (torch.ones(3, 2),) * 2},
+            ValueError,
+            "number of rows divisible by 2",
+        ),
         ({"make_module_or_loss": 3}, TypeError, "must be callable"),
         ({"make_module_or_loss": ntxent, "world_size": 1}, ValueError, "`world_size` must be >= 2"),
     ],

@@ -52,7 +52,7 @@ def batches_of(name, rank=None):
 
 
 def test_fits_with_a_short_last_batch_equal_one_process():
-    """Queues, centres, momentum networks and assignments included."""
+    """Including queues, centers, momentum networks and assignments."""
     names = ("SimCLR", "MoCo", "NPID", "NNCLR", "DINO", "SwAV", "MSN")
 
     def work(rank):

@@ -13,7 +13,7 @@ from tests.methods.test_contract import rows_of, state, step_batch
 from tests.rank_runs import batch_of, fit, on_ranks, shares
 from tests.tolerances import FORMULA, f32, near64
 
-NAMES = ("MoCo", "NNCLR", "NPID", "SwAV", "DINO", "DINOv2 centres")  # queues, banks, centres, momentum networks
+NAMES = ("MoCo", "NNCLR", "NPID", "SwAV", "DINO", "DINOv2 centres")  # queues, banks, centers, momentum networks
 
 
 class Keep(L.Callback):
@@ -44,7 +44,7 @@ def epochs_of(name, rank=None, *, save=None, resume=None):
 
 
 def as_numbers(values):
-    """Return the state with the bits of queues and centres as the numbers that they are."""
+    """Return the state with the bits of queues and centers viewed as floats."""
     return {key: value.view(torch.float32) if key.endswith("bits") else value for key, value in values.items()}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_contrast._checks import check_at_least
-from lightning_contrast.seeding import mixed_seed, seed_everything
+from lightning_contrast.seeding import derived_seed, seed_everything
 
 
 class StepSeed(Callback):
@@ -43,8 +43,8 @@ class StepSeed(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seed all ranks alike, before the loader of the epoch creates its iterator."""
-        seed_everything(mixed_seed(self.seed, trainer.current_epoch))
+        seed_everything(derived_seed(self.seed, trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed the generators for the step."""
-        seed_everything(mixed_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        seed_everything(derived_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))

@@ -1,4 +1,4 @@
-"""LightningDataModules for small sets in memory and for folders of images."""
+"""LightningDataModules for in-memory datasets and image folders."""
 
 from lightning_contrast.data.emoji_module import EmojiDataModule
 from lightning_contrast.data.folder_module import ImageFolderDataModule

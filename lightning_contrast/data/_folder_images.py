@@ -1,4 +1,4 @@
-"""The files of an image folder as a set: decoded and brought to one size; what cannot be read is refused or skipped."""
+"""Dataset of image files that are decoded and resized; unreadable files raise or are skipped."""
 
 import copy
 import warnings
@@ -13,22 +13,22 @@ from torch.utils.data import Dataset, default_collate
 Loader = Callable[[str], Any]
 Unreadable: TypeAlias = Literal["raise", "replace", "leave out"]
 Sample: TypeAlias = tuple[Tensor, int, int]
-_MOST_IN_A_ROW = 100  # unreadable files, after which the folder or the loader is what is wrong
+_MOST_IN_A_ROW = 100  # unreadable files before an error
 
 
 class FolderImages(Dataset[Sample | None]):
-    """Image files, decoded and brought to one size as they are asked for.
+    """Image files, decoded and resized on access.
 
     Args:
         paths: The files.
-        labels: Class number of each, -1 for none.
+        labels: Class index of each file, -1 for none.
         size: Height and width, in pixels.
         resize: "crop" or "squash".
-        loader: Reads one file; None: Pillow, as RGB.
-        indices: Whether batches hold the positions.
+        loader: Function that reads one file; None reads RGB with Pillow.
+        indices: Whether batches include the positions.
 
     Attributes:
-        unreadable: Which files could not be read so far, ``(N,)`` bool; in memory that all workers share.
+        unreadable: Files that could not be read so far, ``(N,)`` bool; in memory shared by all workers.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class FolderImages(Dataset[Sample | None]):
         return len(self.paths)
 
     def reading(self, on_error: Unreadable) -> "FolderImages":
-        """Return the same set with another rule for files that cannot be read.
+        """Return a copy of the dataset with another rule for unreadable files.
 
         Args:
-            on_error: "raise"; "replace" them by the next one that can be read; "leave out" of the batch.
+            on_error: "raise"; "replace" by the next readable file; "leave out" of the batch.
         """
         other = copy.copy(self)
         other._on_error = on_error
         return other
 
     def __getitem__(self, index: int) -> Sample | None:
-        """Return the image ``(C, size, size)``, its label and its position, or None where it is left out.
+        """Return the image ``(C, size, size)``, its label and its position, or None if it is left out.
 
         Raises:
             RuntimeError: If the file cannot be read; the message names it.
@@ -72,25 +72,29 @@ class FolderImages(Dataset[Sample | None]):
                 value = self.loader(path)
             except Exception as error:
                 if self._on_error == "raise":
-                    raise RuntimeError(f"Cannot read the image {path}: {error} Mend or remove the file.") from error
+                    raise RuntimeError(
+                        f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
+                    ) from error
                 self._note(position, error)
                 if self._on_error == "leave out":
                     return None
                 continue
             try:
                 image = self._resized(_as_image(value))
-            except Exception as error:  # what was read is no image: the loader's fault, not the file's
-                raise RuntimeError(f"Cannot read the image {path}: {error} Mend or remove the file.") from error
+            except Exception as error:  # invalid output of the loader, not an unreadable file
+                raise RuntimeError(
+                    f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
+                ) from error
             return image, self.labels[position], position
         tried = min(len(self), _MOST_IN_A_ROW)
-        raise RuntimeError(f"None of {tried} images in a row can be read, the last one was {path}. Look at the folder.")
+        raise RuntimeError(f"None of {tried} consecutive images can be read, the last one is {path}. Check the folder.")
 
     def collate(self, samples: Sequence[Sample | None]) -> list[Tensor]:
-        """Return the images ``(B, C, size, size)``, labels ``(B,)`` and, where asked for, indices ``(B,)``.
+        """Return the images ``(B, C, size, size)``, labels ``(B,)`` and, with ``indices``, positions ``(B,)``.
 
         Raises:
             RuntimeError: If all images were left out.
-            ValueError: If images differ in channels or type; the message names two files.
+            ValueError: If images differ in channels or dtype; the message names two files.
         """
         found = [sample for sample in samples if sample is not None]
         if not found:
@@ -100,28 +104,28 @@ class FolderImages(Dataset[Sample | None]):
             if image.shape != first.shape or image.dtype != first.dtype:
                 raise ValueError(
                     f"All images must have the same channels and type, got {_kind(first)} in {self.paths[position]} "
-                    f"and {_kind(image)} in {self.paths[other]}. Give a `loader` that makes them alike."
+                    f"and {_kind(image)} in {self.paths[other]}. Give a `loader` that converts them."
                 )
         batch: list[Tensor] = default_collate(found)
         return batch if self.indices else batch[:2]
 
     def skipped(self) -> list[str]:
-        """Return the files that could not be read so far."""
+        """Return the paths of the files that could not be read so far."""
         return [self.paths[position] for position in self.unreadable.nonzero().flatten().tolist()]
 
     def listed(self, most: int = 3) -> str:
-        """Tell in a sentence how many files could not be read, and which the first ones are."""
+        """Return a sentence with the number of unreadable files and the first paths."""
         skipped = self.skipped()
         more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
         return f"{len(skipped)} of {len(self)} images could not be read: {', '.join(skipped[:most])}{more}."
 
     def _note(self, position: int, error: Exception) -> None:
-        """Mark a file, and tell of the first one at once: the end of the run, with their number, may be days away."""
+        """Mark a file as unreadable and warn about the first one immediately."""
         is_first = not self.unreadable.any()
         self.unreadable[position] = True
         if is_first:
             what = f"Cannot read the image {self.paths[position]}: {error}"
-            warnings.warn(f"{what} It is skipped, and so are others from now on, without a word.", stacklevel=2)
+            warnings.warn(f"{what} It is skipped, as are further ones, without another warning.", stacklevel=2)
 
     def _resized(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2 import functional as F
@@ -144,18 +148,18 @@ def read_rgb(path: str) -> Tensor:
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     with Image.open(path) as image:
-        if image.mode[0] in "IF":  # Pillow would cut such values off at 255
+        if image.mode[0] in "IF":  # Pillow would clip such values at 255
             raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode!r}); give a `loader` that scales it.")
         pixels: Tensor = pil_to_tensor(image.convert("RGB"))
         return pixels
 
 
 def _as_image(value: Any) -> Tensor:
-    """Return what a loader gave as an image of the batch contract, ``(C, H, W)`` uint8 or float32 in 0..1."""
+    """Convert the output of a loader to an image of the batch contract, ``(C, H, W)`` uint8 or float32 in 0..1."""
     image = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
     image = image[None] if image.ndim == 2 else image
     if image.ndim != 3 or 0 in image.shape:
-        _refuse("be an image (C, H, W) or (H, W)", tuple(image.shape), "Put the channels first")
+        _refuse("be an image (C, H, W) or (H, W)", tuple(image.shape), "Put the channel dimension first")
     if image.dtype == torch.uint8:
         return image
     if image.dtype == torch.uint16:

@@ -1,4 +1,4 @@
-"""Where a data module's training stood, kept in checkpoints beside what Lightning keeps of the loader."""
+"""Saves the position of the training loader in the state of a data module."""
 
 from typing import Any
 
@@ -6,25 +6,25 @@ from lightning_contrast.data.loading import ResumableLoader
 
 
 class RemembersPosition:
-    """Saves the position of the training loader with the data module too.
+    """Mixin that saves the position of the training loader with the data module.
 
-    Lightning hands a loader its saved state only if it sets the loader up after it has read the checkpoint. A module
-    whose ``configure_optimizers`` asks for ``trainer.estimated_stepping_batches`` makes it do so before, and a resumed
-    epoch would begin anew. The state of a data module is read early enough for both.
+    Lightning restores the state of a loader only if the loader is created after the checkpoint is read. A module whose
+    ``configure_optimizers`` uses ``trainer.estimated_stepping_batches`` creates it earlier, and the resumed epoch would
+    restart. The state of a data module is restored early enough in both cases.
     """
 
     _train_loader: ResumableLoader | None = None
     _saved_position: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the training loader, nothing before there is one."""
+        """Return the position of the training loader; empty before it is created."""
         return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the next training loader; it counts only while a run is in the saved epoch.
+        """Set the position of the next training loader; it applies only in the saved epoch.
 
         Args:
-            state_dict: What `state_dict` returned.
+            state_dict: The value returned by `state_dict`.
         """
         self._saved_position = state_dict.get("train_loader")
 

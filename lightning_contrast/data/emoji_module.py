@@ -1,4 +1,4 @@
-"""A small real image set that comes with the package: emoji by two artists, with captions and 9 classes."""
+"""A small dataset of real images bundled with the package: emoji by two artists, with captions and 9 classes."""
 
 from functools import cached_property
 from importlib import resources
@@ -12,41 +12,41 @@ from torch import Tensor
 from lightning_contrast._checks import fail, require
 from lightning_contrast.data.in_memory import InMemoryDataModule, Split
 
-_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+_COLORS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 _TEST_FOLD, _FOLDS = 0, 5
 
 
 class EmojiDataModule(InMemoryDataModule):
-    """1,558 things, each drawn by two artists at 32 x 32: 2,492 training and 624 test images in 9 classes.
+    """1,558 emoji, each drawn by two artists at 32 x 32: 2,492 training and 624 test images in 9 classes.
 
-    Noto Emoji by Google (Apache License 2.0) and Fluent Emoji by Microsoft (MIT License); both texts lie beside the
-    data. The split is by thing: a thing whose row number is a multiple of 5 is a test thing, with both drawings. In
-    training each drawing is an image of its own: nothing tells a method that two drawings show the same thing.
+    Noto Emoji by Google (Apache License 2.0) and Fluent Emoji by Microsoft (MIT License); both
+    licenses are stored with the data. The split is by emoji: those whose row number is a multiple of 5 form the test
+    set, with both drawings. In training each drawing is a separate image; methods do not know which drawings match.
 
-    Images of a split stand in this order: all of its things by Noto, then the same things by Fluent. Batches are
+    Images of a split are ordered: all of its emoji by Noto, then the same emoji by Fluent. Batches are
     ``(images, labels)``: uint8 ``(B, 3, 32, 32)`` and int64 ``(B,)``, the Unicode group; ``indices=True`` adds the
-    position in the split, int64 ``(B,)``. `val_dataloader` yields the test things, unless ``validation_fold`` holds
-    out training things: choose settings with a fold, report on the test things without one.
+    position in the split, int64 ``(B,)``. `val_dataloader` yields the test set, unless ``validation_fold`` holds
+    out a part of the training set: tune with a fold, and report results on the test set without one.
 
     Example:
         >>> data = EmojiDataModule()
         >>> data.images("train").shape, data.class_names[data.labels("train")[0]]
         (torch.Size([2492, 3, 32, 32]), 'Activities')
-        >>> noto, fluent = data.artists("test")  # row i of both is the same thing
+        >>> noto, fluent = data.artists("test")  # row i of both is the same emoji
         >>> noto.shape, data.captions("test")[0]
         (torch.Size([312, 3, 32, 32]), '1st place medal')
 
     Args:
-        batch_size: Images per batch on each rank, >= 1. In training a short last batch is left out.
+        batch_size: Images per batch on each rank, >= 1. In training a short last batch is dropped.
         seed: Seed of the training order, which is a function of (seed, epoch), >= 0.
-        background: What shows through: "white", "black" or (red, green, blue), each in 0..255.
-        validation_fold: 1 to 4: validate on the training things whose row number modulo 5 is this, and train on the
-            others (934 or 935 things). None: train on all training things and validate on the test things.
-        indices: Yield the positions too.
-        pin_memory: Put batches in page-locked memory, for faster copies to an accelerator.
+        background: Background color: "white", "black" or (red, green, blue), each in 0..255.
+        validation_fold: 1 to 4 validates on the training emoji whose row number modulo 5 is this number, and trains on
+            the others (934 or 935 emoji). None trains on the whole training set and validates on the test set.
+        indices: Also yield the positions.
+        pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
 
     Raises:
-        ValueError: If a value lies out of its range.
+        ValueError: If a value is out of range.
     """
 
     num_classes: ClassVar[int] = 9
@@ -73,7 +73,7 @@ class EmojiDataModule(InMemoryDataModule):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(batch_size, seed=seed, indices=indices, pin_memory=pin_memory)
-        self.background = _colour(background)
+        self.background = _color(background)
         folds = range(1, _FOLDS)
         ok = validation_fold is None or (type(validation_fold) is int and validation_fold in folds)
         hint = "Fold 0 is the test set; None validates on it"
@@ -88,16 +88,16 @@ class EmojiDataModule(InMemoryDataModule):
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The Unicode name of each of the 1,558 things, words joined by ``-``."""
+        """The Unicode name of each of the 1,558 emoji, words joined by ``-``."""
         return tuple(str(name) for name in self._file["names"])
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
-        """The Unicode group of each of the 1,558 things: its class."""
+        """The Unicode group (class) of each of the 1,558 emoji."""
         return tuple(str(group) for group in self._file["groups"])
 
     def things(self, split: Split = "train") -> Tensor:
-        """Return the row numbers of the things of a split in 0..1557, ascending, int64 ``(T,)``.
+        """Return the row numbers of the emoji of a split in 0..1557, ascending, int64 ``(T,)``.
 
         Args:
             split: "train", "val" or "test".
@@ -109,7 +109,7 @@ class EmojiDataModule(InMemoryDataModule):
         return rows[fold == (validation if split == "val" and validation is not None else _TEST_FOLD)]
 
     def artists(self, split: Split = "test") -> tuple[Tensor, Tensor]:
-        """Return the images by Noto and by Fluent, uint8 ``(T, 3, 32, 32)`` each; row i of both is the same thing.
+        """Return the images by Noto and by Fluent, uint8 ``(T, 3, 32, 32)`` each; row i of both is the same emoji.
 
         Args:
             split: "train", "val" or "test".
@@ -118,7 +118,7 @@ class EmojiDataModule(InMemoryDataModule):
         return noto, fluent
 
     def captions(self, split: Split = "train") -> list[str]:
-        """Return a caption for each image of a split, in the order of `images`: the name, words parted by spaces.
+        """Return the caption of each image of a split, in the order of `images`: the name, words separated by spaces.
 
         Args:
             split: "train", "val" or "test".
@@ -134,19 +134,19 @@ class EmojiDataModule(InMemoryDataModule):
         """
         rows = self.things(split).numpy()
         drawings = np.concatenate([self._file["noto"][rows], self._file["fluent"][rows]]).astype(np.int32)
-        colour, alpha = drawings[..., :3], drawings[..., 3:]
-        blended = (colour * alpha + np.array(self.background) * (255 - alpha) + 127) // 255  # rounded to the nearest
+        color, alpha = drawings[..., :3], drawings[..., 3:]
+        blended = (color * alpha + np.array(self.background) * (255 - alpha) + 127) // 255  # rounded to nearest
         images = torch.from_numpy(blended.astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor([self.class_names.index(self.groups[row]) for row in rows])
         return images, labels.repeat(2)
 
 
-def _colour(background: str | tuple[int, int, int]) -> tuple[int, int, int]:
-    rule, hint = "be 'white', 'black' or (red, green, blue) in 0..255", "Give a name or three whole numbers"
+def _color(background: str | tuple[int, int, int]) -> tuple[int, int, int]:
+    rule, hint = "be 'white', 'black' or (red, green, blue) in 0..255", "Give a name or three ints"
     if isinstance(background, str):
-        if background not in _COLOURS:
+        if background not in _COLORS:
             fail("background", rule, background, hint)
-        return _COLOURS[background]
+        return _COLORS[background]
     values = tuple(background) if isinstance(background, tuple | list) else ()
     ok = len(values) == 3 and all(type(value) is int and 0 <= value <= 255 for value in values)
     require(ok, "background", rule, background, hint)

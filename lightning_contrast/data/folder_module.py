@@ -1,4 +1,4 @@
-"""Folders of images: decoded and brought to one size in workers, views made on the device."""
+"""Data module for image folders, decoded and resized by worker processes."""
 
 import os
 import warnings
@@ -19,39 +19,38 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 
 
 class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
-    """Serves folders of images.
+    """Data module for folders of images.
 
-    ``train_dir/<class>/...`` gives the labels; a folder that holds images and no class folders has none, and its
-    labels are -1. Workers decode each image and bring it to ``size``; everything random belongs to `ViewAugmentation`,
-    on the device. Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``)
+    Labels are given by ``train_dir/<class>/...``; they are -1 for a folder of images without class folders. Workers
+    decode each image and resize it to ``size``; random augmentation is done by `ViewAugmentation` on the device.
+    Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``)
     and int64 ``(B,)``; ``indices=True`` adds the position in `paths`, int64 ``(B,)``.
 
-    The order is a function of (seed, epoch), each rank has its share, and a run can be resumed in mid-epoch. An image
-    that cannot be read stops the run with its path, unless ``on_error="skip"``.
+    The order is a function of (seed, epoch), the images are split between ranks, and runs resume exactly within an
+    epoch. An unreadable image raises an error with its path, unless ``on_error="skip"``.
 
     Args:
         train_dir: Folder of the training images.
-        val_dir: Folder of the validation images, if there are any; its classes must be among the training classes.
-        size: Height and width of what is yielded, in pixels, >= 1. Larger than the views, so that crops have detail.
-        batch_size: Images per batch on each rank, >= 1. In training a short last batch is left out.
-        num_workers: Processes that decode, on each rank, >= 0.
-        resize: "crop": the shorter side to ``size``, then the centre. "squash": both sides to ``size``.
-        loader: Reads one file where Pillow does not do: ``loader(path)`` returns a tensor or array ``(C, H, W)`` or
-            ``(H, W)``: uint8 stays so, uint16 is divided by 65535, floats must lie in 0..1. Any number of channels.
-            It must not draw random numbers if a run is to be resumed exactly.
-        on_error: What is done about a file that cannot be read. "raise": the run ends with its path. "skip": in
-            training the next image that can be read takes its place, with its own label and position, so that batches
-            keep their size and resume stays exact; in validation it is left out; a prediction, which has a row for each
-            of `paths`, ends all the same. The first one is told at once, all are counted at the end of the run and
-            listed in `skipped`; a hundred in a row end the run.
-        extensions: Endings of the files that count, in lower case. None: Pillow's usual ones; every file where a
-            ``loader`` is given.
+        val_dir: Folder of the validation images, or None; its classes must be among the training classes.
+        size: Height and width of the images, in pixels, >= 1. Use more than the size of the views, for detail in crops.
+        batch_size: Images per batch on each rank, >= 1. In training a short last batch is dropped.
+        num_workers: Worker processes on each rank, >= 0.
+        resize: "crop" resizes the shorter side to ``size`` and crops the center; "squash" resizes both sides.
+        loader: Function that reads one file, for formats without Pillow support: ``loader(path)`` returns a tensor or
+            array ``(C, H, W)`` or ``(H, W)`` with any number of channels. uint8 is kept, uint16 is divided by 65535,
+            floats must lie in 0..1. It must not draw random numbers, for exact resume.
+        on_error: Handling of unreadable files. "raise" raises an error with the path. "skip" replaces the image in
+            training by the next readable one, with its own label and position, so that batches keep their size and
+            resume stays exact; in validation the image is left out; prediction, which has one row for each of `paths`,
+            still raises. The first skipped file causes a warning, all are counted at the end of the run and listed in
+            `skipped`; 100 consecutive ones raise an error.
+        extensions: File extensions in lower case. None: common formats of Pillow, or every file with a ``loader``.
         seed: Seed of the order and of the workers, >= 0.
-        indices: Yield the positions too.
-        pin_memory: Put batches in page-locked memory, for faster copies to an accelerator.
+        indices: Also yield the positions.
+        pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
 
     Raises:
-        ValueError: If a value lies out of its range; in `setup`, if a folder holds no images.
+        ValueError: If a value is out of range; in `setup`, if a folder has no images.
         FileNotFoundError: In `setup`, if a folder is missing.
     """
 
@@ -84,17 +83,17 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         self.indices, self.pin_memory = indices, pin_memory
         self.class_names: tuple[str, ...] = ()
         self._sets: dict[str, FolderImages] = {}
-        self._told = 0
-        if val_dir is None:  # a module without this hook is one that Lightning does not validate on
+        self._reported = 0
+        if val_dir is None:  # Lightning skips validation if this hook is not overridden
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     @property
     def num_classes(self) -> int:
-        """The number of class folders, known after `setup`; 0 where there are none."""
+        """The number of class folders, available after `setup`; 0 if there are none."""
         return len(self.class_names)
 
     def paths(self, split: str = "train") -> list[str]:
-        """Return the files of a split, in the order that ``indices`` count.
+        """Return the files of a split; the positions of ``indices`` refer to this list.
 
         Args:
             split: "train" or "val".
@@ -103,14 +102,14 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
 
     @property
     def skipped(self) -> list[str]:
-        """The files of both folders that this process (with its workers) could not read so far."""
+        """Files of both folders that this process and its workers could not read so far."""
         return [path for images in self._sets.values() for path in images.skipped()]
 
     def setup(self, stage: str | None = None) -> None:
         """List the folders; a second call does nothing.
 
         Args:
-            stage: Taken for Lightning's sake; both folders are listed in every stage.
+            stage: Not used; both folders are listed in every stage.
         """
         if self._sets:
             return
@@ -121,34 +120,34 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         self.class_names = found["train"][1] or found.get("val", ([], ()))[1]
         for split, (files, classes) in found.items():
             extra = sorted(set(classes) - set(self.class_names))
-            hint = "Name the class folders alike"
-            require(not extra, "val_dir", "have no class that `train_dir` has not", extra, hint)
+            hint = "Use the same class folders in both"
+            require(not extra, "val_dir", "have no class that `train_dir` lacks", extra, hint)
             numbers = {name: number for number, name in enumerate(self.class_names)}
             labels = [numbers[name] if name is not None else -1 for _, name in files]
             paths = [path for path, _ in files]
             self._sets[split] = FolderImages(paths, labels, self.size, self.resize, self.loader, indices=self.indices)
 
     def teardown(self, stage: str | None = None) -> None:
-        """Tell how many images were skipped.
+        """Warn about the number of skipped images.
 
         Args:
-            stage: Taken for Lightning's sake.
+            stage: Not used.
         """
-        if len(self.skipped) > self._told:
-            self._told = len(self.skipped)
-            told = [f"{split}: {images.listed()}" for split, images in self._sets.items() if images.skipped()]
-            warnings.warn(f"Images were skipped. {' '.join(told)}", stacklevel=2)
+        if len(self.skipped) > self._reported:
+            self._reported = len(self.skipped)
+            counts = [f"{split}: {images.listed()}" for split, images in self._sets.items() if images.skipped()]
+            warnings.warn(f"Images were skipped. {' '.join(counts)}", stacklevel=2)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell how many images were skipped, in a run that fails too.
+        """Warn about the number of skipped images when a run fails.
 
         Args:
-            exception: Taken for Lightning's sake.
+            exception: Not used.
         """
         self.teardown()
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled batches of the training folder, with exact resume in mid-epoch."""
+        """Return shuffled batches of the training folder, with exact resume within an epoch."""
         return self._remember(self._loader("train", train=True))
 
     def val_dataloader(self) -> ResumableLoader:
@@ -156,10 +155,10 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         return self._loader("val", train=False)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the validation folder, or the training folder where there is none, in the order of `paths`."""
-        # An ordinary sampler: for prediction Lightning shares it out without repeating rows.
-        dataset = self._set("val" if "val" in self.dirs else "train")  # refuses what cannot be read
-        return DataLoader(dataset, batch_size=self.batch_size, generator=torch.Generator(), **self._how(dataset))
+        """Return the validation folder, or the training folder if there is none, in the order of `paths`."""
+        # Lightning splits a sequential sampler between ranks for prediction without repeating rows.
+        dataset = self._set("val" if "val" in self.dirs else "train")  # raises for unreadable files
+        return DataLoader(dataset, batch_size=self.batch_size, generator=torch.Generator(), **self._options(dataset))
 
     def _set(self, split: str) -> FolderImages:
         check_choice("split", split, self.dirs)
@@ -176,10 +175,10 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             trainer=self.trainer,
             train=train,
             seed=self.seed,
-            **self._how(dataset),
+            **self._options(dataset),
         )
 
-    def _how(self, dataset: FolderImages) -> dict[str, Any]:
+    def _options(self, dataset: FolderImages) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "collate_fn": dataset.collate, "pin_memory": self.pin_memory}
 
 
@@ -193,16 +192,16 @@ def _list_images(
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     ends = ", ".join(extensions) or "any"
     if not classes:
-        hint = f"Files that count end in {ends}; set `extensions` for others"
+        hint = f"Expected extensions are {ends}; set `extensions` for others"
         require(bool(loose), argument, "hold images, or class folders with images", str(folder), hint)
         return [(path, None) for path in loose], ()
     if loose:
-        hint = f"Move images like {loose[0]} into class folders, or take the folders away"
+        hint = f"Move images like {loose[0]} into class folders, or remove the folders"
         fail(argument, "hold class folders or images, not both", str(folder), hint)
     files: list[tuple[str, str | None]] = []
     for name in classes:
         inside = _files(folder / name, extensions, deep=True)
-        hint = f"Remove empty class folders; files that count end in {ends}"
+        hint = f"Remove empty class folders; expected extensions are {ends}"
         require(bool(inside), argument, "hold images in every class folder", str(folder / name), hint)
         files += [(path, name) for path in inside]
     return files, tuple(classes)

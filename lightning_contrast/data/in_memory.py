@@ -1,4 +1,4 @@
-"""The base of data modules whose images fit in memory as uint8."""
+"""Base class of data modules whose images fit in memory as uint8."""
 
 import warnings
 from abc import abstractmethod
@@ -18,16 +18,16 @@ SPLITS = ("train", "val", "test")
 
 
 class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
-    """Serves splits of uint8 images from memory, without workers and without Python per image.
+    """Data module for uint8 images in memory, without workers and without Python code per image.
 
-    A subclass says in `read` how to get the splits; each is read once and kept. Batches are ``(images, labels)``:
+    Subclasses implement `read`, which is called once per split. Batches are ``(images, labels)``:
     uint8 ``(B, C, H, W)`` and int64 ``(B,)``; ``indices=True`` adds the position in the split, int64 ``(B,)``.
 
     Args:
-        batch_size: Images per batch on each rank, >= 1. In training a short last batch is left out.
+        batch_size: Images per batch on each rank, >= 1. In training a short last batch is dropped.
         seed: Seed of the training order, which is a function of (seed, epoch), >= 0.
-        indices: Yield the positions too.
-        pin_memory: Put batches in page-locked memory, for faster copies to an accelerator.
+        indices: Also yield the positions.
+        pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
         """Return the images ``(N, C, H, W)`` uint8 and the labels ``(N,)`` int64 of a split."""
 
     def dataset(self, split: Split) -> MemoryImages:
-        """Return a split as a set, read at the first call.
+        """Return a split as a dataset; it is read at the first call.
 
         Args:
             split: "train", "val" or "test".
@@ -62,19 +62,19 @@ class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
         return self.dataset(split).labels
 
     def setup(self, stage: str | None = None) -> None:
-        """Read what ``stage`` needs; a second call reads nothing again.
+        """Read the splits of a stage that have not been read.
 
         Args:
             stage: "fit", "validate", "test", "predict", or None for all.
         """
-        # Lightning advises workers for every loader that has none; here they would only make it slower.
+        # Lightning advises workers for every loader without them; here they would be slower.
         warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
         wanted: dict[str | None, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), None: SPLITS}
         for split in wanted.get(stage, ("test",)):
             self.dataset(cast("Split", split))
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled batches of the training split, with exact resume in mid-epoch."""
+        """Return shuffled batches of the training split, with exact resume within an epoch."""
         return self._remember(self._loader("train", train=True))
 
     def val_dataloader(self) -> ResumableLoader:
@@ -86,8 +86,8 @@ class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the test split in order, each image once on whatever number of ranks."""
-        # An ordinary sampler: for prediction Lightning shares it out without repeating rows.
+        """Return the test split in order, each image once for any number of ranks."""
+        # Lightning splits a sequential sampler between ranks for prediction without repeating rows.
         dataset = self.dataset("test")
         return DataLoader(
             dataset,

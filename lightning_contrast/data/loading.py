@@ -1,4 +1,4 @@
-"""What all data modules load with: whole batches from memory, an order per epoch, and exact resume in mid-epoch."""
+"""Datasets, samplers and loaders of the data modules: seeded order per epoch and exact resume within an epoch."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,17 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_contrast._checks import check_at_least, fail, require
-from lightning_contrast.seeding import seed_of
+from lightning_contrast.seeding import derived_seed
 
 Batch = tuple[Tensor, ...]
 Layout = dict[str, int]
 
 
 def replicas_and_rank(trainer: Trainer | None) -> tuple[int, int]:
-    """Return how many processes share the data, and which of them this is.
+    """Return the number of processes that share the data and the rank of this one.
 
     Args:
-        trainer: The Trainer that asks for a loader. Without one, torch.distributed answers where it runs.
+        trainer: The Trainer that requests a loader; None uses torch.distributed if it is initialized.
     """
     if trainer is not None:
         kwargs = trainer.distributed_sampler_kwargs
@@ -32,7 +32,7 @@ def replicas_and_rank(trainer: Trainer | None) -> tuple[int, int]:
 
 
 def as_is(batch: Any) -> Any:
-    """Collate nothing: the set already answers with a batch."""
+    """Return the batch unchanged: the dataset returns whole batches."""
     return batch
 
 
@@ -41,8 +41,8 @@ class MemoryImages(Dataset[Batch]):
 
     Args:
         images: uint8 images, ``(N, C, H, W)``.
-        labels: Class numbers, ``(N,)`` int64; -1 where there is none.
-        indices: Also yield the position of each image in this set, ``(B,)`` int64.
+        labels: Class indices, ``(N,)`` int64; -1 for none.
+        indices: Also yield the position of each image in this dataset, ``(B,)`` int64.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, *, indices: bool = False) -> None:
@@ -56,34 +56,34 @@ class MemoryImages(Dataset[Batch]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Batch:
-        """Return one image ``(C, H, W)``, its label ``()`` and, where asked for, its index ``()``."""
+        """Return one image ``(C, H, W)``, its label ``()`` and, with ``indices``, its position ``()``."""
         return tuple(part[0] for part in self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the images ``(B, C, H, W)``, labels ``(B,)`` and, where asked for, indices ``(B,)`` of a batch."""
+        """Return the images ``(B, C, H, W)``, labels ``(B,)`` and, with ``indices``, positions ``(B,)`` of a batch."""
         rows = torch.as_tensor(indices)
         batch = (self.images[rows], self.labels[rows])
         return (*batch, rows) if self.indices else batch
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """The share of one rank in an order that is a function of (seed, epoch).
+    """Samples the share of one rank in an order that is a function of (seed, epoch).
 
-    A subclass of DistributedSampler, so that Lightning neither replaces it nor goes round it, and calls `set_epoch` on
-    one process as on several.
+    A subclass of DistributedSampler, so that Lightning does not replace it and calls `set_epoch` with any number of
+    processes.
 
     Args:
-        dataset: What is sampled from.
-        replicas: Number of processes that share the set.
-        rank: Which of them this is, from 0.
+        dataset: The dataset.
+        replicas: Number of processes that share the dataset.
+        rank: Rank of this process.
         shuffle: Draw a new order in each epoch.
         seed: Seed of the orders, >= 0.
-        drop_last: Where the set does not divide: leave rows out (True) or repeat some (False).
-        alone: Made before it could be known with how many processes the set is shared.
+        drop_last: If the size is not divisible by the number of processes, drop rows (True) or repeat some (False).
+        alone: Whether it was created before the number of processes was known.
     """
 
     deals_in_turn = True
-    """Row i of rank r is place ``i * replicas + r`` of the order, as in the class that it extends."""
+    """Row i of rank r is position ``i * replicas + r`` of the order, as in DistributedSampler."""
 
     def __init__(
         self,
@@ -98,29 +98,29 @@ class EpochSampler(DistributedSampler[Any]):
     ) -> None:
         super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.alone = alone
-        self.first = 0  # rows of this rank that the next pass leaves out, because a run has seen them
+        self.first = 0  # rows of this rank that the next pass skips after a resume
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; a Trainer does so before each.
+        """Set the epoch; called by the Trainer before each epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
 
         Raises:
-            RuntimeError: If every process would train on the same images, since the loader knows of one process only.
+            RuntimeError: If the loader was created for one process and is used by several.
         """
         processes, _ = replicas_and_rank(None)
         if self.alone and self.shuffle and processes > 1:
             raise RuntimeError(
-                f"This training loader was made for one process and is used by {processes}, which would all see "
-                "the same images. Give the data module itself to the Trainer: `fit(model, datamodule=...)`."
+                f"This training loader was created for one process and is used by {processes}, which would all see "
+                "the same images. Pass the data module to the Trainer: `fit(model, datamodule=...)`."
             )
         super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        total = len(self.dataset)  # type: ignore[arg-type]  # a map-style set has a length, its type does not say so
+        total = len(self.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
         if self.shuffle:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
             order = torch.randperm(total, generator=generator)
         else:
             order = torch.arange(total)
@@ -130,34 +130,35 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class _Pass:
-    """Stands for one pass over a loader: dead as soon as the pass has ended or was dropped."""
+    """Token of one pass over a loader; collected when the pass ends or is abandoned."""
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that can be left in mid-epoch and taken up again at the same batch.
+    """A DataLoader that resumes within an epoch at the same batch.
 
-    Lightning saves `state_dict` with every checkpoint and hands it back before the first batch. Exact where the order
-    is an `EpochSampler`'s. A pass begins at its first batch and not at ``iter(loader)``, since Lightning calls ``iter``
-    before it sets the epoch. A second pass inside the first (the bank of a k-NN probe) leaves the position alone.
+    Lightning saves `state_dict` with every checkpoint and restores it before the first batch. Resume is exact with an
+    `EpochSampler`. A pass starts at its first batch and not at ``iter(loader)``, because Lightning calls ``iter``
+    before it sets the epoch. A second pass during the first one (the bank of a k-NN probe) does not change the
+    position.
     """
 
-    # Class attributes and no __init__: Lightning builds some loaders anew from the arguments of DataLoader.
-    _position: int = 0  # batches of epoch `_epoch` that the outermost pass has yielded
+    # Class attributes instead of __init__: Lightning recreates loaders from the arguments of DataLoader.
+    _position: int = 0  # batches of epoch `_epoch` yielded by the outermost pass
     _epoch: int = 0
     _resume: dict[str, Any] | None = None
     _tracked: weakref.ref[_Pass] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the number of its batches seen, and the layout in which that number means something."""
+        """Return the epoch, the number of batches yielded in it, and the data layout that this number refers to."""
         epoch = self._sampler_epoch()
         position = self._position if self._epoch == epoch else 0
         return {"epoch": epoch, "position": position, "layout": self._layout()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Make the next pass begin where the saved one stood; a saved position equal to the length is a whole epoch.
+        """Start the next pass at a saved position; a position equal to the length is a complete epoch.
 
         Args:
-            state: What `state_dict` returned. It counts only while the sampler stays in the saved epoch.
+            state: The value returned by `state_dict`; it applies only in the saved epoch.
         """
         self._resume = dict(state)
         self._position, self._epoch = int(state["position"]), int(state["epoch"])
@@ -181,20 +182,20 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def _from(self, start: int) -> Iterator[Any]:
-        """Yield the batches of this epoch from number ``start`` on."""
+        """Yield the batches of this epoch from index ``start``."""
         sampler = self.sampler
-        if not isinstance(sampler, EpochSampler):  # Lightning's own order for `overfit_batches`
+        if not isinstance(sampler, EpochSampler):  # the sampler of Lightning for `overfit_batches`
             batches = super().__iter__()
             for _ in range(start):
                 next(batches, None)
             yield from batches
             return
-        if self.generator is not None:  # seeds the workers; the global generator is not touched
-            self.generator.manual_seed(seed_of(sampler.seed, sampler.epoch, sampler.rank + 1))
+        if self.generator is not None:  # seeds the workers instead of the global generator
+            self.generator.manual_seed(derived_seed(sampler.seed, sampler.epoch, sampler.rank + 1))
         sampler.first = start * (self.batch_size or 1)
         try:
             batches = super().__iter__()
-            head = next(batches, None)  # the sampler is read by now, with workers and without
+            head = next(batches, None)  # the sampler has been read, with and without workers
         finally:
             sampler.first = 0
         if head is not None:
@@ -208,13 +209,13 @@ class ResumableLoader(DataLoader[Any]):
         layout = self._layout()
         if start and resume["layout"] != layout:
             raise ValueError(
-                f"A run that stopped in mid-epoch must go on with the same data layout, got {layout} instead of "
-                f"{resume['layout']}. Use the same settings, or resume from a checkpoint of an epoch's end."
+                f"A run that stopped within an epoch must resume with the same data layout, got {layout} instead of "
+                f"{resume['layout']}. Use the same settings, or resume from a checkpoint at the end of an epoch."
             )
         return start
 
     def _tracks(self, mark: _Pass) -> bool:
-        """Tell whether ``mark`` is the pass whose position counts; it becomes that if no other is under way."""
+        """Return whether ``mark`` is the tracked pass; it becomes tracked if no other pass is active."""
         if self._tracked is None or self._tracked() is None:
             self._tracked = weakref.ref(mark)
         return self._tracked() is mark
@@ -243,24 +244,22 @@ def make_loader(
 ) -> ResumableLoader:
     """Return a loader for one rank of the run.
 
-    Training is shuffled by (seed, epoch), and rows that do not fill a batch on every rank are left out of an epoch;
-    evaluation is in order and complete (under several ranks a few rows are repeated, as Lightning's sampler does).
+    Training is shuffled by (seed, epoch), and rows that do not fill a batch on every rank are dropped; evaluation is in
+    order and complete (with several ranks some rows are repeated, as by the sampler of Lightning).
 
     Args:
-        dataset: The set.
+        dataset: The dataset.
         batch_size: Images per batch on each rank, >= 1.
-        trainer: The Trainer that asks, if any.
-        train: Training or evaluation.
+        trainer: The Trainer that requests the loader, or None.
+        train: True for training, False for evaluation.
         seed: Seed of the orders, >= 0.
-        **kwargs: More arguments of DataLoader.
+        **kwargs: Further arguments of DataLoader.
 
     Raises:
-        ValueError: If the set is empty or, in training, does not fill one batch.
+        ValueError: If the dataset is empty or, in training, does not fill one batch.
     """
     total = len(dataset)  # type: ignore[arg-type]
-    require(
-        total > 0, "dataset", "hold at least one image", total, "Look at the folder or the split that was asked for"
-    )
+    require(total > 0, "dataset", "hold at least one image", total, "Check the folder and the split")
     replicas, rank = replicas_and_rank(trainer)
     share = total // replicas
     if train and batch_size > share:
@@ -268,7 +267,7 @@ def make_loader(
             "batch_size",
             f"be at most {share}, the images of one of {replicas} processes",
             batch_size,
-            "Lower it, or add data",
+            "Lower it or add data",
         )
     alone = trainer is None and replicas == 1
     sampler = EpochSampler(
@@ -280,6 +279,6 @@ def make_loader(
 
 
 def check_loading(batch_size: int, seed: int) -> None:
-    """Check what every data module takes."""
+    """Check the arguments shared by all data modules."""
     check_at_least("batch_size", batch_size, 1)
     check_at_least("seed", seed, 0)

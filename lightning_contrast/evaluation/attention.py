@@ -1,4 +1,4 @@
-"""Where a vision transformer looks: its attention maps, pictures of them, and scenes to look at."""
+"""Attention maps of vision transformers, figures of them, and composed scenes."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Tensor:
-    """Return how much the class token attends to each patch, for every head of a layer.
+    """Return the attention of the class token to each patch, for every head of a layer.
 
-    Figure 1 of DINO (https://arxiv.org/abs/2104.14294): the last layer's self-attention of the class token, whose heads
-    follow the outlines of things after pretraining. The model runs once in eval mode, and every submodule's mode is
-    put back afterwards. Images of other sizes than the model was trained on need a backbone that takes them
+    Figure 1 of DINO (https://arxiv.org/abs/2104.14294): self-attention of the class token in the last
+    layer. The model runs once in eval mode, and the mode of every submodule is restored. Images of other sizes than in
+    training need a backbone that supports them
     (``backbone_kwargs=dict(dynamic_img_size=True)``); larger ones give finer maps.
 
     Args:
-        model: A method of ours, of which the ``backbone`` is looked at; or a vision transformer of timm with a class
-            token. DINO evaluates its teacher: pass ``model.momentum_backbone``.
-        images: The model's input, (B, C, H, W) float: ``policy.eval_transform(images)`` of its training views.
-        layer: Which attention layer, counted from 0, or from the end if negative.
+        model: A method of this package, whose ``backbone`` is used, or a vision transformer of timm with a class token.
+            For the teacher of DINO, as in the paper, pass ``model.momentum_backbone``.
+        images: Input of the model, (B, C, H, W) float: ``policy.eval_transform(images)``.
+        layer: Index of the attention layer; negative counts from the end.
 
     Returns:
-        (B, heads, H / patch, W / patch), float32, on the model's device: shares of the class token's attention in 0..1,
-        which sum over the map to 1 minus what goes to the class token and registers themselves.
+        (B, heads, H / patch, W / patch), float32, on the device of the model: attention of the class token in 0..1.
+        Each map sums to 1 minus the attention to the class token and registers.
 
     Raises:
         ValueError: If the model has no class token or no such layer, or cannot take images of this size.
-        TypeError: If there is no attention to look at.
+        TypeError: If the model has no attention layers.
     """
     backbone = getattr(model, "backbone", model)
     layers = _attentions(backbone)
@@ -45,7 +45,7 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Tens
     check_image_size(owner, images)
     parameter = next(backbone.parameters())
     attention = _record(backbone, layers[layer], images.to(parameter.device, parameter.dtype))
-    rows = attention[:, :, 0, prefix:].float()  # (B, heads, patches): what the class token, the first one, looks at
+    rows = attention[:, :, 0, prefix:].float()  # (B, heads, patches), of the class token
     patch = cast("Any", owner).patch_embed.patch_size
     height, width = (-(-side // edge) for side, edge in zip(images.shape[-2:], patch, strict=True))
     if rows.shape[-1] != height * width:
@@ -61,16 +61,16 @@ def attention_grid(images: Tensor, maps: Tensor, *, mass: float | None = None) -
     Args:
         images: (N, C, H, W), uint8 or float in 0..1.
         maps: Attention of `attention_maps`, (N, heads, h, w).
-        mass: Show the image where the strongest patches together hold this share of the head's attention, in [0, 1],
-            as DINO's figures do with 0.6; None shows the attention itself, each map from its least to its greatest.
+        mass: Highlight the strongest patches with this share of the attention of the head, in [0, 1]; 0.6 in the
+            figures of DINO. None shows the attention, scaled per map from its minimum to its maximum.
 
     Returns:
         A figure of N rows and 1 + heads columns. Needs matplotlib.
 
     Raises:
-        ValueError: If there is not one set of maps for each image, or ``mass`` lies outside [0, 1].
+        ValueError: If the number of maps is not that of the images, or ``mass`` lies outside [0, 1].
     """
-    from lightning_contrast.evaluation.figures import _picture_grid
+    from lightning_contrast.evaluation.figures import image_grid
 
     fits = maps.ndim == 4 and len(maps) == len(images)
     require(fits, "maps", f"be ({len(images)}, heads, h, w)", tuple(maps.shape), "Give the maps of these images")
@@ -83,23 +83,23 @@ def attention_grid(images: Tensor, maps: Tensor, *, mass: float | None = None) -
         check_probability("mass", mass)
         shown = pictures.unsqueeze(1) * (0.15 + 0.85 * _resize(strongest(maps, mass).float(), images).unsqueeze(2))
     rows = [[picture, *heads] for picture, heads in zip(pictures, shown, strict=True)]
-    return _picture_grid(rows, ["image", *(f"head {head + 1}" for head in range(maps.shape[1]))])
+    return image_grid(rows, ["image", *(f"head {head + 1}" for head in range(maps.shape[1]))])
 
 
 def strongest(maps: Tensor, mass: float) -> Tensor:
-    """Return which patches, strongest first, are needed to hold a share of each map's attention.
+    """Return the smallest set of the strongest patches with a share of the attention of each map.
 
     Args:
         maps: (N, heads, h, w), not negative.
         mass: Share in [0, 1].
 
     Returns:
-        Bool, of the same shape.
+        Bool mask, (N, heads, h, w).
     """
     check_probability("mass", mass)
     flat = maps.flatten(2)
     values, order = (flat / flat.sum(2, keepdim=True).clamp_min(1e-12)).sort(2, descending=True)
-    before = values.cumsum(2) - values  # what the stronger ones hold already
+    before = values.cumsum(2) - values  # share of the stronger patches
     return torch.zeros_like(order, dtype=torch.bool).scatter(2, order, before < mass).view_as(maps)
 
 
@@ -112,24 +112,24 @@ def compose_scenes(
     background: Sequence[int] = (255, 255, 255),
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Compose several images on one background, side by side at random places, none upon another.
+    """Compose several images on one background at random positions without overlap.
 
-    Meant for the drawings of `EmojiDataModule`, whose background should be the same.
+    Meant for the images of `EmojiDataModule`, with the same background.
 
     Args:
-        images: uint8 (N, 3, h, w), to draw from without repetition within a scene.
+        images: uint8 (N, 3, h, w), drawn without repetition within a scene.
         count: Number of scenes, >= 1.
         size: Edge of a scene in pixels; a multiple of h and w at least as large as ``things`` asks for.
-        things: Least and greatest number of images in a scene.
-        background: Colour, 0..255 each.
-        seed: Of choice and place, so that the same call gives the same scenes.
+        things: Minimum and maximum number of images per scene.
+        background: Color, 0..255 each.
+        seed: Seed of choice and position.
 
     Returns:
-        The scenes, uint8 (count, 3, size, size), and where things are, bool (count, size, size): True where a pixel of
-        one differs from the background.
+        The scenes, uint8 (count, 3, size, size), and a mask, bool (count, size, size), of the pixels that differ from
+        the background.
 
     Raises:
-        ValueError: If a scene has no room for so many images, there are too few of them, or a number is out of range.
+        ValueError: If a scene is too small, there are too few images, or a number is out of range.
         TypeError: If the images are not uint8.
     """
     check_at_least("count", count, 1)
@@ -141,27 +141,27 @@ def compose_scenes(
     room = min(rows * columns, len(images))
     require(1 <= least <= most <= room, "things", f"be ordered and lie in 1..{room}", (least, most), "Enlarge `size`")
     generator = torch.Generator().manual_seed(seed)
-    colour = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
-    scenes = colour.repeat(count, 1, size, size)
+    color = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
+    scenes = color.repeat(count, 1, size, size)
     for scene in scenes:
         number = int(torch.randint(least, most + 1, (), generator=generator))
         chosen = torch.randperm(len(images), generator=generator)[:number]
         places = _places(rows, columns, size, (height, width), generator)
         for image, (top, left) in zip(images[chosen], places[:number], strict=True):
             scene[:, top : top + height, left : left + width] = image
-    return scenes, (scenes != colour).any(1)
+    return scenes, (scenes != color).any(1)
 
 
 def _places(
     rows: int, columns: int, size: int, extent: tuple[int, int], generator: torch.Generator
 ) -> list[tuple[int, int]]:
-    """Return an upper left corner in every cell of a grid, cells in random order, moved within the cell's slack."""
+    """Return a random upper left corner in every cell of a grid, in random order of the cells."""
     cells = [(row, column) for row in range(rows) for column in range(columns)]
     corners = []
     for index in torch.randperm(len(cells), generator=generator).tolist():
         corner = []
         for cell, number, edge in zip(cells[index], (rows, columns), extent, strict=True):
-            share = size // number  # of the scene, for this cell: at least the image's edge
+            share = size // number  # edge of the cell, at least that of the image
             corner.append(cell * share + int(torch.randint(0, share - edge + 1, (), generator=generator)))
         corners.append((corner[0], corner[1]))
     return corners
@@ -172,7 +172,7 @@ def _resize(maps: Tensor, images: Tensor) -> Tensor:
 
 
 def _attentions(backbone: nn.Module) -> list[nn.Module]:
-    """Return the attention layers that can show their weights: timm's keep a dropout behind the softmax."""
+    """Return the attention layers of timm, which have a dropout module after the softmax."""
     found = [
         m for m in backbone.modules() if hasattr(m, "fused_attn") and isinstance(getattr(m, "attn_drop", 0), nn.Module)
     ]
@@ -197,7 +197,7 @@ def _record(backbone: nn.Module, attention: Any, images: Tensor) -> Tensor:
     """Run the backbone in eval mode and return the weights of one attention layer, (B, heads, N, N)."""
     seen: list[Tensor] = []
     hook = attention.attn_drop.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    fused, attention.fused_attn = attention.fused_attn, False  # the fused kernel never holds the weights
+    fused, attention.fused_attn = attention.fused_attn, False  # the fused kernel does not compute the weights
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:

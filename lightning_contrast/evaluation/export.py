@@ -1,4 +1,4 @@
-"""A backbone on its own: its weights, or an ONNX graph, together with what its images have to be."""
+"""Export of a backbone as weights or an ONNX graph, with the specification of its input."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from lightning_contrast.sharding import is_fsdp1_shard
 ExportFormat: TypeAlias = Literal["state_dict", "onnx"]
 
 INPUT_SPEC = "input_spec"
-"""Key of a state dict file, and name of an ONNX graph's metadata, under which the size, mean and std are kept."""
+"""Key of the size, mean and std in exported files and in the metadata of ONNX graphs."""
 _TOLERANCE = 1e-4
 _FORMATS = ("state_dict", "onnx")
 
@@ -31,38 +31,38 @@ def export_backbone(
     format: ExportFormat = "state_dict",
     input_spec: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a backbone to a file, for use without this package.
+    """Export a backbone to a file, for use without this package.
 
-    "state_dict" is a file for ``torch.load(path, weights_only=True)`` with ``{"state_dict", "input_spec"}``; the
-    weights load strictly into a network built with the same name and arguments:
+    "state_dict" writes a file for ``torch.load(path, weights_only=True)`` with ``{"state_dict", "input_spec"}``; the
+    weights load strictly into a network with the same name and arguments:
 
         saved = torch.load(path, weights_only=True)
         timm.create_model("resnet50", num_classes=0).load_state_dict(saved["state_dict"])
 
-    "onnx" is a graph from ``images`` (B, C, size, size), float32 and normalised with the mean and std, to ``features``
-    (B, F), for any B, in eval mode; the ``input_spec`` is JSON in its metadata. The written graph is run once in
-    onnxruntime and compared with the backbone. It needs the extra: ``pip install 'lightning_contrast[export]'``.
+    "onnx" writes a graph from ``images`` (B, C, size, size), float32 and normalized with the mean and std, to
+    ``features`` (B, F), for any B, in eval mode; the ``input_spec`` is JSON in its metadata. The graph is run once in
+    onnxruntime and compared with the backbone. Needs the extra: ``pip install 'lightning_contrast[export]'``.
 
-    Source of the graph: `torch.onnx.export`. The model itself is not changed, whatever its mode and device.
+    Source of the graph: `torch.onnx.export`. The model is not modified.
 
     Args:
-        model: A method of this package, of which the ``backbone`` is written (of masked vision transformers the timm
-            network in it); or any network, which is written as it is. Heads, and the part of SimCLR v2's head that its
-            ``forward`` may include, are left out. DINO evaluates its teacher: pass ``model.momentum_backbone``.
-        path: File to write; folders that do not exist are made.
+        model: A method of this package, whose ``backbone`` is exported (for masked vision transformers the timm
+            network), or any network. Heads, including the part of SimCLR v2's head that its ``forward`` may include,
+            are not exported. For the teacher of DINO, as in the paper, pass ``model.momentum_backbone``.
+        path: Path of the file; missing folders are created.
         format: "state_dict" or "onnx".
-        input_spec: What the images have to be: ``{"size", "mean", "std"}``, mean and std None where they are only
-            scaled to 0..1. None: that of the `ViewAugmentation` of the model's Trainer. A checkpoint of a run with
-            such a callback has it under "input_spec".
+        input_spec: Specification of the images: ``{"size", "mean", "std"}``, mean and std None for images that are only
+            scaled to 0..1. None uses that of the `ViewAugmentation` of the model's Trainer. Checkpoints of a run with
+            this callback contain it under "input_spec".
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the format is unknown, there is no ``input_spec`` or not a whole one, or the model is sharded.
-        TypeError: If the model is no module.
+        ValueError: If the format is unknown, ``input_spec`` is missing or incomplete, or the model is sharded.
+        TypeError: If the model is not a module.
         ModuleNotFoundError: If the extra is not installed.
-        RuntimeError: If the graph gives other features than the backbone.
+        RuntimeError: If the features of the graph differ from those of the backbone.
     """
     check_choice("format", format, _FORMATS)
     if not isinstance(model, nn.Module):
@@ -88,7 +88,7 @@ def _spec_of_trainer(model: nn.Module) -> Any:
 
 def _checked(spec: Any) -> dict[str, Any]:
     """Return the spec as a dict of plain numbers."""
-    hint = 'Give {"size": ..., "mean": ..., "std": ...}: a checkpoint of a run with `ViewAugmentation` holds it'
+    hint = 'Give {"size": ..., "mean": ..., "std": ...}: checkpoints of a run with `ViewAugmentation` contain it'
     if not isinstance(spec, Mapping) or spec.keys() != {"size", "mean", "std"}:
         fail("input_spec", "hold the size, mean and std of the images", spec, hint)
     check_at_least("size", spec["size"], 1)
@@ -97,7 +97,7 @@ def _checked(spec: Any) -> dict[str, Any]:
 
 
 def _backbone_of(model: nn.Module) -> nn.Module:
-    """Return the network to write."""
+    """Return the network to export."""
     model = cast("nn.Module", getattr(model, "_orig_mod", model))  # of a compiled module
     backbone = getattr(model, "backbone", model)
     backbone = getattr(backbone, "_orig_mod", backbone)
@@ -105,12 +105,12 @@ def _backbone_of(model: nn.Module) -> nn.Module:
         fail("model", "have a module as `backbone`", type(backbone).__name__, "Give the network itself", TypeError)
     if any(isinstance(weight, DTensor) or is_fsdp1_shard(weight) for weight in backbone.parameters()):
         hint = "Load a full checkpoint into a module without a Trainer, and export that"
-        fail("model", "hold whole weights", "a module that FSDP has sharded", hint)
+        fail("model", "have full weights", "a module sharded by FSDP", hint)
     return cast("nn.Module", backbone.vit) if isinstance(backbone, MaskedViT) else backbone
 
 
 def _write_onnx(backbone: nn.Module, path: Path, spec: dict[str, Any]) -> None:
-    """Write the graph, and compare what it gives with what the backbone gives."""
+    """Write the graph and compare its features with those of the backbone."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)
@@ -124,7 +124,7 @@ def _write_onnx(backbone: nn.Module, path: Path, spec: dict[str, Any]) -> None:
             network,
             (images,),
             dynamo=True,
-            optimize=False,  # constant folding takes far longer and onnxruntime does it again
+            optimize=False,  # constant folding is slow, and onnxruntime repeats it
             verbose=False,
             input_names=["images"],
             output_names=["features"],
@@ -140,11 +140,11 @@ def _write_onnx(backbone: nn.Module, path: Path, spec: dict[str, Any]) -> None:
         expected: Tensor = network(more)
     difference = float((torch.from_numpy(given) - expected).abs().max())
     if given.shape != tuple(expected.shape) or not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise RuntimeError(f"The ONNX graph gives features that differ from the backbone's by up to {difference:g}.")
+        raise RuntimeError(f"The features of the ONNX graph differ from those of the backbone by up to {difference:g}.")
 
 
 def _channels(network: nn.Module, spec: dict[str, Any]) -> int:
-    """Return the channels of the images: as many as there are means, or as the first convolution takes."""
+    """Return the number of channels, from the mean or from the first convolution."""
     if spec["mean"] is not None and len(spec["mean"]) > 1:
         return len(spec["mean"])
     convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
@@ -153,7 +153,7 @@ def _channels(network: nn.Module, spec: dict[str, Any]) -> int:
 
 @contextmanager
 def _silence(*names: str) -> Iterator[None]:
-    """Keep the progress of an exporter to itself."""
+    """Silence the messages of loggers below ERROR."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Pictures: images beside their views, queries beside their neighbours, a map of images. Needs matplotlib."""
+"""Figures of views, nearest neighbors and image maps. Needs matplotlib."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +16,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def image_grid(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], gap_every: int = 0) -> "Figure":
+    """Draw rows of images with column titles.
+
+    Args:
+        rows: Rows of images, each (C, H, W), uint8 or float in 0..1.
+        titles: One title per column.
+        gap_every: Number of columns per group, with a gap before each group after the first column; 0 for none.
+    """
+    gaps = [0.35 if gap_every and column % gap_every == 1 else 0.0 for column in range(len(titles))]
+    width = len(titles) + sum(gaps)
+    figure = _figure(width * 0.8, len(rows) * 0.8 + 0.5)
+    top = 1 - 0.5 / (len(rows) * 0.8 + 0.5)
+    for i, row in enumerate(rows):
+        left = 0.0
+        for j, image in enumerate(row):
+            left += gaps[j] / width
+            axes = figure.add_axes((left, top * (1 - (i + 1) / len(rows)), 0.95 / width, 0.95 * top / len(rows)))
+            left += 1 / width
+            _show(axes, image, titles[j] if i == 0 else "")
+    return figure
+
+
 def view_grid(
     images: Tensor,
     views: Sequence[Tensor],
@@ -23,13 +45,13 @@ def view_grid(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> "Figure":
-    """Draw a row for each image: the original, then its views.
+    """Draw one row per image: the original and its views.
 
     Args:
         images: (N, C, H, W), uint8 or float in 0..1.
         views: V tensors (N, C, h, w).
-        mean: Per channel, where the views are normalised.
-        std: Per channel, where the views are normalised.
+        mean: Mean per channel if the views are normalized.
+        std: Standard deviation per channel if the views are normalized.
 
     Returns:
         A figure of N rows and 1 + V columns.
@@ -39,19 +61,19 @@ def view_grid(
         views = [view * scale + shift for view in views]
     rows = [[images[i], *(view[i] for view in views)] for i in range(len(images))]
     titles = ["original", *(f"view {v + 1}" for v in range(len(views)))]
-    return _picture_grid(rows, titles)
+    return image_grid(rows, titles)
 
 
 def neighbour_strips(
     queries: Tensor, gallery: Tensor, features: Sequence[tuple[str, Tensor, Tensor]], *, count: int = 5
 ) -> "Figure":
-    """Draw a row for each query: the query, then its nearest gallery images in each feature space.
+    """Draw one row per query: the query and its nearest gallery images in each feature space.
 
     Args:
         queries: Images (N, C, H, W).
         gallery: Images (M, C, H, W).
-        features: For each space its title, the features of the queries (N, F) and of the gallery (M, F).
-        count: Neighbours in each space, most similar first (cosine).
+        features: Title, query features (N, F) and gallery features (M, F) of each feature space.
+        count: Number of neighbors per space, in order of cosine similarity.
 
     Returns:
         A figure of N rows.
@@ -64,20 +86,20 @@ def neighbour_strips(
         for row, nearest in zip(rows, similarity.topk(count, dim=1).indices, strict=True):
             row.extend(gallery[nearest])
         titles += [f"{title}:\nnearest", *(str(n + 2) for n in range(count - 1))]
-    return _picture_grid(rows, titles, gap_every=count)
+    return image_grid(rows, titles, gap_every=count)
 
 
 def image_map(images: Tensor, features: Tensor, *, size: float = 10.0, seed: int = 0) -> "Figure":
-    """Draw every image at the place that t-SNE (scikit-learn, cosine distance) gives its features.
+    """Draw every image at the t-SNE coordinates of its features (scikit-learn, cosine distance).
 
     Args:
         images: (N, C, H, W), uint8 or float in 0..1.
         features: (N, F).
         size: Edge of the figure in inches.
-        seed: Of t-SNE.
+        seed: Seed of t-SNE.
 
     Returns:
-        A figure with N small pictures.
+        A figure with N thumbnails.
     """
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     from sklearn.manifold import TSNE
@@ -96,22 +118,6 @@ def image_map(images: Tensor, features: Tensor, *, size: float = 10.0, seed: int
     return figure
 
 
-def _picture_grid(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], gap_every: int = 0) -> "Figure":
-    """Draw rows of images with a title over each column, and a gap before each group of columns."""
-    gaps = [0.35 if gap_every and column % gap_every == 1 else 0.0 for column in range(len(titles))]
-    width = len(titles) + sum(gaps)
-    figure = _figure(width * 0.8, len(rows) * 0.8 + 0.5)
-    top = 1 - 0.5 / (len(rows) * 0.8 + 0.5)
-    for i, row in enumerate(rows):
-        left = 0.0
-        for j, image in enumerate(row):
-            left += gaps[j] / width
-            axes = figure.add_axes((left, top * (1 - (i + 1) / len(rows)), 0.95 / width, 0.95 * top / len(rows)))
-            left += 1 / width
-            _show(axes, image, titles[j] if i == 0 else "")
-    return figure
-
-
 def _show(axes: "Axes", image: Tensor, title: str) -> None:
     axes.imshow(_pixels(image), interpolation="nearest")
     axes.set_axis_off()
@@ -119,7 +125,7 @@ def _show(axes: "Axes", image: Tensor, title: str) -> None:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """Return a figure that belongs to no window system and no global state."""
+    """Return a figure without a window system or global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110)

@@ -1,4 +1,4 @@
-"""How good frozen features are: k-NN, a linear classifier, retrieval of a counterpart."""
+"""Evaluation of frozen features: k-NN, linear classification and retrieval."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ from lightning_contrast.metrics import KNNAccuracy
 def encode(
     model: nn.Module, images: Tensor, preprocess: Callable[[Tensor], Tensor], *, batch_size: int = 512
 ) -> Tensor:
-    """Return the features of images, in eval mode; every submodule's mode is put back afterwards.
+    """Return the features of images, computed in eval mode; the mode of every submodule is restored.
 
     Args:
-        model: Maps images to features (B, F): a method of ours, a backbone, any module.
-        images: What ``preprocess`` takes, (N, C, H, W).
+        model: Module from images to features (B, F): a method, a backbone or any other module.
+        images: Input of ``preprocess``, (N, C, H, W).
         preprocess: Maps a batch of images to the model's input: ``policy.eval_transform`` of its training views.
-        batch_size: Images a pass.
+        batch_size: Images per forward pass, >= 1.
 
     Returns:
         Features (N, F), float32, on the CPU.
@@ -39,11 +39,11 @@ def encode(
 
 
 def pixel_features(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Return raw pixels as features, centred on the mean of the training images: the baseline of all baselines.
+    """Return raw pixels as baseline features, centered at the mean of the training images.
 
     Args:
         train: Training images (N, C, H, W), uint8 or float.
-        test: Test images (M, C, H, W), of the same kind.
+        test: Test images (M, C, H, W), of the same dtype.
 
     Returns:
         Features (N, C H W) and (M, C H W).
@@ -62,16 +62,16 @@ def knn_top1(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Return the accuracy of a weighted k-NN vote, each neighbour's weight exp(cosine / temperature).
+    """Return the accuracy of a k-NN vote with the weight exp(cosine / temperature) per neighbor.
 
     Args:
-        bank: Features (N, F) that vote.
+        bank: Reference features (N, F).
         bank_labels: Their classes (N,).
         queries: Features (M, F) to classify.
         labels: Their classes (M,).
         num_classes: Number of classes.
-        k: Neighbours that vote.
-        temperature: Of the vote, > 0.
+        k: Number of neighbors.
+        temperature: Temperature of the vote, > 0.
 
     Returns:
         Top-1 accuracy in 0..1.
@@ -83,10 +83,10 @@ def knn_top1(
 
 
 def linear_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, *, c: float = 0.1) -> float:
-    """Return the accuracy of multinomial logistic regression on standardised features (scikit-learn, L-BFGS).
+    """Return the accuracy of multinomial logistic regression on standardized features (scikit-learn, L-BFGS).
 
     Args:
-        bank: Features (N, F) to fit on.
+        bank: Training features (N, F).
         bank_labels: Their classes (N,).
         queries: Features (M, F) to classify.
         labels: Their classes (M,).
@@ -105,17 +105,17 @@ def linear_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tens
 
 
 def recall_at_1(queries: Tensor, gallery: Tensor) -> float:
-    """Return how often the gallery's nearest row (cosine) is the query's own counterpart.
+    """Return the share of queries whose nearest gallery row (cosine) is their counterpart.
 
     Args:
         queries: Features (N, F).
         gallery: Features (N, F); row i is the counterpart of query i.
 
     Returns:
-        Share of the queries in 0..1.
+        Recall at 1 in 0..1.
     """
     same = queries.shape == gallery.shape
     shapes = (tuple(queries.shape), tuple(gallery.shape))
-    require(same, "gallery", "have one row for each query", shapes, "Encode the same things for both")
+    require(same, "gallery", "have one row per query", shapes, "Encode matching images for both")
     nearest = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).argmax(dim=1)
     return float((nearest == torch.arange(len(queries))).float().mean())

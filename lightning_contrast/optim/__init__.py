@@ -7,7 +7,6 @@ from lightning_contrast.optim.lars import LARS
 from lightning_contrast.optim.schedules import (
     check_warmup,
     constant,
-    cosine_by_epoch,
     momentum_schedule,
     scaled_lr,
     step_decay,
@@ -24,7 +23,6 @@ __all__ = [
     "clip_each_gradient",
     "clip_gradients_together",
     "constant",
-    "cosine_by_epoch",
     "momentum_schedule",
     "parameter_groups",
     "scaled_lr",

@@ -1,4 +1,4 @@
-"""Optimizers by name."""
+"""Construction of optimizers by name."""
 
 import inspect
 from collections.abc import Callable
@@ -15,10 +15,10 @@ OPTIMIZERS = ("sgd", "adamw", "lars", "lamb")
 
 
 def check_optimizer(optimizer: OptimizerLike) -> None:
-    """Check what a method is given, long before its optimizer is built.
+    """Check the ``optimizer`` argument of a method.
 
     Args:
-        optimizer: A name, or a callable.
+        optimizer: A name or a callable.
 
     Raises:
         ValueError: If the name is unknown.
@@ -38,7 +38,7 @@ def build_optimizer(
 
     Args:
         optimizer: ``"sgd"``, ``"adamw"``, ``"lars"`` or ``"lamb"`` (timm's); or a callable, such as an optimizer
-            class, that is given the groups and, if it takes an argument of that name, ``lr``.
+            class, that takes the groups and optionally ``lr``.
         groups: Parameter groups with their weight decay, as `parameter_groups` returns them.
         lr: Learning rate, >= 0.
         sgd_momentum: Momentum of ``"sgd"`` and ``"lars"``, in [0, 1).
@@ -50,7 +50,7 @@ def build_optimizer(
     """
     check_not_negative("lr", lr)
     check_optimizer(optimizer)
-    groups = [dict(group) for group in groups]  # torch writes its defaults into the dicts that it is given
+    groups = [dict(group) for group in groups]  # torch writes its defaults into the dicts
     if isinstance(optimizer, str):
         if optimizer == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=sgd_momentum, **options)
@@ -64,12 +64,12 @@ def build_optimizer(
     given = {"lr": lr} if _takes_lr(optimizer) else {}
     built = optimizer(groups, **given, **options)
     if not isinstance(built, Optimizer):
-        hint = "Return a torch.optim.Optimizer over the groups that it is given"
+        hint = "Return a torch.optim.Optimizer over the given groups"
         fail("optimizer", "return an optimizer", type(built).__name__, hint, TypeError)
     return built
 
 
 def _takes_lr(optimizer: Callable[..., Optimizer]) -> bool:
-    """Tell whether a callable takes ``lr``; one that sets its own rate need not."""
+    """Return whether a callable takes ``lr``."""
     parameters = inspect.signature(optimizer).parameters
     return "lr" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,4 +1,4 @@
-"""Gradient clipping of each parameter on its own, as the DINO family has it, and of all together, over shards."""
+"""Gradient clipping per parameter (DINO) and over all parameters, on full tensors under FSDP."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,18 +12,17 @@ from lightning_contrast.sharding import is_fsdp1_shard, local_gradient, norms_ov
 
 @torch.no_grad()
 def clip_each_gradient(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """Scale down, in place, the gradient of each parameter whose norm is above ``max_norm``.
+    """Clip the gradient norm of each parameter separately, in place.
 
-    ``g <- g * min(1, max_norm / (|g| + 1e-6))`` for each tensor alone, so that no layer is made smaller by another one.
-    Norms are of whole tensors, over all shards under FSDP (where FSDP1 also replicates, the copies count too). Nothing
-    is read on the host.
+    ``g <- g * min(1, max_norm / (|g| + 1e-6))`` for each tensor. Under FSDP, norms are those of the full tensors
+    (FSDP1 with replication also counts the copies). There are no host reads.
 
     Source: https://github.com/facebookresearch/dino (``utils.clip_gradients``).
 
     Args:
-        parameters: Parameters of any shapes; those without a gradient are left out. Under FSDP every rank must give
-            the same ones.
-        max_norm: Largest norm of a gradient, > 0; 3 in DINO.
+        parameters: Parameters of any shape ``(...)``; those without a gradient are skipped. Under FSDP every rank must
+            pass the same parameters.
+        max_norm: Maximum norm of a gradient, > 0; 3 in DINO.
 
     Raises:
         ValueError: If ``max_norm`` is not above 0.
@@ -35,16 +34,16 @@ def clip_each_gradient(parameters: Iterable[Tensor], max_norm: float) -> None:
 
 @torch.no_grad()
 def clip_gradients_together(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """Scale down, in place, all gradients alike where the norm of all of them is above ``max_norm``.
+    """Clip the total norm of all gradients, in place.
 
-    ``g <- g * min(1, max_norm / (|all g| + 1e-6))``. Norms are of whole tensors, over all shards under FSDP (where
-    FSDP1 also replicates, the copies count too). Nothing is read on the host.
+    ``g <- g * min(1, max_norm / (|all g| + 1e-6))``. Under FSDP, norms are those of the full tensors (FSDP1 with
+    replication also counts the copies). There are no host reads.
 
-    Source: `torch.nn.utils.clip_grad_norm_`. Differs from it: FSDP1's shards count as the tensors that they are of.
+    Source: `torch.nn.utils.clip_grad_norm_`. Differs from it: supports the shards of FSDP1.
 
     Args:
-        parameters: As for `clip_each_gradient`.
-        max_norm: Largest norm of all gradients together, > 0.
+        parameters: Parameters of any shape ``(...)``, as for `clip_each_gradient`.
+        max_norm: Maximum total norm, > 0.
 
     Raises:
         ValueError: If ``max_norm`` is not above 0.
@@ -61,13 +60,13 @@ def clip_gradients_together(parameters: Iterable[Tensor], max_norm: float) -> No
 
 
 def _gradients_and_norms(parameters: Iterable[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield this rank's gradients, in groups of a kind, with the norms of the whole tensors ``(n,)``."""
+    """Yield this rank's gradients in groups of equal device, dtype and sharding, with their full norms ``(n,)``."""
     buckets: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             gradient = local_gradient(parameter)
         elif is_fsdp1_shard(parameter):
-            gradient = parameter.new_empty(0)  # another rank may hold a part of it and waits for this one
+            gradient = parameter.new_empty(0)  # a rank that holds a part of it waits for this one
         else:
             continue
         key = (gradient.device, gradient.dtype, shard_groups(parameter))
@@ -77,5 +76,5 @@ def _gradients_and_norms(parameters: Iterable[Tensor]) -> Iterator[tuple[list[Te
 
 
 def _scale(gradients: list[Tensor], factors: Iterable[Tensor]) -> None:
-    """Multiply each gradient with its factor, in place."""
+    """Multiply each gradient by its factor, in place."""
     torch._foreach_mul_(gradients, [factor.to(gradients[0].dtype) for factor in factors])

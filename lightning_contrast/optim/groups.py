@@ -1,4 +1,4 @@
-"""Parameter groups: norms and biases carry no weight decay and no trust ratio."""
+"""Parameter groups with and without weight decay."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -14,19 +14,19 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 def parameter_groups(
     module: nn.Module, weight_decay: float, *, exclude: Collection[str] = ("norm", "bias")
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters of a module into those with weight decay and those without.
+    """Split the trainable parameters of a module into groups with and without weight decay.
 
     Args:
-        module: The module; parameters with ``requires_grad=False`` are left out, shared ones come once.
+        module: The module; parameters with ``requires_grad=False`` are skipped, shared ones appear once.
         weight_decay: Decay of the first group, >= 0.
-        exclude: What goes to the second group. ``"norm"``: parameters of normalisation layers and all other vectors
-            and scalars that are no biases (scales, temperatures). ``"bias"``: parameters whose name ends with "bias".
-            Both together are the rule "at most one dimension" of MoCo v3, Barlow Twins and VICReg and the rule
-            "norm and bias" of SimCLR and BYOL; an empty collection is SwAV's.
+        exclude: Kinds of parameters without weight decay. ``"norm"``: parameters of normalization layers and all other
+            vectors and scalars except biases (scales, temperatures). ``"bias"``: parameters whose name ends with
+            "bias". Both together are the rule "at most one dimension" of MoCo v3, Barlow Twins and VICReg and the rule
+            "norm and bias" of SimCLR and BYOL; SwAV excludes nothing.
 
     Returns:
-        Two groups, either of which may be empty: the decayed parameters, and the others with ``weight_decay=0`` and
-        ``adapt=False``, which takes them out of the trust ratio of `LARS` (other optimizers ignore the key).
+        Two groups, possibly empty: the decayed parameters, and the others with ``weight_decay=0`` and ``adapt=False``,
+        which excludes them from the trust ratio of `LARS` (other optimizers ignore the key).
 
     Raises:
         ValueError: If the parameters are flattened into one (FSDP1 without ``use_orig_params=True``).
@@ -59,7 +59,7 @@ def parameter_groups(
 
 
 def _unflattened_dims(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """Yield the parameters that FSDP1 has flattened, with the number of dimensions they had before."""
+    """Yield the parameters flattened by FSDP1 with their original number of dimensions."""
     for wrapped in module.modules():
         flat: Any = getattr(getattr(wrapped, "_handle", None), "flat_param", None)
         if getattr(flat, "_params", None) is not None:

@@ -1,4 +1,4 @@
-"""LARS: momentum SGD whose rate for every tensor follows the ratio of its norm to that of its gradient."""
+"""LARS: momentum SGD with a trust ratio per tensor, the ratio of its norm to that of its gradient."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -20,28 +20,28 @@ class LARS(Optimizer):
     - A: ``u = g + d w``, ``ratio = trust |w| / |u|``
     - B: ``u = g + d w``, ``ratio = trust |w| / (|g| + d |w| + eps)``; with ``clip``, ``min(ratio / lr, 1)``
 
-    and ``ratio = 1`` where a norm is 0; then ``v = momentum v + ratio u`` and ``w = w - lr v``. Ratios stay on the
-    device: nothing is read on the host. ``p.grad`` is not written. The norms of parameters that FSDP has sharded are
-    those of the whole tensors; this takes one all-reduce a group.
+    and ``ratio = 1`` where a norm is 0; then ``v = momentum v + ratio u`` and ``w = w - lr v``. There are no host
+    reads, and ``p.grad`` is not modified. Under FSDP, norms are those of the full tensors, with one all-reduce per
+    group.
 
     Based on https://github.com/facebookresearch/moco-v3 (A) and https://github.com/NVIDIA/apex (B). Differs from them:
-    what is left out of decay and ratio is said by the groups, not found by the number of dimensions.
+    the groups, not the number of dimensions, select the parameters without decay and ratio.
 
     Args:
         params: Parameters or groups. A group with ``adapt=False`` is plain momentum SGD, without weight decay unless
             the group itself names one; `parameter_groups` makes such groups.
         lr: Learning rate, >= 0.
-        momentum: Share of the old update that is kept, in [0, 1).
+        momentum: Share of the previous update that is kept, in [0, 1).
         weight_decay: L2 penalty, >= 0.
         trust_coefficient: Factor of the ratio, > 0.
         trust_form: ``"A"`` or ``"B"``.
         eps: Added to the denominator of form B, >= 0.
-        clip: Keep the rate of form B below ``lr``.
-        lr_in_momentum: Put the rate into the update before the momentum, ``v = momentum v + lr ratio u`` and
-            ``w = w - v``, as SimCLR's program does: a change of the rate then does not rescale the old updates.
+        clip: Limit the rate of form B to ``lr``.
+        lr_in_momentum: Apply the rate before the momentum, ``v = momentum v + lr ratio u`` and ``w = w - v``, as the
+            reference implementation of SimCLR does: a change of the rate does not rescale previous updates.
 
     Raises:
-        ValueError: If an argument is out of its range, or a gradient is sparse (in `step`).
+        ValueError: If an argument is out of range, or a gradient is sparse (in `step`).
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checked as the arguments of the constructor are.
+        """Add a parameter group after checking its options.
 
         Args:
             param_group: Parameters under ``"params"`` and any of the constructor's arguments.
@@ -93,7 +93,7 @@ class LARS(Optimizer):
         """Update all parameters that have a gradient.
 
         Args:
-            closure: Computes the loss and its gradients once more.
+            closure: Reevaluates the model and returns the loss.
 
         Returns:
             The closure's loss, or None.
@@ -125,14 +125,14 @@ class LARS(Optimizer):
         torch._foreach_add_(shards, buffers, alpha=-1.0 if group["lr_in_momentum"] else -lr)
 
     def _momentum_buffer(self, weight: Tensor) -> Tensor:
-        """Return this rank's shard of the momentum; the state itself is sharded as the parameter is."""
+        """Return this rank's shard of the momentum; the state is sharded like the parameter."""
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         return local(state["momentum_buffer"])
 
     def _factors(self, weights: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Return what each update is multiplied with: the trust ratio, times the rate where that goes in first."""
+        """Return the factor of each update: the trust ratio, times the rate with ``lr_in_momentum``."""
         trust, decay, eps, lr = group["trust_coefficient"], group["weight_decay"], group["eps"], group["lr"]
         after = lr if group["lr_in_momentum"] else 1.0
 
@@ -151,9 +151,9 @@ class LARS(Optimizer):
 
 
 def _decayed_gradients(weights: list[Tensor], decay: float) -> list[Tensor]:
-    """Return this rank's shard of ``grad + decay * weight`` for each weight, empty where it has no gradient.
+    """Return this rank's shard of ``grad + decay * weight`` for each weight, empty if it has no gradient.
 
-    The gradients themselves are returned without decay, and never written to.
+    Without decay the gradients themselves are returned; callers must not modify them.
     """
     gradients = [local(w).new_empty(0) if w.grad is None else local_gradient(w) for w in weights]
     if decay == 0 or not weights:
@@ -166,11 +166,11 @@ def _check(options: dict[str, Any]) -> None:
     """Check the arguments of the optimizer or of one of its groups."""
     for name in ("lr", "weight_decay", "eps"):
         if isinstance(options[name], Tensor):
-            fail(name, "be a number", options[name], "A tensor would have to be read on the host", TypeError)
+            fail(name, "be a number", options[name], "A tensor requires a host read", TypeError)
         check_not_negative(name, options[name])
     check_positive("trust_coefficient", options["trust_coefficient"])
     momentum = options["momentum"]
-    require(0 <= momentum < 1, "momentum", "lie in [0, 1)", momentum, "Give the share of the old update to keep")
+    require(0 <= momentum < 1, "momentum", "lie in [0, 1)", momentum, "Give the share of the previous update to keep")
     check_choice("trust_form", options["trust_form"], ("A", "B"))
     if options["clip"] and options["trust_form"] == "A":
         fail("clip", 'be False with `trust_form="A"`', True, 'Use trust_form="B"')

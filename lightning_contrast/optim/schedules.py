@@ -1,7 +1,7 @@
 """Schedules as pure functions of the optimizer step.
 
-Those of the learning rate return a factor for `torch.optim.lr_scheduler.LambdaLR`; those of the weight decay and of a
-teacher's momentum return the value. Steps count from 0, in optimizer steps.
+Learning-rate schedules return a factor for `torch.optim.lr_scheduler.LambdaLR`; schedules of the weight decay and of a
+teacher's momentum return the value. Optimizer steps are counted from 0.
 """
 
 import math
@@ -16,14 +16,14 @@ from lightning_contrast._checks import (
 
 
 def warmup_cosine(step: float, warmup_steps: int, total_steps: float, *, start: float = 0.0, end: float = 0.0) -> float:
-    """Return the rate factor of a linear warm-up that a half cosine follows.
+    """Return the learning-rate factor of a linear warm-up followed by a half cosine.
 
     ``start + (1 - start) k / w`` in the first ``w`` steps, then
     ``end + (1 - end) (1 + cos(pi (k - w) / (T - w))) / 2``: the schedule of SimCLR, BYOL and MoCo v3, and with
     ``end=0.001`` that of Barlow Twins and VICReg.
 
     Args:
-        step: Step k, >= 0; after the last one the factor stays at ``end``.
+        step: Step k, >= 0; the factor is ``end`` after the last step.
         warmup_steps: Length w of the warm-up in steps, 0 for none.
         total_steps: Length T of the run in steps, warm-up included.
         start: Factor at step 0 of a warm-up.
@@ -43,14 +43,14 @@ def warmup_cosine(step: float, warmup_steps: int, total_steps: float, *, start: 
 
 
 def check_warmup(warmup_steps: int, total_steps: float) -> None:
-    """Check that a warm-up fits into its run.
+    """Check that a warm-up is not longer than its run.
 
     Args:
         warmup_steps: Length of the warm-up in steps, >= 0.
         total_steps: Length of the run in steps, > 0.
 
     Raises:
-        ValueError: If it does not; the message names both.
+        ValueError: If it is longer; the message gives both lengths.
     """
     check_positive("total_steps", total_steps)
     check_not_negative("warmup_steps", warmup_steps)
@@ -63,18 +63,18 @@ def constant(step: int) -> float:
     """Return the factor 1 at every step.
 
     Args:
-        step: Step, not used.
+        step: Step; not used.
     """
     return 1.0
 
 
 def step_decay(step: int, milestones: Sequence[int], *, factor: float = 0.1) -> float:
-    """Return ``factor`` to the power of the milestones reached, as MoCo v1 and NPID lower their rate.
+    """Return ``factor`` to the power of the number of milestones reached, the schedule of MoCo v1 and NPID.
 
     Args:
         step: Step, >= 0.
-        milestones: Steps at which the rate falls.
-        factor: What it is multiplied with each time, > 0.
+        milestones: Steps at which the rate is lowered.
+        factor: Multiplier per milestone, > 0.
 
     Returns:
         The factor, unitless.
@@ -83,32 +83,17 @@ def step_decay(step: int, milestones: Sequence[int], *, factor: float = 0.1) -> 
     return factor ** sum(step >= milestone for milestone in milestones)
 
 
-def cosine_by_epoch(step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Return the factor of a half cosine that moves once an epoch, without warm-up: MoCo v2's and SimSiam's.
-
-    Args:
-        step: Step, >= 0.
-        steps_per_epoch: Steps in an epoch, > 0.
-        epochs: Epochs of the run, > 0.
-
-    Returns:
-        ``(1 + cos(pi e / epochs)) / 2`` in epoch e, unitless.
-    """
-    check_positive("steps_per_epoch", steps_per_epoch)
-    return warmup_cosine(step // steps_per_epoch, 0, epochs)
-
-
 def weight_decay_cosine(step: float, total_steps: float, start: float, end: float) -> float:
     """Return the weight decay of a half cosine from ``start`` to ``end`` (DINO: 0.04 to 0.4).
 
     Args:
-        step: Step, >= 0; after the last one the value stays at ``end``.
+        step: Step, >= 0; the value is ``end`` after the last step.
         total_steps: Length of the run in steps, > 0.
-        start: Decay at step 0.
-        end: Decay at the end.
+        start: Decay at step 0, >= 0.
+        end: Decay at the end, >= 0.
 
     Returns:
-        The decay, to be set in the decayed group only.
+        The decay, for the decayed parameter group.
     """
     check_positive("total_steps", total_steps)
     check_not_negative("start", start)
@@ -120,14 +105,14 @@ def momentum_schedule(step: int, total_steps: int, start: float, end: float = 1.
     """Return the momentum of a teacher at a step.
 
     Args:
-        step: Step, >= 0; after the last one the value stays at ``end``.
+        step: Step, >= 0; the value is ``end`` after the last step.
         total_steps: Length of the run in steps, > 0; not used by ``"constant"``.
-        start: Share of the teacher that is kept at step 0, in [0, 1].
-        end: The same at the end, in [0, 1].
+        start: Momentum at step 0, in [0, 1].
+        end: Momentum at the end, in [0, 1].
         kind: ``"cosine"`` (BYOL, DINO, MoCo v3), ``"linear"`` (MSN, I-JEPA) or ``"constant"`` (MoCo: ``start``).
 
     Returns:
-        The momentum, in [0, 1].
+        The share of the teacher that is kept, in [0, 1].
     """
     check_choice("kind", kind, ("cosine", "linear", "constant"))
     for name, value in (("start", start), ("end", end)):
@@ -141,11 +126,11 @@ def momentum_schedule(step: int, total_steps: int, start: float, end: float = 1.
 
 
 def scaled_lr(base_lr: float, batch_size: int, rule: str = "linear") -> float:
-    """Return the learning rate for a global batch.
+    """Return the learning rate for a global batch size.
 
     Args:
-        base_lr: The paper's base rate.
-        batch_size: Images in a step over all ranks and accumulated batches, > 0.
+        base_lr: Base rate, >= 0.
+        batch_size: Images per optimizer step over all ranks and accumulated batches, > 0.
         rule: ``"linear"`` for ``base_lr * batch_size / 256``, ``"sqrt"`` for ``base_lr * sqrt(batch_size)``.
 
     Returns:
@@ -158,19 +143,19 @@ def scaled_lr(base_lr: float, batch_size: int, rule: str = "linear") -> float:
 
 
 def _cosine(step: float, total: float, start: float, end: float) -> float:
-    """Return the half cosine from ``start`` at step 0 to ``end`` at step ``total`` and after it."""
+    """Return a half cosine from ``start`` at step 0 to ``end`` at step ``total`` and later."""
     progress = 1.0 if step >= total else step / total
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def warmed_up(now: int, start: float, end: float, warmup: int) -> float:
-    """Return the teacher's temperature: even steps from ``start`` to ``end``, then ``end``.
+    """Return the teacher temperature: a linear warm-up from ``start`` to ``end``, then ``end``.
 
     Args:
-        now: Epoch, or optimizer step, >= 0.
+        now: Epoch or optimizer step, >= 0.
         start: Temperature at 0.
-        end: Temperature at the last one of the warm-up and later.
-        warmup: Length of the warm-up in epochs, or steps; 0 for none.
+        end: Temperature at the last epoch or step of the warm-up and later.
+        warmup: Length of the warm-up in epochs or steps; 0 for none.
     """
     if now >= warmup:
         return end

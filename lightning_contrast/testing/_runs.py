@@ -1,8 +1,7 @@
-"""Runs of a Trainer that a kit can repeat: seeded, quiet, and without a trace outside of them."""
+"""Quiet Trainer runs for the checks."""
 
 import inspect
 import logging
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
@@ -25,21 +23,6 @@ QUIET: dict[str, Any] = {
 }
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators, and give them their states back afterwards."""
-    kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
-
-
 def fit(
     module: L.LightningModule,
     data: Any,
@@ -52,14 +35,14 @@ def fit(
 
     Args:
         module: The module.
-        data: A datamodule, a loader, or a pair of loaders for training and validation.
+        data: A datamodule, a loader, or a pair of loaders (training, validation).
         callbacks: Callbacks of the Trainer.
-        folder: Where it may write.
-        settings: Arguments of the Trainer; they win.
+        folder: Root folder of the run.
+        settings: Arguments of the Trainer; they override the defaults.
         **options: Arguments of ``fit``.
     """
     with warnings.catch_warnings(), _silence("lightning.pytorch"), _silence("lightning.fabric"):
-        warnings.simplefilter("ignore", PossibleUserWarning)  # advice on workers and the like
+        warnings.simplefilter("ignore", PossibleUserWarning)  # advice, such as on workers
         trainer = L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **(QUIET | settings))
         if isinstance(data, tuple | list) and len(data) == 2:
             trainer.fit(module, *data, **options)
@@ -70,7 +53,7 @@ def fit(
 
 @contextmanager
 def _silence(name: str) -> Iterator[None]:
-    """Keep what a logger says of each run to itself."""
+    """Silence the messages of a logger below WARNING."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -81,24 +64,24 @@ def _silence(name: str) -> Iterator[None]:
 
 
 def make(name: str, factory: Callable[[], Any], kind: type | None = None) -> Any:
-    """Call a factory and check what it gives.
+    """Call a factory and check its result.
 
     Args:
-        name: Name of the argument as the user wrote it.
-        factory: What the user gave.
-        kind: What it must make; None: anything.
+        name: Name of the argument.
+        factory: Function without arguments.
+        kind: Required type of the result; None for any.
     """
     if isinstance(factory, torch.nn.Module) or not callable(factory):
         hint = f"Give a function without arguments, such as `lambda: {type(factory).__name__}(...)`"
-        fail(name, "be a function: two runs need two of them", type(factory).__name__, hint, TypeError)
+        fail(name, "be a function, because two runs need two objects", type(factory).__name__, hint, TypeError)
     made = factory()
     if kind is not None and not isinstance(made, kind):
-        fail(name, f"make a {kind.__name__}", type(made).__name__, "Return one from it", TypeError)
+        fail(name, f"return a {kind.__name__}", type(made).__name__, "Return one from the function", TypeError)
     return made
 
 
 def required_arguments(fn: Callable[..., Any]) -> int:
-    """Return how many positional arguments a function cannot be called without."""
+    """Return the number of required positional arguments of a function."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(fn).parameters.values()
     return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)

@@ -1,4 +1,4 @@
-"""What a run holds before each of its batches, as fingerprints that two runs can be compared by."""
+"""Fingerprints of the state of a run before each batch, for the comparison of two runs."""
 
 import hashlib
 import random
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 UNSAVED = "unsaved buffer"
-_SOFT = (UNSAVED, "attribute")  # what may differ on the way, as a cache does, if nothing comes of it
+_SOFT = (UNSAVED, "attribute")  # may differ during a run, like caches, if nothing depends on it
 
 
 @dataclass
 class Moment:
-    """What was seen at one moment of a run: fingerprints by a name in words."""
+    """Fingerprints at one moment of a run, by name."""
 
     where: str
     seen: dict[str, str] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Moment:
 
 @dataclass
 class Difference:
-    """The first moment at which two runs differ."""
+    """The first difference between two runs."""
 
     index: int
     where: str
@@ -38,21 +38,21 @@ class Difference:
 
 @dataclass
 class Record:
-    """What a `Trace` saw, without the Trainer that Lightning ties to a callback, so that processes can exchange it."""
+    """The picklable result of a `Trace`, for transfer between processes."""
 
     moments: list[Moment]
     tensors: dict[str, Tensor]
 
 
 class Trace(Checkpoint):
-    """Records a run. Callbacks of this base run after all others, as those that write checkpoints do.
+    """Records a run. A `Checkpoint` runs after all other callbacks.
 
     Args:
-        with_random: Record the state of the random generators, too.
+        with_random: Also record the state of the random generators.
 
     Attributes:
-        moments: Two for each batch, before and in its step, and one at the end.
-        tensors: What the module holds at the end, by name.
+        moments: Two per batch, before and in its step, and one at the end.
+        tensors: Parameters and buffers at the end, by name.
     """
 
     def __init__(self, *, with_random: bool = False) -> None:
@@ -75,7 +75,7 @@ class Trace(Checkpoint):
         self.moments.append(Moment(where, {"loss": _fingerprint_all(outputs)}))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the state at the end, that of the callbacks included."""
+        """Record the final state, including that of the callbacks."""
         seen = self._state(trainer, pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not isinstance(callback, Checkpoint):
@@ -85,7 +85,7 @@ class Trace(Checkpoint):
         self.tensors = {name: _local(tensor).detach().cpu().clone() for name, tensor in named_tensors(pl_module)}
 
     def record(self) -> Record:
-        """Return what was seen."""
+        """Return the picklable record."""
         return Record(self.moments, self.tensors)
 
     def _state(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
@@ -109,7 +109,11 @@ class Trace(Checkpoint):
 
 
 def named_tensors(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers, with a name that tells what they are."""
+    """Yield the named parameters and buffers of a module.
+
+    Args:
+        module: The module; its tensors have any shape.
+    """
     saved = module.state_dict().keys()
     for name, parameter in module.named_parameters():
         yield f"parameter `{name}`", parameter
@@ -118,11 +122,11 @@ def named_tensors(module: LightningModule) -> Iterator[tuple[str, Tensor]]:
 
 
 def first_difference(expected: Sequence[Moment], found: Sequence[Moment], ignore: Sequence[str]) -> Difference | None:
-    """Return where two runs first differ, or None where they do not.
+    """Return the first difference between two runs, or None if they are equal.
 
     Args:
         expected: The moments of one run.
-        found: Those of the other, beginning at the same moment.
+        found: The moments of the other run, starting at the same moment.
         ignore: Shell patterns of names that may differ.
     """
     hints: dict[str, None] = {}
@@ -145,7 +149,12 @@ def first_difference(expected: Sequence[Moment], found: Sequence[Moment], ignore
 
 
 def largest_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Tell which tensors differ at the end and how much, in a sentence, or nothing where none does."""
+    """Return a sentence about the tensors that differ at the end, or an empty string.
+
+    Args:
+        expected: Tensors of any shape, by name.
+        found: Tensors of the other run.
+    """
     sizes: dict[str, float] = {}
     for name in expected.keys() & found.keys():
         a, b = expected[name], found[name]
@@ -160,7 +169,7 @@ def largest_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tenso
 
 
 def fingerprint(value: Any) -> str:
-    """Return a short text that equal values share, bit for bit."""
+    """Return a short text that is equal for bit-identical values."""
     if not isinstance(value, Tensor):
         return repr(value)
     value = _local(value)
@@ -169,7 +178,7 @@ def fingerprint(value: Any) -> str:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that is divided among ranks, as FSDP2 does."""
+    """Return this rank's shard of a DTensor (FSDP2)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -178,7 +187,7 @@ def _fingerprint_all(values: Any) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the numbers, texts and tensors in nested containers."""
+    """Yield the numbers, strings and tensors in nested containers."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{name}/{key}")

@@ -1,7 +1,7 @@
-"""Several processes without torchrun: start a function in each and return what each of them gives."""
+"""Run a function in several processes without torchrun."""
 
 import os
-import pickle  # what forked children send back; nothing from outside is read
+import pickle  # for results of forked children only
 import socket
 import tempfile
 import time
@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 
 class ChildError(RuntimeError):
-    """A process failed; the message holds its traceback."""
+    """A process failed; the message contains its traceback."""
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
@@ -38,24 +38,24 @@ def run_processes(
 ) -> list[Any]:
     """Run ``fn(rank, *args)`` in ``world_size`` forked processes with one torch thread each.
 
-    Closures and lambdas are fine, since the processes are forks; what ``fn`` returns must pickle. A process that has
-    used CUDA cannot be forked: the processes are for the CPU.
+    The processes are forks, so closures and lambdas can be used; results must be picklable. A process that has used
+    CUDA cannot be forked: use the CPU.
 
     Args:
-        fn: Called with the rank first.
+        fn: Function called with the rank as the first argument.
         world_size: Number of processes.
-        *args: Passed on to ``fn``.
-        timeout: Seconds until the processes started here are killed and a TimeoutError is raised.
-        init: True: a gloo process group is ready when ``fn`` starts. False: there is none, but LOCAL_RANK, NODE_RANK,
-            WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, so that a Trainer with ``strategy="ddp"``, FSDP or
-            ModelParallel and ``devices=world_size`` joins the other processes.
+        *args: Further arguments of ``fn``.
+        timeout: Time limit in seconds, after which the processes are killed.
+        init: True initializes a gloo process group before ``fn``. False only sets LOCAL_RANK, NODE_RANK, WORLD_SIZE,
+            MASTER_ADDR and MASTER_PORT, for a Trainer with ``strategy="ddp"``, FSDP or ModelParallel and
+            ``devices=world_size``.
 
     Returns:
-        What each rank returned, in rank order.
+        The results of all ranks, in rank order.
 
     Raises:
-        ChildError: If a process raised or died; the other processes are killed.
-        TimeoutError: If the processes took longer than ``timeout``.
+        ChildError: If a process raised or died; the others are killed.
+        TimeoutError: If the processes take longer than ``timeout``.
     """
     context = get_context("fork")
     port = free_port()
@@ -69,45 +69,45 @@ def run_processes(
                     target=_child, args=(sender, fn, rank, world_size, port, store if init else None, timeout, args)
                 )
                 with warnings.catch_warnings():
-                    # Python warns of forks while other threads run; the children use one thread and no lock of theirs.
+                    # Python warns about forks of processes with threads; the children do not use their locks.
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 sender.close()
                 connections.append(receiver)
                 processes.append(process)
-            answers = _collect(connections, timeout)
+            results = _collect(connections, timeout)
             for process in processes:
                 process.join(timeout=10)
-            return answers
+            return results
         finally:
             for process in processes:
-                process.kill()  # no effect on those that have ended
+                process.kill()  # no effect on finished processes
                 process.join()
             for connection in connections:
                 connection.close()
 
 
 def _collect(connections: list[Connection], timeout: float) -> list[Any]:
-    """Receive one answer from each process."""
+    """Receive one result from each process."""
     deadline = time.monotonic() + timeout
-    answers: dict[int, Any] = {}
+    results: dict[int, Any] = {}
     waiting = {id(connection): rank for rank, connection in enumerate(connections)}
-    while len(answers) < len(connections):
-        pending = [connection for connection in connections if waiting[id(connection)] not in answers]
+    while len(results) < len(connections):
+        pending = [connection for connection in connections if waiting[id(connection)] not in results]
         ready: list[Any] = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            missing = sorted(set(range(len(connections))) - set(answers))
+            missing = sorted(set(range(len(connections))) - set(results))
             raise TimeoutError(f"Ranks {missing} did not end within {timeout} s.")
         for connection in ready:
             rank = waiting[id(connection)]
             try:
                 ok, payload = connection.recv()
             except EOFError:
-                raise ChildError(f"Rank {rank} died without an answer.") from None
+                raise ChildError(f"Rank {rank} died without a result.") from None
             if not ok:
                 raise ChildError(f"Rank {rank} failed:\n{payload}")
-            answers[rank] = pickle.loads(payload)  # noqa: S301  the bytes come from a process forked here
-    return [answers[rank] for rank in range(len(connections))]
+            results[rank] = pickle.loads(payload)  # noqa: S301  from a child process
+    return [results[rank] for rank in range(len(connections))]
 
 
 def _child(
@@ -120,7 +120,7 @@ def _child(
     timeout: float,
     args: tuple[Any, ...],
 ) -> None:
-    """Set the process up, call ``fn`` and send the answer or the traceback."""
+    """Set up the process, call ``fn`` and send the result or the traceback."""
     try:
         torch.set_num_threads(1)
         os.environ.update(
@@ -139,11 +139,11 @@ def _child(
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout),
             )
-        # Plain pickle: multiprocessing's own would share tensors through memory that ends with this process.
-        answer: tuple[bool, bytes | str] = (True, pickle.dumps(fn(rank, *args)))
-    except BaseException:  # noqa: BLE001  the parent raises it again with the traceback
-        answer = (False, traceback.format_exc())
-    sender.send(answer)
+        # Plain pickle, because multiprocessing shares tensors in memory that is freed with this process.
+        result: tuple[bool, bytes | str] = (True, pickle.dumps(fn(rank, *args)))
+    except BaseException:  # noqa: BLE001  the parent raises it with the traceback
+        result = (False, traceback.format_exc())
+    sender.send(result)
     sender.close()
-    if dist.is_initialized() and answer[0]:
+    if dist.is_initialized() and result[0]:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Check that a run that was stopped and resumed equals one that was not."""
+"""Check that a resumed run equals an uninterrupted run."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_contrast._checks import check_at_least, check_choice
-from lightning_contrast.testing._runs import fit, make, seeded
+from lightning_contrast.seeding import isolated
+from lightning_contrast.testing._runs import fit, make
 from lightning_contrast.testing._trace import UNSAVED, Difference, Trace, first_difference, largest_difference
 
 
@@ -25,31 +26,31 @@ def assert_resume_exact(
     ignore: Sequence[str] = (),
     **trainer_settings: Any,
 ) -> None:
-    """Raise unless a run that goes on from a checkpoint equals, bit for bit, the run that was not stopped.
+    """Raise unless a run resumed from a checkpoint is bit-identical to the uninterrupted run.
 
-    The module is trained once without a stop, while a checkpoint is written where `ModelCheckpoint` would write it.
-    A second module, made with other random numbers, goes on from it. Compared before each batch and at the end are the
-    batch, parameters, buffers, optimizers, learning rates and the global step; in each step the loss; at the end the
-    state of the callbacks. What no checkpoint keeps (buffers with ``persistent=False``, plain attributes) may differ as
-    long as nothing comes of it, and is named where something does. Runs on one device.
+    The module is trained once, and a checkpoint is written where `ModelCheckpoint` would write it. A second module,
+    created with another seed, resumes from it. Batches, parameters, buffers, optimizers, learning rates and the global
+    step are compared before each batch and at the end, the loss in each step, and the state of the callbacks at the
+    end. State that is not in checkpoints (buffers with ``persistent=False``, plain attributes) may differ as long as
+    nothing depends on it; otherwise the message names it. Runs on one device.
 
     There is no tolerance: one program runs twice on one machine, where nothing can round differently.
 
     Args:
-        make_module: Makes a new module at each call.
-        make_data: Makes new data at each call: a datamodule, a loader, or a pair of loaders (training, validation).
-        make_callbacks: Makes new callbacks at each call, such as ``lambda: [StepSeed(0)]``.
-        stop: When the checkpoint is written: at the end of the first epoch; in the middle of the second; or after so
-            many batches, >= 1. A stop in mid-epoch needs a loader with ``state_dict`` and ``load_state_dict``.
+        make_module: Returns a new module at each call.
+        make_data: Returns new data at each call: a datamodule, a loader, or a pair of loaders (training, validation).
+        make_callbacks: Returns new callbacks at each call, such as ``lambda: [StepSeed(0)]``.
+        stop: When the checkpoint is written: at the end of the first epoch, in the middle of the second, or after a
+            number of batches, >= 1. A stop within an epoch needs a loader with ``state_dict`` and ``load_state_dict``.
         max_epochs: Length of the run, >= 2 for the two named stops.
         weights_only: Load the checkpoint with ``weights_only=True``.
         ignore: Shell patterns for names in the message that may differ, such as ``"callback `Timer`*"``.
         **trainer_settings: Further arguments of the Trainer, such as ``accumulate_grad_batches=2``.
 
     Raises:
-        AssertionError: If the two runs differ; the message tells what differs first, where, and why it may.
-        ValueError: If the run is over before the stop, or an argument is out of its range.
-        TypeError: If a factory is none, or makes something else.
+        AssertionError: If the runs differ; the message names the first difference and possible causes.
+        ValueError: If the run ends before the stop, or an argument is out of range.
+        TypeError: If a factory is not callable or returns the wrong type.
     """
     check_at_least("max_epochs", max_epochs, 1)
     if isinstance(stop, str):
@@ -64,11 +65,11 @@ def assert_resume_exact(
         save = _Save(path, stop)
 
         def run(seed: int, kept: Sequence[str] = (), **options: Any) -> Trace:
-            with seeded(seed):
+            with isolated(seed):
                 module = make("make_module", make_module, L.LightningModule)
                 for name, tensor in module.state_dict().items():
                     if name in kept and tensor.is_floating_point():
-                        tensor.add_(1)  # what is not loaded shows
+                        tensor.add_(1)  # reveals state that is not loaded
                 callbacks, trace = make("make_callbacks", make_callbacks), Trace()
                 save.batches = 0 if not options else save.batches
                 extra = [trace] if options else [trace, save]
@@ -88,7 +89,7 @@ def assert_resume_exact(
         again = first_difference(whole.moments, run(0).moments, ignore)
         unused = set(difference.names) if all(name.startswith(UNSAVED) for name in difference.names) else set()
         if again is not None and unused == set(again.names):
-            return  # never written: it holds whatever was in memory
+            return  # uninitialized memory
         raise AssertionError(_message(difference, again, whole, resumed, done))
 
 
@@ -96,12 +97,12 @@ class _Save(Checkpoint):
     """Writes one checkpoint where `ModelCheckpoint` would.
 
     Args:
-        path: Where to.
+        path: Path of the checkpoint.
         stop: See `assert_resume_exact`.
 
     Attributes:
-        batches: Batches of the run so far.
-        done: Batches at the checkpoint.
+        batches: Number of batches so far.
+        done: Number of batches at the checkpoint.
     """
 
     def __init__(self, path: Path, stop: int | str) -> None:
@@ -111,7 +112,7 @@ class _Save(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write it after so many batches."""
+        """Write the checkpoint after a number of batches."""
         self.batches += 1
         at = self.stop
         if at == "mid-epoch":
@@ -120,7 +121,7 @@ class _Save(Checkpoint):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write it after the first epoch."""
+        """Write the checkpoint after the first epoch."""
         if self.stop == "epoch end" and trainer.current_epoch == 0:
             self._write(trainer)
 
@@ -130,36 +131,36 @@ class _Save(Checkpoint):
 
 
 def _message(difference: Difference, again: Difference | None, whole: Trace, resumed: Trace, done: int) -> str:
-    """Tell what differs first, and why it may."""
+    """Describe the first difference and its possible causes."""
     names = difference.names
     lines = [
-        f"The resumed run is not the run that was not stopped. Stopped after {done} batches, it differs first "
+        f"The resumed run differs from the uninterrupted run. Stopped after {done} batches, it differs first "
         f"{difference.where}, in {_listed(names)}."
     ]
     if again is not None:
         lines.append(
-            f"Two runs without a stop differ, too, first {again.where}, in {_listed(again.names)}: the run itself does "
-            "not repeat from a seed."
+            f"Two uninterrupted runs also differ, first {again.where}, in {_listed(again.names)}: the run is not "
+            "reproducible from a seed."
         )
     at_start = difference.where == resumed.moments[0].where
     if "batch" in names:
         lines.append(
-            "The loader gave another batch: its order does not depend on the seed and the epoch alone, or it does not "
-            "keep its place in an epoch (`state_dict` and `load_state_dict`)."
+            "The loader yielded another batch: its order is not a function of seed and epoch, or it does not restore "
+            "its position within an epoch (`state_dict` and `load_state_dict`)."
         )
     elif at_start and any(name.startswith(("parameter", "buffer")) for name in names):
         lines.append(
-            "It is not what the checkpoint should hold: it was not saved, or was changed after the checkpoint was "
-            "written (as in the module's own `on_train_batch_end`) or after it was loaded."
+            "It was not saved in the checkpoint, or was changed after the checkpoint was written (as in the module's "
+            "own `on_train_batch_end`) or after it was loaded."
         )
     elif names == ["loss"]:
         lines.append(
-            "Batch and weights were the same, so the step drew other random numbers (`StepSeed` makes them a function "
-            "of the step) or used a state that no checkpoint keeps."
+            "Batch and weights were equal, so the step drew other random numbers (`StepSeed` makes them a function "
+            "of the step) or used state that is not in the checkpoint."
         )
     hints = [*difference.hints, *(name for name in names if name.startswith(UNSAVED))]
     if hints:
-        lines.append(f"No checkpoint keeps, and not the same after the resume: {_listed(hints)}.")
+        lines.append(f"Not in the checkpoint, and different after the resume: {_listed(hints)}.")
     if any(name.startswith(UNSAVED) for name in hints):
         lines.append("Register such a buffer with `persistent=True`.")
     lines.append(largest_difference(whole.tensors, resumed.tensors))
@@ -167,6 +168,6 @@ def _message(difference: Difference, again: Difference | None, whole: Trace, res
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:
-    """Return the names as a list in words, the first ones only."""
+    """Return the first names as an enumeration."""
     shown = ", ".join(f"the {name}" if not name.startswith("the ") else name for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

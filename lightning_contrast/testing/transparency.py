@@ -1,4 +1,4 @@
-"""Check that a callback watches a run and changes nothing in it."""
+"""Check that a callback does not change a run."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast._checks import check_at_least, fail
-from lightning_contrast.testing._runs import fit, make, required_arguments, seeded
+from lightning_contrast.seeding import isolated
+from lightning_contrast.testing._runs import fit, make, required_arguments
 from lightning_contrast.testing._trace import Difference, Record, Trace, first_difference, largest_difference
 from lightning_contrast.testing.processes import run_processes
 
@@ -26,28 +27,28 @@ def assert_callback_changes_nothing(
     ignore: Sequence[str] = (),
     **trainer_settings: Any,
 ) -> None:
-    """Raise unless a run with the callback equals, bit for bit, the same run without it.
+    """Raise unless a run with the callback is bit-identical to the same run without it.
 
-    Compared before each batch and at the end are the batch, parameters, buffers, train and eval modes, optimizers,
-    learning rates, the global step, and the state of the random generators of torch, NumPy and Python; in each step
-    what ``training_step`` returned; at the end the names in the ``state_dict`` and the state of the other callbacks.
+    Batches, parameters, buffers, train and eval modes, optimizers, learning rates, the global step and the states of
+    the random generators of torch, NumPy and Python are compared before each batch and at the end, the output of
+    ``training_step`` in each step, and the names in the ``state_dict`` and the state of other callbacks at the end.
 
     Args:
-        callback: The callback, several of them at once, or a function or class that makes them; with several processes,
-            a function is safer.
-        make_module: Makes a new module at each call. None: a small classifier with ``backbone`` (features of width 16),
-            BatchNorm and dropout.
-        make_data: Makes new data at each call: a datamodule, a loader, or a pair of loaders (training, validation).
-            None: 24 images of 3 x 8 x 8 with labels 0..3 for training, in random order, and 8 for validation.
-        make_callbacks: Makes the callbacks of both runs at each call.
+        callback: A callback, a list of callbacks, or a function or class that returns them; prefer a function with
+            several processes.
+        make_module: Returns a new module at each call. None uses a small classifier with ``backbone`` (features of
+            width 16), BatchNorm and dropout.
+        make_data: Returns new data at each call: a datamodule, a loader, or a pair of loaders (training, validation).
+            None uses 24 shuffled training and 8 validation images of 3 x 8 x 8 with labels 0..3.
+        make_callbacks: Returns the other callbacks of both runs at each call.
         max_epochs: Length of the runs, >= 1.
-        world_size: Number of processes, >= 1; above 1 both runs are DDP, on the CPU.
+        world_size: Number of processes, >= 1; more than 1 uses DDP on the CPU.
         ignore: Shell patterns for names in the message that may differ.
         **trainer_settings: Further arguments of the Trainer.
 
     Raises:
-        AssertionError: If the two runs differ; the message tells what differs first and where.
-        TypeError: If the callback is none, or a factory makes something else.
+        AssertionError: If the runs differ; the message names the first difference.
+        TypeError: If ``callback`` is not a callback, or a factory returns the wrong type.
     """
     check_at_least("max_epochs", max_epochs, 1)
     check_at_least("world_size", world_size, 1)
@@ -56,7 +57,7 @@ def assert_callback_changes_nothing(
         settings |= {"devices": world_size, "strategy": settings.get("strategy", "ddp")}
 
     def run(rank: int, watched: bool) -> Record:
-        with seeded(0), tempfile.TemporaryDirectory(prefix="callback-") as folder:
+        with isolated(0), tempfile.TemporaryDirectory(prefix="callback-") as folder:
             module = make("make_module", make_module or _Classifier, L.LightningModule)
             data = make("make_data", make_data or _loaders)
             others, trace = list(make("make_callbacks", make_callbacks)), Trace(with_random=True)
@@ -65,7 +66,7 @@ def assert_callback_changes_nothing(
             own = [c.state_key for c in watching]
             last = trace.moments[-1].seen
             for name in [name for name in last if name.startswith(tuple(f"callback `{key}`" for key in own))]:
-                del last[name]  # the callback's own state is its own business
+                del last[name]  # the callback's own state
             return trace.record()
 
     if world_size > 1:
@@ -75,7 +76,7 @@ def assert_callback_changes_nothing(
     differences = [first_difference(a.moments, b.moments, ignore) for a, b in zip(alone, watched, strict=True)]
     found = [(difference.index, rank) for rank, difference in enumerate(differences) if difference is not None]
     if found:
-        _, rank = min(found)  # what other ranks have later may come of it
+        _, rank = min(found)  # later differences on other ranks may follow from it
         on_rank = f" on rank {rank}" if world_size > 1 else ""
         first = differences[rank]
         assert first is not None
@@ -83,18 +84,18 @@ def assert_callback_changes_nothing(
 
 
 def _message(name: str, difference: Difference, alone: Record, watched: Record) -> str:
-    """Tell what the callback changes first."""
+    """Describe what the callback changes first."""
     names = difference.names
     shown = ", ".join(f"the {item}" for item in names[:4])
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     lines = [f"{name} changes the run, first {difference.where}: {shown}{more}."]
     if "random numbers" in names:
         lines.append(
-            "It draws from a global generator, or iterates over a DataLoader without a generator of its own: draw "
-            "under `torch.random.fork_rng()`, or from a `torch.Generator`."
+            "It draws from a global generator, or iterates over a DataLoader without its own generator: draw under "
+            " `torch.random.fork_rng()`, or from a `torch.Generator`."
         )
     if any(item.startswith("train or eval mode") for item in names):
-        lines.append("It leaves a module in another mode: put back the mode that each submodule had.")
+        lines.append("It leaves a module in another mode: restore the mode of each submodule.")
     added = [
         n for n in watched.moments[-1].seen.keys() - alone.moments[-1].seen.keys() if n[:6] in ("parame", "buffer")
     ]
@@ -111,7 +112,7 @@ def _made(callback: Any) -> list[L.Callback]:
     several = list(made) if isinstance(made, list | tuple) and made else [made]
     for one in several:
         if not isinstance(one, L.Callback):
-            hint = "Give a callback, a list of them, or a function without arguments that makes one"
+            hint = "Give a callback, a list of them, or a function without arguments that returns one"
             fail("callback", "be a Callback", type(one).__name__, hint, TypeError)
     return several
 
@@ -123,7 +124,7 @@ def _name(callback: Any) -> str:
 
 
 class _Classifier(L.LightningModule):
-    """A small classifier that notices a change of mode or of the random generator."""
+    """A small classifier that is sensitive to the mode and the random generator."""
 
     def __init__(self) -> None:
         super().__init__()

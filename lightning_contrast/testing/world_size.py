@@ -1,4 +1,4 @@
-"""Check that several ranks give the loss, gradient and weights of one process on the joined batch."""
+"""Check that several ranks give the same loss, gradients and weights as one process with the joined batch."""
 
 import copy
 import inspect
@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_at_least, check_positive, fail
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.testing._runs import fit, required_arguments, seeded
+from lightning_contrast.seeding import isolated
+from lightning_contrast.testing._runs import fit, required_arguments
 from lightning_contrast.testing.processes import run_processes
 
-_Values = dict[str, Tensor]  # by a name in words, in the order in which they come about
+_Values = dict[str, Tensor]  # by name, in order of computation
 
 # Runs are in float64, but what a module keeps in float32 on purpose (centers, queues, memory banks) stays float32, so
 # the relative tolerance is a few float32 roundings: 8 eps = 9.5e-7. Float64 sums that cancel, such as a gradient that
@@ -37,21 +38,21 @@ def check_world_size_equivalence(
     timeout: float = 120.0,
     **trainer_settings: Any,
 ) -> None:
-    """Raise unless several processes give what one gives on the joined batch, in float64.
+    """Raise unless several processes give the same results as one with the joined batch, in float64.
 
-    A LightningModule is trained for a few steps with DDP, each rank with its share of the rows, and alone with all of
-    them: the loss (its mean over the ranks), the gradient of each parameter, and at the end the whole ``state_dict``
-    must agree. A loss is called on its share of the rows; its value and the gradient of each row must, with the mean
-    over the ranks that DDP takes. Random draws of a step (dropout, views) must be off, and BatchNorm, whose statistics
-    are those of a rank, left out. Processes are forks, on the CPU.
+    A LightningModule is trained for a few steps with DDP, each rank with its share of the rows, and in one process with
+    all rows: the loss (mean over ranks), the gradient of each parameter and the final ``state_dict`` must agree. A loss
+    is called with each rank's share of the rows; its value and the gradient of each row, with the mean over ranks as in
+    DDP, must agree. Disable random draws of the step (dropout, views), and do not use BatchNorm, whose statistics are
+    per rank. The processes are forks on the CPU.
 
     Args:
-        make_module_or_loss: A function without arguments that makes a LightningModule or a loss; or a loss itself: a
-            function of tensors with one row for each image, or an ``nn.Module``.
+        make_module_or_loss: A function without arguments that returns a LightningModule or a loss; or a loss: a
+            function of tensors with one row per image, or an ``nn.Module``.
         world_size: Number of processes, >= 2.
-        batch: The joined batch: any nesting of tensors, the rows of which divide by ``world_size``; for a loss, the
-            tuple of its arguments. None: random embeddings (4 x world_size, 16) for each required argument of a loss;
-            two views of 32 pixels with labels and indices for a method of this package.
+        batch: The joined batch: nested tensors whose number of rows is divisible by ``world_size``; for a loss, the
+            tuple of its arguments. None uses random embeddings (4 x world_size, 16) for each required argument of a
+            loss; two views of 32 pixels with labels and indices for a method of this package.
         steps: Optimizer steps of a module, >= 1.
         rtol: Allowed difference as a share of the largest value of a tensor, > 0. Default: 8 times the float32 epsilon
             (9.5e-7), since a module may keep some of its state in float32.
@@ -61,22 +62,22 @@ def check_world_size_equivalence(
         **trainer_settings: Further arguments of the Trainer.
 
     Raises:
-        AssertionError: If they differ; the message tells what differs first, in which step, and by which factor.
-        ValueError: If the batch is missing or its rows do not divide.
+        AssertionError: If they differ; the message names the first difference, its step and its factor.
+        ValueError: If the batch is missing or its number of rows is not divisible.
         ChildError: If a process fails.
     """
     check_at_least("world_size", world_size, 2)
     check_at_least("steps", steps, 1)
     check_positive("rtol", rtol)
     check_positive("atol", atol)
-    with seeded(0):
+    with isolated(0):
         subject = _made(make_module_or_loss)
         joined = _default_batch(subject, world_size) if batch is None else batch
     joined = _as_double(joined)
 
     def run(rank: int | None) -> _Values:
         share = joined if rank is None else _rows(joined, rank, world_size)
-        with seeded(0):
+        with isolated(0):
             made = _made(make_module_or_loss)
             if isinstance(made, L.LightningModule):
                 devices = {"devices": 1 if rank is None else world_size, "strategy": "auto" if rank is None else "ddp"}
@@ -98,9 +99,9 @@ def check_world_size_equivalence(
 
 
 def _train(module: L.LightningModule, share: Any, steps: int, settings: Mapping[str, Any]) -> _Values:
-    """Return what a fit on the same batch, again and again, gives."""
+    """Return the results of a fit that repeats one batch."""
     record = _Record()
-    batches: Any = [share] * steps  # a list is dataset enough
+    batches: Any = [share] * steps  # a list is a map-style dataset
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None, collate_fn=_same)
     plain = {"precision": "64-true", "max_epochs": 1, "limit_val_batches": 0, "enable_checkpointing": False}
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -109,19 +110,19 @@ def _train(module: L.LightningModule, share: Any, steps: int, settings: Mapping[
 
 
 class _Record(L.Callback):
-    """Keeps the loss and the gradients of each step, as the optimizer sees them."""
+    """Records the loss and the gradients of each step, as used by the optimizer."""
 
     def __init__(self) -> None:
         self.values: _Values = {}
         self._gradients: _Values = {}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Keep the gradients, which DDP has averaged by now."""
+        """Record the gradients, after the mean over ranks by DDP."""
         named = [(name, p.grad) for name, p in pl_module.named_parameters()]
         self._gradients = {name: gradient.detach().clone() for name, gradient in named if gradient is not None}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss, and put the gradients behind it."""
+        """Record the loss, followed by the gradients."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             self.values[f"loss of step {batch_idx}"] = loss.detach().clone()
@@ -131,7 +132,7 @@ class _Record(L.Callback):
 
 
 def _differentiate(loss: Callable[..., Any], share: Sequence[Tensor]) -> _Values:
-    """Return the value and the gradients of a loss; several ranks' gradients are those of the mean over the ranks."""
+    """Return the value and the gradients of a loss, for the mean over ranks."""
     leaves: list[Tensor] = []
 
     def as_leaf(value: Any) -> Any:
@@ -157,7 +158,7 @@ def _differentiate(loss: Callable[..., Any], share: Sequence[Tensor]) -> _Values
 
 
 def _as_one(ranks: list[_Values], is_module: bool) -> _Values:
-    """Return what one process would have: losses and parameters' gradients as means, rows one after the other."""
+    """Combine the results of all ranks: means of losses and parameter gradients, concatenated rows."""
     joined = {}
     for name, first in ranks[0].items():
         parts = [values[name] for values in ranks if name in values]
@@ -171,11 +172,11 @@ def _as_one(ranks: list[_Values], is_module: bool) -> _Values:
 
 
 def _check_agreement(ranks: list[_Values], rtol: float, atol: float) -> None:
-    """Raise where a rank has something else than rank 0."""
+    """Raise if a rank differs from rank 0."""
     for rank, values in enumerate(ranks[1:], start=1):
         for name, value in values.items():
             if not name.startswith("loss") and not _close(ranks[0][name], value, rtol, atol):
-                raise AssertionError(f"Ranks 0 and {rank} differ in the {name}: each rank has a state of its own.")
+                raise AssertionError(f"Ranks 0 and {rank} differ in the {name}: the state is not synchronized.")
 
 
 def _close(expected: Tensor, found: Tensor, rtol: float, atol: float) -> bool:
@@ -189,9 +190,9 @@ def _close(expected: Tensor, found: Tensor, rtol: float, atol: float) -> bool:
 def _message(
     name: str, alone: _Values, several: _Values, subject: Any, world_size: int, rtol: float, atol: float
 ) -> str:
-    """Tell what differs first, by how much, and what may be the cause."""
+    """Describe the first difference and its possible causes."""
     a, b = alone[name].double(), several[name].double()
-    lines = [f"{world_size} ranks do not give what one process gives on the joined batch. First differs the {name}:"]
+    lines = [f"{world_size} ranks differ from one process on the joined batch. First difference, the {name}:"]
     if a.shape != b.shape:
         lines.append(f"shape {tuple(b.shape)} on the ranks, {tuple(a.shape)} on one process.")
     elif a.numel() == 1:
@@ -205,12 +206,12 @@ def _message(
     factor = _factor(alone[wrong[0]], several[wrong[0]]) if wrong else None
     if factor is not None:
         lines.append(f"The {wrong[0]} is {factor:.6g} times that of one process: a sum where DDP takes a mean, or")
-        lines.append("a gather whose backward pass does not add up what the other ranks send.")
+        lines.append("a gather whose backward pass does not sum the gradients of the other ranks.")
     elif name in ("loss", "loss of step 0"):
-        lines.append("A loss that compares images with each other must see those of all ranks: gather with gradient.")
+        lines.append("A loss that compares images must use those of all ranks: gather with gradient.")
     modules = subject.modules() if isinstance(subject, nn.Module) else ()
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-        lines.append("It has BatchNorm, whose statistics are those of a rank: leave it out here.")
+        lines.append("It has BatchNorm, whose statistics are per rank: remove it for this check.")
     return "\n".join(lines)
 
 
@@ -223,7 +224,7 @@ def _worst(wrong: list[str], alone: _Values, several: _Values) -> str:
 
 
 def _factor(expected: Tensor, found: Tensor) -> float | None:
-    """Return the number that one tensor is the multiple of the other by, if it is."""
+    """Return the factor if one tensor is a multiple of the other, else None."""
     a, b = expected.double().flatten(), found.double().flatten()
     if a.shape != b.shape or not bool(a.any()):
         return None
@@ -232,11 +233,11 @@ def _factor(expected: Tensor, found: Tensor) -> float | None:
 
 
 def _made(subject: Any) -> Any:
-    """Return the module or loss that a factory makes, or the loss itself."""
+    """Return the result of a factory, or the loss itself."""
     if isinstance(subject, nn.Module):
         return copy.deepcopy(subject)
     if not callable(subject):
-        hint = "Give a function that makes a LightningModule or a loss, or a loss"
+        hint = "Give a loss, or a function that returns a LightningModule or a loss"
         fail("make_module_or_loss", "be callable", type(subject).__name__, hint, TypeError)
     return subject() if inspect.isclass(subject) or required_arguments(subject) == 0 else subject
 
@@ -247,8 +248,8 @@ def _default_batch(subject: Any, world_size: int) -> Any:
         views = [torch.rand(rows, 3, 32, 32) for _ in range(2)]
         return [views, torch.arange(rows) % 3, torch.arange(rows)]
     if isinstance(subject, L.LightningModule):
-        hint = "Pass the batch of all ranks together"
-        fail("batch", "be given for a module of one's own", None, hint)
+        hint = "Pass the joined batch of all ranks"
+        fail("batch", "be given for a custom module", None, hint)
     call = subject.forward if isinstance(subject, nn.Module) else subject
     return tuple(torch.randn(rows, 16, dtype=torch.float64) for _ in range(required_arguments(call)))
 
@@ -257,8 +258,8 @@ def _rows(value: Any, rank: int, world_size: int) -> Any:
     """Return the share of a rank."""
     if isinstance(value, Tensor):
         if value.ndim == 0 or len(value) % world_size:
-            hint = "Give tensors with one row for each image"
-            fail("batch", f"have rows that divide by {world_size}", tuple(value.shape), hint)
+            hint = "Give tensors with one row per image"
+            fail("batch", f"have a number of rows divisible by {world_size}", tuple(value.shape), hint)
         size = len(value) // world_size
         return value[rank * size : (rank + 1) * size]
     return _mapped(value, lambda item: _rows(item, rank, world_size))

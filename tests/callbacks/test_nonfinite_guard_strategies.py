@@ -137,7 +137,9 @@ def test_a_skipped_step_feeds_no_queue_commits_no_center_and_moves_no_teacher(ki
             for key, value in states[BAD].items():
                 after = states[BAD + 1][key]
                 if key == "prototypes.weight":  # SwAV normalizes them before each step, also before one that is skipped
-                    torch.testing.assert_close(after, torch.nn.functional.normalize(value, dim=1), **f32(FORMULA, size=0.1))
+                    torch.testing.assert_close(
+                        after, torch.nn.functional.normalize(value, dim=1), **f32(FORMULA, size=0.1)
+                    )
                 else:
                     assert_same_bits(after, value, f"{name} {key}")
             assert optimizers[BAD], name

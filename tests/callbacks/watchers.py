@@ -25,7 +25,7 @@ from lightning_contrast.callbacks import (
 from lightning_contrast.data import InMemoryDataModule
 from lightning_contrast.losses import info_nce, nt_xent
 from lightning_contrast.nn import FeatureQueue
-from lightning_contrast.testing._runs import seeded
+from lightning_contrast.seeding import isolated
 from lightning_contrast.testing._trace import Trace
 from tests.callbacks.probe_modules import CLASSES, convnet, images_and_labels, labelled, quiet_fit
 from tests.callbacks.strategies import sharded
@@ -231,7 +231,7 @@ def moments(
     trace = Trace(with_random=True)
     settings = {"default_root_dir": folder, "enable_checkpointing": library is L}  # a `Trace` writes no checkpoint
     callbacks = [*callbacks, trace]
-    with seeded(0):
+    with isolated(0):
         module = make()
         trainer = quiet_fit(module, callbacks, *make_data(), trainer=library.Trainer, **settings)
         if fits > 1:

@@ -1,4 +1,4 @@
-"""The bundled set: split, order, colours, licences, and what it refuses."""
+"""The bundled dataset: split, order, colors, licenses and argument checks."""
 
 import zipfile
 from importlib import resources
@@ -49,13 +49,13 @@ def test_both_artists_in_the_order_of_the_things(data, file):
 
 
 @pytest.mark.parametrize(
-    ("background", "colour"), [("white", (255, 255, 255)), ("black", (0, 0, 0)), ((10, 200, 30), (10, 200, 30))]
+    ("background", "color"), [("white", (255, 255, 255)), ("black", (0, 0, 0)), ((10, 200, 30), (10, 200, 30))]
 )
-def test_the_background_shows_through(file, background, colour):
+def test_the_background_shows_through(file, background, color):
     images = EmojiDataModule(background=background).images("test")
     drawing = file["noto"][:1560:5].astype(np.float64)
     alpha = drawing[..., 3:] / 255
-    expected = drawing[..., :3] * alpha + np.array(colour) * (1 - alpha)
+    expected = drawing[..., :3] * alpha + np.array(color) * (1 - alpha)
     got = images[:312].permute(0, 2, 3, 1).numpy()
     assert np.abs(got - expected).max() <= 0.5 + 1e-9  # rounded to the nearest
 
@@ -119,7 +119,7 @@ def test_names_groups_and_classes(data, file):
     assert len(set(data.names)) == 1558
 
 
-def test_the_licences_lie_beside_the_data():
+def test_the_licenses_are_stored_with_the_data():
     apache, mit = (FOLDER / "LICENSE-APACHE-2.0").read_text(), (FOLDER / "LICENSE-MIT").read_text()
     assert "Version 2.0, January 2004" in apache
     assert "9. Accepting Warranty or Additional Liability" in apache

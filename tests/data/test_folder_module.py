@@ -67,7 +67,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 
 
 def test_crop_and_squash(tmp_path):
-    """An image 24 x 8 in three bands of 8: the centre crop is the middle band, the squash has all three."""
+    """An image 24 x 8 in three bands of 8: the center crop is the middle band, the squash has all three."""
     pixels = np.zeros((8, 24, 3), dtype=np.uint8)
     pixels[:, 8:16], pixels[:, 16:] = 100, 200
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -93,7 +93,7 @@ def test_a_corrupt_image_names_its_file(folder):
     broken = folder / "train" / "cat" / "deep" / "2.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(broken)
     broken.write_bytes(broken.read_bytes()[:600])  # half of it
-    with pytest.raises(RuntimeError, match=r"Cannot read the image .*cat/deep/2\.png.* Mend or remove the file"):
+    with pytest.raises(RuntimeError, match=r"Cannot read the image .*cat/deep/2\.png.* Repair or remove the file"):
         list(_data(folder, batch_size=9).train_dataloader())
     broken.write_text("this is no image")
     with pytest.raises(RuntimeError, match=r"Cannot read the image .*cat/deep/2\.png"):
@@ -254,14 +254,14 @@ def test_missing_and_empty_folders(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`val_dir` must be an existing folder"):
         ImageFolderDataModule(folder / "train", tmp_path / "nowhere").setup()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"`train_dir` must hold images, or class folders .* end in .*\.jpg"):
+    with pytest.raises(ValueError, match=r"`train_dir` must hold images, or class folders .*extensions are .*\.jpg"):
         ImageFolderDataModule(tmp_path / "empty").setup()
     (folder / "train" / "eel").mkdir()
     with pytest.raises(ValueError, match=r"`train_dir` must hold images in every class folder, got '.*eel'"):
         _data(folder).setup()
 
 
-def test_loose_images_beside_class_folders_are_not_skipped(folder):
+def test_loose_images_next_to_class_folders_are_an_error(folder):
     _write(folder / "train" / "loose.png", 1)
     with pytest.raises(ValueError, match=r"`train_dir` must hold class folders or images, not both.*loose\.png"):
         _data(folder).setup()
@@ -269,7 +269,7 @@ def test_loose_images_beside_class_folders_are_not_skipped(folder):
 
 def test_classes_of_validation_must_be_known(folder):
     _write(folder / "val" / "emu" / "1.png", 1)
-    with pytest.raises(ValueError, match=r"`val_dir` must have no class that `train_dir` has not, got \['emu'\]"):
+    with pytest.raises(ValueError, match=r"`val_dir` must have no class that `train_dir` lacks, got \['emu'\]"):
         _data(folder).setup()
 
 

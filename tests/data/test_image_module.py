@@ -110,11 +110,11 @@ def test_mnist_and_its_likes(tmp_path, name, inside, packed):
     data = ImageDataModule(name, tmp_path, batch_size=3)
     for split in ("train", "test"):
         _same(data, split, written[split])
-    coloured = ImageDataModule(name, tmp_path, batch_size=3, channels=3)
+    colored = ImageDataModule(name, tmp_path, batch_size=3, channels=3)
     for split in ("train", "test"):
-        _same(coloured, split, (np.repeat(written[split][0], 3, axis=1), written[split][1]))
-    assert next(iter(coloured.train_dataloader()))[0].shape == (3, 3, 28, 28)
-    assert coloured.images("train").untyped_storage().nbytes() == 8 * 28 * 28  # repeated without taking memory
+        _same(colored, split, (np.repeat(written[split][0], 3, axis=1), written[split][1]))
+    assert next(iter(colored.train_dataloader()))[0].shape == (3, 3, 28, 28)
+    assert colored.images("train").untyped_storage().nbytes() == 8 * 28 * 28  # repeated without a copy
 
 
 def test_torchvision_reads_the_same_files_alike(tmp_path):
@@ -219,7 +219,7 @@ def test_download_is_torchvisions_and_happens_in_prepare_data(tmp_path, monkeypa
 def test_missing_data_says_what_to_do(tmp_path, name, files):
     data = ImageDataModule(name, tmp_path / "nowhere")
     with pytest.raises(
-        FileNotFoundError, match=rf"`root` must hold {name}.*got '.*nowhere'\. Set `download=True`"
+        FileNotFoundError, match=rf"`root` must hold all of {name}.*got '.*nowhere'\. Set `download=True`"
     ) as info:
         data.setup("fit")
     assert files in str(info.value)
@@ -233,7 +233,7 @@ def test_broken_idx_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"Cannot unpack .*train-images-idx3-ubyte\.gz"):
         ImageDataModule("MNIST", tmp_path).images("train")
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    with pytest.raises(ValueError, match=r"`root` must hold whole files .*train-images-idx3-ubyte\.gz"):
+    with pytest.raises(ValueError, match=r"`root` must hold complete files .*train-images-idx3-ubyte\.gz"):
         ImageDataModule("MNIST", tmp_path).images("train")
 
 
@@ -251,7 +251,7 @@ def test_broken_idx_files_are_named(tmp_path):
         ({"validation_size": -1}, r"`validation_size` must be >= 0, got -1"),
         (
             {"dataset": "STL10", "train_split": "unlabeled", "validation_size": 5},
-            r"`validation_size` must be 0 where `train_split` is 'unlabeled', got 5",
+            r"`validation_size` must be 0 if `train_split` is 'unlabeled', got 5",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_contrast.data import ResumableLoader
 from lightning_contrast.data.loading import EpochSampler, MemoryImages, make_loader
-from lightning_contrast.seeding import seed_of
+from lightning_contrast.seeding import derived_seed
 from tests.launch import run_processes
 
 
@@ -77,7 +77,7 @@ def test_orders_depend_on_seed_and_epoch_and_not_on_their_sum():
             assert first == second
             orders.add(first)
     assert len(orders) == 16
-    assert len({seed_of(a, b) for a in range(30) for b in range(30)}) == 900
+    assert len({derived_seed(a, b) for a in range(30) for b in range(30)}) == 900
     assert list(EpochSampler(range(5), shuffle=False)) == [0, 1, 2, 3, 4]
 
 
@@ -206,7 +206,7 @@ def _expected(data, epochs, replicas=1, rank=0):
     """The order that the documentation promises, by plain slicing."""
     batches = []
     for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(seed_of(data.seed, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(data.seed, epoch))
         order = torch.randperm(data.rows, generator=generator).tolist()
         share = order[: data.rows // replicas * replicas][rank::replicas]
         steps = len(share) // data.batch_size
@@ -375,7 +375,7 @@ def test_a_loader_made_for_one_process_is_refused_by_two(tiny, recorder, make_tr
     loader = tiny().train_dataloader()  # before any process group: Lightning would leave its sampler as it is
 
     def fit(rank):
-        with pytest.raises(RuntimeError, match=r"made for one process and is used by 2.*`fit\(model, datamodule"):
+        with pytest.raises(RuntimeError, match=r"created for one process and is used by 2.*`fit\(model, datamodule"):
             make_trainer(strategy="ddp", devices=2, max_epochs=1).fit(recorder(), loader, tiny().val_dataloader())
         return True
 

@@ -206,6 +206,6 @@ def test_example_draws_what_a_run_saw(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "attention_maps", lambda model, images: seen.append(images) or real(model, images))
     runpy.run_path(str(example), run_name="__main__")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "of a head's attention they get" in capsys.readouterr().out
+    assert "share of the attention per head:" in capsys.readouterr().out
     assert seen[0].min() >= -2
-    assert seen[0].max() == 2  # white, normalised as the run's views were
+    assert seen[0].max() == 2  # white, normalized like the views of the run

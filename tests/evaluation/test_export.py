@@ -44,7 +44,7 @@ def test_weights_are_plain_and_carry_the_input(tmp_path):
     torch.testing.assert_close(fresh.eval()(images), net.eval()(images))
 
 
-def test_a_graph_stands_alone_and_leaves_the_model_as_it_was(tmp_path):
+def test_a_graph_is_self_contained_and_the_model_is_not_modified(tmp_path):
     model = lc.SupCon(convnet().double())
     model.backbone[2].eval()
     before = copy.deepcopy(model.state_dict())
@@ -106,7 +106,7 @@ class Doubling(nn.Module):
 
 
 def test_a_graph_that_differs_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="differ from the backbone's by up to"):
+    with pytest.raises(RuntimeError, match="differ from those of the backbone by up to"):
         export_backbone(Doubling(), tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
 
 
@@ -146,7 +146,7 @@ def test_shards_are_refused(tmp_path):
             return str(error)
         return "no error"
 
-    assert all("`model` must hold whole weights" in message for message in run_processes(run, 2))
+    assert all("`model` must have full weights" in message for message in run_processes(run, 2))
 
 
 def test_a_compiled_module_is_looked_into(tmp_path):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.contracts import HasQueues
 from lightning_contrast.nn import FeatureQueue
 
 
@@ -184,7 +183,7 @@ def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
 
 def fill_queue(module: L.LightningModule) -> L.LightningModule:
     """Put seeded rows into every queue, as steps before would have: without negatives the loss is constant."""
-    queues = module.queues() if isinstance(module, HasQueues) else {}
+    queues = module.queues() if hasattr(module, "queues") else {}
     for queue in queues.values():
         if isinstance(queue, FeatureQueue):
             rows = torch.randn(queue.size - 4, queue.dim, generator=torch.Generator().manual_seed(1))

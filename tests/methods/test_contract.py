@@ -11,7 +11,6 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate, StepSeed
-from lightning_contrast.contracts import HasMomentumPairs, HasQueues
 from tests.launch import run_processes
 from tests.methods.cases import CASES, Case, fill_queue, make
 from tests.tolerances import CANCELLING, f64
@@ -116,7 +115,7 @@ def test_step_output(name):
 @methods
 def test_momentum_modules_start_equal_and_frozen(name):
     module = make(name)
-    pairs = module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
+    pairs = module.momentum_pairs() if hasattr(module, "momentum_pairs") else []
     for online, momentum in pairs:
         assert_equal_states(state(online), state(momentum))
         assert not any(parameter.requires_grad for parameter in momentum.parameters())
@@ -129,8 +128,8 @@ class Watch(L.Callback):
         self.seen = []
 
     def held(self, module):
-        queues = module.queues().values() if isinstance(module, HasQueues) else []
-        pairs = module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
+        queues = module.queues().values() if hasattr(module, "queues") else []
+        pairs = module.momentum_pairs() if hasattr(module, "momentum_pairs") else []
         return [state(queue) for queue in queues], [weights(momentum) for _, momentum in pairs]
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -175,11 +174,11 @@ def test_a_users_plug_in_wins(name, tmp_path):
 
 
 def pairs_of(module):
-    return module.momentum_pairs() if isinstance(module, HasMomentumPairs) else []
+    return module.momentum_pairs() if hasattr(module, "momentum_pairs") else []
 
 
 def needs(module, kind):
-    return bool(pairs_of(module)) if issubclass(kind, MomentumUpdate) else isinstance(module, HasQueues)
+    return bool(pairs_of(module)) if issubclass(kind, MomentumUpdate) else hasattr(module, "queues")
 
 
 @methods

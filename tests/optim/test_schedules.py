@@ -7,7 +7,6 @@ import torch
 
 from lightning_contrast.optim import (
     constant,
-    cosine_by_epoch,
     momentum_schedule,
     scaled_lr,
     step_decay,
@@ -51,12 +50,10 @@ def test_longer_warmup_than_run_names_both():
         warmup_cosine(0, 60, 50)
 
 
-def test_step_and_epoch_schedules():
+def test_constant_and_step_schedules():
     assert [constant(k) for k in (0, 7)] == [1.0, 1.0]
     factors = [step_decay(e, (120, 160)) for e in (0, 119, 120, 159, 160, 199)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    expected = [0.5 * (1 + math.cos(math.pi * e / 4)) for e in (0, 0, 0, 1, 1, 1, 2)]
-    assert [cosine_by_epoch(k, 3, 4) for k in range(7)] == pytest.approx(expected)
 
 
 def test_weight_decay_cosine():
@@ -90,7 +87,6 @@ def test_scaled_lr():
         (lambda: warmup_cosine(-1, 0, 5), "`step` must be >= 0, got -1"),
         (lambda: warmup_cosine(0, -1, 5), "`warmup_steps` must be >= 0, got -1"),
         (lambda: step_decay(0, (3,), factor=0), "`factor` must be > 0, got 0"),
-        (lambda: cosine_by_epoch(0, 0, 4), "`steps_per_epoch` must be > 0, got 0"),
         (lambda: weight_decay_cosine(0, 5, -0.1, 0.4), "`start` must be >= 0, got -0.1"),
         (lambda: momentum_schedule(0, 5, 1.2), r"`start` must lie in \[0, 1\], got 1.2"),
         (lambda: momentum_schedule(0, 5, 0.9, kind="cos"), "`kind` must be one of .* Did you mean 'cosine'"),

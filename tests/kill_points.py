@@ -1,4 +1,4 @@
-"""A callback that counts the function calls of a run, and one that kills its process at a chosen one of them."""
+"""A callback that counts the function calls of a run, or kills the process at a chosen call."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from lightning_contrast._checks import require
 
 Phase = Literal["step", "write", "between"]
 Kind = Literal["step", "write", "any time"]
-_LATEST = 0.05  # seconds after the start of a step at which a kill from outside comes at the latest
+_LATEST = 0.05  # seconds after the start of a step before which a kill at any time happens
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Place:
     """Where a run was killed.
 
     Attributes:
-        phase: What it was doing.
-        batch: How many batches had begun.
+        phase: "step", "write" or "between".
+        batch: Number of batches started.
         function: The function that was running.
     """
 
@@ -37,19 +37,19 @@ class Place:
     function: str
 
     def __str__(self) -> str:
-        during = {"step": "a step", "write": "the writing of a checkpoint", "between": "what is between the steps"}
+        during = {"step": "a step", "write": "a checkpoint write", "between": "the time between steps"}
         return f"{during[self.phase]}, after the start of batch {self.batch}, in {self.function}"
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a run is to be killed.
+    """Where to kill a run.
 
     Attributes:
         kind: In a step, in a write, or at any time.
-        instance: Which of the steps or writes of the run, from 0.
-        call: Which function call in it, from 0.
-        delay: Seconds after its start, for a kill at any time.
+        instance: Index of the step or write in the run, from 0.
+        call: Index of the function call in it, from 0.
+        delay: Seconds after the start of the step, for a kill at any time.
     """
 
     kind: Kind
@@ -59,12 +59,12 @@ class Point:
 
     @classmethod
     def drawn(cls, draw: random.Random, kind: Kind, counts: dict[Phase, list[int]]) -> "Point":
-        """Draw a point from all those of a kind.
+        """Draw a point uniformly from all points of a kind.
 
         Args:
-            draw: Draws it.
+            draw: Random generator.
             kind: In a step, in a write, or at any time.
-            counts: Calls in each step and in each write of the run.
+            counts: Number of calls in each step and each write of the run.
         """
         among = counts["write" if kind == "write" else "step"]
         hint = "Lower `every_n_train_steps`, or train longer"
@@ -73,15 +73,15 @@ class Point:
         return cls(kind, instance, draw.randrange(max(among[instance], 1)), draw.uniform(0, _LATEST))
 
 
-class Watch(Checkpoint):
-    """Follows a run, and kills its process at a point. Of the base that runs after all other callbacks of a step.
+class Killer(Checkpoint):
+    """Kill the process at a point of a run. A `Checkpoint` runs after all other callbacks of a step.
 
     Args:
-        point: Where to; None: only count.
-        note: The file in which it writes down where it did.
+        point: Where to kill; None only counts calls.
+        note: File that records where the process was killed.
 
     Attributes:
-        counts: Calls in each step and in each write of the run.
+        counts: Number of calls in each step and each write of the run.
     """
 
     def __init__(self, point: Point | None, note: Path) -> None:
@@ -91,38 +91,38 @@ class Watch(Checkpoint):
         self._calls = self._batches = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Follow the strategy's writing; for good, since the run has a process of its own."""
+        """Wrap the checkpoint IO of the strategy; never unwrapped, because the run has its own process."""
         strategy: Any = trainer.strategy
-        strategy.save_checkpoint = self._followed(strategy.save_checkpoint)
-        strategy.remove_checkpoint = self._followed(strategy.remove_checkpoint)
+        strategy.save_checkpoint = self._wrapped(strategy.save_checkpoint)
+        strategy.remove_checkpoint = self._wrapped(strategy.remove_checkpoint)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Enter the step."""
+        """Enter a step."""
         self._batches += 1
         self._enter("step")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Leave the step."""
+        """Leave a step."""
         self._leave()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Kill the process at the latest here."""
+        """Kill the process here if it has not been killed before."""
         if self.point is not None:
             self._die(sys._getframe())
 
-    def _followed(self, inner: Callable[..., None]) -> Callable[..., None]:
-        def followed(*args: Any, **kwargs: Any) -> None:
+    def _wrapped(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(*args: Any, **kwargs: Any) -> None:
             self._enter("write")
             try:
                 inner(*args, **kwargs)
             finally:
                 self._leave()
 
-        return followed
+        return wrapped
 
     def _enter(self, phase: Phase) -> None:
         self._phase, self._calls = phase, 0
@@ -136,12 +136,12 @@ class Watch(Checkpoint):
                 threading.Thread(target=self._die_later, args=(threading.get_ident(),), daemon=True).start()
 
     def _leave(self) -> None:
-        followed = sys.getprofile() is not None
+        profiled = sys.getprofile() is not None
         sys.setprofile(None)
         if self.point is None:
             self.counts[self._phase][-1] = self._calls
-        elif followed:
-            self._die(sys._getframe())  # the run made fewer calls than the one that was counted
+        elif profiled:
+            self._die(sys._getframe())  # fewer calls than in the counted run
         self._phase = "between"
 
     def _count(self, frame: FrameType, event: str, called: Any) -> None:
@@ -167,7 +167,7 @@ def read_note(note: Path) -> Place | None:
     """Return where a run was killed, or None if it was not.
 
     Args:
-        note: The file that a `Watch` wrote.
+        note: File written by a `Killer`.
     """
     if not note.exists():
         return None

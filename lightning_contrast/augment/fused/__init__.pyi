@@ -1,0 +1,4 @@
+from .blur import FusedGaussianBlur as FusedGaussianBlur
+from .color import FusedColorJitter as FusedColorJitter
+from .crop import FusedResizedCrop as FusedResizedCrop
+from .solarize import FusedSolarize as FusedSolarize

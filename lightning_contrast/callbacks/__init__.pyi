@@ -1,0 +1,15 @@
+from .collapse.diagnosis import Thresholds as Thresholds
+from .collapse.instance_discrimination_monitor import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
+from .collapse.monitor import CollapseMonitor as CollapseMonitor
+from .gradient_cache import GradientCache as GradientCache
+from .invariance.monitor import InvarianceMonitor as InvarianceMonitor
+from .momentum_update import MomentumUpdate as MomentumUpdate
+from .nonfinite_guard import NonFiniteGuard as NonFiniteGuard
+from .probes.knn import OnlineKNN as OnlineKNN
+from .probes.linear_probe import OnlineLinearProbe as OnlineLinearProbe
+from .queue_update import QueueUpdate as QueueUpdate
+from .step_seed import StepSeed as StepSeed
+from .throughput.monitor import TrainingCostMonitor as TrainingCostMonitor
+from .view_augmentation import ViewAugmentation as ViewAugmentation
+from .visualization.embedding_logger import EmbeddingLogger as EmbeddingLogger
+from .visualization.view_logger import ViewLogger as ViewLogger

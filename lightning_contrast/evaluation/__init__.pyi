@@ -1,0 +1,12 @@
+from .attention import attention_grid as attention_grid
+from .attention import attention_maps as attention_maps
+from .attention import compose_scenes as compose_scenes
+from .export import export_backbone as export_backbone
+from .figures import image_map as image_map
+from .figures import neighbour_strips as neighbour_strips
+from .figures import view_grid as view_grid
+from .frozen import encode as encode
+from .frozen import knn_top1 as knn_top1
+from .frozen import linear_top1 as linear_top1
+from .frozen import pixel_features as pixel_features
+from .frozen import recall_at_1 as recall_at_1
