@@ -1,6 +1,6 @@
 """Entry point of ``python -m lightning_contrast``; see `lightning_contrast.cli`."""
 
-from lightning_contrast.cli import main
+from lightning_contrast.cli import entry_point
 
 if __name__ == "__main__":
-    main()
+    entry_point()

@@ -57,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path: Path of the file; an existing file is replaced.
             storage_options: Options of a remote file system, or None.
         """
-        local = _local_path(path)
+        local = local_path(path)
         if local is None or storage_options is not None:
             super().save_checkpoint(checkpoint, str(path), storage_options)
             return
@@ -98,7 +98,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             weights_only: As for `torch.load`; None means True.
         """
         weights_only = True if weights_only is None else weights_only
-        local = _local_path(path)
+        local = local_path(path)
         if local is None:
             return super().load_checkpoint(str(path), map_location, weights_only)
         damage = _damage(local) if local.exists() else None
@@ -111,8 +111,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
 
-def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """Return the newest intact checkpoint in a folder and its subfolders, or None.
+def latest_checkpoint(*folders: str | os.PathLike[str]) -> Path | None:
+    """Return the newest intact checkpoint in folders and their subfolders, or None.
 
         trainer.fit(model, data, ckpt_path=lc.checkpoints.latest_checkpoint("runs"))
 
@@ -120,9 +120,10 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     ``ckpt_path="last"``; all ``*.ckpt`` files are considered, and damaged ones are skipped with a warning.
 
     Args:
-        folder: The folder; it need not exist.
+        *folders: The folders; they need not exist.
     """
-    found = [path for path in Path(folder).rglob("*.ckpt") if path.exists() and not path.name.startswith(".")]
+    found = {path for folder in folders for path in Path(folder).rglob("*.ckpt")}
+    found = {path for path in found if path.exists() and not path.name.startswith(".")}
     for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         damage = _damage(path)
         if damage is None:
@@ -194,7 +195,7 @@ class _Writer:
         self.file.flush()
 
 
-def _local_path(path: str | os.PathLike[str]) -> Path | None:
+def local_path(path: str | os.PathLike[str]) -> Path | None:
     """Return a local path, or None for a remote one."""
     filesystem, name = url_to_fs(str(path))
     return Path(name) if isinstance(filesystem, LocalFileSystem) else None
