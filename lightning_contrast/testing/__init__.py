@@ -1,4 +1,4 @@
-"""Checks for any LightningModule, callback or loss: resume, kills, world size, transparency, host reads.
+"""Checks for any LightningModule, callback or loss: resume, kills, world size, transparency, host reads, launches.
 
 Each says in words what differs and where it first differs. Use small modules: every kit trains, and keeps copies.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_contrast.testing.faults import assert_survives_kills as assert_survives_kills
     from lightning_contrast.testing.host_syncs import HostSyncs as HostSyncs
     from lightning_contrast.testing.host_syncs import count_host_syncs as count_host_syncs
+    from lightning_contrast.testing.kernels import count_kernels as count_kernels
     from lightning_contrast.testing.processes import ChildError as ChildError
     from lightning_contrast.testing.processes import free_port as free_port
     from lightning_contrast.testing.processes import run_processes as run_processes
