@@ -57,7 +57,7 @@ class count_kernels:  # noqa: N801  # reads as the function that it is used as
     def __init__(self) -> None:
         self._on_device: Counter[str] = Counter()
         self._on_host: Counter[str] = Counter()
-        self._mode = _Operations(self._add)
+        self._mode = _KernelMode(self._add)
 
     @property
     def by_name(self) -> Counter[str]:
@@ -70,19 +70,19 @@ class count_kernels:  # noqa: N801  # reads as the function that it is used as
         return self.by_name.total()
 
     def __enter__(self) -> Self:
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._mode.__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def _add(self, operation: str, on_device: bool) -> None:
         (self._on_device if on_device else self._on_host)[operation] += 1
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's are untyped
+class _KernelMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's are untyped
     """Reports each operation that launches something, and whether a device tensor took part."""
 
     def __init__(self, found: Any) -> None:
