@@ -17,8 +17,10 @@ there), random generators of the device (draws come from that of the CPU), autoc
 one operation reads inside its kernel, and branches on ``device.type == "cuda"``.
 """
 
+import contextlib
 import functools
 import traceback
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = str(Path(__file__).parents[2])
 NAME = "pretend"
-_HERE = __file__
+_HERE, _TORCH = __file__, str(Path(torch.__file__).parent)
 _READS = {
     "_linalg_check_errors",
     "_linalg_eigh",
@@ -130,22 +132,24 @@ def judge(func, args, kwargs):
 
 
 class PretendedDevice:
-    """Context in which the pretended device exists and faults raise; only in a process that ran no backward before.
+    """Context in which the pretended device exists; a `DeviceFault` at its end names all faults and their places.
+
+    Only for a process that ran no backward before: see `in_own_process`.
 
     Args:
-        documented: Where faults are allowed: ``file:function``, one of which must be on the stack. A file is given by the
-            end of its path.
+        documented: Where faults are allowed: ``file:function``, one of which must be on the stack, the file by the end of
+            its path; and how many at most, with the reason.
 
     Attributes:
-        used: Which of the documented places were met.
-        faults: All faults, also those that some code caught.
+        used: How many faults each of the documented places had.
+        faults: The faults, each with its place, in order.
     """
 
     device = property(lambda self: torch.device(NAME, 0))
 
-    def __init__(self, documented=()):
+    def __init__(self, documented=None):
         register()
-        self.documented, self.used, self.faults = tuple(documented), set(), []
+        self.documented, self.used, self.faults = documented or {}, Counter(), []
         self._modes = _Functions(self), _Judge(self)
 
     def __enter__(self):
@@ -160,20 +164,20 @@ class PretendedDevice:
         for mode in reversed(self._modes):
             mode.__exit__(kind, error, trace)
         if kind is None and self.faults:
-            raise DeviceFault("caught by somebody: " + "; ".join(self.faults))
+            counts = Counter(self.faults)
+            raise DeviceFault("\n".join(["", *(f"{fault} ({count} times)" for fault, count in counts.items())]))
 
     def found(self, wrong):
-        """Raise for a fault, if it is not documented."""
-        frames = [frame for frame in traceback.extract_stack() if frame.filename != _HERE]
+        """Note a fault, if it is not documented."""
+        frames = [frame for frame in traceback.extract_stack() if frame.filename not in (_HERE, contextlib.__file__)]
         stack = [f"{frame.filename}:{frame.name}" for frame in frames]
-        for place in self.documented:
-            if any(line.endswith(place) for line in stack):
-                self.used.add(place)
+        for place, (limit, _) in self.documented.items():
+            if self.used[place] < limit and any(line.endswith(place) for line in stack):
+                self.used[place] += 1
                 return
-        ours = [frame for frame in frames if frame.filename.startswith(ROOT)] or frames
-        at = f"{ours[-1].filename.removeprefix(ROOT)}:{ours[-1].lineno} in {ours[-1].name}"
+        nearest = [frame for frame in frames if not frame.filename.startswith(_TORCH)] or frames
+        at = f"{nearest[-1].filename.removeprefix(ROOT)}:{nearest[-1].lineno} in {nearest[-1].name}"
         self.faults.append(f"{at}: {wrong}")
-        raise DeviceFault(self.faults[-1])
 
 
 class _Judge(TorchDispatchMode):
