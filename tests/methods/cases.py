@@ -86,7 +86,7 @@ class LearnedSimCLR(lc.SimCLR):
     """With a module of its own: a checkpoint does not hold constructor arguments that are modules."""
 
     def __init__(self, backbone, **kwargs):
-        own = {"negatives": lc.losses.Negatives("hard", tau_plus=0.02), "temperature": lc.nn.LearnedTemperature(0.2)}
+        own = {"weighting": lc.losses.Negatives("hard", tau_plus=0.02), "temperature": lc.nn.LearnedTemperature(0.2)}
         super().__init__(backbone, **(own | kwargs))
 
 
@@ -105,9 +105,9 @@ QUEUE = {"queue_size": 24, "projection_dim": 8}
 MIXES = {"hardest": 8, "pair_mixes": 6, "query_mixes": 4, "start_epoch": 1}
 CASES |= {
     "MoCo": Case(lc.MoCo, settings=QUEUE),
-    "MoCo symmetric": Case(lc.MoCo, settings=QUEUE | {"symmetric": True, "head_layers": 1, "negatives": "heated"}),
+    "MoCo symmetric": Case(lc.MoCo, settings=QUEUE | {"symmetric": True, "head_layers": 1, "weighting": "heated"}),
     "MoCo split": Case(lc.MoCo, settings=QUEUE | {"batchnorm_splits": 2}),
-    "MoCo masked": Case(lc.MoCo, settings=QUEUE | {"mask_same": "label", "symmetric": True, "negatives": "debiased"}),
+    "MoCo masked": Case(lc.MoCo, settings=QUEUE | {"mask_same": "label", "symmetric": True, "weighting": "debiased"}),
     "MoCoV3": Case(lc.MoCoV3, plain={"head_norm": None}, settings=HEADS),
     "BYOL": Case(lc.BYOL, plain={"head_norm": None}, settings=HEADS),
     "SimSiam": Case(lc.SimSiam, plain={"head_norm": None}, settings={"projection_dim": 8, "predictor_dim": 4}),
