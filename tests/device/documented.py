@@ -19,4 +19,6 @@ METRICS = {
     "metrics/neighbours.py:knn_scores": (math.inf, "argument check: labels lie in 0..num_classes - 1"),
     "metrics/lda_rank.py:update": (math.inf, "argument check: each image has two views; how many images there are"),
 }
-CALLBACKS: dict[str, dict[str, tuple[float, str]]] = {}
+CALLBACKS: dict[str, dict[str, tuple[float, str]]] = {
+    "ViewAugmentation": {},
+}

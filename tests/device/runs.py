@@ -82,3 +82,8 @@ class Views(Dataset):
 def loader(count, indices=False):
     """Return a loader of `Views`, three batches of eight."""
     return DataLoader(Views(count, indices), batch_size=8)
+
+
+def images(size=8):
+    """Return a loader of single uint8 images with labels, three batches."""
+    return DataLoader(Views(0), batch_size=size)
