@@ -19,6 +19,52 @@ METRICS = {
     "metrics/neighbours.py:knn_scores": (math.inf, "argument check: labels lie in 0..num_classes - 1"),
     "metrics/lda_rank.py:update": (math.inf, "argument check: each image has two views; how many images there are"),
 }
-CALLBACKS: dict[str, dict[str, tuple[float, str]]] = {
+# Counts are those of a fit of two epochs with three batches for training and three for validation.
+CALLBACKS = {
     "ViewAugmentation": {},
+    "CollapseMonitor": {
+        "collapse/monitor.py:on_train_batch_end": (
+            12,
+            "six in each of two measurements: the figures, and the rows kept",
+        ),
+    },
+    "InstanceDiscriminationMonitor": {
+        "collapse/contrast_monitor.py:on_train_batch_end": (2, "in each of two measurements: a warning of NaN"),
+    },
+    "TrainingCostMonitor": {
+        "throughput/monitor.py:on_train_epoch_end": (4, "the costs of the ranks, when they are logged"),
+        "throughput/monitor.py:on_train_batch_end": (4, "the costs of the ranks, when they are logged"),
+        "throughput/monitor.py:on_train_end": (4, "the costs of the ranks, when they are logged"),
+    },
+    "NonFiniteGuard": {
+        "nonfinite_guard.py:on_before_optimizer_step": (6, "one in each of six steps: whether the step may be made"),
+    },
+    "OnlineLinearProbe": {
+        "probes/linear_probe.py:on_train_batch_start": (2, "the first batch: the range of the labels"),
+        "probes/linear_probe.py:on_train_batch_end": (3, "the first batch: a warning of NaN, the range of the labels"),
+        "probes/base.py:on_validation_batch_start": (2, "the first batch: the range of the labels"),
+        "probes/base.py:on_validation_batch_end": (26, "a mask of valid rows, two for each layer; a warning of NaN"),
+    },
+    "OnlineKNN": {
+        "probes/knn.py:on_train_batch_start": (2, "the first batch: the range of the labels"),
+        "probes/base.py:on_train_batch_end": (1, "the first batch: a warning of NaN"),
+        "probes/knn.py:on_validation_start": (10, "twice, from all ranks: the bank without its empty rows"),
+        "probes/base.py:on_validation_batch_start": (2, "the first batch: the range of the labels"),
+        "probes/base.py:on_validation_batch_end": (1, "the first batch: a warning of NaN"),
+    },
+    "InvarianceMonitor": {
+        "invariance/monitor.py:on_validation_epoch_end": (296, "twice: four for each of 37 strengths of the changes"),
+    },
+    "ViewLogger": {
+        "visualization/view_logger.py:on_train_batch_start": (6, "the pictures of an epoch are drawn on the host"),
+        "utilities/apply_func.py:to_item": (6, "Lightning, when a figure is logged: each step here"),
+    },
+    "EmbeddingLogger": {
+        "visualization/embedding_logger.py:on_validation_batch_end": (
+            30,
+            "the sample is chosen on the host, and its images are kept there: five in each batch of a validation",
+        ),
+        "visualization/embedding_logger.py:on_validation_epoch_end": (6, "the sample comes to the host to be drawn"),
+        "utilities/apply_func.py:to_item": (6, "Lightning, when a figure is logged: each step here"),
+    },
 }

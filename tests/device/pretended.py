@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = str(Path(__file__).parents[2])
+_PACKAGE = f"{ROOT}/lightning_contrast/"
 NAME = "pretend"
 _HERE, _TORCH = __file__, str(Path(torch.__file__).parent)
 _READS = {
@@ -177,7 +178,9 @@ class PretendedDevice:
                 return
         nearest = [frame for frame in frames if not frame.filename.startswith(_TORCH)] or frames
         at = f"{nearest[-1].filename.removeprefix(ROOT)}:{nearest[-1].lineno} in {nearest[-1].name}"
-        self.faults.append(f"{at}: {wrong}")
+        package = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
+        via = f" from {package[0].filename.removeprefix(_PACKAGE)}:{package[0].name}" if package else ""
+        self.faults.append(f"{at}{via}: {wrong}")
 
 
 class _Judge(TorchDispatchMode):

@@ -48,4 +48,3 @@ def test_the_hooks_read_what_is_documented_and_no_more(name, tmp_path):
     with PretendedDevice(documented) as pretended:
         fit = trainer(tmp_path, [views, callback()], num_sanity_val_steps=0, **settings)
         fit.fit(make(method), images(), images())
-    print(name, dict(pretended.used))
