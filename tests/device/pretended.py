@@ -170,7 +170,8 @@ class PretendedDevice:
 
     def found(self, wrong):
         """Note a fault, if it is not documented."""
-        frames = [frame for frame in traceback.extract_stack() if frame.filename not in (_HERE, contextlib.__file__)]
+        frames = traceback.StackSummary.extract(traceback.walk_stack(None), lookup_lines=False)  # the nearest first
+        frames = [frame for frame in reversed(frames) if frame.filename not in (_HERE, contextlib.__file__)]
         stack = [f"{frame.filename}:{frame.name}" for frame in frames]
         for place, (limit, _) in self.documented.items():
             if self.used[place] < limit and any(line.endswith(place) for line in stack):
