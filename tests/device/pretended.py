@@ -1,20 +1,20 @@
-"""A device that is pretended: its tensors lie in host memory, but say that they do not, and may not be read.
+"""A pretended device: its tensors lie in host memory, but report another device and must not be read.
 
-`PretendedDevice` registers torch's Python backend for out-of-tree devices under the name ``pretend``. A tensor "on" it is
-a wrapper around a tensor of the CPU that computes there and reports ``device(type="pretend", index=0)``, so that all code
-takes the branch of an accelerator, autograd runs backward on the queue of that device, and optimizers, Lightning and the
-callbacks run as they are. While the context is active, each dispatched operation is judged before it runs:
+`PretendedDevice` registers torch's Python backend for out-of-tree devices under the name ``pretend``. A tensor on it
+wraps a CPU tensor, computes there and reports ``device(type="pretend", index=0)``. So all code takes the branch of an
+accelerator, autograd runs the backward pass on the queue of that device, and optimizers, Lightning and the callbacks
+run unchanged. While the context is active, each dispatched operation is judged before it runs:
 
-- a read of values on the host is a fault: ``item``, ``bool``, ``tolist``, ``cpu``, ``numpy``, copies to the host, and
-  operations whose shape only the device knows (``nonzero``, ``unique``, indexing with a mask, ``repeat_interleave`` without
-  its size), and the check of errors after a decomposition of ``torch.linalg``;
-- a tensor of the host that meets one of the device is a fault, also as an index. As on CUDA, a scalar of the host (zero
-  dimensions) is welcome in pointwise operations, and copies to the device are no fault.
+- A read of values on the host is a fault: ``item``, ``bool``, ``tolist``, ``cpu``, ``numpy``, copies to the host,
+  operations whose shape depends on the data (``nonzero``, ``unique``, indexing with a mask, ``repeat_interleave``
+  without its size), and the error check after a decomposition of ``torch.linalg``.
+- A host tensor that meets a device tensor is a fault, also as an index. As on CUDA, a host scalar (zero dimensions) is
+  allowed in pointwise operations, and copies to the device are no fault.
 
-It sees what goes through torch's dispatcher, in the forward pass, in backward and in optimizers. It does not see: the time
-that a copy to the device takes where the memory is not pinned, kernels that exist for the CPU only (everything computes
-there), random generators of the device (draws come from that of the CPU), autocast (other than its being turned off), what
-one operation reads inside its kernel, and branches on ``device.type == "cuda"``.
+It sees what goes through torch's dispatcher, in the forward pass, in the backward pass and in optimizers. It does not
+see what a copy to the device costs where the memory is not pinned, kernels that exist only for the CPU (everything
+computes there), random generators of the device (draws come from the CPU's), autocast (except that it is turned off),
+reads inside a kernel, several streams, and branches on ``device.type == "cuda"``. `Module.to` makes new parameters.
 """
 
 import contextlib
@@ -53,8 +53,9 @@ _READS = {
     "unique_consecutive",
     "unique_dim",
 }
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _UPLOADS = {"_to_copy", "copy_", "_foreach_copy_"}
-# Operations that take a scalar of the host beside tensors of the device, as the pointwise ones do, but are not tagged so.
+# Operations that take a host scalar together with device tensors, although they are not tagged as pointwise.
 _SCALARS_WELCOME = ("_foreach_", "index_put", "index_fill", "masked_fill", "_fused_", "fill_")
 
 
@@ -117,9 +118,9 @@ def judge(func, args, kwargs):
         return None
     if name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         return f"{name} reads the device"
-    if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
-        if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
-            return f"{name} with a mask reads the device"
+    indices = args[1] if name in _INDEXED else ()
+    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+        return f"{name} with a mask reads the device"
     if name == "_to_copy":
         device = kwargs.get("device")
         return "a copy to the host" if device is not None and torch.device(device).type != NAME else None
@@ -138,8 +139,8 @@ class PretendedDevice:
     Only for a process that ran no backward before: see `in_own_process`.
 
     Args:
-        documented: Where faults are allowed: ``file:function``, one of which must be on the stack, the file by the end of
-            its path; and how many at most, with the reason.
+        documented: Where faults are allowed: ``file:function`` that must be on the stack, the file by the end of its
+            path; and how many at most, with the reason.
 
     Attributes:
         used: How many faults each of the documented places had.
@@ -258,7 +259,7 @@ _POOL = None
 def in_own_process(test):
     """Run a test in a process that has the pretended device; all tests of a session share it.
 
-    Torch counts the devices at the first backward pass of a process and keeps a registered backend for good, so that the
+    Torch counts the devices at the first backward pass of a process and keeps a registered backend for good, so the
     process of the other tests cannot have it. Arguments of the test must be picklable.
     """
 
@@ -280,7 +281,7 @@ def _outcome(test, arguments):
     """Return what a test raised, as text, or None."""
     try:
         test(**arguments)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # a failed pytest.raises is none of Exception
         return traceback.format_exc()
     return None
 

@@ -1,16 +1,14 @@
 """The callbacks on the pretended device, in fits with validation: what their hooks read is documented, all of it."""
 
 import pytest
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast.augment import simclr_cifar_views
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from tests.device.documented import CALLBACKS, LIGHTNING
 from tests.device.pretended import PretendedDevice, in_own_process
-from tests.device.runs import images, loader, trainer
+from tests.device.runs import images, trainer
 from tests.methods.cases import make
 
 # What is made, with which method it is trained, and what else the Trainer is given.
@@ -45,6 +43,6 @@ def test_the_hooks_read_what_is_documented_and_no_more(name, tmp_path):
         settings = settings | {"logger": TensorBoardLogger(tmp_path), "log_every_n_steps": 1}
     views = lc.ViewAugmentation(simclr_cifar_views(16, mean=[0.5] * 3, std=[0.2] * 3), seed=1)
     documented = LIGHTNING | CALLBACKS["ViewAugmentation"] | CALLBACKS.get(name.split()[0], {})
-    with PretendedDevice(documented) as pretended:
+    with PretendedDevice(documented):
         fit = trainer(tmp_path, [views, callback()], num_sanity_val_steps=0, **settings)
         fit.fit(make(method), images(), images())

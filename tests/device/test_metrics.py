@@ -1,4 +1,4 @@
-"""Every metric on the pretended device: an update reads nothing but what is documented; ``compute`` may, and gives the number of the CPU."""
+"""Every metric on the pretended device: an update reads only what is documented; ``compute`` equals the CPU's."""
 
 import pytest
 import torch

@@ -109,7 +109,7 @@ class _Meets(_Reads):
 @pytest.mark.parametrize("function", [_Reads, _Meets])
 @in_own_process
 def test_a_fault_in_backward_is_found(function):
-    with pytest.raises(DeviceFault, match="in backward"), PretendedDevice() as pretended:
+    with pytest.raises(DeviceFault, match="in backward"), PretendedDevice() as pretended:  # noqa: PT012
         x = torch.ones(4, device=pretended.device, requires_grad=True)
         loss = function.apply(x).sum()
         assert not pretended.faults
@@ -130,7 +130,7 @@ class _BadOptimizer(torch.optim.SGD):
 @pytest.mark.parametrize("constant", [False, True])
 @in_own_process
 def test_a_fault_in_an_optimizer_is_found(constant):
-    with pytest.raises(DeviceFault, match="in step"), PretendedDevice() as pretended:
+    with pytest.raises(DeviceFault, match="in step"), PretendedDevice() as pretended:  # noqa: PT012
         x = nn.Parameter(torch.ones(4, device=pretended.device))
         optimizer = _BadOptimizer([x], lr=0.1)
         optimizer.constant = constant
@@ -146,8 +146,7 @@ def _documented(x):
 @in_own_process
 def test_a_documented_read_is_let_through_as_often_as_documented():
     place = "device/test_pretended.py:_documented"
-    with pytest.raises(DeviceFault, match=r"_documented: .*\(2 times\)"):
-        with PretendedDevice({place: (1, "a reason"), "nowhere.py:f": (9, "")}) as pretended:
-            x = torch.ones(1, device=pretended.device)
-            assert [_documented(x) for _ in range(3)] == [1, 1, 1]
+    pretended = PretendedDevice({place: (1, "a reason"), "nowhere.py:f": (9, "")})
+    with pytest.raises(DeviceFault, match=r"_documented: .*\(2 times\)"), pretended:
+        assert [_documented(torch.ones(1, device=pretended.device)) for _ in range(3)] == [1, 1, 1]
     assert pretended.used == {place: 1}
