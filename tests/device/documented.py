@@ -21,7 +21,9 @@ METRICS = {
 }
 # Counts are those of a fit of two epochs with three batches for training and three for validation.
 CALLBACKS = {
-    "ViewAugmentation": {},
+    "ViewAugmentation": {
+        "callbacks/view_augmentation.py:_transform": (4, "the first batch in training and in validation: the range"),
+    },
     "CollapseMonitor": {
         "collapse/monitor.py:on_train_batch_end": (
             12,

@@ -2,6 +2,7 @@
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
 from lightning_contrast.augment import simclr_cifar_views
@@ -13,6 +14,7 @@ from tests.methods.cases import make
 
 # What is made, with which method it is trained, and what else the Trainer is given.
 FITS = {
+    "ViewAugmentation": (lambda: lc.StepSeed(0), "SimCLR", {}),
     "MomentumUpdate": (lambda: MomentumUpdate(0.9, buffers="ema"), "BYOL", {}),
     "MomentumUpdate accumulated": (lambda: MomentumUpdate(0.9), "BYOL", {"accumulate_grad_batches": 2}),
     "QueueUpdate": (QueueUpdate, "MoCo", {}),
@@ -23,7 +25,6 @@ FITS = {
     "NonFiniteGuard": (lc.NonFiniteGuard, "SimCLR", {}),
     "NonFiniteGuard raise": (lambda: lc.NonFiniteGuard("raise"), "BYOL", {}),
     "GradientCache": (lambda: lc.GradientCache(4), "SimCLR", {}),
-    "StepSeed": (lambda: lc.StepSeed(0), "SimCLR", {}),
     "OnlineLinearProbe": (lambda: lc.OnlineLinearProbe(3, features=["backbone", "projector"]), "SimCLR", {}),
     "OnlineLinearProbe balanced": (lambda: lc.OnlineLinearProbe(3, class_weights="balanced"), "SimCLR", {}),
     "OnlineLinearProbe data": (lambda: lc.OnlineLinearProbe(3, data=images(), every_n_steps=2), "SimCLR", {}),
@@ -46,3 +47,12 @@ def test_the_hooks_read_what_is_documented_and_no_more(name, tmp_path):
     with PretendedDevice(documented):
         fit = trainer(tmp_path, [views, callback()], num_sanity_val_steps=0, **settings)
         fit.fit(make(method), images(), images())
+
+
+@in_own_process
+def test_float_images_are_looked_at_in_the_first_batch_only(tmp_path):
+    views = lc.ViewAugmentation(simclr_cifar_views(16))
+    loader = DataLoader([(image / 255, label) for image, label in images().dataset], batch_size=8)
+    with PretendedDevice(LIGHTNING | CALLBACKS["ViewAugmentation"]) as pretended:
+        trainer(tmp_path, [views], num_sanity_val_steps=0).fit(make("SimCLR"), loader, loader)
+    assert 0 < pretended.used["callbacks/view_augmentation.py:_transform"] < 6
