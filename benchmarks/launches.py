@@ -157,8 +157,8 @@ def main() -> None:
     notes = (
         "Dispatched operations that launch a kernel on an accelerator, views of tensors and allocations excluded; a "
         f"`_foreach` operation counts once. Two views are those of {BATCH} images, median of {DRAWS} draws; steps are "
-        "those of a ResNet-18 at 32 px, batch 8, in a fit on a pretended device. The counts depend neither on the machine "
-        "nor on the batch, except for the random draw of the views."
+        "those of a ResNet-18 at 32 px, batch 8, in a fit on a pretended device. The counts depend neither on the "
+        "machine nor on the batch, except for the random draw of the views."
     )
     report("launches", rows, notes)
 
