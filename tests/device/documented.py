@@ -1,4 +1,7 @@
-"""Where the device may be read, or waited for: the whole list. By place: how often in the fit of a test, and why."""
+"""Where the device may be read, or waited for: the whole list. By place: how often in the fit of a test, and why.
+
+A place allows reads; one that begins with ``meets`` allows a tensor of the host to meet one of the device.
+"""
 
 import math
 
@@ -10,8 +13,13 @@ LIGHTNING = {
     ),
 }
 METHODS = {
-    "callbacks/queue_update.py:on_train_batch_end": (4, "NPID, the first batch of an epoch: as in `training_step`"),
-    "methods/npid.py:training_step": (4, "the first batch of an epoch: an index beyond the memory bank is an error"),
+    "NPID": {
+        "callbacks/queue_update.py:on_train_batch_end": (4, "the first batch of an epoch: as in `training_step`"),
+        "methods/npid.py:training_step": (
+            4,
+            "the first batch of an epoch: an index beyond the memory bank is an error",
+        ),
+    },
 }
 METRICS = {
     "metrics/knn.py:update_bank": (math.inf, "argument check: labels lie in 0..num_classes - 1"),
@@ -62,9 +70,10 @@ CALLBACKS = {
         "utilities/apply_func.py:to_item": (6, "Lightning, when a figure is logged: each step here"),
     },
     "EmbeddingLogger": {
+        "meets visualization/embedding_logger.py:on_validation_batch_end": (18, "the sample is chosen on the host"),
         "visualization/embedding_logger.py:on_validation_batch_end": (
-            30,
-            "the sample is chosen on the host, and its images are kept there: five in each batch of a validation",
+            12,
+            "images and labels of the sample are kept there",
         ),
         "visualization/embedding_logger.py:on_validation_epoch_end": (6, "the sample comes to the host to be drawn"),
         "utilities/apply_func.py:to_item": (6, "Lightning, when a figure is logged: each step here"),

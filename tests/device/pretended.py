@@ -54,6 +54,7 @@ _READS = {
     "unique_dim",
 }
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+_MEETS, _MEETING = "meets ", " and one of the device"
 _UPLOADS = {"_to_copy", "copy_", "_foreach_copy_"}
 # Operations that take a host scalar together with device tensors, although they are not tagged as pointwise.
 _SCALARS_WELCOME = ("_foreach_", "index_put", "index_fill", "masked_fill", "_fused_", "fill_")
@@ -129,7 +130,7 @@ def judge(func, args, kwargs):
     scalars = torch.Tag.pointwise in func.tags or name.startswith(_SCALARS_WELCOME)
     strangers = [t for t in tensors if not isinstance(t, OnDevice) and not (scalars and t.ndim == 0)]
     if strangers and name not in _UPLOADS:
-        return f"{name} of a tensor of the host, {tuple(strangers[0].shape)}, and one of the device"
+        return f"{name} of a tensor of the host, {tuple(strangers[0].shape)},{_MEETING}"
     return None
 
 
@@ -140,7 +141,7 @@ class PretendedDevice:
 
     Args:
         documented: Where faults are allowed: ``file:function`` that must be on the stack, the file by the end of its
-            path; and how many at most, with the reason.
+            path; and how many at most, with the reason. Reads are allowed, or, after ``meets``, meetings of devices.
 
     Attributes:
         used: How many faults each of the documented places had.
@@ -175,7 +176,10 @@ class PretendedDevice:
         frames = [frame for frame in reversed(frames) if frame.filename not in (_HERE, contextlib.__file__)]
         stack = [f"{frame.filename}:{frame.name}" for frame in frames]
         for place, (limit, _) in self.documented.items():
-            if self.used[place] < limit and any(line.endswith(place) for line in stack):
+            suffix = place.removeprefix(_MEETS)
+            if (suffix != place) != wrong.endswith(_MEETING) or self.used[place] >= limit:
+                continue
+            if any(line.endswith(suffix) for line in stack):
                 self.used[place] += 1
                 return
         nearest = [frame for frame in frames if not frame.filename.startswith(_TORCH)] or frames

@@ -150,3 +150,16 @@ def test_a_documented_read_is_let_through_as_often_as_documented():
     with pytest.raises(DeviceFault, match=r"_documented: .*\(2 times\)"), pretended:
         assert [_documented(torch.ones(1, device=pretended.device)) for _ in range(3)] == [1, 1, 1]
     assert pretended.used == {place: 1}
+
+
+def _meets(x):
+    return x + torch.ones(3)
+
+
+@in_own_process
+def test_reads_and_meetings_are_documented_apart():
+    place = "device/test_pretended.py:_meets"
+    with PretendedDevice({f"meets {place}": (1, "")}) as pretended:
+        _meets(torch.ones(3, device=pretended.device))
+    with pytest.raises(DeviceFault, match="of the host"), PretendedDevice({place: (1, "")}) as pretended:
+        _meets(torch.ones(3, device=pretended.device))
