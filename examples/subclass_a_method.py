@@ -11,7 +11,7 @@ from lightning_contrast.losses import nt_xent
 
 
 class CoolingSimCLR(lc.SimCLR):
-    """SimCLR with a temperature that goes from ``hot`` to ``temperature`` on a cosine.
+    """SimCLR with a temperature that falls from ``hot`` to ``temperature`` as a cosine.
 
     Args:
         backbone: As in SimCLR.
@@ -25,8 +25,8 @@ class CoolingSimCLR(lc.SimCLR):
         self.save_hyperparameters()
 
     def training_step(self, batch, batch_idx):
-        """Do what SimCLR does, at the temperature of this step."""
-        view_a, view_b = self.views(batch, count=2)
+        """Compute the NT-Xent loss at the temperature of this step."""
+        view_a, view_b = self.batch_views(batch, count=2)
         features = self(torch.cat([view_a, view_b]))
         projection_a, projection_b = self.projector(features).chunk(2)
         share = self.global_step / self.trainer.estimated_stepping_batches
@@ -38,7 +38,7 @@ class CoolingSimCLR(lc.SimCLR):
 
 
 def main():
-    """Train it with the plug-ins that every method takes."""
+    """Train it with the callbacks that every method supports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     epochs = parser.parse_args().epochs

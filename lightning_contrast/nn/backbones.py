@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,20 @@ class Backbone(NamedTuple):
 
     module: nn.Module
     feature_dim: int
+
+
+class BackboneOptions(TypedDict, total=False):
+    """Keyword arguments that every method passes to `build_backbone`.
+
+    Attributes:
+        small_images: Use a stem for small images (3x3, stride 1, no max-pool). Default: False.
+        feature_dim: Width F of the features; None (default) reads ``num_features`` of the backbone.
+        backbone_kwargs: Further arguments of `timm.create_model`, such as ``{"img_size": 32, "patch_size": 4}``.
+    """
+
+    small_images: bool
+    feature_dim: int | None
+    backbone_kwargs: dict[str, Any] | None
 
 
 def build_backbone(
@@ -245,13 +259,14 @@ def _conv_stage(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def vit_defaults(backbone: str | nn.Module, kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the ``backbone_kwargs`` of a student: a ViT by name takes views of any size and drops paths at 0.1.
+def with_vit_defaults(backbone: str | nn.Module, options: BackboneOptions) -> BackboneOptions:
+    """Return the options of a multi-crop student: a ViT by name accepts views of any size and has a drop path of 0.1.
 
     Args:
-        backbone: As the user gave it; a module is left as it is.
-        kwargs: As the user gave them; they win.
+        backbone: Name or module, as given to the method; a module is not changed.
+        options: Options as given to the method; they take precedence.
     """
+    kwargs = options.get("backbone_kwargs")
     if isinstance(backbone, str) and _VIT_NAME.match(backbone):
-        return {"dynamic_img_size": True, "drop_path_rate": 0.1} | dict(kwargs or {})
-    return None if kwargs is None else dict(kwargs)
+        kwargs = {"dynamic_img_size": True, "drop_path_rate": 0.1} | (kwargs or {})
+    return options | {"backbone_kwargs": kwargs}

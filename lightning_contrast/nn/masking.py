@@ -232,11 +232,14 @@ def draw_masks(sampler: Callable[..., Tensor], backbone: MaskedViT, images: Tens
     return masked_patches(sampler(len(images), backbone.grid_size(images), **settings), images.device)
 
 
-def pick(patches: Tensor, rows: Tensor) -> Tensor:
-    """Return the masked patches (M, F) of all patches (B, N, F).
+def gather(patches: Tensor, index: Tensor) -> Tensor:
+    """Return the patches at an index into those of all images.
 
     Args:
-        patches: Patches of all images.
-        rows: Which to take among all B N.
+        patches: Patches of all images, ``(B, N, F)``.
+        index: Positions among all B N patches, ``(M,)``.
+
+    Returns:
+        The patches, ``(M, F)``.
     """
-    return patches.flatten(0, 1).index_select(0, rows)
+    return patches.flatten(0, 1).index_select(0, index)

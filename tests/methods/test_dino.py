@@ -51,7 +51,7 @@ class Losses(L.Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_equals_the_program(accumulate):
     """Both schedules, the clipping, the frozen layer, the temperatures, teacher and centre; epochs of two steps."""
-    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "teacher_temperature_epochs": 2}
+    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "warmup_teacher_temperature_epochs": 2}
     module = make("DINO", norm=False, clip_grad=0.01, **settings).double()
     batches = [make_views(seed=seed) for seed in range(2 * accumulate)]
     program = DINOProgram(module, total=6, warmup=2, lr=0.01)
@@ -189,7 +189,7 @@ def test_a_fused_optimizer_under_a_gradient_scaler_is_refused():
 
 
 def test_paper_defaults(tmp_path):
-    module = lc.DINO(TinyBackbone(), prototypes=12, hidden_dim=16, warmup_epochs=1)
+    module = lc.DINO(TinyBackbone(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
     run.fit(module, Data(BATCH))
     optimizer = run.optimizers[0]
@@ -210,7 +210,7 @@ def test_paper_defaults(tmp_path):
 
 
 def test_teacher_temperature_warms_up_by_epoch():
-    module = make("DINO", teacher_temperature_epochs=30)
+    module = make("DINO", warmup_teacher_temperature_epochs=30)
 
     class Clock:
         current_epoch = 0
@@ -228,7 +228,7 @@ def test_teacher_temperature_warms_up_by_epoch():
 def test_a_vit_by_name_takes_unequal_views_and_only_the_student_drops_paths():
     torch.manual_seed(0)
     kwargs = PATCH4 | {"drop_path_rate": 0.5, "proj_drop_rate": 0.5}
-    module = lc.DINO("vit_tiny_patch16_224", backbone_kwargs=kwargs, prototypes=12, hidden_dim=16, bottleneck_dim=8)
+    module = lc.DINO("vit_tiny_patch16_224", backbone_kwargs=kwargs, num_prototypes=12, hidden_dim=16, bottleneck_dim=8)
     assert module.training
     views = make_views((32, 32, 16, 24), torch.float32, count=4)
     assert run_step(module, [views])["features"].shape == (4, 24)
@@ -281,7 +281,7 @@ def test_large_scores_stay_finite(scale):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 def test_resnet_with_sgd_and_lars(tmp_path):
     for optimizer in ("sgd", "lars"):
-        kwargs = {"prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8, "optimizer": optimizer, "warmup_epochs": 0}
+        kwargs = {"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8, "optimizer": optimizer, "warmup_epochs": 0}
         decays = {"weight_decay": 1e-4, "final_weight_decay": 1e-4}
         module = lc.DINO(TinyBackbone(norm=True), lr=0.03, **kwargs, **decays)
         run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0, limit_train_batches=2)
@@ -295,11 +295,11 @@ def test_resnet_with_sgd_and_lars(tmp_path):
     [
         ({"student_temperature": 0}, "`student_temperature` must be > 0, got 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0, got -0.1"),
-        ({"teacher_temperature_start": 0}, "`teacher_temperature_start` must be > 0, got 0"),
-        ({"teacher_temperature_epochs": -1}, "`teacher_temperature_epochs` must be >= 0, got -1"),
+        ({"warmup_teacher_temperature": 0}, "`teacher_temperature_start` must be > 0, got 0"),
+        ({"warmup_teacher_temperature_epochs": -1}, "`teacher_temperature_epochs` must be >= 0, got -1"),
         ({"center_momentum": 1.5}, r"`momentum` must lie in \[0, 1\], got 1.5|`center_momentum` must lie in"),
         ({"momentum": -0.1}, r"`momentum` must lie in \[0, 1\], got -0.1"),
-        ({"prototypes": 1}, "`prototypes` must be >= 2, got 1"),
+        ({"num_prototypes": 1}, "`num_prototypes` must be >= 2, got 1"),
         ({"final_lr": -1}, "`final_lr` must be >= 0, got -1"),
         ({"final_weight_decay": -1}, "`final_weight_decay` must be >= 0, got -1"),
         ({"clip_grad": 0}, "`clip_grad` must be > 0, got 0. Give None for no clipping"),
@@ -319,7 +319,7 @@ def test_bad_views_are_named():
         run_step(module, [make_views((16, 16, 16, 8), torch.float32)])
     with pytest.raises(ValueError, match="Add `ViewAugmentation"):
         run_step(module, step_batch(CASE)[0][0])
-    kwargs = {"backbone_kwargs": PATCH4, "prototypes": 4, "hidden_dim": 8, "bottleneck_dim": 4}
+    kwargs = {"backbone_kwargs": PATCH4, "num_prototypes": 4, "hidden_dim": 8, "bottleneck_dim": 4}
     vit = lc.DINO("vit_tiny_patch16_224", **kwargs)
     with pytest.raises(ValueError, match=r"multiples of \(4, 4\) for this VisionTransformer, got \(18, 18\)"):
         run_step(vit, [make_views((32, 32, 18), torch.float32)])

@@ -136,8 +136,8 @@ def test_teacher_temperature_rises_in_every_step():
             seen.append(self.teacher_temperature)
             return super().training_step(batch, batch_idx)
 
-    settings = {"prototypes": 12, "hidden_dim": 16, "lr": 0.01, "warmup_epochs": 0}
-    module = Noted(tiny_vit(), teacher_temperature_epochs=2, **settings).double()
+    settings = {"num_prototypes": 12, "hidden_dim": 16, "lr": 0.01, "warmup_epochs": 0}
+    module = Noted(tiny_vit(), warmup_teacher_temperature_epochs=2, **settings).double()
     assert module.teacher_temperature == 0.04  # before there is a Trainer
     fit(module, [make_views((16, 16), count=4)] * 4, 3, accumulate_grad_batches=2)
     expected = [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]  # two steps an epoch, four in the warm-up
@@ -145,7 +145,7 @@ def test_teacher_temperature_rises_in_every_step():
 
 
 def test_paper_defaults(tmp_path):
-    module = lc.DINOv2(tiny_vit(), prototypes=12, hidden_dim=16, warmup_epochs=1)
+    module = lc.DINOv2(tiny_vit(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
     run.fit(module, Data(BATCH))
     peak = max(group["initial_lr"] for group in run.optimizers[0].param_groups)
@@ -199,7 +199,7 @@ def test_registers_and_layer_scale():
     module = lc.DINOv2(
         "small_vit",
         backbone_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 2, "reg_tokens": 4},
-        prototypes=12,
+        num_prototypes=12,
         hidden_dim=16,
     )
     assert module.backbone.vit.blocks[0].ls1.gamma.detach().unique() == pytest.approx(1e-5)
@@ -245,7 +245,7 @@ def test_logs_are_tensors():
     [
         ({"student_temperature": 0.0}, "`student_temperature` must be > 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0"),
-        ({"prototypes": 1}, "`prototypes` must be >= 2"),
+        ({"num_prototypes": 1}, "`num_prototypes` must be >= 2"),
         ({"centering": "sinkhorn_knopp"}, "`centering` must be one of 'sinkhorn', 'mean'.*Did you mean 'sinkhorn'"),
         ({"mask_probability": 1.5}, r"`mask_probability` must lie in \[0, 1\]"),
         ({"mask_ratio": (0.5, 0.1)}, "`mask_ratio` must be an ordered pair"),

@@ -37,7 +37,7 @@ class Draws(L.Callback):
 @pytest.mark.parametrize(("name", "accumulate"), [("IBOT", 1), ("IBOT", 2), ("IBOT unshared", 1)])
 def test_training_equals_the_program(name, accumulate):
     """Masks, both losses, all schedules, clipping, frozen layers, teacher and centres; epochs of two steps."""
-    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "teacher_temperature_epochs": 2}
+    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "warmup_teacher_temperature_epochs": 2}
     module = make(name, clip_grad=0.02, patch_teacher_temperature=0.06, **settings).double()
     layer = "last_layer" if name == "IBOT" else "patch_last_layer"
     batches = [make_views(SIZES, seed=seed, count=4) for seed in range(2 * accumulate)]
@@ -108,7 +108,7 @@ def test_mask_token_gets_a_gradient_where_nothing_is_masked():
 
 
 def test_paper_defaults(tmp_path):
-    module = lc.IBOT(tiny_vit(), prototypes=12, hidden_dim=16, warmup_epochs=1)
+    module = lc.IBOT(tiny_vit(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
     run.fit(module, Data(BATCH))
     optimizer = run.optimizers[0]
@@ -194,8 +194,8 @@ def test_weights_of_the_losses():
         ({"student_temperature": 0.0}, "`student_temperature` must be > 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0"),
         ({"patch_teacher_temperature": 0.0}, "`patch_teacher_temperature` must be > 0"),
-        ({"teacher_temperature_start": 0.0}, "`teacher_temperature_start` must be > 0"),
-        ({"prototypes": 1}, "`prototypes` must be >= 2"),
+        ({"warmup_teacher_temperature": 0.0}, "`teacher_temperature_start` must be > 0"),
+        ({"num_prototypes": 1}, "`num_prototypes` must be >= 2"),
         ({"momentum": 1.1}, r"`momentum` must lie in \[0, 1\]"),
         ({"center_momentum": -1}, r"`momentum` must lie in \[0, 1\]"),
         ({"patch_weight": -1.0}, "`patch_weight` must be >= 0"),

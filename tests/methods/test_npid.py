@@ -82,7 +82,7 @@ def test_too_small_a_bank_names_the_mend():
     ("arguments", "message"),
     [
         ({"num_samples": 1}, "`num_samples` must be >= 2"),
-        ({"noise": -1}, "`noise` must be >= 0"),
+        ({"num_negatives": -1}, "`num_negatives` must be >= 0"),
         ({"temperature": 0.0}, "`temperature` must be > 0"),
         ({"momentum": 1.5}, r"`momentum` must lie in \[0, 1\]"),
     ],
