@@ -18,7 +18,7 @@ from lightning_contrast.augment import byol_views
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import byol_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, HeadOptions, Norm, build_head
+from lightning_contrast.nn import BackboneOptions, Norm, build_head
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -67,7 +67,7 @@ class BYOL(SelfSupervisedModule):
         )
         check_probability("momentum", momentum)
         self.momentum = momentum
-        head: HeadOptions = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
+        head: dict[str, Any] = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
         self.projector = projector or build_head("byol", self.feature_dim, **head)
         self.predictor = predictor or build_head("byol", projection_dim, **head)
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)

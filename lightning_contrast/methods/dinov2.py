@@ -18,7 +18,7 @@ from lightning_contrast.augment import dinov2_views
 from lightning_contrast.losses import dino_loss, koleo_loss, masked_patch_loss
 from lightning_contrast.methods.distillation import DistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
-from lightning_contrast.nn import BackboneOptions, Center, HeadOptions, MaskedViT, build_head, build_masked_backbone
+from lightning_contrast.nn import BackboneOptions, Center, MaskedViT, build_head, build_masked_backbone
 from lightning_contrast.nn.masking import dinov2_masks, draw_masks, gather, join_globals
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
@@ -142,7 +142,7 @@ class DINOv2(DistillationModule):
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.layer_decay, self.patch_lr_multiplier = layer_decay, patch_lr_multiplier
         self.mask_settings: dict[str, Any] = {"probability": mask_probability, "ratio": mask_ratio}
-        head: HeadOptions = {"hidden_dim": hidden_dim, "num_prototypes": num_prototypes, "norm_last_layer": False}
+        head: dict[str, Any] = {"hidden_dim": hidden_dim, "num_prototypes": num_prototypes, "norm_last_layer": False}
         self.projector = projector or build_head("dino", self.feature_dim, bottleneck_dim=bottleneck_dim, **head)
         if separate_heads and patch_projector is None:
             patch_projector = build_head("dino", self.feature_dim, bottleneck_dim=patch_bottleneck_dim, **head)

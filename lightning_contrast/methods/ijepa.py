@@ -176,7 +176,7 @@ def _patches_only(backbone: str | nn.Module, options: BackboneOptions) -> Backbo
     is_vit = isinstance(backbone, str) and backbone.startswith(("vit_", "deit", SMALL_VIT))
     if not is_vit or "distilled" in str(backbone):
         return options
-    return options | {"backbone_kwargs": _PATCHES_ONLY | (options.get("backbone_kwargs") or {})}
+    return {**options, "backbone_kwargs": _PATCHES_ONLY | (options.get("backbone_kwargs") or {})}
 
 
 def _check_predictor(dim: int, depth: int, heads: int) -> None:

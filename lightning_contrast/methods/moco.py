@@ -2,8 +2,8 @@
 
 Papers: https://arxiv.org/abs/1911.05722 (v1), https://arxiv.org/abs/2003.04297 (v2).
 Reference implementation: facebookresearch/moco; its CIFAR-10 demo for the symmetric loss and split BatchNorm.
-Differs from it: the EMA update follows the optimizer step instead of preceding the next keys, which gives the same keys;
-the queue starts empty instead of random; no weight decay on norms and biases; the cosine is updated every step instead
+Differs from it: the EMA update follows the optimizer step instead of preceding the next keys, with the same result; the
+queue starts empty instead of random; no weight decay on norms and biases; the cosine is updated every step instead
 of every epoch; v1's learning rate drops at 60 % and 80 % of any run instead of epochs 120 and 160.
 """
 

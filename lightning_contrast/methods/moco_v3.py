@@ -18,7 +18,7 @@ from lightning_contrast.augment import moco_v3_views
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import moco_v3_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, HeadOptions, Norm, build_backbone, build_head
+from lightning_contrast.nn import BackboneOptions, Norm, build_backbone, build_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature, with_constant_factor
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.runtime.temperature import current_temperature
@@ -85,7 +85,7 @@ class MoCoV3(SelfSupervisedModule):
         self.temperature = check_temperature(temperature if temperature is not None else (0.2 if vit else 1.0))
         check_probability("momentum", momentum)
         self.vit, self.momentum = vit, momentum
-        head: HeadOptions = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
+        head: dict[str, Any] = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
         if vit:
             self.base_lr = self.base_lr_vit  # type: ignore[misc]  # of this instance
         if patches is not None and freeze_patches:

@@ -146,8 +146,9 @@ class MSN(StretchedModule):
         return {"loss": loss, "features": embedded[0][:, : self.feature_dim].detach()}
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return features and projections, (N, F + D), of images (N, C, h, w) of one size; ``keep`` as in `MaskedViT.tokens`.
+        """Return features and projections, (N, F + D), of images (N, C, h, w) of one size.
 
+        ``keep``, (N, K), selects patches as in `MaskedViT.tokens`.
         As in the reference implementation, the projector processes views of one size together, so its BatchNorm has
         separate statistics per size.
         """

@@ -27,9 +27,9 @@ from lightning_contrast.nn import BackboneOptions, MemoryBank, build_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
 from lightning_contrast.precision import full_precision, unit_rows
+from lightning_contrast.runtime.temperature import current_temperature
 
 _EPSILON = 1e-7  # as in the reference implementation
-from lightning_contrast.runtime.temperature import current_temperature
 
 
 class NPID(SelfSupervisedModule):

@@ -32,8 +32,8 @@ class SiameseMargin(SelfSupervisedModule):
         projection_dim: D, the width of the embedding, one linear layer.
         projector: A module (B, F) -> (B, D) that replaces that layer.
         use_labels: Images of one class are similar; False: only the two views of an image.
-        miner: How pairs are chosen: "random", "semi-hard" (the nearest dissimilar image that is farther than the similar
-            one), or "hardest" (farthest similar, nearest dissimilar image).
+        miner: How pairs are chosen: "random", "semi-hard" (the nearest dissimilar image that is farther than the
+            similar one), or "hardest" (farthest similar, nearest dissimilar image).
         distance: "euclidean" as in the paper, without normalization; "cosine" normalizes embeddings first, so the
             distance is sqrt(2 - 2 cos), in [0, 2].
         margin: Distance up to which dissimilar pairs are pushed apart, > 0.

@@ -3,8 +3,8 @@
 Paper: https://arxiv.org/abs/2006.09882.
 Reference implementation: facebookresearch/swav.
 Differs from it: no weight decay on norms and biases (they keep LARS's trust ratio); the queue fills from the first step
-instead of from its start epoch, so it is used from the beginning of that epoch; it is common to all ranks, each of which
-uses its share, and part of the checkpoint; the warm-up ends one step later.
+instead of from its start epoch, so it is used from the beginning of that epoch; it is common to all ranks, which use a
+share each, and part of the checkpoint; the warm-up ends one step later.
 """
 
 from typing import Any, ClassVar, Unpack
@@ -41,8 +41,8 @@ class SwAV(SelfSupervisedModule):
         projector: A module (B, F) -> (B, D) that replaces the head.
         num_prototypes: Number K of prototypes, >= 2.
         freeze_prototypes_epochs: Epochs during which the prototypes are frozen.
-        queue_size: Number of past projections of all ranks that are assigned together with each global view; 0 for none,
-            otherwise at least the images of one step on all ranks.
+        queue_size: Number of past projections of all ranks that are assigned together with each global view; 0 for
+            none, otherwise at least the images of one step on all ranks.
         queue_start_epoch: First epoch in which the queue is used, if it is full by then.
         temperature: Divisor of the scores in the prediction, > 0.
         epsilon: Divisor of the scores in the codes, > 0; lower it if the loss stays at ln K.

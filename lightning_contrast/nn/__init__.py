@@ -14,7 +14,7 @@ from lightning_contrast.nn.center import Center
 from lightning_contrast.nn.distillation_heads import DistillationHead, PatchDistillationHead
 from lightning_contrast.nn.ema import ema_update
 from lightning_contrast.nn.feature_queue import FeatureQueue
-from lightning_contrast.nn.heads import HEADS, HeadOptions, build_head
+from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototypeHead, PrototypeHead, build_head
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
 from lightning_contrast.nn.jepa_predictor import JepaPredictor, sincos_positions
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
@@ -35,6 +35,7 @@ __all__ = [
     "Center",
     "DistillationHead",
     "FeatureQueue",
+    "Head",
     "HeadOptions",
     "JepaMaskSampler",
     "JepaMasks",
@@ -45,6 +46,8 @@ __all__ = [
     "MemoryBank",
     "Norm",
     "PatchDistillationHead",
+    "PatchPrototypeHead",
+    "PrototypeHead",
     "Prototypes",
     "ScheduledTemperature",
     "SmallConvNet",

@@ -269,4 +269,4 @@ def with_vit_defaults(backbone: str | nn.Module, options: BackboneOptions) -> Ba
     kwargs = options.get("backbone_kwargs")
     if isinstance(backbone, str) and _VIT_NAME.match(backbone):
         kwargs = {"dynamic_img_size": True, "drop_path_rate": 0.1} | (kwargs or {})
-    return options | {"backbone_kwargs": kwargs}
+    return {**options, "backbone_kwargs": kwargs}

@@ -7,7 +7,7 @@ normalization. Input and output are ``(B, in_dim)`` and ``(B, out_dim)``; output
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 from torch import nn
 
@@ -195,12 +195,6 @@ HEADS: dict[str, Head] = {
 """
 
 
-@overload
-def build_head(name: Literal["dino"], in_dim: int, **options: Unpack[HeadOptions]) -> DistillationHead: ...
-@overload
-def build_head(name: Literal["ibot"], in_dim: int, **options: Unpack[HeadOptions]) -> PatchDistillationHead: ...
-@overload
-def build_head(name: str, in_dim: int, **options: Unpack[HeadOptions]) -> nn.Module: ...
 def build_head(name: str, in_dim: int, **options: Unpack[HeadOptions]) -> nn.Module:
     """Return a published head that maps features ``(B, in_dim)`` to projections ``(B, out_dim)``.
 
@@ -225,4 +219,4 @@ def build_head(name: str, in_dim: int, **options: Unpack[HeadOptions]) -> nn.Mod
         if option not in known:
             rule = f"be one of {', '.join(map(repr, known))} for the head {name!r}"
             fail("options", rule, option, "Remove it", TypeError)
-    return replace(head, **options).build(in_dim)
+    return replace(head, **cast("dict[str, Any]", options)).build(in_dim)

@@ -184,7 +184,8 @@ def test_bad_maps_are_named():
 
 
 def test_example_draws_what_a_run_saw(tmp_path, monkeypatch, capsys):
-    kwargs = {"backbone_kwargs": {"embed_dim": 24, "depth": 2}, "hidden_dim": 8, "bottleneck_dim": 4, "num_prototypes": 4}
+    kwargs = {"hidden_dim": 8, "bottleneck_dim": 4, "num_prototypes": 4}
+    kwargs["backbone_kwargs"] = {"embed_dim": 24, "depth": 2}
     method = lc.DINO("small_vit", lr=1e-3, warmup_epochs=0, **kwargs)
     policy = lc.augment.dino_views(32, mean=[0.5] * 3, std=[0.25] * 3, local_views=1)
     fit = L.Trainer(

@@ -1,6 +1,7 @@
 """DINO's own properties."""
 
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -201,11 +202,11 @@ def test_paper_defaults(tmp_path):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [pytest.approx(last), 0.0]
     update = next(c for c in run.callbacks if isinstance(c, MomentumUpdate))
     assert (update.start, update.end, update.schedule, update.buffers) == (0.996, 1.0, "cosine", "none")
-    assert (module.center.momentum, module.student_temperature, module.clip_grad) == (0.9, 0.1, 3.0)
+    assert (module.center.momentum, module.student_temperature, module.schedules.clip_grad) == (0.9, 0.1, 3.0)
     with torch.device("meta"):
         paper = lc.DINO("vit_small_patch16_224")
     assert paper.projector.last_layer.weight_v.shape == (65536, 256)
-    assert paper.freeze_last_layer_epochs == 1
+    assert paper.schedules.freeze_last_layer_epochs == 1
     assert paper.hparams.warmup_epochs == 10
 
 
@@ -220,7 +221,7 @@ def test_teacher_temperature_warms_up_by_epoch():
     for clock.current_epoch in (0, 1, 29, 30, 99):
         seen.append(module.teacher_temperature)
     assert seen == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07])
-    module.temperatures = (0.04, 0.07, 0)
+    module.schedules = replace(module.schedules, warmup_teacher_temperature_epochs=0)
     clock.current_epoch = 0
     assert module.teacher_temperature == 0.07
 
@@ -281,7 +282,13 @@ def test_large_scores_stay_finite(scale):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 def test_resnet_with_sgd_and_lars(tmp_path):
     for optimizer in ("sgd", "lars"):
-        kwargs = {"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8, "optimizer": optimizer, "warmup_epochs": 0}
+        kwargs = {
+            "num_prototypes": 12,
+            "hidden_dim": 16,
+            "bottleneck_dim": 8,
+            "optimizer": optimizer,
+            "warmup_epochs": 0,
+        }
         decays = {"weight_decay": 1e-4, "final_weight_decay": 1e-4}
         module = lc.DINO(TinyBackbone(norm=True), lr=0.03, **kwargs, **decays)
         run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0, limit_train_batches=2)

@@ -164,9 +164,12 @@ def test_paper_defaults(tmp_path):
     assert vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.4)
     assert paper.momentum_backbone.vit.blocks[-1].drop_path1.drop_prob == 0
     assert paper.mask_settings == {"probability": 0.5, "ratio": (0.1, 0.5)}
-    assert (paper.temperatures, paper.student_temperature) == ((0.04, 0.07, 30), 0.1)
+    schedules = paper.schedules
+    assert (schedules.warmup_teacher_temperature, schedules.teacher_temperature) == (0.04, 0.07)
+    assert schedules.warmup_teacher_temperature_epochs == 30
+    assert paper.student_temperature == 0.1
     assert (paper.koleo_weight, paper.patch_weight, paper.centering) == (0.1, 1.0, "sinkhorn")
-    assert (paper.clip_grad, paper.freeze_last_layer_epochs, paper.final_weight_decay) == (3.0, 1, 0.2)
+    assert (schedules.clip_grad, schedules.freeze_last_layer_epochs, schedules.final_weight_decay) == (3.0, 1, 0.2)
     assert (paper.hparams.warmup_epochs, paper.patch_lr_multiplier, paper.layer_decay) == (80, 0.2, 1.0)
 
 

@@ -130,8 +130,11 @@ def test_paper_defaults(tmp_path):
     assert paper.momentum_backbone.vit.blocks[-1].drop_path1.drop_prob == 0
     assert (paper.center.momentum, paper.patch_center.momentum) == (0.9, 0.9)
     assert paper.mask_settings == {"ratios": (0.0, 0.3), "spreads": (0.0, 0.2), "shape": "block"}
-    assert (paper.temperatures, paper.patch_temperatures) == ((0.04, 0.07, 30), (0.04, 0.07, 30))
-    assert (paper.clip_grad, paper.freeze_last_layer_epochs, paper.final_weight_decay) == (3.0, 1, 0.4)
+    schedules = paper.schedules
+    assert (schedules.warmup_teacher_temperature, schedules.teacher_temperature) == (0.04, 0.07)
+    assert schedules.warmup_teacher_temperature_epochs == 30
+    assert paper.patch_teacher_temperature == 0.07
+    assert (schedules.clip_grad, schedules.freeze_last_layer_epochs, schedules.final_weight_decay) == (3.0, 1, 0.4)
     assert paper.hparams.warmup_epochs == 10
 
 

@@ -165,7 +165,8 @@ def test_paper_defaults(tmp_path):
     assert sampler.context_scale == (0.85, 1.0)
     assert (len(big.predictor.blocks), big.predictor.enter.out_features) == (12, 384)
     assert big.predictor.blocks[0].attn.num_heads == 3
-    assert (big.warmup_epochs, big.clip_grad, big.weight_decay, big.final_weight_decay) == (40, None, 0.04, 0.4)
+    assert (big.warmup_epochs, big.schedules.clip_grad) == (40, None)
+    assert (big.weight_decay, big.schedules.final_weight_decay) == (0.04, 0.4)
     assert run.callback_metrics["train/target_std"] > 0
     assert -1 <= run.callback_metrics["train/agreement"] <= 1
     assert 0 <= run.callback_metrics["train/relaxed"] <= 1

@@ -217,7 +217,7 @@ def test_paper_defaults(tmp_path):
     update = next(c for c in run.callbacks if isinstance(c, MomentumUpdate))
     assert (update.start, update.schedule) == (0.996, "linear")
     assert update.end == pytest.approx(0.996 + 0.004 / 1.25)
-    assert (lc.MSN(tiny_vit()).warmup_epochs, module.patch_drop, module.clip_grad) == (15, 0.15, 3.0)
+    assert (lc.MSN(tiny_vit()).warmup_epochs, module.patch_drop, module.schedules.clip_grad) == (15, 0.15, 3.0)
     logged = run.callback_metrics
     for name in ("teacher_entropy", "prototype_entropy"):
         assert 0 <= logged[f"train/{name}"] <= math.log(12) + 1e-5
