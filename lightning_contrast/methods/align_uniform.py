@@ -73,7 +73,7 @@ class AlignUniform(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the weighted sum of alignment and uniformity."""
+        """Return the weighted sum of alignment and uniformity, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F): BatchNorm sees both views, as in the reference
         projection_a, projection_b = self.projector(features).chunk(2)  # (B, D) each

@@ -73,7 +73,7 @@ class BarlowTwins(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the distance of the cross-correlation matrix of two views to the identity."""
+        """Return the Barlow Twins loss of two views, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)

@@ -75,7 +75,7 @@ class BYOL(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the sum of both directions' squared distances, in [0, 8]."""
+        """Return the sum of both directions' squared distances, in [0, 8], and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         prediction_a = self.predictor(self.projector(features))  # (B, D)

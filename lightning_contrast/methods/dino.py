@@ -128,7 +128,7 @@ class DINO(DistillationModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean cross-entropy of every view with the teacher's output for the other global views."""
+        """Return the mean cross-entropy with the teacher's output for other global views, and features (B, F)."""
         views = self.batch_crops(batch, global_views=2)  # V x (B, C, h, w)
         features = forward_by_size(self.backbone, views)  # V x (B, F)
         student = self.projector(torch.cat(features)).split(len(views[0]))  # V x (B, K)

@@ -153,7 +153,7 @@ class DINOv2(DistillationModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the cross-entropies with the teacher's other global views and masked patches, and the KoLeo loss."""
+        """Return the sum of class-token, masked-patch and KoLeo losses, and features (B, F)."""
         views = self.batch_crops(batch)  # V x (B, C, h, w)
         global_views, size = join_globals(views), len(views[0])  # (2B, C, h, w)
         mask, masked_index, images = draw_masks(  # (2B, N), (M,), (M,)

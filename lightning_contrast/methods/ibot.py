@@ -149,7 +149,7 @@ class IBOT(DistillationModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the cross-entropy with the teacher's other global views plus that with its masked patches."""
+        """Return the sum of class-token and masked-patch cross-entropies, and features (B, F)."""
         views = self.batch_crops(batch)  # V x (B, C, h, w)
         global_views, size = join_globals(views), len(views[0])  # (2B, C, h, w)
         mask, masked_index, images = draw_masks(  # (2B, N), (M,), (M,)

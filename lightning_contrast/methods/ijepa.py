@@ -134,7 +134,7 @@ class IJEPA(StretchedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the smooth L1 distance of predictions to the teacher's normalized patches."""
+        """Return the smooth L1 loss of predictions and the teacher's normalized patches, and features (B, F)."""
         (images,) = self.batch_views(batch, count=1)  # (B, C, h, w)
         self._check_grid(images)
         masks = self.mask_sampler(len(images)).to(images.device)

@@ -107,7 +107,7 @@ class MoCo(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the InfoNCE loss of a batch of two views, and the keys for the queue."""
+        """Return the InfoNCE loss of two views, features (B, F), and keys (B, D) for the queue."""
         view_q, view_k = self.batch_views(batch, count=2)
         features = self.backbone(view_q)  # (B, F)
         keys = self._keys(view_k)  # (B, D)

@@ -99,7 +99,7 @@ class MoCoV3(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the sum of both directions' contrastive losses, each times twice the temperature."""
+        """Return the sum of both directions' losses, times twice the temperature, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         query_a = self.predictor(self.projector(features))  # (B, D)

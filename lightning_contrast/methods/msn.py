@@ -131,7 +131,7 @@ class MSN(StretchedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean cross-entropy of all anchor views with the target, plus the mean-entropy term."""
+        """Return the cross-entropy of anchors and target plus the mean-entropy term, and features (B, F)."""
         target_view, *views = self.batch_crops(batch, 1 + self.random_views)  # V + 1 of (B, C, h, w)
         random, focal = views[: self.random_views], views[self.random_views :]
         embedded = forward_by_size(self._embed_masked, random) + forward_by_size(self._embed, focal)  # V of (B, F + D)
@@ -201,4 +201,5 @@ class _Prototypes(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
     def forward(self) -> Tensor:
+        """Return the prototypes (K, D)."""
         return self.weight.clone()

@@ -85,7 +85,7 @@ class NNCLR(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean of both directions' InfoNCE losses, and the first view's projections for the queue."""
+        """Return the mean of both directions' InfoNCE losses, features (B, F), and keys (B, D) for the queue."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)

@@ -103,7 +103,7 @@ class NPID(SelfSupervisedModule):
         return make_policy([view], mean=mean, std=std, **options)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of one view with its indices, and the projections for the bank."""
+        """Return the loss of one view, features (B, F), and projections (B, D) for the bank."""
         (view,) = self.batch_views(batch, count=1)
         indices = require_indices(batch, "NPID")  # (B,)
         if batch_idx == 0 or indices.device.type == "cpu":  # synchronizes with the device

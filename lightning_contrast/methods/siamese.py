@@ -74,7 +74,7 @@ class SiameseMargin(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean loss of one similar and one dissimilar pair per image."""
+        """Return the mean loss of one similar and one dissimilar pair per image, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         labels = require_labels(batch, "SiameseMargin with `use_labels`") if self.use_labels else None
         features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F): both branches share one network

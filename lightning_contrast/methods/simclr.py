@@ -95,7 +95,7 @@ class SimCLR(SelfSupervisedModule):
         return self.head_layer(self.backbone(images))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the NT-Xent loss of a batch of two views."""
+        """Return the NT-Xent loss of two views, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self(torch.cat([view_a, view_b]))  # (2B, F): BatchNorm sees both views, as in the reference
         projection_a, projection_b = self.projector(features).chunk(2)  # (B, D) each

@@ -73,7 +73,7 @@ class SimSiam(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the negative mean cosine similarity of predictions and projections, in [-1, 1]."""
+        """Return the negative mean cosine similarity, in [-1, 1], and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)

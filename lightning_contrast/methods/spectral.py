@@ -74,7 +74,7 @@ class SpectralContrastive(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the spectral contrastive loss of a batch of two views."""
+        """Return the spectral contrastive loss of two views, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)

@@ -69,7 +69,7 @@ class SupCon(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the supervised contrastive loss of a batch of two views with labels."""
+        """Return the supervised contrastive loss of two views with labels, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         labels = require_labels(batch, "SupCon")  # (B,)
         features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F): BatchNorm sees both views, as in the reference

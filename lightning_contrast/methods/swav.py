@@ -99,7 +99,7 @@ class SwAV(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of two global and any local views, and the projections for the queues."""
+        """Return the loss of all views, features (B, F), and projections (B, D) for the queues."""
         views = self.batch_crops(batch, global_views=2)  # V, each (B, C, h, w)
         features = forward_by_size(self.backbone, views)  # V, each (B, F)
         projections = unit_rows(self.projector(torch.cat(features)))  # (V B, D): one BatchNorm for all views

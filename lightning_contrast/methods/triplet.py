@@ -77,7 +77,7 @@ class Triplet(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean hinge loss of one triplet per image."""
+        """Return the mean hinge loss of one triplet per image, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         labels = require_labels(batch, "Triplet with `use_labels`") if self.use_labels else None
         features = self.backbone(

@@ -74,7 +74,7 @@ class VICReg(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the weighted sum of the three terms of a batch of two views."""
+        """Return the weighted sum of the three terms, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         loss = vicreg_loss(
