@@ -35,7 +35,7 @@ class JepaMaskSampler:
     """Draw I-JEPA's masks: target blocks at random positions, and a large context block without the targets' patches.
 
     Implements the multi-block masks of I-JEPA (https://arxiv.org/abs/2301.08243) as its reference implementation: one
-    draw sets scale and aspect of all target blocks of a batch, so large blocks are always tall, and another one the size of
+    draw sets scale and aspect of all target blocks of a batch, so large blocks are always tall, another one the size of
     the square context blocks. Positions are drawn for each block; the last row and column of the grid are never in one.
     A context keeps more than ``min_keep`` patches. One that does not is drawn again, and after every 20 failures one
     more target, from the last to the first, may overlap it (`JepaMasks.relaxed`). All contexts of a batch are then cut

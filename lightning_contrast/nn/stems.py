@@ -17,9 +17,9 @@ def use_small_stem(module: nn.Module) -> nn.Module:
 
     The 7x7 convolution of a ResNet and the patch convolution of a ConvNeXt become 3x3 with stride 1 and padding 1; a
     3x3 convolution (EfficientNet, MobileNetV3, the deep stems) only loses its stride. Pooling in the stem is removed.
-    Supported are ResNet, ResNeXt and similar networks of timm and torchvision, timm's EfficientNet, MobileNetV3 and others
-    with one ``conv_stem``, and the convolutional families of ``STEM_FAMILIES``. SimCLR's reference implementation does the same
-    to ResNets for images of 32 pixels and less.
+    Supported are ResNet, ResNeXt and similar networks of timm and torchvision, timm's EfficientNet, MobileNetV3 and
+    others with one ``conv_stem``, and the convolutional families of ``STEM_FAMILIES``. SimCLR's reference
+    implementation does the same to ResNets for images of 32 pixels and less.
 
     Args:
         module: The network, changed in place. New convolutions have He initialization (fan out).

@@ -14,8 +14,8 @@ class WeightNormLinear(nn.Module):
 
     Weight normalization (https://arxiv.org/abs/1602.07868) as in DINO's last layer: ``g`` starts at 1 and is frozen
     there unless ``train_scale``. With inputs of length 1 the outputs are cosine similarities, times ``g``. The weight
-    is computed in each forward pass from two ordinary parameters, ``weight_g`` (N, 1) and ``weight_v`` (N, D), named as in
-    the authors' checkpoints, so deepcopy, pickle, EMA, parameter groups and sharding work as usual.
+    is computed in each forward pass from two ordinary parameters, ``weight_g`` (N, 1) and ``weight_v`` (N, D), named as
+    in the authors' checkpoints, so deepcopy, pickle, EMA, parameter groups and sharding work as usual.
     ``weight_v`` starts as the weight of `torch.nn.Linear`.
 
     Source: https://github.com/facebookresearch/dino (``torch.nn.utils.weight_norm``, which cannot be deep-copied).

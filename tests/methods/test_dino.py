@@ -302,8 +302,8 @@ def test_resnet_with_sgd_and_lars(tmp_path):
     [
         ({"student_temperature": 0}, "`student_temperature` must be > 0, got 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0, got -0.1"),
-        ({"warmup_teacher_temperature": 0}, "`teacher_temperature_start` must be > 0, got 0"),
-        ({"warmup_teacher_temperature_epochs": -1}, "`teacher_temperature_epochs` must be >= 0, got -1"),
+        ({"warmup_teacher_temperature": 0}, "`warmup_teacher_temperature` must be > 0, got 0"),
+        ({"warmup_teacher_temperature_epochs": -1}, "`warmup_teacher_temperature_epochs` must be >= 0, got -1"),
         ({"center_momentum": 1.5}, r"`momentum` must lie in \[0, 1\], got 1.5|`center_momentum` must lie in"),
         ({"momentum": -0.1}, r"`momentum` must lie in \[0, 1\], got -0.1"),
         ({"num_prototypes": 1}, "`num_prototypes` must be >= 2, got 1"),

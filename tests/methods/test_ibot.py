@@ -197,7 +197,7 @@ def test_weights_of_the_losses():
         ({"student_temperature": 0.0}, "`student_temperature` must be > 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0"),
         ({"patch_teacher_temperature": 0.0}, "`patch_teacher_temperature` must be > 0"),
-        ({"warmup_teacher_temperature": 0.0}, "`teacher_temperature_start` must be > 0"),
+        ({"warmup_teacher_temperature": 0.0}, "`warmup_teacher_temperature` must be > 0"),
         ({"num_prototypes": 1}, "`num_prototypes` must be >= 2"),
         ({"momentum": 1.1}, r"`momentum` must lie in \[0, 1\]"),
         ({"center_momentum": -1}, r"`momentum` must lie in \[0, 1\]"),

@@ -222,7 +222,7 @@ def test_backbones():
     assert named.backbone.vit.cls_token is None
     assert named.hparams["backbone_kwargs"] == {"embed_dim": 24, "depth": 1}
     assert named(torch.rand(2, 3, 32, 32)).shape == (2, 24)
-    with pytest.raises(ValueError, match="`backbone` must pool its patches by their mean, without class or register"):
+    with pytest.raises(ValueError, match="`backbone` must average its patches, without class or register"):
         lc.IJEPA(tiny_vit(), **SMALL)
     with pytest.raises(ValueError, match="without a norm behind the mean"):
         lc.IJEPA("small_vit", backbone_kwargs={"fc_norm": True}, **SMALL)

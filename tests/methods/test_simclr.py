@@ -303,6 +303,6 @@ def test_checkpoint_brings_negatives_and_the_schedule_of_the_temperature_back(tm
     fit.strategy.connect(module)
     fit.save_checkpoint(tmp_path / "simclr.ckpt")
     saved = torch.load(tmp_path / "simclr.ckpt", weights_only=True)
-    assert saved["hyper_parameters"]["negatives"]["beta"] == 0.5
+    assert saved["hyper_parameters"]["weighting"]["beta"] == 0.5
     loaded = lc.SimCLR.load_from_checkpoint(tmp_path / "simclr.ckpt", weights_only=True)
-    assert (loaded.negatives, loaded.temperature) == (negatives, schedule)
+    assert (loaded.weighting, loaded.temperature) == (negatives, schedule)
