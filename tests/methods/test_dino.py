@@ -15,7 +15,7 @@ from lightning_contrast.callbacks import MomentumUpdate
 from tests.callbacks.strategies import STRATEGIES, TakeWeights, fit_ranks
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
-from tests.methods.programs import DINOProgram, Moves
+from tests.methods.references import DINOReference, Moves
 from tests.methods.test_contract import BATCH, BATCHES, Data, run_step, step_batch, trainer
 
 CASE = CASES["DINO"]
@@ -50,12 +50,12 @@ class Losses(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_equals_the_program(accumulate):
+def test_training_equals_the_reference(accumulate):
     """Both schedules, the clipping, the frozen layer, the temperatures, teacher and centre; epochs of two steps."""
     settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "warmup_teacher_temperature_epochs": 2}
     module = make("DINO", norm=False, clip_grad=0.01, **settings).double()
     batches = [make_views(seed=seed) for seed in range(2 * accumulate)]
-    program = DINOProgram(module, total=6, warmup=2, lr=0.01)
+    program = DINOReference(module, total=6, warmup=2, lr=0.01)
     for epoch in range(3):
         for step in range(2):
             micro_batches = batches[step * accumulate : (step + 1) * accumulate]
@@ -161,7 +161,7 @@ def test_last_layer_is_frozen_in_the_first_epochs(tmp_path):
     assert [torch.equal(start, weights) for weights in watch.seen] == [True, True, False]
 
 
-def test_a_trainers_clipping_takes_the_place_of_the_programs(tmp_path):
+def test_a_trainers_clipping_replaces_the_methods(tmp_path):
     class Norms(L.Callback):
         def __init__(self):
             self.seen = []

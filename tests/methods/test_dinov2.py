@@ -15,7 +15,7 @@ from lightning_contrast.nn import dinov2_masks
 from lightning_contrast.optim.layer_decay import layer_rates
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make, tiny_vit
-from tests.methods.programs import dinov2_loss
+from tests.methods.references import dinov2_loss
 from tests.methods.test_contract import BATCH, BATCHES, Data, gradients, rows_of, run_step, trainer
 from tests.methods.test_dino import fit, make_views
 
@@ -25,7 +25,7 @@ SIZES = (16, 16, 8, 12)
 
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 16, 8), SIZES])
 @pytest.mark.parametrize("name", ["DINOv2", "DINOv2 centres"])
-def test_loss_and_gradient_are_the_programs(name, sizes):
+def test_loss_and_gradient_equal_the_reference(name, sizes):
     module = make(name).double()
     with torch.no_grad():  # a teacher of its own, centres that have moved
         for _, teacher in module.momentum_pairs():

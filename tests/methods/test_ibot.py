@@ -12,7 +12,7 @@ import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make, tiny_vit
-from tests.methods.programs import IBOTProgram, Moves
+from tests.methods.references import IBOTReference, Moves
 from tests.methods.test_contract import BATCH, BATCHES, Data, rows_of, run_step, step_batch, trainer
 from tests.methods.test_dino import fit, make_views
 
@@ -35,13 +35,13 @@ class Draws(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize(("name", "accumulate"), [("IBOT", 1), ("IBOT", 2), ("IBOT unshared", 1)])
-def test_training_equals_the_program(name, accumulate):
+def test_training_equals_the_reference(name, accumulate):
     """Masks, both losses, all schedules, clipping, frozen layers, teacher and centres; epochs of two steps."""
     settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "warmup_teacher_temperature_epochs": 2}
     module = make(name, clip_grad=0.02, patch_teacher_temperature=0.06, **settings).double()
     layer = "last_layer" if name == "IBOT" else "patch_last_layer"
     batches = [make_views(SIZES, seed=seed, count=4) for seed in range(2 * accumulate)]
-    program = IBOTProgram(module, total=6, warmup=2, lr=0.01, layer=layer)
+    program = IBOTReference(module, total=6, warmup=2, lr=0.01, layer=layer)
     for epoch in range(3):
         temperatures = [(0.04, 0.04), (0.07, 0.06), (0.07, 0.06)][epoch]
         for step in range(2):

@@ -66,8 +66,8 @@ class Program:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_equals_the_program(accumulate):
-    """All schedules, the masks, the predictor, the normalised targets and the teacher; epochs of two steps."""
+def test_training_equals_the_reference(accumulate):
+    """All schedules, the masks, the predictor, the normalized targets and the teacher; epochs of two steps."""
     module = make("IJEPA", lr=0.01, warmup_epochs=1, optimizer="adamw").double()
     batches = [make_views((16,), seed=seed) for seed in range(2 * accumulate)]
     program = Program(module, planned=4, warmup=2, lr=0.01)

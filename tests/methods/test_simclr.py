@@ -42,7 +42,7 @@ def layer_names(head):
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-def test_head_is_the_programs(layers):
+def test_head_equals_the_reference(layers):
     module = make("SimCLR", head_layers=layers)
     hidden = ["Linear", "BatchNorm1d", "ReLU"]
     assert layer_names(module.projector) == [*hidden * (layers - 1), "Linear", "BatchNorm1d"]

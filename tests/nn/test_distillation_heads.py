@@ -1,4 +1,4 @@
-"""Heads of the self-distillation family and their weight-normalised layer, against the formula and torch's own."""
+"""Heads of the self-distillation family and their weight-normalized layer, against the formula and torch's own."""
 
 import copy
 import pickle
