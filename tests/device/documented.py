@@ -39,7 +39,10 @@ CALLBACKS = {
         ),
     },
     "InstanceDiscriminationMonitor": {
-        "collapse/contrast_monitor.py:on_train_batch_end": (2, "in each of two measurements: a warning of NaN"),
+        "collapse/instance_discrimination_monitor.py:on_train_batch_end": (
+            2,
+            "in each of two measurements: a warning of NaN",
+        ),
     },
     "TrainingCostMonitor": {
         "throughput/monitor.py:on_train_epoch_end": (4, "the costs of the ranks, when they are logged"),
