@@ -1,11 +1,11 @@
-# The virtual environment: `make VENV=/elsewhere` or the environment variable VENV puts it in another place.
+# The virtual environment: `make VENV=/elsewhere` or the environment variable VENV sets another path.
 VENV ?= .venv
 PYTHON ?= python3.11
 BIN := $(VENV)/bin
-# Tests that run side by side, each on one thread.
+# Test processes that run in parallel, each on one thread.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-# Dependencies are installed anew when setup.cfg changes; the link to this checkout when the checkout moves.
+# Dependencies are reinstalled when setup.cfg changes, the link to this checkout when the checkout moves.
 DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
 CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
 

@@ -1,7 +1,6 @@
 """Draw the attention maps of a DINO teacher on scenes of several emoji.
 
-Train first with 'python -m lightning_contrast fit --config examples/configs/dino_emoji.yaml', and pass the checkpoint
-of the run to this script.
+Train first with 'lightning-contrast fit --config dino_emoji', and pass the checkpoint of the run to this script.
 """
 
 import argparse
