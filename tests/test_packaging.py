@@ -1,0 +1,38 @@
+"""The wheel: what it contains, and that building it prints nothing."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_wheel_is_built_quietly_and_is_complete(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "lightning_contrast", source / "lightning_contrast", symlinks=True)
+    shutil.copytree(ROOT / "examples" / "configs", source / "examples" / "configs")
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "-w", str(tmp_path), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 4 * 2**20
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    package = ROOT / "lightning_contrast"
+    kept = [path for path in package.rglob("*") if path.suffix in {".py", ".pyi", ".typed"}]
+    kept += [*(package / "data" / "emoji").iterdir(), *(package / "recipes").glob("*.yaml")]
+    assert {str(path.relative_to(ROOT)) for path in kept if path.is_file()} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith(("tests", "examples", "benchmarks"))]
+    licenses = {Path(name).name for name in names if ".dist-info/licenses/" in name}
+    assert licenses == {"LICENSE", "LICENSE-APACHE-2.0", "LICENSE-MIT"}
+    assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
