@@ -19,12 +19,13 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
 ONE_VIEW = {"ijepa_views"}
-NO_BLUR = {"simclr_cifar_views", "moco_v1_views", "supcon_views"}
+NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
 TABLE = {
     "simclr_views": ((0.08, 1), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "simclr_cifar_views": ((0.08, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "align_uniform_views": ((0.08, 1), (0.4, 0.4, 0.4, 0.4), 1.0, 0.2, (0, 0), (0, 0)),
     "moco_v1_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.4), 1.0, 0.2, (0, 0), (0, 0)),
     "moco_v2_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "moco_v3_views": ((0.2, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
