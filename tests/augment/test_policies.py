@@ -363,7 +363,7 @@ def test_everything_but_the_size_is_given_by_keyword(name):
     assert {p.kind for p in parameters[1:-1]} == {inspect.Parameter.KEYWORD_ONLY}
     assert (parameters[-1].name, parameters[0].default) == (
         "options",
-        32 if "cifar" in name or name == "supcon_views" else 224,
+        {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64}.get(name, 224),
     )
     with pytest.raises(TypeError, match="positional argument"):
         POLICIES[name](8, [0.5] * 3, [0.5] * 3)
