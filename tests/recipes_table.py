@@ -1,7 +1,7 @@
 """Numbers of the sources that recipes in ``examples/configs`` name, written down independently of the package.
 
-Rates are functions of the epoch (from 0, fractions allowed) and of the number of epochs. ``decayed`` and ``adapted`` say
-which parameters have weight decay and LARS's trust ratio in the source.
+Rates are functions of the epoch (from 0, fractions allowed) and of the number of epochs. ``decayed`` and ``adapted``
+name the parameters that have weight decay and a trust ratio of LARS in the source.
 """
 
 import math
