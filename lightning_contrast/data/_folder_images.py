@@ -139,7 +139,8 @@ class FolderImages(Dataset[Sample | None]):
         if self.resize == "crop" and seed is not None:
             top, left = (seed % (edge - self.size + 1) for edge in resized.shape[-2:])
             resized = resized[..., top : top + self.size, left : left + self.size]
-        return F.center_crop(resized, shape)
+        square: Tensor = F.center_crop(resized, shape)
+        return square
 
 
 def read_rgb(path: str) -> Tensor:

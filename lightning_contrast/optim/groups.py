@@ -42,7 +42,7 @@ def parameter_groups(
     own: list[dict[str, Any]] = []
     seen: set[nn.Parameter] = set()
     for owner in module.modules():
-        options = getattr(owner, "group_options", None)
+        options: dict[str, Any] | None = getattr(owner, "group_options", None)
         mine: list[nn.Parameter] = []
         for name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
@@ -60,7 +60,7 @@ def parameter_groups(
             else:
                 kind = "weight"
             (others if kind in exclude else decayed).append(parameter)
-        if mine:
+        if options is not None and mine:
             own.append({"params": mine, "weight_decay": 0.0, "adapt": False, **options})
     return [
         {"params": decayed, "weight_decay": weight_decay},
