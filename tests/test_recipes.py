@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
 from lightning_contrast.cli import main
-from tests.recipes_table import SOURCES, View
+from tests.recipes_imagenet import IMAGENET_SOURCES
+from tests.recipes_table import CIFAR10_SOURCES, View
 from tests.test_cli import CPU, QUIET, RECIPES, SMALL, SMALL_BACKBONES
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
+SOURCES = CIFAR10_SOURCES | IMAGENET_SOURCES
 PATHS = {path.stem: path for path in RECIPES}
 RATE_TOLERANCE = 2e-3  # of the peak: solo-learn's warm-ups start at 3e-5, ours at 0; cosines end at 0.1 % or 0
 NARROW = SMALL | {"num_samples": 64, "predictor_dim": 12}
