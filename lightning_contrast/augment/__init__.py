@@ -8,6 +8,7 @@ is made. `lightning_contrast.augment.fused` has the operations of which policies
 from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, ijepa_views, msn_views, swav_views
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.two_view import (
+    align_uniform_views,
     barlow_twins_views,
     byol_views,
     moco_v1_views,
@@ -24,6 +25,7 @@ from lightning_contrast.augment.view_spec import ViewSpec
 __all__ = [
     "ViewPolicy",
     "ViewSpec",
+    "align_uniform_views",
     "barlow_twins_views",
     "byol_views",
     "dino_views",

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import kornia.augmentation as K
 import torch
 from kornia.augmentation.auto import AutoAugment, RandAugment, TrivialAugment
+from kornia.augmentation.auto.autoaugment.autoaugment import imagenet_policy
+from kornia.augmentation.auto.rand_augment.rand_augment import default_policy as RANDAUGMENT
+from kornia.augmentation.auto.trivial_augment.trivial_augment import default_policy as TRIVIALAUGMENT
 from torch import Tensor, nn
 
 from lightning_contrast.augment.images import as_float
@@ -13,13 +16,49 @@ from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 _RANDAUGMENT_COUNT, _RANDAUGMENT_MAGNITUDE = 2, 9  # out of 30; the paper's values for a ResNet-50 on ImageNet
 
 
-def auto_augment(name: Auto) -> nn.Module:
-    """Return the Kornia automatic augmentation called ``name``, with its published settings."""
+class PerImage(nn.Module):
+    """Apply to each image ``count`` of the given modules, drawn for each image with replacement.
+
+    Kornia's automatic augmentations draw their operations once per batch; the papers and torchvision draw them for
+    each image. Images with the same operation are processed together, so a batch takes one call per operation and
+    not one per image. Row numbers are drawn on the host and copied to the device; nothing is read back.
+
+    Args:
+        choices: Modules from images ``(N, C, H, W)`` to images of the same shape, all equally likely.
+        count: Number of modules per image, >= 1.
+    """
+
+    def __init__(self, choices: Sequence[nn.Module], count: int = 1) -> None:
+        super().__init__()
+        self.choices, self.count = nn.ModuleList(choices), count
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the augmented images ``(B, C, H, W)`` of float images of that shape, in the same order."""
+        for drawn in torch.randint(len(self.choices), (self.count, len(images))):
+            augmented = torch.empty_like(images)
+            for number, choice in enumerate(self.choices):
+                rows = (drawn == number).nonzero().flatten()
+                if len(rows):
+                    rows = rows.to(images.device, non_blocking=True)
+                    augmented.index_copy_(0, rows, choice(images.index_select(0, rows)).to(images.dtype))
+            images = augmented
+        return images
+
+
+def auto_augment(name: Auto) -> PerImage:
+    """Return an automatic augmentation with its published settings, drawn for each image.
+
+    Args:
+        name: ``"randaugment"`` (https://arxiv.org/abs/1909.13719), ``"autoaugment"``
+            (https://arxiv.org/abs/1805.09501, the ImageNet policy) or ``"trivialaugment"``
+            (https://arxiv.org/abs/2103.10158). The operations and their ranges are Kornia's.
+    """
     if name == "randaugment":
-        return RandAugment(_RANDAUGMENT_COUNT, _RANDAUGMENT_MAGNITUDE)
+        single = [RandAugment(1, _RANDAUGMENT_MAGNITUDE, policy=[operation]) for operation in RANDAUGMENT]
+        return PerImage(single, _RANDAUGMENT_COUNT)
     if name == "autoaugment":
-        return AutoAugment("imagenet")
-    return TrivialAugment()
+        return PerImage([AutoAugment([operations]) for operations in imagenet_policy])
+    return PerImage([TrivialAugment([operation]) for operation in TRIVIALAUGMENT])
 
 
 class StockView(nn.Module):

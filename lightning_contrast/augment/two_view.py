@@ -230,6 +230,25 @@ def simsiam_views(
     return moco_v2_views(size, mean=mean, std=std, **options)
 
 
+def align_uniform_views(
+    size: int = 64, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+) -> ViewPolicy:
+    """Return the two views of alignment and uniformity on STL-10.
+
+    Crop 0.08..1, flip 0.5, jitter (0.4, 0.4, 0.4, 0.4) at 1, grayscale 0.2, no blur.
+
+    Source: https://arxiv.org/abs/2005.10242 and https://github.com/SsnL/align_uniform (its STL-10 example).
+
+    Args:
+        size: As in `moco_v1_views`.
+        mean: As in `moco_v1_views`.
+        std: As in `moco_v1_views`.
+        **options: See `ViewOptions`.
+    """
+    spec = ViewSpec(size, (0.08, 1.0), (0.4, 0.4, 0.4, 0.4), jitter_p=1.0)
+    return make_policy([spec, spec], mean=mean, std=std, **options)
+
+
 def supcon_views(
     size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
 ) -> ViewPolicy:

@@ -22,8 +22,9 @@ class ViewOptions(TypedDict, total=False):
         fused: Use fused operations; False uses stock Kornia, which is slower and point-samples downscaled crops.
         channels: Number of channels of the images; any other than 1 and 3 needs ``color=False``.
         color: Apply saturation, hue and grayscale, which are defined for RGB only.
-        auto: Kornia's ``"randaugment"``, ``"autoaugment"`` or ``"trivialaugment"``, applied before each view. Their
-            code reads single values on the host and so may synchronize with an accelerator; no other option does.
+        auto: ``"randaugment"``, ``"autoaugment"`` or ``"trivialaugment"``, drawn for each image and applied before each
+            view, with one call of Kornia for each operation in use. Kornia's code reads single values on the host and
+            so may synchronize with an accelerator; no other option does.
         backend: ``"cpu"``, ``"accelerator"``, or None to choose by the device of the images.
     """
 

@@ -23,13 +23,16 @@ class FolderImages(Dataset[Sample | None]):
         paths: The files.
         labels: Class index of each file, -1 for none.
         size: Height and width, in pixels.
-        resize: "crop" or "squash".
+        resize: "crop", "center" or "squash".
         loader: Function that reads one file; None reads RGB with Pillow.
         indices: Whether batches include the positions.
 
     Attributes:
         unreadable: Files that could not be read so far, ``(N,)`` bool; in memory shared by all workers.
     """
+
+    takes_seeds = True
+    """The training order gives `SeededIndex`es; all other loaders give plain indices and get center crops."""
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class FolderImages(Dataset[Sample | None]):
                     return None
                 continue
             try:
-                image = self._resized(_as_image(value))
+                image = self._resized(_as_image(value), getattr(index, "seed", None))
             except Exception as error:  # invalid output of the loader, not an unreadable file
                 raise RuntimeError(
                     f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
@@ -127,12 +130,17 @@ class FolderImages(Dataset[Sample | None]):
             what = f"Cannot read the image {self.paths[position]}: {error}"
             warnings.warn(f"{what} It is skipped, as are further ones, without another warning.", stacklevel=2)
 
-    def _resized(self, image: Tensor) -> Tensor:
+    def _resized(self, image: Tensor, seed: int | None) -> Tensor:
+        """Return the square ``(C, size, size)``; with a seed at a random place along the longer side."""
         from torchvision.transforms.v2 import functional as F
 
         shape = [self.size, self.size]
         resized: Tensor = F.resize(image, shape if self.resize == "squash" else [self.size], antialias=True)
-        return resized if self.resize == "squash" else F.center_crop(resized, shape)
+        if self.resize == "crop" and seed is not None:
+            top, left = (seed % (edge - self.size + 1) for edge in resized.shape[-2:])
+            resized = resized[..., top : top + self.size, left : left + self.size]
+        square: Tensor = F.center_crop(resized, shape)
+        return square
 
 
 def read_rgb(path: str) -> Tensor:

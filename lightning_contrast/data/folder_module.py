@@ -35,7 +35,12 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         size: Height and width of the images, in pixels, >= 1. Use more than the size of the views, for detail in crops.
         batch_size: Images per batch on each rank, >= 1. In training a short last batch is dropped.
         num_workers: Worker processes on each rank, >= 0.
-        resize: "crop" resizes the shorter side to ``size`` and crops the center; "squash" resizes both sides.
+        resize: How an image becomes a square, which keeps batches rectangular. "crop" resizes the shorter side to
+            ``size`` and cuts a square: in training at a place along the longer side that is drawn for each image and
+            epoch, so that views show all parts of an image (those of one step come from the same square); in
+            evaluation, and in the feature bank of a k-NN probe, at the center. "center" always cuts the center:
+            views never show the sides. "squash" resizes both sides: each view is cut from the whole image, and the
+            aspect ratios of the crops scale with the image's, as in SimCLR's reference implementation.
         loader: Function that reads one file, for formats without Pillow support: ``loader(path)`` returns a tensor or
             array ``(C, H, W)`` or ``(H, W)`` with any number of channels. uint8 is kept, uint16 is divided by 65535,
             floats must lie in 0..1. It must not draw random numbers, for exact resume.
@@ -62,7 +67,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         size: int = 256,
         batch_size: int = 256,
         num_workers: int = 4,
-        resize: Literal["crop", "squash"] = "crop",
+        resize: Literal["crop", "center", "squash"] = "crop",
         loader: Loader | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         extensions: Sequence[str] | None = None,
@@ -74,7 +79,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         check_loading(batch_size, seed)
         check_at_least("size", size, 1)
         check_at_least("num_workers", num_workers, 0)
-        check_choice("resize", resize, ("crop", "squash"))
+        check_choice("resize", resize, ("crop", "center", "squash"))
         check_choice("on_error", on_error, ("raise", "skip"))
         self.dirs = {"train": Path(train_dir)} | ({"val": Path(val_dir)} if val_dir is not None else {})
         self.size, self.resize, self.loader, self.on_error = size, resize, loader, on_error

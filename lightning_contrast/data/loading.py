@@ -66,6 +66,23 @@ class MemoryImages(Dataset[Batch]):
         return (*batch, rows) if self.indices else batch
 
 
+class SeededIndex(int):
+    """An index in the training order with a seed for what the dataset draws for this image in this epoch.
+
+    Args:
+        index: Index in the dataset.
+        seed: A function of (seed of the order, epoch, index), so that resumed runs draw the same.
+    """
+
+    def __new__(cls, index: int, seed: int = 0) -> "SeededIndex":
+        """Return the index; it compares and computes as a plain integer."""
+        made = super().__new__(cls, index)
+        made.seed = seed
+        return made
+
+    seed: int
+
+
 class EpochSampler(DistributedSampler[Any]):
     """Samples the share of one rank in an order that is a function of (seed, epoch).
 
@@ -125,8 +142,10 @@ class EpochSampler(DistributedSampler[Any]):
         else:
             order = torch.arange(total)
         repeats = -(-self.total_size // total)
-        rows = order.repeat(repeats)[: self.total_size][self.rank :: self.num_replicas]
-        return iter(rows[self.first :].tolist())
+        rows = order.repeat(repeats)[: self.total_size][self.rank :: self.num_replicas][self.first :].tolist()
+        if self.shuffle and getattr(self.dataset, "takes_seeds", False):
+            return (SeededIndex(row, derived_seed(self.seed, self.epoch, row)) for row in rows)
+        return iter(rows)
 
 
 class _Pass:

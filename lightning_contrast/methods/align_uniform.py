@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_not_negative, check_positive
-from lightning_contrast.augment import moco_v2_views
+from lightning_contrast.augment import align_uniform_views
 from lightning_contrast.losses import alignment, uniformity
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, build_head
@@ -43,7 +43,7 @@ class AlignUniform(SelfSupervisedModule):
     """
 
     base_lr: ClassVar[float] = 0.12
-    views = staticmethod(moco_v2_views)
+    views = staticmethod(align_uniform_views)
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from lightning_contrast.losses import barlow_twins_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.optim.layer_decay import RATE_MULTIPLIER, apply_rates
 
 
 class BarlowTwins(SelfSupervisedModule):
@@ -33,9 +34,11 @@ class BarlowTwins(SelfSupervisedModule):
         head_norm: Norm of the hidden layers, "batch", "layer" or None.
         projector: A module (B, F) -> (B, D) that replaces the head.
         off_diagonal_weight: Weight of the correlations between dimensions, >= 0.
+        loss_scale: Factor of the loss, > 0, which matters for norms and biases only under LARS; solo-learn has 0.1 on
+            CIFAR-10, where norms and biases have the learning rate of the weights.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.2 x global batch / 256.
-        vector_lr: Learning rate of norms and biases as a share of ``lr``, > 0. Only for "lars", which adapts the
+        vector_lr: Learning rate of norms and biases as a share of ``lr``, > 0. Only for LARS, which adapts the
             rate of the weights but not theirs; the paper has 0.0048 and 0.2.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.001 of the peak.
@@ -54,6 +57,7 @@ class BarlowTwins(SelfSupervisedModule):
         head_norm: Norm = "batch",
         projector: nn.Module | None = None,
         off_diagonal_weight: float = 0.0051,
+        loss_scale: float = 1.0,
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         vector_lr: float = 0.024,
@@ -65,32 +69,34 @@ class BarlowTwins(SelfSupervisedModule):
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_not_negative("off_diagonal_weight", off_diagonal_weight)
+        check_positive("loss_scale", loss_scale)
         check_positive("vector_lr", vector_lr)
-        self.off_diagonal_weight, self.vector_lr = off_diagonal_weight, vector_lr
+        self.off_diagonal_weight, self.loss_scale, self.vector_lr = off_diagonal_weight, loss_scale, vector_lr
         self.projector = projector or build_head(
             "barlow_twins", self.feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, norm=head_norm
         )
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the Barlow Twins loss of two views, and features (B, F)."""
+        """Return the scaled Barlow Twins loss of two views, and features (B, F)."""
         view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)
         projection_b = self.projector(self.backbone(view_b))  # (B, D)
         loss = barlow_twins_loss(projection_a, projection_b, off_diagonal_weight=self.off_diagonal_weight)
+        loss = loss * self.loss_scale
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features.detach()}
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule; with LARS, norms and biases have their own learning rate."""
         configured = super().configure_optimizers()
-        if self.optimizer == "lars":
-            base_lrs = configured["lr_scheduler"]["scheduler"].base_lrs
-            for index, group in enumerate(configured["optimizer"].param_groups):
-                if not group["adapt"]:
-                    group["lr"] *= self.vector_lr
-                    base_lrs[index] = group["initial_lr"] = group["initial_lr"] * self.vector_lr
+        optimizer = configured["optimizer"]
+        if isinstance(optimizer, optim.LARS):  # also one given as a class
+            for group in optimizer.param_groups:
+                if not group["adapt"] and "bounds" not in group:
+                    group[RATE_MULTIPLIER] = self.vector_lr
+            apply_rates(configured)
         return configured
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:

@@ -8,7 +8,7 @@ of every epoch; v1's learning rate drops at 60 % and 80 % of any run instead of 
 """
 
 import copy
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import lightning as L
 import torch
@@ -38,7 +38,7 @@ class MoCo(SelfSupervisedModule):
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        head_layers: Layers of the projector: 1 is MoCo v1 (with its temperature and its schedule), 2 is MoCo v2.
+        head_layers: Layers of the projector: 1 is MoCo v1, 2 is MoCo v2.
         projection_dim: D, the width of the projection, also of a custom ``projector``.
         projector: A module (B, F) -> (B, D) that replaces the head; the EMA network gets a copy.
         momentum: EMA momentum of the key encoder, in [0, 1].
@@ -57,6 +57,9 @@ class MoCo(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is the paper's 0.03 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the paper has none.
+        lr_schedule: Learning rate after the warm-up: "steps" is divided by 10 at 60 % and 80 % of the run, "cosine"
+            falls to 0. None is the paper's: "steps" for ``head_layers=1`` (v1), else "cosine". The CIFAR-10 demo has
+            one layer and the cosine.
         **options: See `BackboneOptions`.
     """
 
@@ -83,17 +86,20 @@ class MoCo(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
+        lr_schedule: Literal["cosine", "steps"] | None = None,
         **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_choice("head_layers", head_layers, (1, 2))
+        check_choice("lr_schedule", lr_schedule, (None, "cosine", "steps"))
         check_probability("momentum", momentum)
         check_at_least("queue_size", queue_size, 1)
         check_at_least("batchnorm_splits", batchnorm_splits, 1)
         if temperature is None:
             temperature = 0.07 if head_layers == 1 else 0.2
+        self.lr_schedule = lr_schedule or ("steps" if head_layers == 1 else "cosine")
         self.head_layers, self.momentum, self.temperature = head_layers, momentum, check_temperature(temperature)
         self.weighting, self.mask_same = as_negatives(weighting), check_mask_same(mask_same)
         self.symmetric, self.keys_per_image = symmetric, 1 + symmetric
@@ -139,7 +145,7 @@ class MoCo(SelfSupervisedModule):
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the factor: linear warm-up, then v1's step decay or v2's cosine."""
-        if self.head_layers == 2 or step < warmup_steps:
+        if self.lr_schedule == "cosine" or step < warmup_steps:
             return super().lr_factor(step, warmup_steps, total_steps)
         return step_decay(step, (round(0.6 * total_steps), round(0.8 * total_steps)))
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Unpack
 
 import lightning as L
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_probability
@@ -37,7 +38,9 @@ class MoCoV3(SelfSupervisedModule):
         head_norm: Norm of the heads' layers, "batch", "layer" or None.
         projector: A module (B, F) -> (B, D) that replaces the head; the EMA network gets a copy.
         predictor: A module (B, D) -> (B, D) that replaces the predictor.
-        freeze_patches: Freeze a ViT's patch projection at its random initialization, which stabilizes training.
+        freeze_patches: Freeze a ViT's patch projection, one convolution, at its random initialization, which stabilizes
+            training. Other patch embeddings (the ResNet of a hybrid ViT, the convolutions of XCiT) are always trained,
+            as in the reference implementation.
         momentum: EMA momentum of the key encoder at the first step, in [0, 1]; rises to 1 as a cosine.
         temperature: Divisor of the cosine similarities, > 0; None is 1 (ResNet) or 0.2 (ViT). A number,
             `nn.LearnedTemperature` (the loss's factor of twice the temperature is then a constant),
@@ -88,8 +91,8 @@ class MoCoV3(SelfSupervisedModule):
         head: dict[str, Any] = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
         if vit:
             self.base_lr = self.base_lr_vit  # type: ignore[misc]  # of this instance
-        if patches is not None and freeze_patches:
-            patches.requires_grad_(False)
+        if isinstance(patches, PatchEmbed) and freeze_patches:
+            patches.proj.requires_grad_(False)
         self.projector = projector or build_head("moco_v3_projector", self.feature_dim, layers=3 if vit else 2, **head)
         self.predictor = predictor or build_head(
             "moco_v3_predictor", projection_dim, last_norm="plain" if vit else None, **head

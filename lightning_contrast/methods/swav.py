@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast import distributed, optim
-from lightning_contrast._checks import check_at_least, check_positive
+from lightning_contrast._checks import check_at_least, check_positive, check_probability
 from lightning_contrast.augment import swav_views
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import swav_loss
@@ -50,7 +50,10 @@ class SwAV(SelfSupervisedModule):
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up from 1/16 of the peak, before the cosine to 0.001 of it.
+        warmup_epochs: Epochs of linear warm-up, before the cosine to 0.001 of the peak.
+        warmup_start: Learning rate at the start of the warm-up as a share of its peak, in [0, 1]; the paper has
+            0.3 / 4.8.
+        adapt_vectors: Let LARS adapt norms and biases too, as in the paper; solo-learn does not.
         **options: See `BackboneOptions`.
     """
 
@@ -76,6 +79,8 @@ class SwAV(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-6,
         warmup_epochs: int = 10,
+        warmup_start: float = 0.0625,
+        adapt_vectors: bool = True,
         **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
@@ -89,6 +94,8 @@ class SwAV(SelfSupervisedModule):
         check_positive("epsilon", epsilon)
         check_at_least("sinkhorn_iterations", sinkhorn_iterations, 1)
         self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
+        check_probability("warmup_start", warmup_start)
+        self.warmup_start, self.adapt_vectors = warmup_start, adapt_vectors
         self.freeze_prototypes_epochs, self.queue_start_epoch = freeze_prototypes_epochs, queue_start_epoch
         self.projector = projector or build_head(
             "swav", self.feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, norm=head_norm
@@ -138,12 +145,13 @@ class SwAV(SelfSupervisedModule):
         return [QueueUpdate()] if self.queues() else []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups; LARS adapts all of them, in the form of the reference's LARC."""
-        return [group | {"adapt": True, "trust_form": "B"} for group in super().parameter_groups()]
+        """Return the optimizer's groups; LARS adapts them in the form of the reference's LARC."""
+        groups = [group | {"trust_form": "B"} for group in super().parameter_groups()]
+        return [group | {"adapt": True} if self.adapt_vectors and "bounds" not in group else group for group in groups]
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
-        """Return the factor: linear warm-up from 0.3 / 4.8, then a cosine to 0.001."""
-        return optim.warmup_cosine(step, warmup_steps, total_steps, start=0.0625, end=0.001)
+        """Return the factor: linear warm-up, then a cosine to 0.001."""
+        return optim.warmup_cosine(step, warmup_steps, total_steps, start=self.warmup_start, end=0.001)
 
     @torch.no_grad()
     def _queue_scores(self) -> tuple[list[Tensor] | None, Tensor | None]:

@@ -18,41 +18,50 @@ Temperature: TypeAlias = float | nn.Module | Callable[[int], float]
 class LearnedTemperature(nn.Module):
     """A temperature that is trained with the network, as in CLIP.
 
-    Stored as its logarithm, a parameter of shape (1,) without weight decay
-    (https://arxiv.org/abs/2103.00020, section 2.5). A call returns ``exp(log_temperature)``, shape (1,), clamped to
-    the bounds; a parameter beyond a bound still receives gradients that lead back.
+    Stored as its logarithm, a parameter of shape (1,) (https://arxiv.org/abs/2103.00020, section 2.5). A call returns
+    ``exp(log_temperature)``, shape (1,), clamped to the bounds; a parameter beyond a bound still receives gradients
+    that lead back. `optim.parameter_groups` puts the parameter into a group of its own, without weight decay and trust
+    ratio, with the learning rate ``lr``: the rates of "sgd" and "lars" are chosen for weights and would move the
+    logarithm from bound to bound. `optim.build_optimizer` clamps the parameter after every step.
 
-    Differs from it: the bounds apply to the value, not to the parameter after the step, so it is the same under
-    every strategy; CLIP's scale is 1 / temperature, at most 100, and starts at 1 / 0.07.
+    CLIP's scale is 1 / temperature, at most 100, and starts at 1 / 0.07.
 
     Args:
         init: Temperature at the start, in [minimum, maximum].
         minimum: Lower bound, > 0.
         maximum: Upper bound.
+        lr: Peak learning rate of the logarithm, > 0; it follows the schedule of the run. With "adamw" it is the largest
+            relative change per step; with "sgd" and "lars" it multiplies the gradient.
 
     Raises:
-        ValueError: If a bound is not above 0 or ``init`` lies outside the bounds.
+        ValueError: If a bound or ``lr`` is not above 0, or ``init`` lies outside the bounds.
 
     Example:
         >>> round(LearnedTemperature(0.1)().item(), 6)
         0.1
     """
 
-    def __init__(self, init: float = 0.07, minimum: float = 0.01, maximum: float = 1.0) -> None:
+    def __init__(self, init: float = 0.07, minimum: float = 0.01, maximum: float = 1.0, lr: float = 1e-3) -> None:
         super().__init__()
         check_positive("minimum", minimum)
+        check_positive("lr", lr)
         require(minimum <= init <= maximum, "init", f"lie in [{minimum}, {maximum}]", init, "Move a bound or the start")
-        self.init, self.minimum, self.maximum = init, minimum, maximum
+        self.init, self.minimum, self.maximum, self.lr = init, minimum, maximum, lr
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(init)))
+
+    @property
+    def group_options(self) -> dict[str, Any]:
+        """Options of the parameter's group in the optimizer: its learning rate and its bounds."""
+        return {"lr": self.lr, "bounds": (math.log(self.minimum), math.log(self.maximum))}
 
     def forward(self) -> Tensor:
         """Return the temperature, (1,)."""
-        low, high = math.log(self.minimum), math.log(self.maximum)
+        low, high = self.group_options["bounds"]
         return cast("Tensor", _Bounded.apply(self.log_temperature, low, high)).exp()
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows between the parentheses."""
-        return f"init={self.init}, minimum={self.minimum}, maximum={self.maximum}"
+        return f"init={self.init}, minimum={self.minimum}, maximum={self.maximum}, lr={self.lr}"
 
 
 class _Bounded(torch.autograd.Function):

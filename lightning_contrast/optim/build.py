@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_contrast._checks import check_choice, check_not_negative, fail
 from lightning_contrast.optim.lars import LARS
+from lightning_contrast.sharding import local
 
 OptimizerLike: TypeAlias = str | Callable[..., Optimizer]
 OPTIMIZERS = ("sgd", "adamw", "lars", "lamb")
@@ -39,8 +40,10 @@ def build_optimizer(
     Args:
         optimizer: ``"sgd"``, ``"adamw"``, ``"lars"`` or ``"lamb"`` (timm's); or a callable, such as an optimizer
             class, that takes the groups and optionally ``lr``.
-        groups: Parameter groups with their weight decay, as `parameter_groups` returns them.
-        lr: Learning rate, >= 0.
+        groups: Parameter groups with their weight decay, as `parameter_groups` returns them. A group may have an ``lr``
+            of its own, and ``bounds``, the smallest and largest value of its parameters, which are clamped after every
+            step.
+        lr: Learning rate of the groups without one, >= 0.
         sgd_momentum: Momentum of ``"sgd"`` and ``"lars"``, in [0, 1).
         options: Further arguments of the optimizer, such as ``betas`` or ``trust_coefficient``.
 
@@ -51,6 +54,15 @@ def build_optimizer(
     check_not_negative("lr", lr)
     check_optimizer(optimizer)
     groups = [dict(group) for group in groups]  # torch writes its defaults into the dicts
+    built = _build(optimizer, groups, lr, sgd_momentum, options)
+    if any("bounds" in group for group in built.param_groups):
+        built.register_step_post_hook(_clamp)
+    return built
+
+
+def _build(
+    optimizer: OptimizerLike, groups: list[dict[str, Any]], lr: float, sgd_momentum: float, options: dict[str, Any]
+) -> Optimizer:
     if isinstance(optimizer, str):
         if optimizer == "sgd":
             return torch.optim.SGD(groups, lr=lr, momentum=sgd_momentum, **options)
@@ -67,6 +79,15 @@ def build_optimizer(
         hint = "Return a torch.optim.Optimizer over the given groups"
         fail("optimizer", "return an optimizer", type(built).__name__, hint, TypeError)
     return built
+
+
+@torch.no_grad()
+def _clamp(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Clamp the parameters of the groups with ``bounds``, each rank its own shard, without a host read."""
+    for group in optimizer.param_groups:
+        if "bounds" in group:
+            for parameter in group["params"]:
+                local(parameter).clamp_(*group["bounds"])
 
 
 def _takes_lr(optimizer: Callable[..., Optimizer]) -> bool:

@@ -1,4 +1,4 @@
-"""Parameter groups with and without weight decay."""
+"""Parameter groups with and without weight decay, and of parameters with a learning rate of their own."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -26,7 +26,9 @@ def parameter_groups(
 
     Returns:
         Two groups, possibly empty: the decayed parameters, and the others with ``weight_decay=0`` and ``adapt=False``,
-        which excludes them from the trust ratio of `LARS` (other optimizers ignore the key).
+        which excludes them from the trust ratio of `LARS` (other optimizers ignore the key). Then one group for each
+        submodule with ``group_options``, such as a `nn.LearnedTemperature`: its own parameters, without weight decay
+        and trust ratio, with those options, for example ``lr`` and ``bounds`` (see `build_optimizer`).
 
     Raises:
         ValueError: If the parameters are flattened into one (FSDP1 without ``use_orig_params=True``).
@@ -37,14 +39,20 @@ def parameter_groups(
     dims = dict(_unflattened_dims(module))
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    own: list[dict[str, Any]] = []
     seen: set[nn.Parameter] = set()
     for owner in module.modules():
+        options: dict[str, Any] | None = getattr(owner, "group_options", None)
+        mine: list[nn.Parameter] = []
         for name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
             if hasattr(parameter, "_is_flat_param") or name == "_flat_param":
                 fail("use_orig_params", "be True", False, "Pass use_orig_params=True to the FSDP strategy")
             seen.add(parameter)
+            if options is not None:
+                mine.append(parameter)
+                continue
             if name.endswith("bias"):
                 kind = "bias"
             elif isinstance(owner, _NORMS) or dims.get(parameter, parameter.ndim) <= 1:
@@ -52,9 +60,12 @@ def parameter_groups(
             else:
                 kind = "weight"
             (others if kind in exclude else decayed).append(parameter)
+        if options is not None and mine:
+            own.append({"params": mine, "weight_decay": 0.0, "adapt": False, **options})
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0, "adapt": False},
+        *own,
     ]
 
 

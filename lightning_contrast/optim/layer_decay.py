@@ -12,7 +12,7 @@ from torch import nn
 
 _BLOCK = re.compile(r"\bblocks\.(\d+)\.")
 _INPUT = re.compile(r"\b(patch_embed|pos_embed|cls_token|reg_token|mask_token)\b")
-_MULTIPLIER = "lr_multiplier"  # key of a parameter group
+RATE_MULTIPLIER = "lr_multiplier"  # key of a parameter group
 
 
 def layer_rates(backbone: nn.Module, layer_decay: float, patch_multiplier: float) -> dict[nn.Parameter, float]:
@@ -55,7 +55,7 @@ def split_by_rate(
         parts: dict[float, list[nn.Parameter]] = {1.0: []}
         for parameter in group["params"]:
             parts.setdefault(rates.get(parameter, 1.0), []).append(parameter)
-        split += [{**group, "params": part, _MULTIPLIER: rate} for rate, part in parts.items()]
+        split += [{**group, "params": part, RATE_MULTIPLIER: rate} for rate, part in parts.items()]
     return split
 
 
@@ -68,6 +68,6 @@ def apply_rates(configured: Mapping[str, Any]) -> None:
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for group in optimizer.param_groups:
         for key in ("lr", "initial_lr"):
-            group[key] *= group.get(_MULTIPLIER, 1.0)
+            group[key] *= group.get(RATE_MULTIPLIER, 1.0)
     schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from benchmarks.common import count_launches
 from lightning_contrast import augment
+from lightning_contrast.augment import kornia_view
 from lightning_contrast.augment import two_view as policies
 from lightning_contrast.augment.fused import view as view_module
 from lightning_contrast.augment.multi_crop import local_size_of
@@ -19,12 +20,13 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
 ONE_VIEW = {"ijepa_views"}
-NO_BLUR = {"simclr_cifar_views", "moco_v1_views", "supcon_views"}
+NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
 TABLE = {
     "simclr_views": ((0.08, 1), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "simclr_cifar_views": ((0.08, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "align_uniform_views": ((0.08, 1), (0.4, 0.4, 0.4, 0.4), 1.0, 0.2, (0, 0), (0, 0)),
     "moco_v1_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.4), 1.0, 0.2, (0, 0), (0, 0)),
     "moco_v2_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "moco_v3_views": ((0.2, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
@@ -328,6 +330,43 @@ def test_automatic_augmentation(emoji, auto, fused):
         assert -bound(FORMULA) <= view.min() <= view.max() <= 1 + bound(FORMULA)
 
 
+@pytest.mark.parametrize(
+    ("auto", "reference"),
+    [
+        ("randaugment", v2.RandAugment(2, 9)),
+        ("autoaugment", v2.AutoAugment()),
+        ("trivialaugment", v2.TrivialAugmentWide()),
+    ],
+)
+def test_automatic_augmentation_is_drawn_for_each_image(photos, auto, reference):
+    image = photos[0]
+    torch.manual_seed(0)
+    ours = kornia_view.auto_augment(auto)(image[None].float().div(255).expand(64, -1, -1, -1).contiguous())
+    theirs = torch.stack([reference(image) for _ in range(64)])
+    distinct = [len(torch.unique(batch.flatten(1), dim=0)) for batch in (ours.mul(255).round(), theirs)]
+    assert distinct[0] > 0.6 * distinct[1]
+    assert ours.shape == (64, *image.shape)
+
+
+class Add(torch.nn.Module):
+    def __init__(self, amount):
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, images):
+        return images + self.amount
+
+
+def test_operations_per_image_keep_the_order_of_the_batch():
+    torch.manual_seed(0)
+    images = torch.arange(300.0).mul(1000)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+    added = kornia_view.PerImage([Add(1), Add(10), Add(100)], count=2)(images) - images
+    assert added.amin((1, 2, 3)).equal(added.amax((1, 2, 3)))
+    amounts, counts = added[:, 0, 0, 0].unique(return_counts=True)
+    assert amounts.tolist() == [2, 11, 20, 101, 110, 200]  # with replacement, as in the paper
+    assert counts.div(300).tolist() == pytest.approx([1 / 9, 2 / 9, 1 / 9, 2 / 9, 2 / 9, 1 / 9], abs=0.08)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 13])
 def test_other_numbers_of_channels(channels):
     images = torch.rand(6, channels, 20, 20)
@@ -362,7 +401,7 @@ def test_everything_but_the_size_is_given_by_keyword(name):
     assert {p.kind for p in parameters[1:-1]} == {inspect.Parameter.KEYWORD_ONLY}
     assert (parameters[-1].name, parameters[0].default) == (
         "options",
-        32 if "cifar" in name or name == "supcon_views" else 224,
+        {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64}.get(name, 224),
     )
     with pytest.raises(TypeError, match="positional argument"):
         POLICIES[name](8, [0.5] * 3, [0.5] * 3)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from torchvision.transforms import v2
 
+from lightning_contrast import augment
 from lightning_contrast.data import ImageFolderDataModule
 from tests.launch import run_processes
 
@@ -71,12 +73,91 @@ def test_crop_and_squash(tmp_path):
     pixels = np.zeros((8, 24, 3), dtype=np.uint8)
     pixels[:, 8:16], pixels[:, 16:] = 100, 200
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    crop = next(iter(ImageFolderDataModule(tmp_path, size=8, batch_size=1, num_workers=0).train_dataloader()))[0]
-    assert (crop == 100).all()
+    center = ImageFolderDataModule(tmp_path, size=8, batch_size=1, num_workers=0, resize="center")
+    assert (next(iter(center.train_dataloader()))[0] == 100).all()
     squash = ImageFolderDataModule(tmp_path, size=12, batch_size=1, num_workers=0, resize="squash")
     image = next(iter(squash.train_dataloader()))[0][0, 0]
     assert image.shape == (12, 12)
     assert image[:, [1, 6, 10]].unique(dim=0).tolist() == [[0, 100, 200]]
+
+
+def _ramps(folder, count=30):
+    """Write images whose value is the column (landscape) or the row (portrait), 24 pixels long and 8 wide."""
+    for place in range(count):
+        ramp = np.arange(24, dtype=np.uint8)[None].repeat(8, axis=0)
+        path = folder / "a" / f"{place:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ramp.T.copy() if place % 2 else ramp).save(path)
+
+
+def _starts(loader, epoch):
+    """Return the place at which the square of each image was cut, in the order of the files."""
+    loader.sampler.set_epoch(epoch)
+    images, _, positions = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert images.shape[1:] == (3, 8, 8)
+    return images[:, 0].flatten(1).amin(1)[positions.argsort()].tolist()
+
+
+def test_training_crops_come_from_the_whole_image(tmp_path):
+    _ramps(tmp_path)
+    settings = {"size": 8, "batch_size": 5, "indices": True}
+    data, other = (ImageFolderDataModule(tmp_path, tmp_path, num_workers=0, seed=s, **settings) for s in (0, 1))
+    starts = [_starts(data.train_dataloader(), epoch) for epoch in range(20)]
+    share = torch.tensor(starts).flatten().bincount(minlength=17) / 600
+    assert share.numel() == 17
+    assert share.tolist() == pytest.approx([1 / 17] * 17, abs=0.05)
+    assert all(len(set(column)) > 5 for column in zip(*starts, strict=True))  # every image, over the epochs
+    assert _starts(data.train_dataloader(), 3) == starts[3]
+    assert _starts(other.train_dataloader(), 3) != starts[3]
+    for batch in (*data.val_dataloader(), *data.predict_dataloader()):
+        assert (batch[0][:, 0].flatten(1).amin(1) == 8).all()  # the center
+    assert data.train_dataloader().dataset[0][0].min() == 8  # as a feature bank reads it
+
+
+@pytest.mark.slow
+def test_places_of_crops_do_not_depend_on_workers_and_resume(tmp_path):
+    _ramps(tmp_path)
+    settings = {"size": 8, "batch_size": 5, "indices": True}
+    alone, workers = (ImageFolderDataModule(tmp_path, num_workers=n, **settings) for n in (0, 2))
+    assert _starts(workers.train_dataloader(), 2) == _starts(alone.train_dataloader(), 2)
+    whole, resumed = alone.train_dataloader(), alone.train_dataloader()
+    whole.sampler.set_epoch(1)
+    batches = list(whole)
+    resumed.load_state_dict(whole.state_dict() | {"position": 2})
+    for left, right in zip(batches[2:], resumed, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_views_show_the_sides(tmp_path):
+    """Of a 500 x 375 photograph with red margins, a quarter of the area."""
+    photo = Image.new("RGB", (500, 375), (0, 0, 255))
+    for left in (0, 440):
+        photo.paste((255, 0, 0), (left, 0, left + 60, 375))
+    for place in range(16):
+        photo.save(tmp_path / f"{place}.png")
+    torch.manual_seed(0)
+    policy = augment.make_policy([augment.ViewSpec(32, (0.08, 1.0), jitter_p=0.0, gray_p=0.0)])
+    whole = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(32, (0.08, 1.0)), v2.ToDtype(torch.float32, scale=True)])
+    theirs = torch.stack([whole(photo) for _ in range(160)])
+
+    def shown(resize):
+        loader = ImageFolderDataModule(
+            tmp_path, size=64, batch_size=16, num_workers=0, resize=resize
+        ).train_dataloader()
+        views = []
+        for epoch in range(10):
+            loader.sampler.set_epoch(epoch)
+            views += policy(next(iter(loader))[0])
+        return _red(torch.cat(views))
+
+    assert _red(theirs) > 0.5
+    assert shown("center") < 0.05
+    assert shown("crop") > 0.45 * _red(theirs)  # the views of a step share a square, so that they see one side at most
+    assert shown("squash") > 0.9 * _red(theirs)
+
+
+def _red(views):
+    return (((views[:, 0] > 0.5).flatten(1).float().mean(1)) > 0.01).float().mean().item()
 
 
 def test_shrinking_is_antialiased(tmp_path):
@@ -279,7 +360,7 @@ def test_classes_of_validation_must_be_known(folder):
         ({"batch_size": 0}, r"`batch_size` must be >= 1, got 0"),
         ({"size": 0}, r"`size` must be >= 1, got 0"),
         ({"num_workers": -1}, r"`num_workers` must be >= 0, got -1"),
-        ({"resize": "pad"}, r"`resize` must be one of 'crop', 'squash', got 'pad'"),
+        ({"resize": "pad"}, r"`resize` must be one of 'crop', 'center', 'squash', got 'pad'"),
         ({"seed": -1}, r"`seed` must be >= 0, got -1"),
     ],
 )

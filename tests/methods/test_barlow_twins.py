@@ -61,7 +61,13 @@ def test_paper_defaults(tmp_path):
     assert [module.lr_factor(step, 10, 100) for step in (0, 5, 10, 100)] == pytest.approx([0, 0.5, 1, 0.001])
 
 
-@pytest.mark.parametrize(("optimizer", "share"), [("lars", 0.5), ("sgd", 1.0), ("adamw", 1.0)])
+def lars_with_options(groups, lr):
+    return LARS(groups, lr=lr, trust_form="B")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "share"), [("lars", 0.5), (LARS, 0.5), (lars_with_options, 0.5), ("sgd", 1.0), ("adamw", 1.0)]
+)
 def test_norms_and_biases_have_their_own_rate_with_lars_at_every_step(optimizer, share, tmp_path):
     module = make("BarlowTwins", optimizer=optimizer, vector_lr=0.5, warmup_epochs=1)
     rates = []
@@ -70,6 +76,11 @@ def test_norms_and_biases_have_their_own_rate_with_lars_at_every_step(optimizer,
     assert len({weights for weights, _ in rates}) > 4
     for weights, vectors in rates:
         assert vectors == pytest.approx(share * weights)
+
+
+def test_loss_scale_multiplies_the_loss():
+    losses = [run_step(make("BarlowTwins", loss_scale=scale), step_batch(CASE))["loss"].item() for scale in (1.0, 0.1)]
+    assert losses[1] == pytest.approx(0.1 * losses[0])
 
 
 def test_batch_too_small_to_correlate():
@@ -83,6 +94,7 @@ def test_batch_too_small_to_correlate():
     [
         ({"off_diagonal_weight": -0.1}, "`off_diagonal_weight` must be >= 0"),
         ({"vector_lr": 0.0}, "`vector_lr` must be > 0"),
+        ({"loss_scale": 0.0}, "`loss_scale` must be > 0"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,5 +1,7 @@
 """MoCo's own properties: its loss, its queue, shuffled BatchNorm, and the callbacks it brings."""
 
+import math
+
 import lightning as L
 import pytest
 import torch
@@ -61,6 +63,17 @@ def test_versions_have_their_heads_temperatures_and_schedules():
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )
     assert v2.lr_factor(100, 0, 200) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("head_layers", [1, 2])
+def test_schedule_is_independent_of_the_head(head_layers):
+    demo, steps = (
+        lc.MoCo(TinyBackbone(), head_layers=head_layers, queue_size=8, lr_schedule=name) for name in ("cosine", "steps")
+    )
+    assert [demo.lr_factor(step, 0, 200) for step in (0, 50, 100, 200)] == pytest.approx(
+        [(1 + math.cos(math.pi * step / 200)) / 2 for step in (0, 50, 100, 200)]
+    )
+    assert [steps.lr_factor(step, 0, 200) for step in (0, 119, 120, 160)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
 def test_after_enough_steps_the_queue_holds_the_last_keys_of_all_steps(tmp_path):

@@ -74,6 +74,19 @@ def test_vit_form_with_frozen_patches(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("vit_tiny_patch16_224", {"patch_embed.proj.weight", "patch_embed.proj.bias"}),
+        ("vit_tiny_r_s16_p8_224", set()),  # a ResNet instead of a patch projection
+        ("xcit_nano_12_p16_224", set()),  # four convolutions with BatchNorm
+    ],
+)
+def test_only_a_plain_patch_projection_is_frozen(name, frozen):
+    module = lc.MoCoV3(name, hidden_dim=8, projection_dim=8)
+    assert {name for name, p in module.backbone.named_parameters() if not p.requires_grad} == frozen
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [({"momentum": 2.0}, r"`momentum` must lie in"), ({"temperature": 0.0}, r"`temperature` must be > 0, got 0\.0")],
 )

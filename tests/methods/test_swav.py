@@ -176,6 +176,15 @@ def test_paper_defaults(tmp_path):
     assert [module.lr_factor(step, 10, 100) for step in (0, 10, 100)] == pytest.approx([0.3 / 4.8, 1, 0.0048 / 4.8])
 
 
+def test_solo_learn_leaves_norms_and_biases_to_plain_sgd_and_warms_up_from_zero():
+    module = small(adapt_vectors=False, warmup_start=0.0)
+    weights, vectors = module.parameter_groups()
+    assert (weights.get("adapt", True), vectors["adapt"], weights["trust_form"]) == (True, False, "B")
+    assert [module.lr_factor(step, 10, 100) for step in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+    with pytest.raises(ValueError, match=r"`warmup_start` must lie in \[0, 1\]"):
+        small(warmup_start=2.0)
+
+
 def test_head_equals_the_reference():
     layers = [m for m in lc.SwAV(TinyBackbone(), hidden_dim=16).projector.modules() if not list(m.children())]
     assert [type(m) for m in layers] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]

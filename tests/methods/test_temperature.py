@@ -88,6 +88,8 @@ def test_a_learned_temperature_moves_is_logged_and_is_saved(tmp_path):
     assert len(set(record.values)) == BATCHES
     (group,) = [g for g in fit.optimizers[0].param_groups if module.temperature.log_temperature in set(g["params"])]
     assert group["weight_decay"] == 0
+    assert (group["initial_lr"], group["adapt"]) == (1e-3, False)
+    assert fit.optimizers[0].param_groups[0]["initial_lr"] != group["initial_lr"]
     fit.save_checkpoint(tmp_path / "learned.ckpt")
     assert "temperature" not in torch.load(tmp_path / "learned.ckpt", weights_only=True)["hyper_parameters"]
     arguments = {"backbone": TinyBackbone(norm=True), "weights_only": True}

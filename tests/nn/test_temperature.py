@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_contrast.nn import LearnedTemperature, ScheduledTemperature
 from lightning_contrast.nn.temperature import check_temperature
-from lightning_contrast.optim import parameter_groups
+from lightning_contrast.optim import build_optimizer, parameter_groups
 from tests.tolerances import ROUNDED, near
 
 
@@ -46,10 +47,39 @@ def test_training_reaches_the_best_temperature_from_behind_a_bound():
 
 
 def test_a_learned_temperature_carries_no_weight_decay():
-    decayed, others = parameter_groups(LearnedTemperature(), 0.1)
+    decayed, others, own = parameter_groups(LearnedTemperature(), 0.1)
     assert not decayed["params"]
-    assert len(others["params"]) == 1
-    assert others["weight_decay"] == 0
+    assert not others["params"]
+    assert len(own["params"]) == 1
+    assert (own["weight_decay"], own["adapt"]) == (0, False)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_a_learned_temperature_has_a_rate_and_bounds_of_its_own(name):
+    temperature = LearnedTemperature(0.1, minimum=0.08, maximum=0.12, lr=0.01)
+    network = nn.ModuleDict({"weight": nn.Linear(3, 3), "temperature": temperature})
+    optimizer = build_optimizer(name, parameter_groups(network, 0.1), lr=4.8)
+    assert [group["lr"] for group in optimizer.param_groups] == [4.8, 4.8, 0.01]
+    logarithm = temperature.log_temperature
+    for direction, bound in ((-1.0, 0.12), (1.0, 0.08)):
+        for step in range(60):
+            logarithm.grad = torch.full((1,), direction)
+            optimizer.step()
+            assert 0.08 * (1 - 1e-6) <= logarithm.exp().item() <= 0.12 * (1 + 1e-6)
+            if step == 0 and name == "lars" and direction < 0:  # momentum SGD: no trust ratio, which would be 0.0023
+                assert logarithm.item() == pytest.approx(math.log(0.1) + 0.01)
+        assert temperature().item() == pytest.approx(bound)
+    with pytest.raises(ValueError, match="`lr` must be > 0"):
+        LearnedTemperature(lr=0.0)
+
+
+def test_only_the_parameters_of_a_group_with_bounds_are_clamped():
+    weight, scale = nn.Parameter(torch.full((2,), 5.0)), nn.Parameter(torch.full((1,), 5.0))
+    optimizer = build_optimizer("sgd", [{"params": [weight]}, {"params": [scale], "bounds": (0.0, 1.0)}], lr=0.1)
+    weight.grad, scale.grad = torch.zeros(2), torch.zeros(1)
+    optimizer.step()
+    assert weight.tolist() == [5.0, 5.0]
+    assert scale.tolist() == [1.0]
 
 
 def test_schedule_is_a_cosine_from_start_to_end():
