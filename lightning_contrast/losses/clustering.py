@@ -166,8 +166,8 @@ def msn_loss(
     # The mean prediction over the anchors of all ranks.
     count = distributed.all_reduce_sum(anchors.new_tensor(float(len(anchors))))
     mean = distributed.all_reduce_sum_with_gradient(predictions.exp().sum(0)) / count  # (K,)
-    # log K minus the entropy, as the divergence from the uniform distribution, which does not cancel near 0. A mean that
-    # underflows to 0 adds 0; without the clamp its logarithm would make the gradient NaN.
+    # log K minus the entropy, as the divergence from the uniform distribution, which does not cancel near 0.
+    # A mean that underflows to 0 adds 0; without the clamp its logarithm would make the gradient NaN.
     relative = (mean * len(prototypes)).clamp_min(torch.finfo(mean.dtype).tiny)
     return torch.as_tensor(cross_entropy + me_max_weight * (mean * relative.log()).sum())
 

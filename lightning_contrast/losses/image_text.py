@@ -13,7 +13,13 @@ from lightning_contrast.losses.kernels.logsumexp import NegativeMask, pair_lse
 from lightning_contrast.losses.kernels.normalization import normalize_rows
 from lightning_contrast.losses.kernels.sigmoid import softplus_sums
 from lightning_contrast.losses.labels import separate_unknown
-from lightning_contrast.losses.negatives import AnchorBatch, Negatives, anchor_losses, as_negatives, losses_from_negatives
+from lightning_contrast.losses.negatives import (
+    AnchorBatch,
+    Negatives,
+    anchor_losses,
+    as_negatives,
+    losses_from_negatives,
+)
 from lightning_contrast.precision import full_precision
 
 _SCALE_HINT = "Pass the multiplier itself, `log_scale.exp()`, not its logarithm"

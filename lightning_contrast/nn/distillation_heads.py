@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_at_least, check_choice
 from lightning_contrast.nn.mlp import Norm
 from lightning_contrast.nn.weight_norm import WeightNormLinear
+from lightning_contrast.precision import float32_products
 
 _PROTOTYPES_HINT = "A distribution needs at least two; DINO has 65536, iBOT 8192"
 
@@ -155,10 +156,11 @@ def msn_head(in_dim: int, hidden_dim: int = 2048, out_dim: int = 256, *, norm: N
 
 
 def _bottleneck(mlp: nn.Module, features: Tensor) -> Tensor:
-    """Return the MLP's output ``(..., D)`` with length 1; BatchNorm sees all rows as one batch."""
+    """Return the L2-normalized output of the MLP, ``(..., D)``, in float32; BatchNorm sees all rows as one batch."""
     out = mlp(features.flatten(0, -2))
-    eps = 1e-6 if out.dtype == torch.float16 else 1e-12  # 1e-12 is 0 in float16
-    return F.normalize(out, dim=-1, eps=eps).view(*features.shape[:-1], out.shape[-1])
+    with float32_products(out.device.type):
+        unit = F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
+    return unit.view(*features.shape[:-1], out.shape[-1])
 
 
 def _last_layer(dim: int, prototypes: int, norm_last_layer: bool, name: str = "prototypes") -> WeightNormLinear:

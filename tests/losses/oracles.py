@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def same(a: Sequence[int], i: int, b: Sequence[int], j: int) -> bool:
-    """Return whether image ``i`` of ``a`` is of the class of image ``j`` of ``b``; below 0 is unknown, so of no other's."""
+    """Return whether image ``i`` of ``a`` is of the class of image ``j`` of ``b``; one below 0 is of no other's."""
     return a[i] == b[j] and (a[i] >= 0 or (a is b and i == j))
 
 
@@ -99,7 +99,9 @@ def info_nce(
     losses = []
     for i in range(len(q)):
         if negatives is None:
-            chosen = [k[j] for j in range(len(k)) if (j != i if groups is None else not same(groups[0], j, groups[0], i))]
+            alike = same if groups is not None else (lambda _a, j, _b, i: j == i)
+            own = [] if groups is None else groups[0]
+            chosen = [k[j] for j in range(len(k)) if not alike(own, j, own, i)]
         else:
             bank = unit(negatives)
             chosen = [
@@ -113,13 +115,14 @@ def info_nce(
     return _mean(losses)
 
 
-def sup_con(z_a: Tensor, z_b: Tensor, labels: Sequence[int], t: Tensor) -> Tensor:
-    z, n = unit(z_a) + unit(z_b), len(labels)
+def sup_con(views: Sequence[Tensor], labels: Sequence[int], t: Tensor) -> Tensor:
+    z, n = [row for view in views for row in unit(view)], len(labels)
     losses = []
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
         normalizer = _log_sum_exp([z[i] @ z[j] / t for j in others])
-        losses.append(_mean([normalizer - z[i] @ z[p] / t for p in others if same(labels, p % n, labels, i % n)]))
+        terms = [normalizer - z[i] @ z[p] / t for p in others if same(labels, p % n, labels, i % n)]
+        losses.append(_mean(terms) if terms else 0 * normalizer)
     return _mean(losses)
 
 
