@@ -80,13 +80,14 @@ def test_a_separated_class_of_several_images_has_the_loss_of_its_positives() -> 
     assert float(found) == pytest.approx(float(torch.tensor(3.0).log()), rel=bound(ROUNDED) * 20)
 
 
-@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4])
 def test_byol_of_similar_rows(distance: float) -> None:
     a, b = separated(distance)
+    share = bound(ROUNDED) / (8 * distance)  # elements of size 1/8 are rounded, their differences are compared
     wide = value_and_gradients(lambda p, t: 2 + 2 * losses.negative_cosine(p, t), [a.double(), b.double()])
     narrow = value_and_gradients(losses.byol_loss, [a, b])
-    assert float(narrow[0]) == pytest.approx(float(wide[0]), rel=bound(FORMULA) / distance)
-    assert float((narrow[1] - wide[1]).norm() / wide[1].norm()) < bound(FORMULA) / distance
+    assert float(narrow[0]) == pytest.approx(float(wide[0]), rel=share)
+    assert float((narrow[1] - wide[1]).norm() / wide[1].norm()) < share
     assert float(losses.byol_loss(a, 3 * a)) >= 0
 
 
@@ -104,9 +105,9 @@ def test_decorrelated_dimensions_have_no_off_diagonal_loss(rows: int) -> None:
 
 
 def test_the_entropy_term_of_msn_near_its_minimum() -> None:
-    """Anchors spread evenly over orthogonal prototypes, up to a small shift: log K minus the entropy is about 1e-7."""
+    """Anchors spread evenly over orthogonal prototypes, up to a small shift: log K minus the entropy is 7e-7."""
     prototypes = torch.eye(16)
-    anchors = prototypes + 1e-3 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    anchors = prototypes + 0.01 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
 
     def term(dtype: torch.dtype) -> float:
         options = {"temperature": 0.2, "target_sharpen_temperature": 0.25, "sinkhorn": False}
@@ -114,10 +115,10 @@ def test_the_entropy_term_of_msn_near_its_minimum() -> None:
             losses.msn_loss(*(x.to(dtype) for x in (anchors, anchors, prototypes)), me_max_weight=w, **options)
             for w in (0.0, 1e6)
         ]
-        return float(values[1].double() - values[0].double())
+        return float(values[1].double() - values[0].double()) / 1e6
 
-    assert 0 < term(torch.float64) < 10
-    assert term(torch.float32) == pytest.approx(term(torch.float64), rel=1e-2, abs=1e6 * bound(ROUNDED) / 4)
+    assert 1e-7 < term(torch.float64) < 1e-6
+    assert term(torch.float32) == pytest.approx(term(torch.float64), rel=0, abs=bound(1))
 
 
 def test_mining_far_from_the_origin() -> None:
