@@ -18,7 +18,7 @@ parser.add_argument("--samples", type=int, default=256)
 parser.add_argument("--output", type=Path, default=Path("runs/invariance"))
 options = parser.parse_args()
 data = lc.data.EmojiDataModule(batch_size=256, seed=options.seed)
-mean, std = lc.data.estimate_mean_std(data)
+statistics = dict(zip(("mean", "std"), lc.data.estimate_mean_std(data), strict=True))
 
 
 def mean_colors(images: torch.Tensor) -> torch.Tensor:
@@ -41,8 +41,7 @@ def train(color: bool) -> tuple[dict[str, object], dict[str, object]]:
     """Train once and return the results at random weights and after training."""
     L.seed_everything(options.seed, verbose=False)
     jitter = {"jitter": (0.8, 0.8, 0.8, 0.2), "gray_p": 0.2} if color else {}  # full strength of SimCLR
-    spec = lc.augment.ViewSpec(32, (0.08, 1.0), bicubic=True, **jitter)
-    policy = lc.augment.make_policy([spec, spec], mean=mean, std=std)
+    policy = lc.augment.make_policy(2 * [lc.augment.ViewSpec(32, (0.08, 1.0), bicubic=True, **jitter)], **statistics)
     settings = {"temperature": 0.1, "optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-4, "warmup_epochs": 1}
     model = lc.SimCLR("small_convnet", **settings)
     monitor = lc.InvarianceMonitor(samples=options.samples, every_n_epochs=options.epochs)

@@ -45,10 +45,8 @@ trainer = L.Trainer(
 
 def features(network: torch.nn.Module) -> list[torch.Tensor]:
     """Return the features of the training images and of the validation images by each artist."""
-    return [
-        evaluation.encode(network, group, policy.eval_transform)
-        for group in (data.images("train"), *data.artists("val"))
-    ]
+    groups = (data.images("train"), *data.artists("val"))
+    return [evaluation.encode(network, group, policy.eval_transform) for group in groups]
 
 
 def score(train: torch.Tensor, noto: torch.Tensor, fluent: torch.Tensor) -> dict[str, float]:
@@ -78,6 +76,5 @@ torch.save(model.backbone.state_dict(), options.output / "backbone.pt")
 results |= {"seconds": round(time.perf_counter() - start, 1), "seed": options.seed}
 (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 print(f"\n{'features':10}{'k-NN':>8}{'linear':>8}{'recall@1':>10}   (figures and weights in {options.output})")
-for name in spaces:
-    print(f"{name:10}" + "{knn:8.3f}{linear:8.3f}{recall@1:10.3f}".format(**results[name]))
+print(*(f"{name:10}" + "{knn:8.3f}{linear:8.3f}{recall@1:10.3f}".format(**results[name]) for name in spaces), sep="\n")
 print(f"{results['seconds']:.0f} s, seed {options.seed}")

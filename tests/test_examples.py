@@ -78,7 +78,7 @@ def test_subclass_a_method(tmp_path):
 def test_check_lightly(tmp_path):
     out = run(ROOT / "examples" / "check_lightly.py", cwd=tmp_path)
     assert re.findall(r"^NTXentLoss.*: (FOUND|nothing found)$", out, flags=re.M) == ["FOUND", "nothing found"] * 2
-    assert "First differs the loss" in out
+    assert "First difference, the loss" in out
     assert "the unsaved buffer `criterion.memory_bank.bank`" in out
 
 

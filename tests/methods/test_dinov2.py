@@ -18,7 +18,7 @@ from tests.methods.cases import CASES, make, tiny_vit
 from tests.methods.references import dinov2_loss
 from tests.methods.test_contract import BATCH, BATCHES, Data, gradients, rows_of, run_step, trainer
 from tests.methods.test_dino import fit, make_views
-from tests.tolerances import CANCELLING, f64
+from tests.tolerances import CANCELLING, ROUNDED, f32, f64
 
 CASE = CASES["DINOv2"]
 SIZES = (16, 16, 8, 12)
@@ -95,9 +95,9 @@ def test_two_ranks_with_unequal_numbers_of_masked_patches_give_the_gradient_of_o
     for found in run_processes(rank_gradients, 2, name, 2):
         assert found.keys() == alone.keys()
         for key, gradient in found.items():
-            torch.testing.assert_close(
-                gradient, alone[key], **f64(CANCELLING), msg=lambda text, key=key: f"{key}: {text}"
-            )
+            # timm resamples position embeddings in float32, whatever their dtype
+            limit = f32(ROUNDED, size=0.1) if key.endswith("pos_embed") else f64(CANCELLING)
+            torch.testing.assert_close(gradient, alone[key], **limit, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_rates_of_the_layers(tmp_path):

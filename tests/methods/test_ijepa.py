@@ -225,7 +225,7 @@ def test_backbones():
     assert named(torch.rand(2, 3, 32, 32)).shape == (2, 24)
     with pytest.raises(ValueError, match="`backbone` must average its patches, without class or register"):
         lc.IJEPA(tiny_vit(), **SMALL)
-    with pytest.raises(ValueError, match="without a norm behind the mean"):
+    with pytest.raises(ValueError, match="without a norm after the mean"):
         lc.IJEPA("small_vit", backbone_kwargs={"fc_norm": True}, **SMALL)
     with pytest.raises(TypeError, match="must be a vision transformer that can mask its patches"):
         lc.IJEPA(TinyBackbone())

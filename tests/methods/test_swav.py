@@ -220,7 +220,7 @@ def test_loss_with_a_queue_stays_finite_for_scores_up_to_ten_thousand(is_full):
 
 
 def test_a_mask_of_another_length():
-    with pytest.raises(ValueError, match=r"`mask` must be \(4,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"`mask` must have shape \(4,\), got \(3,\)"):
         losses.sinkhorn(torch.randn(4, 3), epsilon=0.1, iterations=1, mask=torch.ones(3, dtype=torch.bool))
 
 

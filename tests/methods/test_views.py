@@ -19,10 +19,10 @@ def recipe(name):
     callbacks = {entry["class_path"]: entry["init_args"] for entry in config["trainer"]["callbacks"]}
     policy = callbacks["ViewAugmentation"]["policy"]
     arguments = dict(policy["init_args"])
-    if "recipes" in arguments:
-        arguments["recipes"] = [
+    if "specs" in arguments:
+        arguments["specs"] = [
             lc.augment.ViewSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in view.items()})
-            for view in arguments["recipes"]
+            for view in arguments["specs"]
         ]
     method = getattr(lc, config["model"]["class_path"])
     return method, getattr(lc.augment, policy["class_path"].rsplit(".", 1)[-1]), arguments
@@ -42,7 +42,7 @@ def test_every_method_has_a_recipe():
 @pytest.mark.parametrize("name", RECIPES)
 def test_views_are_those_of_the_recipe(name):
     method, make, arguments = recipe(name)
-    size = 224 if "recipes" in arguments else 32  # smaller views draw the same numbers
+    size = 224 if "specs" in arguments else 32  # smaller views draw the same numbers
     if "size" in arguments:
         assert arguments["size"] == 224
         arguments["size"] = size
