@@ -45,11 +45,12 @@ def float32_products(device_type: str) -> Iterator[None]:
     Args:
         device_type: Device type of the tensors; devices such as meta have no autocast.
     """
-    backends, before = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul], []
+    torch_backends: Any = torch.backends  # has no complete annotations
+    backends, before = [torch_backends.cuda.matmul, torch_backends.mkldnn.matmul], []
     reduced = False
     if not torch.compiler.is_compiling():
         before = [backend.fp32_precision for backend in backends]
-        reduced = any(value not in _FULL for value in (*before, torch.backends.fp32_precision))
+        reduced = any(value not in _FULL for value in (*before, torch_backends.fp32_precision))
     available = torch.amp.is_autocast_available(device_type)
     with torch.autocast(device_type, enabled=False) if available else nullcontext():
         if not reduced:

@@ -265,11 +265,12 @@ def _sup_con_losses(z: Tensor, labels: Tensor, scale: Scalar, count: int, tile_s
     mask = NegativeMask(tile_size=tile_size, views=count)
     if count == 2:
         partner = (views[0] * views[1]).sum(1)  # (B,)
-        lse = self_lse(z, scale, replace(mask, skip_partner=True)).view(2, -1)
+        lse = self_lse(z, scale, replace(mask, skip_partner=True)).view(2, -1)  # (2, B)
         losses = losses_from_negatives(lse, partner, scale).mean(0)
         # The partner's similarity minus the mean over all positives, exactly 0 if the partner is the only one.
-        excess = (4 * others * partner - similar) / (4 * others + 2)
-        return losses + excess * scale
+        pairs = 4 * others
+        excess = (pairs * partner - similar) / (pairs + 2)
+        return logit_differences(losses, excess, -scale)
     if count == 1:
         pair, positive = others == 1, similar / others.clamp_min(1)
         lse = self_lse(z, scale, replace(mask, groups=separate_unknown(labels.masked_fill(~pair, -1))))

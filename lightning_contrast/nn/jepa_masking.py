@@ -123,7 +123,7 @@ class JepaMaskSampler:
         first = visible.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # visible patches, in raster order
         context = first[:, :length].contiguous()
         if self.contexts > 1:
-            context, relaxed = context.unflatten(0, (batch_size, -1)), relaxed.view(batch_size, -1).any(1)
+            context, relaxed = context.view(batch_size, -1, length), relaxed.view(batch_size, -1).any(1)
         return JepaMasks(context, targets, relaxed)
 
     def _block_size(self, share: float, scale: tuple[float, float], aspect: tuple[float, float]) -> tuple[int, int]:

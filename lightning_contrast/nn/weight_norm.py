@@ -53,7 +53,8 @@ class WeightNormLinear(nn.Module):
         """The normalized weight, ``(N, D)``, in float32 or more, with its gradient."""
         rows = self.weight_v.to(torch.promote_types(self.weight_v.dtype, torch.float32))
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return rows * (self.weight_g / length)
+        weight: Tensor = rows * (self.weight_g / length)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the outputs ``(..., N)`` of inputs ``(..., D)``, in float32 or more."""
