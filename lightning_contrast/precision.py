@@ -1,8 +1,8 @@
-"""Computation in full precision under autocast."""
+"""Computation in float32, whatever autocast and the precision of matrix products are set to."""
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,19 +31,49 @@ def _device_type(values: tuple[Any, ...]) -> str:
     return "cpu"
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Return a context that disables autocast; devices such as meta have none."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+_FULL = ("none", "ieee")  # values of `fp32_precision` that do not round the inputs of matrix products
+
+
+@contextmanager
+def float32_products(device_type: str) -> Iterator[None]:
+    """Compute matrix products of float32 tensors in float32 within a block.
+
+    Autocast is disabled, and so are TF32 and bfloat16 products, which ``torch.set_float32_matmul_precision("high")`` or
+    ``"medium"`` allows. Logits are cosines divided by temperatures of 0.1 and less, which amplifies that rounding.
+    Inside a compiled function the precision of products is left as it is.
+
+    Args:
+        device_type: Device type of the tensors; devices such as meta have no autocast.
+    """
+    torch_backends: Any = torch.backends  # has no complete annotations
+    backends, before = [torch_backends.cuda.matmul, torch_backends.mkldnn.matmul], []
+    reduced = False
+    if not torch.compiler.is_compiling():
+        before = [backend.fp32_precision for backend in backends]
+        reduced = any(value not in _FULL for value in (*before, torch_backends.fp32_precision))
+    available = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if available else nullcontext():
+        if not reduced:
+            yield
+            return
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, value in zip(backends, before, strict=True):
+                backend.fp32_precision = value
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function to run outside autocast, with 16-bit tensor arguments as float32; float64 stays float64."""
+    """Decorate a function to compute in float32: 16-bit tensor arguments are converted, float64 stays float64.
+
+    Matrix products are those of `float32_products`, in backward as well in the tiled losses.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _without_autocast(_device_type((*args, *kwargs.values()))):
+        with float32_products(_device_type((*args, *kwargs.values()))):
             upcast = {name: _upcast(value) for name, value in kwargs.items()}
             return function(*map(_upcast, args), **upcast)
 

@@ -163,12 +163,13 @@ def msn_loss(
     predictions = (normalize(anchors) @ directions.T / temperature).log_softmax(1)  # (V B, K)
     soft_targets = _msn_targets(targets, directions, temperature * target_sharpen_temperature, balance=sinkhorn)
     cross_entropy = global_mean(-(soft_targets.repeat(views, 1) * predictions).sum(1))
-    # Entropy of the mean prediction over the anchors of all ranks.
+    # The mean prediction over the anchors of all ranks.
     count = distributed.all_reduce_sum(anchors.new_tensor(float(len(anchors))))
     mean = distributed.all_reduce_sum_with_gradient(predictions.exp().sum(0)) / count  # (K,)
+    # log K minus the entropy, as the divergence from the uniform distribution, which does not cancel near 0.
     # A mean that underflows to 0 adds 0; without the clamp its logarithm would make the gradient NaN.
-    entropy = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
-    return torch.as_tensor(cross_entropy + me_max_weight * (math.log(len(prototypes)) - entropy))
+    relative = (mean * len(prototypes)).clamp_min(torch.finfo(mean.dtype).tiny)
+    return torch.as_tensor(cross_entropy + me_max_weight * (mean * relative.log()).sum())
 
 
 @torch.no_grad()

@@ -6,17 +6,17 @@ gradients, which DDP and FSDP take, is the gradient of one process. None of them
 the tests compare the losses with them.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_contrast import distributed
-from lightning_contrast._checks import check_positive
+from lightning_contrast._checks import check_positive, fail
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import (
     Scalar,
     check_extra_negatives,
-    check_floating,
     check_groups,
     check_labels,
     check_negatives,
@@ -25,14 +25,15 @@ from lightning_contrast.losses.checks import (
     check_tile_size,
     inverse_temperature,
 )
-from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse, self_lse
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask, self_lse
 from lightning_contrast.losses.kernels.normalization import normalize_rows
+from lightning_contrast.losses.labels import class_sums, separate_unknown
 from lightning_contrast.losses.negatives import (
     AnchorBatch,
     Negatives,
     anchor_losses,
     as_negatives,
-    losses_from_all,
+    logit_differences,
     losses_from_negatives,
 )
 from lightning_contrast.precision import full_precision
@@ -77,7 +78,8 @@ def nt_xent(
         temperature: Divisor of the cosine similarities; unitless, > 0; a number, or a learned tensor with one element.
         weighting: How the negatives are weighted, a `Negatives` or the name of one with its default values.
         groups: Group of each image, ``(B,)`` integers: images of the same group, such as known duplicates or samples
-            of the same class, are not negatives of each other; None: every other image is a negative.
+            of the same class, are not negatives of each other; below 0: in no group; None: every other image is a
+            negative.
         tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
 
     Returns:
@@ -95,9 +97,10 @@ def nt_xent(
     first, second = z.view(2, *z_a.shape).unbind()
     positive = (first * second).sum(1)  # (B,), the same for both views
     if weighting.is_uniform and groups is None:
-        lse = self_lse(z, scale, NegativeMask(tile_size=tile_size, views=2)).view(2, len(z_a))
-        return global_mean(losses_from_all(lse, positive * scale).flatten())
-    groups = None if groups is None else groups.repeat(2)
+        mask = NegativeMask(skip_partner=True, tile_size=tile_size, views=2)
+        lse = self_lse(z, scale, mask).view(2, len(z_a))
+        return global_mean(losses_from_negatives(lse, positive, scale).flatten())
+    groups = None if groups is None else separate_unknown(groups).repeat(2)
     mask = NegativeMask(skip_partner=True, groups=groups, tile_size=tile_size, views=2)
     return global_mean(anchor_losses(AnchorBatch(z, z, positive.repeat(2), scale, mask, views=True), weighting))
 
@@ -150,7 +153,7 @@ def info_nce(
             with ``weighting="uniform"``.
         weighting: How the negatives are weighted, a `Negatives` or the name of one with its default values.
         groups: Group of each query, ``(B,)`` integers: images of the same group, such as known duplicates or samples
-            of the same class, are not negatives of each other; None: no negative is masked.
+            of the same class, are not negatives of each other; below 0: in no group; None: no negative is masked.
         negatives_groups: Group of each negative, ``(K,)``; required if ``negatives`` and ``groups`` are given.
         tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
 
@@ -167,12 +170,9 @@ def info_nce(
     scale = inverse_temperature(temperature)
     check_negatives(negatives, negatives_mask, query.shape[1])
     check_query_groups(groups, negatives_groups, len(query), negatives)
-    weighting = as_negatives(weighting)
+    groups, weighting = None if groups is None else separate_unknown(groups), as_negatives(weighting)
     query, key = normalize_rows(query), normalize_rows(key)
     positive = (query * key).sum(1)  # (B,)
-    if negatives is None and extra_negatives is None and weighting.is_uniform and groups is None:
-        lse = rows_lse(query, key, scale, NegativeMask(tile_size=tile_size))
-        return global_mean(losses_from_all(lse, positive * scale))
     columns = key if negatives is None else normalize_rows(negatives.to(query.dtype))
     mask = NegativeMask(negatives is None, groups, negatives_groups, negatives_mask, tile_size)
     anchors = AnchorBatch(query, columns, positive, scale, mask, sharded=negatives is None)
@@ -181,7 +181,8 @@ def info_nce(
     check_extra_negatives(extra_negatives, query, weighting.kind)
     extra = normalize_rows(extra_negatives.to(query.dtype).flatten(0, 1)).view_as(extra_negatives)
     own = (extra @ query.unsqueeze(2)).squeeze(2) * scale  # (B, S)
-    return global_mean(losses_from_negatives(torch.logaddexp(anchors.lse(scale), own.logsumexp(1)), positive * scale))
+    lse = torch.logaddexp(anchors.lse(scale), own.logsumexp(1))  # (B,)
+    return global_mean(losses_from_negatives(lse, positive, scale))
 
 
 def naive_sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, *, temperature: Scalar) -> Tensor:
@@ -202,10 +203,8 @@ def naive_sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, *, temperature: Scal
 
 @full_precision
 def sup_con(
-    z_a: Tensor,
-    z_b: Tensor,
-    labels: Tensor,
-    *,
+    *embeddings: Tensor,
+    labels: Tensor | None = None,
     temperature: Scalar,
     base_temperature: float | None = None,
     tile_size: int | None = None,
@@ -213,56 +212,90 @@ def sup_con(
     """Compute the supervised contrastive loss, whose positives are all embeddings of the same class.
 
     Implements Eq. 2, "L_out", of SupCon (https://arxiv.org/abs/2004.11362) times ``temperature / base_temperature`` as
-    the reference implementation does. Inputs are L2-normalized here.
+    the reference implementation does, for any number of views. Inputs are L2-normalized here.
     Differs from it: its ``base_temperature`` is 0.07, here the default is ``temperature``.
 
     Args:
-        z_a: Embeddings of the first view, ``(B, D)``.
-        z_b: Embeddings of the second view, ``(B, D)``.
-        labels: Class of each image, ``(B,)`` integers of any value.
+        *embeddings: One tensor ``(B, D)`` per view, or all views in one tensor ``(B, V, D)``; then the labels, unless
+            they are given by name: ``sup_con(z_a, z_b, labels, temperature=0.1)``.
+        labels: Class of each image, ``(B,)`` integers; an image with a label below 0 is a class of its own.
         temperature: Divisor of the cosine similarities; unitless, > 0; a number, or a learned tensor with one element.
         base_temperature: The loss is multiplied by ``temperature / base_temperature``; > 0; None: by 1.
         tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
 
     Returns:
-        The mean over the 2N anchors of all ranks, a scalar.
+        The mean over the V * B anchors of all ranks, a scalar; an anchor without a positive, which only one view
+        allows, counts as 0.
 
     Raises:
         ValueError: If shapes do not match, the batch is smaller than 2, or a number is out of range.
         TypeError: If the embeddings are not floating point, or the labels not integers.
     """
-    check_pair("z_a", z_a, "z_b", z_b)
+    views, labels = _views_and_labels(embeddings, labels)
     check_tile_size(tile_size)
-    check_labels(labels, len(z_a))
     scale = inverse_temperature(temperature)
     if base_temperature is not None:
         check_positive("base_temperature", base_temperature)
-    factor = 1.0 if base_temperature is None else 1.0 / (scale * base_temperature)
-    z = normalize_rows(torch.cat([z_a, z_b]))  # (2B, D)
-    sums, counts = class_sums(z, labels.repeat(2))  # (2B, D), (2B,)
-    positive = ((z * sums).sum(1) - (z * z).sum(1)) / (counts - 1)  # an anchor is not its own positive
-    lse = self_lse(z, scale, NegativeMask(tile_size=tile_size, views=2))
-    return global_mean(losses_from_all(lse, positive * scale)) * factor
+    z = normalize_rows(torch.cat(views))  # (V B, D)
+    loss = global_mean(_sup_con_losses(z, separate_unknown(labels), scale, len(views), tile_size))
+    return loss if base_temperature is None else loss / (scale * base_temperature)
 
 
-def class_sums(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and count, for each row of this rank, the rows of all ranks with the same label.
+def _sup_con_losses(z: Tensor, labels: Tensor, scale: Scalar, count: int, tile_size: int | None) -> Tensor:
+    """Compute the mean SupCon loss of the ``count`` embeddings of each image.
+
+    A loss is small only if an anchor has a single positive, which then must not be part of the log-sum-exp, as in
+    `losses_from_negatives`. With three views every anchor has two positives, and its loss is at least log 2.
 
     Args:
-        z: Embeddings, ``(N, D)``.
-        labels: ``(N,)`` integers of any value.
+        z: Unit rows, ``(V B, D)``, view by view.
+        labels: Class of each image, ``(B,)``.
+        scale: 1 / temperature.
+        count: Number of views V.
+        tile_size: Largest edge of a tile.
 
     Returns:
-        Sums ``(N, D)`` with gradient, and counts ``(N,)``.
+        ``(B,)`` in nats.
     """
-    check_floating("z", z)
-    all_rows, all_labels = distributed.gather_with_gradient(z), distributed.gather(labels)
-    # Positions in the sorted labels number the classes; `unique` would give shapes that depend on the data.
-    ordered = all_labels.sort().values
-    all_slots, own_slots = (torch.searchsorted(ordered, wanted) for wanted in (all_labels, labels))
-    sums = torch.zeros_like(all_rows).index_add(0, all_slots, all_rows)
-    counts = torch.zeros_like(all_rows[:, 0]).index_add(0, all_slots, torch.ones_like(all_rows[:, 0]))
-    return sums[own_slots], counts[own_slots]
+    views = z.view(count, -1, z.shape[1])  # (V, B, D)
+    image = views.sum(0)  # (B, D)
+    sums, images = class_sums(image, labels)  # (B, D), (B,)
+    others = images - 1  # other images of the class
+    similar = (image * (sums - image)).sum(1)  # (B,): of all V views to all views of those, exactly 0 without any
+    mask = NegativeMask(tile_size=tile_size, views=count)
+    if count == 2:
+        partner = (views[0] * views[1]).sum(1)  # (B,)
+        lse = self_lse(z, scale, replace(mask, skip_partner=True)).view(2, -1)  # (2, B)
+        losses = losses_from_negatives(lse, partner, scale).mean(0)
+        # The partner's similarity minus the mean over all positives, exactly 0 if the partner is the only one.
+        pairs = 4 * others
+        excess = (pairs * partner - similar) / (pairs + 2)
+        return logit_differences(losses, excess, -scale)
+    if count == 1:
+        pair, positive = others == 1, similar / others.clamp_min(1)
+        lse = self_lse(z, scale, replace(mask, groups=separate_unknown(labels.masked_fill(~pair, -1))))
+        several = logit_differences(lse, positive, scale).masked_fill(others == 0, 0.0)
+        return torch.where(pair, losses_from_negatives(lse, positive, scale), several)
+    own = image.square().sum(1) - views.square().sum((0, 2))  # (B,): of the views of an image to each other
+    positive = (similar + own) / (count * (count * images - 1))
+    return logit_differences(self_lse(z, scale, mask).view(count, -1).mean(0), positive, scale)
+
+
+def _views_and_labels(embeddings: tuple[Tensor, ...], labels: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """Split the arguments of `sup_con` into views ``(B, D)`` and labels ``(B,)``, and check them."""
+    if labels is None:
+        if len(embeddings) < 2:
+            fail("labels", "be given", "None", "Pass the class of each image after the embeddings", TypeError)
+        *embeddings, labels = embeddings  # type: ignore[assignment]
+    views = list(embeddings)
+    if len(views) == 1 and isinstance(views[0], Tensor) and views[0].ndim == 3:
+        views = list(views[0].unbind(1))
+    if not views:
+        fail("embeddings", "have at least one view", 0, "Pass one tensor (B, D) per view, or one (B, V, D)")
+    for view in views:
+        check_pair("embeddings", views[0], "embeddings", view)
+    check_labels(labels, len(views[0]))
+    return views, labels
 
 
 def debiased_nt_xent(

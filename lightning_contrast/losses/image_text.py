@@ -12,7 +12,14 @@ from lightning_contrast.losses.checks import Scalar, check_groups, check_pair, c
 from lightning_contrast.losses.kernels.logsumexp import NegativeMask, pair_lse
 from lightning_contrast.losses.kernels.normalization import normalize_rows
 from lightning_contrast.losses.kernels.sigmoid import softplus_sums
-from lightning_contrast.losses.negatives import AnchorBatch, Negatives, anchor_losses, as_negatives, losses_from_all
+from lightning_contrast.losses.labels import separate_unknown
+from lightning_contrast.losses.negatives import (
+    AnchorBatch,
+    Negatives,
+    anchor_losses,
+    as_negatives,
+    losses_from_negatives,
+)
 from lightning_contrast.precision import full_precision
 
 _SCALE_HINT = "Pass the multiplier itself, `log_scale.exp()`, not its logarithm"
@@ -53,7 +60,7 @@ def clip_loss(
             with one element, which is not read on the host.
         weighting: How the negatives are weighted, a `Negatives` or the name of one with its default values.
         groups: Group of each pair, ``(B,)`` integers: pairs of the same group, such as known duplicates or samples of
-            the same class, are not negatives of each other; None: every other pair is a negative.
+            the same class, are not negatives of each other; below 0: in no group; None: every other pair is a negative.
         tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
 
     Returns:
@@ -71,8 +78,9 @@ def clip_loss(
     image, text = normalize_rows(image), normalize_rows(text)
     positive = (image * text).sum(1)  # (B,)
     if weighting.is_uniform and groups is None:
-        by_image, by_text = pair_lse(image, text, scale, NegativeMask(tile_size=tile_size))
-        return global_mean(losses_from_all(0.5 * (by_image + by_text), positive * scale))
+        both = torch.stack(pair_lse(image, text, scale, NegativeMask(skip_partner=True, tile_size=tile_size)))  # (2, B)
+        return global_mean(losses_from_negatives(both, positive, scale).mean(0))
+    groups = None if groups is None else separate_unknown(groups)
     mask = NegativeMask(skip_partner=True, groups=groups, tile_size=tile_size)
     by_image = anchor_losses(AnchorBatch(image, text, positive, scale, mask), weighting)
     by_text = anchor_losses(AnchorBatch(text, image, positive, scale, mask), weighting)

@@ -5,31 +5,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_contrast import distributed
 from lightning_contrast.precision import full_precision
 
 Miner: TypeAlias = Literal["random", "semi-hard", "hardest"]
 MINERS: tuple[Miner, ...] = ("random", "semi-hard", "hardest")
-
-
-def global_classes(labels: Tensor | None, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Gather the classes of the rows of all ranks.
-
-    Args:
-        labels: Class of each row of this rank, ``(B,)`` integers; None: each image of the global batch is its own
-            class.
-        size: Number of rows of this rank, B.
-        device: Device of the embeddings.
-
-    Returns:
-        The class of each row of this rank, ``(B,)``, and of all ranks in rank order, ``(N,)``.
-    """
-    if labels is not None:
-        return labels, distributed.gather(labels)
-    sizes = distributed.batch_sizes(size, device)
-    classes = torch.arange(sum(sizes), device=device)
-    start = sum(sizes[: distributed.rank()])
-    return classes[start : start + size], classes
 
 
 @full_precision
@@ -61,6 +40,8 @@ def mine(
     Returns:
         Indices of the positives and of the negatives, ``(B,)`` each.
     """
+    center = candidates.mean(0)  # distances do not depend on it, but their rounding does
+    anchors, candidates = anchors - center, candidates - center
     lengths = anchors.square().sum(1, keepdim=True) + candidates.square().sum(1)
     squared = (lengths - 2 * anchors @ candidates.T).clamp_min(0)  # (B, N)
     if miner == "random":

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
@@ -130,30 +131,38 @@ class AnchorBatch:
         return total - same
 
 
-def losses_from_all(lse: Tensor, positive: Tensor) -> Tensor:
-    """Compute ``-log softmax`` of the positive, given the log-sum-exp of all logits, the positive's included.
+def logit_differences(lse: Tensor, positive: Tensor, scale: Scalar) -> Tensor:
+    """Compute ``lse - scale * positive``, in one kernel if the scale is a number.
 
     Args:
-        lse: Log-sum-exp of the logits of the positive and the negatives, ``(..., N)``.
-        positive: Logit of the positive, ``(N,)``.
+        lse: Log-sum-exp of the logits of the negatives, ``(..., N)``.
+        positive: Cosine similarity to the positive, ``(N,)``.
+        scale: 1 / temperature, a number or a scalar tensor.
 
     Returns:
         ``(..., N)`` in nats.
     """
-    return lse - positive
+    if isinstance(scale, Tensor):
+        return lse - positive * scale
+    return torch.add(lse, positive, alpha=-scale)
 
 
-def losses_from_negatives(lse: Tensor, positive: Tensor) -> Tensor:
-    """Compute ``-log softmax`` of the positive, given the log-sum-exp of the negatives' logits only.
+def losses_from_negatives(lse: Tensor, positive: Tensor, scale: Scalar) -> Tensor:
+    """Compute ``-log softmax`` of the positive as ``softplus(lse - scale * positive)``.
+
+    The log-sum-exp of all logits minus the positive's would be the difference of two numbers of size 1 / temperature:
+    it cannot represent losses below their rounding, may be negative, and has a gradient of mere rounding there.
 
     Args:
-        lse: Log-sum-exp of the logits of the negatives, ``(N,)``; minus infinity where there are none.
-        positive: Logit of the positive, ``(N,)``.
+        lse: Log-sum-exp of the logits of the negatives only, ``(..., N)``; minus infinity where there are none.
+        positive: Cosine similarity to the positive, ``(N,)``.
+        scale: 1 / temperature, a number or a scalar tensor.
 
     Returns:
-        ``(N,)`` in nats.
+        ``(..., N)`` in nats, never negative; its relative error is the rounding of the logits.
     """
-    return torch.logaddexp(positive, lse) - positive
+    # Above the threshold softplus is the identity up to exp(-80); exp(80) fits float32.
+    return F.softplus(logit_differences(lse, positive, scale), threshold=80.0)
 
 
 def naive_anchor_losses(
@@ -199,22 +208,21 @@ def anchor_losses(anchors: AnchorBatch, weighting: Negatives) -> Tensor:
     Returns:
         ``(N,)`` in nats.
     """
-    positive = anchors.positive * anchors.scale
     if weighting.kind in ("decoupled", "decoupled_weighted"):
-        lse = anchors.lse(anchors.scale)
+        lse, positive = anchors.lse(anchors.scale), anchors.positive
         if weighting.kind == "decoupled_weighted":
-            positive = _positive_weights(anchors.positive, weighting.sigma) * positive
+            positive = _positive_weights(positive, weighting.sigma) * positive
         # An anchor without negatives, for example with an empty queue, has no loss.
-        return torch.where(lse.isneginf(), 0.0, lse - positive)
+        return torch.where(lse.isneginf(), 0.0, logit_differences(lse, positive, anchors.scale))
     if weighting.kind in ("debiased", "hard"):
-        lse = _corrected(anchors, positive, weighting)
+        lse = _corrected(anchors, weighting)
     elif weighting.kind == "top_k":
         lse = anchors.per_row(lambda s, bias, scale: _lse_of_top(s + bias, scale, weighting.k))
     elif weighting.kind == "heated":
         lse = anchors.per_row(lambda s, bias, scale: _lse_heated(s, bias, scale, weighting.heat))
     else:
         lse = anchors.lse(anchors.scale)
-    return losses_from_negatives(lse, positive)
+    return losses_from_negatives(lse, anchors.positive, anchors.scale)
 
 
 def _lse_of_top(similarities: Tensor, scale: Tensor, k: int) -> Tensor:
@@ -236,9 +244,9 @@ def _positive_weights(positive: Tensor, sigma: float) -> Tensor:
     return 2 - len(gathered) * (positive.detach() / sigma - gathered.logsumexp(0)).exp()
 
 
-def _corrected(anchors: AnchorBatch, positive: Tensor, weighting: Negatives) -> Tensor:
+def _corrected(anchors: AnchorBatch, weighting: Negatives) -> Tensor:
     """Compute the logarithm of the reweighted sum over negatives, with the false negatives subtracted."""
-    count = anchors.count()
+    count, positive = anchors.count(), anchors.positive * anchors.scale
     empty = count == 0  # finite here, minus infinity at the end
     log_count = count.clamp_min(1).log()
     negative = anchors.lse(anchors.scale * (1 + weighting.beta) if weighting.kind == "hard" else anchors.scale)
@@ -251,5 +259,6 @@ def _corrected(anchors: AnchorBatch, positive: Tensor, weighting: Negatives) -> 
     peak = torch.maximum(torch.maximum(negative, positive + log_count), floor).detach()
     false = weighting.tau_plus * (positive + log_count - peak).exp()
     difference = ((negative - peak).exp() - false) / (1 - weighting.tau_plus)
-    least = (floor - peak).exp().clamp_min(torch.finfo(negative.dtype).tiny)
-    return (torch.maximum(difference, least).log() + peak).masked_fill(empty, -torch.inf)
+    tiny = torch.finfo(negative.dtype).tiny  # at low temperatures the floor itself underflows relative to the peak
+    raised = torch.maximum(difference.clamp_min(tiny).log() + peak, floor)
+    return torch.where(difference > tiny, raised, floor).masked_fill(empty, -torch.inf)

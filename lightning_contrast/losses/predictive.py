@@ -49,7 +49,9 @@ def byol_loss(prediction: Tensor, target: Tensor) -> Tensor:
         ValueError: If the shapes differ.
         TypeError: If the inputs are not floating point.
     """
-    return 2 + 2 * negative_cosine(prediction, target)
+    check_pair("prediction", prediction, "target", target, minimum=1)
+    # 2 - 2 cos would cancel to the rounding of 2 for similar rows, and could be negative.
+    return global_mean((normalize(prediction) - normalize(target.detach())).square().sum(1))
 
 
 @full_precision

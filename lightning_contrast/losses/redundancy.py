@@ -11,21 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_batch, check_not_negative
+from lightning_contrast._checks import check_batch, check_not_negative, check_positive
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import check_pair
 from lightning_contrast.precision import full_precision
 
 BATCH_NORM_EPSILON = 1e-5
-VARIANCE_EPSILON = 1e-4
 
 
-def _product_norm(x: Tensor, y: Tensor) -> Tensor:
-    """Compute the sum of squares of ``x.T @ y`` for ``x``, ``y`` ``(B, D)``."""
+def _off_diagonal_norm(x: Tensor, y: Tensor, diagonal: Tensor) -> Tensor:
+    """Compute the sum of squares of the off-diagonal elements of ``x.T @ y``.
+
+    Args:
+        x: Centered rows, ``(B, D)``.
+        y: Centered rows, ``(B, D)``.
+        diagonal: The diagonal of ``x.T @ y``, ``(D,)``.
+
+    Returns:
+        A scalar, >= 0 up to rounding.
+    """
     if len(x) >= x.shape[1]:
-        return (x.T @ y).square().sum()
-    gram_x = x @ x.T
-    return (gram_x * (gram_x if y is x else y @ y.T)).sum()
+        product = x.T @ y  # (D, D); not the sum of all squares minus the diagonal's, which cancels without correlations
+        return product.masked_fill(torch.eye(len(product), dtype=torch.bool, device=x.device), 0.0).square().sum()
+    # With fewer rows than dimensions the matrix is singular, so that the rest is no small part of the sum.
+    gram_x = x @ x.T  # (B, B)
+    return (gram_x * (gram_x if y is x else y @ y.T)).sum() - diagonal.square().sum()
 
 
 def _gathered(name: str, x: Tensor) -> Tensor:
@@ -74,10 +84,9 @@ def barlow_twins_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal_weight: float) -
     check_pair("z_a", z_a, "z_b", z_b)
     check_not_negative("off_diagonal_weight", off_diagonal_weight)
     a, b = (_standardize(_gathered(name, z)) for name, z in (("z_a", z_a), ("z_b", z_b)))
-    diagonal = (a * b).mean(0)  # (D,)
-    total = _product_norm(a, b) / len(a) ** 2
-    on_diagonal = (1 - diagonal).square().sum()
-    return on_diagonal + off_diagonal_weight * (total - diagonal.square().sum())
+    diagonal = (a * b).sum(0)  # (D,)
+    on_diagonal = (1 - diagonal / len(a)).square().sum()
+    return on_diagonal + off_diagonal_weight * _off_diagonal_norm(a, b, diagonal) / len(a) ** 2
 
 
 def _standardize(x: Tensor) -> Tensor:
@@ -93,6 +102,7 @@ def naive_vicreg_loss(
     invariance_weight: float = 25.0,
     variance_weight: float = 25.0,
     covariance_weight: float = 1.0,
+    epsilon: float = 1e-4,
 ) -> Tensor:
     """Reference form of `vicreg_loss`: materializes the ``(D, D)`` covariance matrices.
 
@@ -102,11 +112,12 @@ def naive_vicreg_loss(
         invariance_weight: Weight of the mean squared difference, >= 0.
         variance_weight: Weight of the hinge on the standard deviations, >= 0.
         covariance_weight: Weight of the squared off-diagonal covariances, >= 0.
+        epsilon: Added to the variances under the square root, > 0; 1e-4 in the paper.
     """
     loss = invariance_weight * F.mse_loss(z_a, z_b)
     for z in (z_a, z_b):
         covariance = z.T.cov()  # (D, D)
-        loss = loss + variance_weight * F.relu(1 - (covariance.diagonal() + VARIANCE_EPSILON).sqrt()).mean() / 2
+        loss = loss + variance_weight * F.relu(1 - (covariance.diagonal() + epsilon).sqrt()).mean() / 2
         squared = covariance.square()
         loss = loss + covariance_weight * (squared.sum() - squared.diagonal().sum()) / z.shape[1]
     return loss
@@ -120,6 +131,7 @@ def vicreg_loss(
     invariance_weight: float = 25.0,
     variance_weight: float = 25.0,
     covariance_weight: float = 1.0,
+    epsilon: float = 1e-4,
 ) -> Tensor:
     """Compute the variance-invariance-covariance loss.
 
@@ -132,26 +144,29 @@ def vicreg_loss(
         invariance_weight: Weight of the mean squared difference, >= 0.
         variance_weight: Weight of the hinge on the standard deviations, >= 0.
         covariance_weight: Weight of the squared off-diagonal covariances, >= 0.
+        epsilon: Added to the variances under the square root, > 0; 1e-4 in the paper.
 
     Returns:
         A scalar, the same on every rank.
 
     Raises:
-        ValueError: If shapes differ, the batch is smaller than 2, or a weight is negative.
+        ValueError: If shapes differ, the batch is smaller than 2, a weight is negative, or ``epsilon`` is
+            not positive.
         TypeError: If the embeddings are not floating point.
     """
     check_pair("z_a", z_a, "z_b", z_b)
     check_not_negative("invariance_weight", invariance_weight)
     check_not_negative("variance_weight", variance_weight)
     check_not_negative("covariance_weight", covariance_weight)
+    check_positive("epsilon", epsilon, "VICReg uses 1e-4")
     invariance = global_mean((z_a - z_b).square().mean(1))
     variance = covariance = z_a.new_zeros(())
     for name, z in (("z_a", z_a), ("z_b", z_b)):
         rows = _gathered(name, z)
         centered = rows - rows.mean(0)
-        variances = centered.square().sum(0) / (len(rows) - 1)  # (D,)
-        variance = variance + 0.5 * F.relu(1 - (variances + VARIANCE_EPSILON).sqrt()).mean()
-        off_diagonal = _product_norm(centered, centered) / (len(rows) - 1) ** 2 - variances.square().sum()
+        squares = centered.square().sum(0)  # (D,)
+        variance = variance + 0.5 * F.relu(1 - (squares / (len(rows) - 1) + epsilon).sqrt()).mean()
+        off_diagonal = _off_diagonal_norm(centered, centered, squares) / (len(rows) - 1) ** 2
         covariance = covariance + off_diagonal / rows.shape[1]
     total = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return torch.as_tensor(total)

@@ -51,6 +51,8 @@ class IJEPA(StretchedModule):
         target_aspect: Range of a target block's height over its width, > 0.
         context_scale: Range of the context block's share of the patches, in (0, 1].
         min_keep: Lower bound (exclusive) of the number of context patches, >= 0.
+        contexts: Number of contexts per image, each of which predicts all targets, >= 1; 1 in the paper.
+        disjoint_targets: Whether target blocks avoid each other where the grid has space; False in the paper.
         predictor_dim: Width of the predictor, a multiple of 4 and of its heads.
         predictor_depth: Number of the predictor's blocks; 12 in the paper, 6 for ViT-B.
         predictor_heads: Number of the predictor's attention heads; None is the backbone's.
@@ -82,6 +84,8 @@ class IJEPA(StretchedModule):
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
         min_keep: int = 10,
+        contexts: int = 1,
+        disjoint_targets: bool = False,
         predictor_dim: int = 384,
         predictor_depth: int = 12,
         predictor_heads: int | None = None,
@@ -115,6 +119,7 @@ class IJEPA(StretchedModule):
         vit = self.backbone.vit
         _check_patches_only(vit)
         grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        self.contexts = contexts
         self.mask_sampler = JepaMaskSampler(
             grid,
             targets=targets,
@@ -122,6 +127,8 @@ class IJEPA(StretchedModule):
             target_aspect=target_aspect,
             context_scale=context_scale,
             min_keep=min_keep,
+            contexts=contexts,
+            disjoint_targets=disjoint_targets,
         )
         if fixed_positions:
             vit.pos_embed.requires_grad_(False).copy_(sincos_positions(self.feature_dim, grid))
@@ -138,17 +145,19 @@ class IJEPA(StretchedModule):
         (images,) = self.batch_views(batch, count=1)  # (B, C, h, w)
         self._check_grid(images)
         masks = self.mask_sampler(len(images)).to(images.device)
-        context = self.backbone.tokens(images, keep=masks.context)  # features (B, F), patches (B, N_c, F)
-        prediction = self.predictor(context.patches, masks.context, masks.targets)  # (B, T, N_t, F)
+        count = self.contexts
+        kept = masks.context.reshape(count * len(images), -1)  # (C B, N_c): C contexts of an image are C images
+        context = self.backbone.tokens(_repeat(images, count), keep=kept)  # features (C B, F), patches (C B, N_c, F)
+        prediction = self.predictor(context.patches, kept, _repeat(masks.targets, count))  # (C B, T, N_t, F)
         with torch.no_grad():
             patches = self.momentum_backbone.tokens(images).patches  # (B, N, F)
-            target = select_patches(patches, masks.targets)  # (B, T, N_t, F)
+            target = _repeat(select_patches(patches, masks.targets), count)  # (C B, T, N_t, F)
         loss = ijepa_loss(prediction, target)
         self.log("train/loss", loss, batch_size=len(images))
         self._log_statistics(prediction, target, batch_size=len(images))
         self.log("train/relaxed", masks.relaxed.float().mean().item(), batch_size=len(images))  # on the host
         # MomentumUpdate moves the teacher after the optimizer step.
-        return {"loss": loss, "features": context.features.detach()}
+        return {"loss": loss, "features": context.features[::count].detach()}
 
     @torch.no_grad()
     def _log_statistics(self, prediction: Tensor, target: Tensor, batch_size: int) -> None:
@@ -177,6 +186,11 @@ def _patches_only(backbone: str | nn.Module, options: BackboneOptions) -> Backbo
     if not is_vit or "distilled" in str(backbone):
         return options
     return {**options, "backbone_kwargs": _PATCHES_ONLY | (options.get("backbone_kwargs") or {})}
+
+
+def _repeat(rows: Tensor, count: int) -> Tensor:
+    """Repeat each row ``(B, ...)`` ``count`` times in place, ``(count B, ...)``."""
+    return rows if count == 1 else rows.repeat_interleave(count, 0)
 
 
 def _check_predictor(dim: int, depth: int, heads: int) -> None:

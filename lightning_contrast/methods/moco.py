@@ -21,7 +21,7 @@ from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import Negatives, info_nce
 from lightning_contrast.losses.negatives import as_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, replace_unknown, sample_ids
+from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, FeatureQueue, build_head, convert_split_batchnorm
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.shuffle_batchnorm import Shuffle
@@ -118,11 +118,11 @@ class MoCo(SelfSupervisedModule):
         features = self.backbone(view_q)  # (B, F)
         keys = self._keys(view_k)  # (B, D)
         ids = sample_ids(batch, self.mask_same, "MoCo")  # (B,) or None
-        temperature, groups = current_temperature(self), replace_unknown(ids)
-        loss = self._loss(self.projector(features), keys, temperature, groups)
+        temperature = current_temperature(self)
+        loss = self._loss(self.projector(features), keys, temperature, ids)
         if self.symmetric:
             other_keys = self._keys(view_q)  # (B, D)
-            loss = loss + self._loss(self.projector(self.backbone(view_k)), other_keys, temperature, groups)
+            loss = loss + self._loss(self.projector(self.backbone(view_k)), other_keys, temperature, ids)
             keys = torch.stack([keys, other_keys], dim=1).flatten(0, 1)  # (2B, D), ordered by image as on several ranks
         self.log("train/loss", loss, batch_size=len(view_q))
         outputs = {"loss": loss, "features": features.detach(), "keys": keys}

@@ -17,7 +17,7 @@ from lightning_contrast.augment import simclr_views
 from lightning_contrast.losses import Negatives, nt_xent
 from lightning_contrast.losses.negatives import as_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, replace_unknown, sample_ids
+from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, Norm, build_head, hidden_layers
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
@@ -104,7 +104,7 @@ class SimCLR(SelfSupervisedModule):
             projection_b,
             temperature=current_temperature(self),
             weighting=self.weighting,
-            groups=replace_unknown(sample_ids(batch, self.mask_same, "SimCLR")),  # (B,)
+            groups=sample_ids(batch, self.mask_same, "SimCLR"),  # (B,)
         )
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features[: len(view_a)].detach()}

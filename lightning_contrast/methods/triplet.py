@@ -16,7 +16,8 @@ from lightning_contrast._checks import check_choice, check_positive
 from lightning_contrast.augment import moco_v2_views
 from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import triplet_loss
-from lightning_contrast.losses.mining import MINERS, Miner, global_classes, mine
+from lightning_contrast.losses.labels import global_classes
+from lightning_contrast.losses.mining import MINERS, Miner, mine
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, build_head
 from lightning_contrast.optim import OptimizerLike

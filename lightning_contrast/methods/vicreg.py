@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor, nn
 
 from lightning_contrast import optim
-from lightning_contrast._checks import check_not_negative
+from lightning_contrast._checks import check_not_negative, check_positive
 from lightning_contrast.augment import vicreg_views
 from lightning_contrast.losses import vicreg_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
@@ -33,6 +33,7 @@ class VICReg(SelfSupervisedModule):
         invariance_weight: Weight of the mean squared difference of the views, >= 0.
         variance_weight: Weight of the hinge that keeps each dimension's standard deviation at 1, >= 0.
         covariance_weight: Weight of the squared covariances between dimensions, >= 0.
+        epsilon: Added to the variances under the square root, > 0; 1e-4 in the paper.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.2 x global batch / 256, for 1,000 epochs.
         weight_decay: Weight decay of all parameters except norms and biases.
@@ -54,6 +55,7 @@ class VICReg(SelfSupervisedModule):
         invariance_weight: float = 25.0,
         variance_weight: float = 25.0,
         covariance_weight: float = 1.0,
+        epsilon: float = 1e-4,
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1e-6,
@@ -66,8 +68,9 @@ class VICReg(SelfSupervisedModule):
         check_not_negative("invariance_weight", invariance_weight)
         check_not_negative("variance_weight", variance_weight)
         check_not_negative("covariance_weight", covariance_weight)
+        check_positive("epsilon", epsilon, "The paper uses 1e-4")
         self.invariance_weight, self.variance_weight = invariance_weight, variance_weight
-        self.covariance_weight = covariance_weight
+        self.covariance_weight, self.epsilon = covariance_weight, epsilon
         self.projector = projector or build_head(
             "vicreg", self.feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, norm=head_norm
         )
@@ -83,6 +86,7 @@ class VICReg(SelfSupervisedModule):
             invariance_weight=self.invariance_weight,
             variance_weight=self.variance_weight,
             covariance_weight=self.covariance_weight,
+            epsilon=self.epsilon,
         )
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features.detach()}

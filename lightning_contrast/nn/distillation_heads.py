@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast.nn.weight_norm import WeightNormLinear
+from lightning_contrast.precision import float32_products
 
 
 class DistillationHead(nn.Module):
@@ -60,7 +61,8 @@ class PatchDistillationHead(nn.Module):
 
 
 def _bottleneck(mlp: nn.Module, features: Tensor) -> Tensor:
-    """Return the MLP's output ``(..., D)`` with length 1; BatchNorm sees all rows as one batch."""
+    """Return the L2-normalized output of the MLP, ``(..., D)``, in float32; BatchNorm sees all rows as one batch."""
     out = mlp(features.flatten(0, -2))
-    eps = 1e-6 if out.dtype == torch.float16 else 1e-12  # 1e-12 is 0 in float16
-    return F.normalize(out, dim=-1, eps=eps).view(*features.shape[:-1], out.shape[-1])
+    with float32_products(out.device.type):
+        unit = F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
+    return unit.view(*features.shape[:-1], out.shape[-1])

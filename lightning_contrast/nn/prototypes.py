@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least
+from lightning_contrast.precision import float32_products
 
 _SHORTEST = 1e-12  # keeps a row of zeros unchanged
 
@@ -45,7 +46,7 @@ class Prototypes(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return the scores (B, K) of embeddings (B, D), in float32 or more."""
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with float32_products(embeddings.device.type):
             rows = self.weight.to(dtype)
             return F.linear(embeddings.to(dtype), rows / _lengths(rows))
 

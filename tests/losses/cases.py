@@ -114,14 +114,27 @@ CASES: dict[str, Case] = {
     "info_nce, queue": Case(_temperature(losses.info_nce), oracles.info_nce, inputs=2, shared=1, learned=(0.2,)),
     "sup_con": Case(
         lambda a, b, g, tile_size=None: losses.sup_con(a, b, g, temperature=0.1, tile_size=tile_size),
-        lambda a, b, g: oracles.sup_con(a, b, _int(g), _f64(0.1)),
+        lambda a, b, g: oracles.sup_con([a, b], _int(g), _f64(0.1)),
+        groups=1,
+    ),
+    "sup_con, one view": Case(
+        lambda a, g, tile_size=None: losses.sup_con(a, g, temperature=0.1, tile_size=tile_size),
+        lambda a, g: oracles.sup_con([a], _int(g), _f64(0.1)),
+        inputs=1,
+        groups=1,
+    ),
+    "sup_con, three views, learned": Case(
+        lambda a, b, c, t, g, tile_size=None: losses.sup_con(a, b, c, g, temperature=t, tile_size=tile_size),
+        lambda a, b, c, t, g: oracles.sup_con([a, b, c], _int(g), t),
+        inputs=3,
+        learned=(0.2,),
         groups=1,
     ),
     "sup_con, learned": Case(
         lambda a, b, t, g, tile_size=None: losses.sup_con(
             a, b, g, temperature=t, base_temperature=0.07, tile_size=tile_size
         ),
-        lambda a, b, t, g: t / 0.07 * oracles.sup_con(a, b, _int(g), t),
+        lambda a, b, t, g: t / 0.07 * oracles.sup_con([a, b], _int(g), t),
         learned=(0.2,),
         groups=1,
     ),

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def same(a: Sequence[int], i: int, b: Sequence[int], j: int) -> bool:
+    """Return whether image ``i`` of ``a`` is of the class of image ``j`` of ``b``; one below 0 is of no other's."""
+    return a[i] == b[j] and (a[i] >= 0 or (a is b and i == j))
+
+
 def unit(x: Tensor) -> list[Tensor]:
     return [row / row.norm() for row in x]
 
@@ -64,10 +69,10 @@ def nt_xent(
     z_a: Tensor, z_b: Tensor, t: Tensor, anchor: Anchor = uniform, groups: Sequence[int] | None = None
 ) -> Tensor:
     z, n = unit(z_a) + unit(z_b), len(z_a)
-    group = list(groups if groups is not None else range(n)) * 2
+    group = list(groups if groups is not None else range(n))
     losses = []
     for i in range(2 * n):
-        negatives = [z[i] @ z[j] for j in range(2 * n) if group[j] != group[i]]
+        negatives = [z[i] @ z[j] for j in range(2 * n) if not same(group, j % n, group, i % n)]
         losses.append(anchor(z[i] @ z[(i + n) % (2 * n)], negatives, t))
     return _mean(losses)
 
@@ -94,13 +99,15 @@ def info_nce(
     losses = []
     for i in range(len(q)):
         if negatives is None:
-            chosen = [k[j] for j in range(len(k)) if (j != i if groups is None else groups[0][j] != groups[0][i])]
+            alike = same if groups is not None else (lambda _a, j, _b, i: j == i)
+            own = [] if groups is None else groups[0]
+            chosen = [k[j] for j in range(len(k)) if not alike(own, j, own, i)]
         else:
             bank = unit(negatives)
             chosen = [
                 bank[j]
                 for j in range(len(bank))
-                if (mask is None or mask[j]) and (groups is None or groups[0][i] != groups[1][j])
+                if (mask is None or mask[j]) and (groups is None or not same(groups[0], i, groups[1], j))
             ]
         if extra is not None:
             chosen += unit(extra[i])
@@ -108,13 +115,14 @@ def info_nce(
     return _mean(losses)
 
 
-def sup_con(z_a: Tensor, z_b: Tensor, labels: Sequence[int], t: Tensor) -> Tensor:
-    z, label = unit(z_a) + unit(z_b), list(labels) * 2
+def sup_con(views: Sequence[Tensor], labels: Sequence[int], t: Tensor) -> Tensor:
+    z, n = [row for view in views for row in unit(view)], len(labels)
     losses = []
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
         normalizer = _log_sum_exp([z[i] @ z[j] / t for j in others])
-        losses.append(_mean([normalizer - z[i] @ z[p] / t for p in others if label[p] == label[i]]))
+        terms = [normalizer - z[i] @ z[p] / t for p in others if same(labels, p % n, labels, i % n)]
+        losses.append(_mean(terms) if terms else 0 * normalizer)
     return _mean(losses)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_contrast.losses.mining import global_classes, mine
+from lightning_contrast.losses.labels import global_classes
+from lightning_contrast.losses.mining import mine
 
 
 def situation(size=9, classes=3):

@@ -30,7 +30,7 @@ REFERENCES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Tensor]] = {
     "debiased": lambda x, p: losses.debiased_nt_xent(**x, **p),
     "hard_negative": lambda x, p: losses.hard_negative_nt_xent(**x, **p),
     "decoupled": lambda x, p: losses.decoupled_nt_xent(**x, **p),
-    "supcon": lambda x, p: losses.sup_con(**x, **p, labels=torch.arange(8) % 3),
+    "supcon": lambda x, p: losses.sup_con(x["z_a"], x["z_b"], torch.arange(8) % 3, **p),
     "alignment": lambda x, p: losses.alignment(**x),
     "uniformity": lambda x, p: losses.uniformity(**x),
     "triplet": lambda x, p: losses.triplet_loss(**x, **p),

@@ -1,8 +1,12 @@
 """Autocast, 16-bit inputs, extreme numbers, host reads, compilation."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_contrast import losses
 from lightning_contrast.testing import HostSyncs
@@ -74,6 +78,37 @@ def test_float32_follows_float64_at_any_temperature(temperature: float) -> None:
                 torch.testing.assert_close(
                     mine.double(), theirs, **f32(NETWORK, size=0.01 * size * (1 + 1 / temperature))
                 )
+
+
+class ProductPrecisions(TorchDispatchMode):
+    """Records the precision that matrix products of float32 are allowed to have, whenever there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in {"mm", "addmm", "addmm_", "bmm", "mv", "dot"}:
+            self.found.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _fast_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].tiled])
+@pytest.mark.usefixtures("_fast_products")
+def test_matrix_products_are_in_full_precision(name: str) -> None:
+    """Logits are not rounded to TF32 or bfloat16, forward and backward, and the setting is the user's afterwards."""
+    with ProductPrecisions() as products:
+        value_and_gradients(CASES[name].loss, make_inputs(CASES[name], 5, dtype=torch.float32))
+    assert products.found == {("ieee", "ieee")}
+    assert torch.get_float32_matmul_precision() == "medium"
 
 
 def test_zero_rows_and_equal_rows_are_finite() -> None:

@@ -89,7 +89,8 @@ def test_sup_con(rows, dim, tile, temperature, dtype, seed, classes) -> None:
     labels = torch.randint(-2, classes, (rows,), generator=torch.Generator().manual_seed(seed))
 
     def dense(a: Tensor, b: Tensor) -> Tensor:
-        z, label = F.normalize(torch.cat([a, b]), dim=1), labels.repeat(2)
+        known = torch.where(labels < 0, -1 - torch.arange(rows), labels)  # an unknown image is a class of its own
+        z, label = F.normalize(torch.cat([a, b]), dim=1), known.repeat(2)
         me = torch.eye(len(z), dtype=torch.bool)
         positive = (label[:, None] == label) & ~me
         log_share = (z @ z.T / temperature).masked_fill(me, -math.inf).log_softmax(1)

@@ -269,3 +269,25 @@ def test_bad_views(sizes, message):
 def test_one_tensor_names_the_callback():
     with pytest.raises(ValueError, match=r"Add `ViewAugmentation"):
         run_step(make("IJEPA"), step_batch(CASE)[0][0])
+
+
+def test_several_contexts_are_the_mean_over_each_alone():
+    module, masks = make("IJEPA", contexts=2).eval(), masks_of()
+    both = JepaMasks(torch.stack([masks.context, masks.context.flip(0)], dim=1), masks.targets, masks.relaxed)
+    views, _ = step_batch(CASE)
+
+    def step(contexts, drawn):
+        module.contexts = contexts
+        module.mask_sampler = type("Fixed", (), {"grid": (4, 4), "__call__": lambda *_: drawn})()
+        return run_step(module, [views, None])
+
+    together = step(2, both)
+    alone = [step(1, JepaMasks(context, masks.targets, masks.relaxed)) for context in both.context.unbind(1)]
+    assert together["loss"].item() == near(sum(output["loss"].item() for output in alone) / 2)
+    torch.testing.assert_close(together["features"], alone[0]["features"])
+
+
+def test_options_of_the_masks_reach_the_sampler():
+    sampler = make("IJEPA", contexts=3, disjoint_targets=True).mask_sampler
+    assert (sampler.contexts, sampler.disjoint_targets) == (3, True)
+    assert sampler(2).context.shape[:2] == (2, 3)

@@ -5,7 +5,8 @@ import torch
 
 import lightning_contrast as lc
 from lightning_contrast.losses import Negatives
-from lightning_contrast.methods.false_negatives import replace_unknown, sample_ids
+from lightning_contrast.losses.labels import separate_unknown
+from lightning_contrast.methods.false_negatives import sample_ids
 from tests.launch import run_processes
 from tests.losses import oracles
 from tests.methods.cases import CASES, TinyBackbone, make
@@ -84,7 +85,7 @@ def test_the_queue_keeps_the_sample_ids_of_its_keys(tmp_path):
 
 def ranked_groups(rank):
     batch = [[torch.rand(3, 3, 8, 8)] * 2, torch.tensor([-1, 5, -7])]
-    return replace_unknown(sample_ids(batch, "label", "SimCLR"))
+    return separate_unknown(sample_ids(batch, "label", "SimCLR"))
 
 
 @pytest.mark.dist

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_contrast.nn import WeightNormLinear, build_head, ema_update
 from lightning_contrast.optim import LARS, parameter_groups
+from tests.tolerances import FORMULA, assert_same_bits, f32
 
 SMALL = {"hidden_dim": 5, "bottleneck_dim": 4, "num_prototypes": 7}
 
@@ -80,12 +81,42 @@ def test_weight_norm_in_half_precision(dtype):
     with torch.no_grad():
         layer.weight_v.mul_(2e-3)  # squares of which float16 rounds to 0
     whole, half = layer.weight, copy.deepcopy(layer).to(dtype).weight
-    assert half.dtype == dtype
-    torch.testing.assert_close(half.float(), whole, rtol=0.02, atol=1e-3)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, whole, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 2e-3])
+def test_logits_are_computed_in_float32(dtype, scale):
+    torch.manual_seed(0)
+    layer, x = WeightNormLinear(64, 8), F.normalize(torch.randn(3, 64), dim=1)
+    with torch.no_grad():
+        layer.weight_v.mul_(scale)
+    expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(
-            layer(torch.ones(2, 64)).float(), layer.weight.sum(1).expand(2, 8), rtol=0.05, atol=0.02
-        )
+        assert_same_bits(layer(x), expected)
+    assert_same_bits(layer(x.to(dtype)), layer(x.to(dtype).float()))
+    rounded = copy.deepcopy(layer).to(dtype)
+    assert_same_bits(rounded(x.to(dtype)), rounded.float()(x.to(dtype).float()))
+
+
+@pytest.mark.parametrize(("name", "call"), [("dino", lambda h, x: (h(x),)), ("ibot", lambda h, x: h(x, x))])
+def test_peaked_targets_survive_autocast(name, call):
+    """Logits in bfloat16 are off by up to 0.004, which changes targets at a temperature of 0.04 by up to a tenth."""
+    torch.manual_seed(0)
+    head = build_head(name, 16, hidden_dim=32, bottleneck_dim=32, num_prototypes=512)
+    x, bottleneck = torch.randn(8, 16), []
+    head.mlp.register_forward_hook(lambda _module, _inputs, out: bottleneck.append(F.normalize(out.float(), dim=1)[:8]))
+    call(head, x)
+    with torch.no_grad():  # prototypes close to the images
+        head.last_layer.weight_v.copy_(bottleneck[0].repeat(64, 1) + 0.1 * torch.randn(512, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(head, x)
+    expected = bottleneck[1] @ F.normalize(head.last_layer.weight_v, dim=1).T  # the MLP itself rounds
+    for logits in found:
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, **f32(FORMULA))
+        torch.testing.assert_close((logits / 0.04).softmax(1), (expected / 0.04).softmax(1), **f32(FORMULA, size=0.1))
 
 
 def test_dino_head_is_the_references():

@@ -285,3 +285,48 @@ def test_predictor_starts_as_the_reference_does_and_trains_everything():
 def test_bad_arguments_of_the_predictor(arguments, message):
     with pytest.raises(ValueError, match=message):
         small_predictor(**arguments)
+
+
+@pytest.mark.parametrize("contexts", [2, 3])
+def test_several_contexts_of_an_image(contexts):
+    torch.manual_seed(0)
+    masks = JepaMaskSampler(PAPER, contexts=contexts, context_scale=(0.5, 0.6))(5)
+    assert masks.context.shape[:2] == (5, contexts)
+    assert masks.relaxed.shape == (5,)
+    for image, targets, relaxed in zip(masks.context.tolist(), masks.targets.tolist(), masks.relaxed, strict=True):
+        hidden = {patch for target in targets for patch in target}
+        assert len({tuple(context) for context in image}) > 1, "contexts are drawn independently"
+        for context in image:
+            assert context == sorted(set(context))
+            assert len(context) > 10
+            assert relaxed or not hidden & set(context)
+
+
+@pytest.mark.parametrize("grid", [PAPER, (8, 12)])
+def test_disjoint_targets_share_no_patch_where_the_grid_has_space(grid):
+    options = {"target_scale": (0.08, 0.1), "min_keep": 1}
+    torch.manual_seed(0)
+    overlapping = JepaMaskSampler(grid, **options)(50).targets.flatten(1)
+    torch.manual_seed(0)
+    masks = JepaMaskSampler(grid, disjoint_targets=True, **options)(50)
+    disjoint = [len(set(row)) == len(row) for row in masks.targets.flatten(1).tolist()]
+    assert sum(disjoint) >= 48  # a first three may leave no space for the fourth
+    assert sum(len(set(row)) == len(row) for row in overlapping.tolist()) < 35
+    for targets in masks.targets.tolist():
+        for target in targets:
+            top, left, height, width = block_of(target, grid)
+            assert top < grid[0] - height and left < grid[1] - width  # noqa: PT018
+    assert len({tuple(row) for row in masks.targets[:, 0].tolist()}) > 10, "positions are random"
+
+
+def test_targets_that_do_not_fit_overlap_as_little_as_possible():
+    masks = JepaMaskSampler((4, 4), targets=3, target_scale=(0.25, 0.25), target_aspect=(1.0, 1.0), min_keep=0,
+                            disjoint_targets=True)(20)  # fmt: skip
+    for first, second, _ in masks.targets.tolist():  # blocks of 2 x 2 with corners in 0..1 share at least one patch
+        assert len(set(first) & set(second)) == 1
+
+
+@pytest.mark.parametrize("contexts", [0, -1])
+def test_the_number_of_contexts_is_checked(contexts):
+    with pytest.raises(ValueError, match="`contexts` must be >= 1"):
+        JepaMaskSampler(PAPER, contexts=contexts)

@@ -26,6 +26,7 @@ from lightning_contrast.losses.kernels.tiles import (
     sweep_gradient,
     sweep_lse,
 )
+from lightning_contrast.precision import float32_products
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _SelfLse(torch.autograd.Function):
         own = LogSumExpGradient(grad, lse)
         gathered = ctx.columns.gather_gradient(own)
         triangle = not ctx.columns.sharded
-        with torch.autocast(z.device.type, enabled=False):
+        with float32_products(z.device.type):
             gradient, _ = sweep_gradient(
                 z, scaled, ctx.columns.rows, ctx.config, by_row=own, by_column=gathered, triangle=triangle
             )
@@ -174,7 +175,7 @@ class _PairLse(torch.autograd.Function):
         from_x, from_y = LogSumExpGradient(grad_x, lse_x), LogSumExpGradient(grad_y, lse_y) if ctx.both else None
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad
         want_x = need_x or need_scale
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_products(x.device.type):
             if not ctx.y.sharded:
                 gradient_x, gradient_y = sweep_gradient(
                     x, x * ctx.scale, y, ctx.config_x, by_row=from_x, by_column=from_y,

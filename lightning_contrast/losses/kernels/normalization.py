@@ -25,15 +25,16 @@ class _NormalizeRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Compute the gradient of the rows, ``(N, D)``."""
         unit, length = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
-        radial = (unit / length).mul_(grad).sum(1, keepdim=True)  # (N, 1)
+        scaled = grad / length  # (N, D)
+        radial = (unit * scaled).sum(1, keepdim=True)  # (N, 1)
         radial.masked_fill_(length <= EPSILON, 0.0)  # the divisor is constant there
-        return (grad / length).sub_(unit * radial)
+        return scaled.addcmul_(unit, radial, value=-1)
 
 
 def normalize_rows(x: Tensor) -> Tensor:
     """L2-normalize rows; a row of zeros stays zero.
 
-    Equal to `lightning_contrast.precision.normalize`, with 8 instead of 14 kernels in backward and without a second
+    Equal to `lightning_contrast.precision.normalize`, with 6 instead of 14 kernels in backward and without a second
     derivative, which the tiled losses do not have either.
 
     Args:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from lightning_contrast import distributed
 from lightning_contrast.losses.kernels.logsumexp import GatheredRows, NegativeMask, masked_tile_config
 from lightning_contrast.losses.kernels.tiles import TileConfig, mask_logits, split
+from lightning_contrast.precision import float32_products
 
 ELEMENTS = 2**22  # similarities in memory at a time
 
@@ -52,7 +53,7 @@ class _PerRow(torch.autograd.Function):
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(columns)
         leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         grad_parameters = [torch.zeros_like(parameter) for parameter in parameters]
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_products(x.device.type):
             for i in split(len(x), _rows_at_once(ctx.config, len(columns))):
                 similarities = x[i] @ columns.T
                 bias = mask_logits(torch.zeros_like(similarities), i, slice(0, len(columns)), ctx.config)

@@ -16,6 +16,7 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch
 from lightning_contrast.losses.checks import Scalar
 from lightning_contrast.losses.kernels.tiles import Diagonal, Tiles, make_tile_config
+from lightning_contrast.precision import float32_products
 
 
 def _pass_on(x: Tensor, rows: int) -> Tensor:
@@ -63,7 +64,7 @@ class _SoftplusSums(torch.autograd.Function):
         grad_x, grad_bias = torch.zeros_like(x), x.new_zeros(())
         weighted = x * grad.unsqueeze(1)  # (B, D)
         share = torch.cat([y, torch.zeros_like(y)], dim=1)  # columns and their gradient travel together
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_products(x.device.type):
             for hops in range(len(ctx.sizes)):
                 if hops:
                     share = _pass_on(share, ctx.sizes[_owner_after(hops)])
