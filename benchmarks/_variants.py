@@ -1,4 +1,4 @@
-"""Rows of the learning table that change one setting of a recipe: which negatives, which temperature, which views."""
+"""Rows of the learning table that change one setting of a recipe: negatives, temperature or views."""
 
 _SIMCLR = "model.init_args"
 _SHORT = "trainer.max_epochs=40"
@@ -25,4 +25,4 @@ _CHANGES = {
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     f"simclr, {name}": ("simclr", [_SHORT, *changes]) for name, changes in _CHANGES.items()
 }
-"""For each row the recipe it starts from and its changes, ``key=value`` each."""
+"""For each row, the base recipe and its changes as ``key=value``."""

@@ -1,4 +1,4 @@
-"""Subclass a method: SimCLR with a decreasing temperature."""
+"""Change one thing of a method: SimCLR whose temperature falls while it trains."""
 
 import argparse
 import math
@@ -11,11 +11,11 @@ from lightning_contrast.losses import nt_xent
 
 
 class CoolingSimCLR(lc.SimCLR):
-    """SimCLR with a cosine schedule of the temperature from ``hot`` to ``temperature``.
+    """SimCLR with a temperature that falls from ``hot`` to ``temperature`` as a cosine.
 
     Args:
         backbone: As in SimCLR.
-        hot: Temperature at the first step.
+        hot: The temperature at the first step.
         **kwargs: All other arguments of SimCLR.
     """
 
@@ -25,8 +25,8 @@ class CoolingSimCLR(lc.SimCLR):
         self.save_hyperparameters()
 
     def training_step(self, batch, batch_idx):
-        """Compute the SimCLR loss with the temperature of this step."""
-        view_a, view_b = self.views(batch, count=2)
+        """Compute the NT-Xent loss at the temperature of this step."""
+        view_a, view_b = self.batch_views(batch, count=2)
         features = self(torch.cat([view_a, view_b]))
         projection_a, projection_b = self.projector(features).chunk(2)
         share = self.global_step / self.trainer.estimated_stepping_batches
@@ -38,7 +38,7 @@ class CoolingSimCLR(lc.SimCLR):
 
 
 def main():
-    """Train on the bundled emoji."""
+    """Train it with the callbacks that every method supports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20)
     epochs = parser.parse_args().epochs

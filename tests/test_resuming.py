@@ -110,9 +110,10 @@ def test_weight_decay_and_temperature_follow_the_same_place(tmp_path):
     _, _, checkpoint = run(tmp_path, "DINO", 2)
     extension = extend_training(checkpoint, 2)
     module, second, _ = run(tmp_path, "DINO", 4, extension=extension, ckpt_path=checkpoint)
+    final = module.schedules.final_weight_decay
     for index, entry in enumerate(second):
         place = extension.plan.at(2 * STEPS + index, 4 * STEPS)
-        expected = lc.optim.weight_decay_cosine(place, 2 * STEPS, module.weight_decay, module.final_weight_decay)
+        expected = lc.optim.weight_decay_cosine(place, 2 * STEPS, module.weight_decay, final)
         assert entry["weight_decay"] == near64(expected)
 
     schedule = lc.nn.ScheduledTemperature(0.5, 0.1)
@@ -123,6 +124,7 @@ def test_weight_decay_and_temperature_follow_the_same_place(tmp_path):
     _, _, checkpoint = run(tmp_path, "SimCLR", 2, scheduled)
     extension = extend_training(checkpoint, 2)
     _, second, _ = run(tmp_path, "SimCLR", 4, scheduled, extension=extension, ckpt_path=checkpoint)
+    final = module.schedules.final_weight_decay
     for index, entry in enumerate(second):
         place = extension.plan.at(2 * STEPS + index, 4 * STEPS)
         assert entry["temperature"] == near(schedule(place, 2 * STEPS), ROUNDED)

@@ -104,12 +104,12 @@ def resumed(tmp_path, steps_before, steps_after, *, extension=None, max_epochs=4
 def test_schedules_go_on_from_the_same_share_of_the_run(tmp_path, steps_before, steps_after):
     """Half the processes with the same batch each make twice the steps of an epoch."""
     module, seen, said = resumed(tmp_path, steps_before, steps_after)
-    total, update = 4 * steps_after, MomentumUpdate(module.momentum)
+    total, update = 4 * steps_after, MomentumUpdate(module.schedules.momentum)
     assert len(seen.rates) == 2 * steps_after
     assert module.trainer.global_step == 2 * (steps_before + steps_after)
     for index, (momentum, decay) in enumerate(zip(seen.momenta, seen.decays, strict=True)):
         place = 2 * steps_after + index  # as if the epochs before had been as long
-        expected = lc.optim.weight_decay_cosine(place, total, module.weight_decay, module.final_weight_decay)
+        expected = lc.optim.weight_decay_cosine(place, total, module.weight_decay, module.schedules.final_weight_decay)
         assert decay == near64(expected)
         assert momentum == near64(update.momentum_at(place, total))
         if index:  # the rate of the first step was in the checkpoint
@@ -158,6 +158,6 @@ def test_an_extension_with_epochs_of_another_length(tmp_path):
     assert len(seen.rates) == 6 * 8
     for index, decay in enumerate(seen.decays):
         place = 2 * 8 + index * (2 * 8) / (6 * 8)  # of 4 epochs of 8 steps
-        expected = lc.optim.weight_decay_cosine(place, 4 * 8, module.weight_decay, module.final_weight_decay)
+        expected = lc.optim.weight_decay_cosine(place, 4 * 8, module.weight_decay, module.schedules.final_weight_decay)
         assert decay == near64(expected)
     assert all(b <= a for a, b in zip(seen.rates, seen.rates[1:], strict=False))

@@ -1,56 +1,54 @@
-"""Barlow Twins: the cross-correlation of two views' projections is brought near the identity matrix.
+"""Barlow Twins: the cross-correlation of two views' projections approaches the identity matrix.
 
 Paper: https://arxiv.org/abs/2103.03230.
-Reference program: facebookresearch/barlowtwins.
-Differs from it: under DDP the program's gradient is 1 / (number of ranks) of that of the global batch, since its sum
-over ranks is not differentiated; here it is the gradient of one process. The correlation is computed in float32 under
-autocast. Dimensions are standardised by the loss and not by a BatchNorm layer, whose running averages nobody reads.
+Reference implementation: facebookresearch/barlowtwins.
+Differs from it: under DDP the reference's gradient is 1 / (number of ranks) of the global batch's, since its sum over
+ranks is not differentiated; here it equals that of one process. The correlation is computed in float32 under autocast.
+The loss standardizes dimensions itself, without a BatchNorm layer with unused running averages.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
 from lightning_contrast import optim
 from lightning_contrast._checks import check_not_negative, check_positive
+from lightning_contrast.augment import barlow_twins_views
 from lightning_contrast.losses import barlow_twins_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import Norm, barlow_projector
+from lightning_contrast.nn import BackboneOptions, Norm, build_head
 from lightning_contrast.optim import OptimizerLike
 
 
 class BarlowTwins(SelfSupervisedModule):
-    """Correlate each dimension of the projections with itself across the views, and with no other.
+    """Correlate each dimension of the projections with itself across views, and decorrelate it from all others.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F). Statistics are those of all ranks' images.
+    A batch holds two views (B, C, h, w); `forward` gives features (B, F). Statistics cover the images
+    of all ranks.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
-        feature_dim: F, where a module does not say it itself (``num_features``).
-        backbone_kwargs: Further arguments of `timm.create_model`.
         hidden_dim: Width of the projector's hidden layers.
         projection_dim: D, the width of the projection.
         head_norm: Norm of the hidden layers, "batch", "layer" or None.
-        projector: A module (B, F) -> (B, D) in the place of the head.
+        projector: A module (B, F) -> (B, D) that replaces the head.
         off_diagonal_weight: Weight of the correlations between dimensions, >= 0.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
-        lr: Learning rate after the warm-up, absolute; None is the paper's 0.2 x global batch / 256.
-        vector_lr: Learning rate of norms and biases as a share of ``lr``, > 0. Only with "lars", which adapts the rate
-            of the weights and not theirs; the paper has 0.0048 beside 0.2.
-        weight_decay: Of all parameters but norms and biases.
-        warmup_epochs: Epochs of linear warm-up before the cosine to a thousandth.
+        lr: Peak learning rate, absolute; None is the paper's 0.2 x global batch / 256.
+        vector_lr: Learning rate of norms and biases as a share of ``lr``, > 0. Only for "lars", which adapts the
+            rate of the weights but not theirs; the paper has 0.0048 and 0.2.
+        weight_decay: Weight decay of all parameters except norms and biases.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0.001 of the peak.
+        **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float] = 0.2
+    views = staticmethod(barlow_twins_views)
 
     def __init__(
         self,
         backbone: str | nn.Module,
         *,
-        small_images: bool = False,
-        feature_dim: int | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         hidden_dim: int = 8192,
         projection_dim: int = 8192,
         head_norm: Norm = "batch",
@@ -61,26 +59,22 @@ class BarlowTwins(SelfSupervisedModule):
         vector_lr: float = 0.024,
         weight_decay: float = 1e-6,
         warmup_epochs: int = 10,
+        **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
-            backbone,
-            small_images=small_images,
-            feature_dim=feature_dim,
-            backbone_kwargs=backbone_kwargs,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup_epochs,
+            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_not_negative("off_diagonal_weight", off_diagonal_weight)
         check_positive("vector_lr", vector_lr)
         self.off_diagonal_weight, self.vector_lr = off_diagonal_weight, vector_lr
-        self.projector = projector or barlow_projector(self.feature_dim, hidden_dim, projection_dim, norm=head_norm)
+        self.projector = projector or build_head(
+            "barlow_twins", self.feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, norm=head_norm
+        )
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the distance of the cross-correlation of a batch of two views to the identity."""
-        view_a, view_b = self.views(batch, count=2)
+        """Return the Barlow Twins loss of two views, and features (B, F)."""
+        view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)
         projection_b = self.projector(self.backbone(view_b))  # (B, D)
@@ -89,7 +83,7 @@ class BarlowTwins(SelfSupervisedModule):
         return {"loss": loss, "features": features.detach()}
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer and its schedule; with LARS, norms and biases get a rate of their own."""
+        """Build the optimizer and its schedule; with LARS, norms and biases have their own learning rate."""
         configured = super().configure_optimizers()
         if self.optimizer == "lars":
             base_lrs = configured["lr_scheduler"]["scheduler"].base_lrs
@@ -100,5 +94,5 @@ class BarlowTwins(SelfSupervisedModule):
         return configured
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
-        """Return the warm-up from 0 and the program's cosine to 0.001."""
+        """Return the factor: linear warm-up from 0, then a cosine to 0.001."""
         return optim.warmup_cosine(step, warmup_steps, total_steps, end=0.001)

@@ -1,4 +1,4 @@
-"""What some methods need of a batch beside its views."""
+"""Sample ids that exclude false negatives: images that show the same."""
 
 from typing import Any, Literal, TypeAlias
 
@@ -10,46 +10,41 @@ from lightning_contrast._checks import check_choice
 from lightning_contrast.contracts import require_indices, require_labels
 
 SameImages: TypeAlias = Literal["label", "index"]
-_RANK = 2**32  # more than the images of a rank
+_MAX_BATCH = 2**32  # more than the images of a rank
 
 
 def check_mask_same(mask_same: SameImages | None) -> SameImages | None:
-    """Check what tells images that show the same, and return it."""
+    """Check the argument ``mask_same`` of a method and return it."""
     check_choice("mask_same", mask_same, (None, "label", "index"))
     return mask_same
 
 
-def marks_of(batch: Any, mask_same: SameImages, method: str) -> Tensor:
-    """Return what images that show the same have in common, their labels or indices, ``(B,)``.
+def sample_ids(batch: Any, mask_same: SameImages | None, method: str) -> Tensor | None:
+    """Return the labels or indices of a batch, ``(B,)``, which are equal for images that show the same.
 
     Args:
         batch: A training batch.
-        mask_same: "label" or "index".
-        method: Name of the method that needs them.
+        mask_same: "label", "index", or None for no ids.
+        method: Name of the method, for the error text.
 
     Raises:
         ValueError: If the batch has none.
     """
+    if mask_same is None:
+        return None
     return require_labels(batch, method) if mask_same == "label" else require_indices(batch, method)
 
 
-def groups_of(batch: Any, mask_same: SameImages | None, method: str) -> Tensor | None:
-    """Return the group of each image for a loss, ``(B,)``: images of one group are no negatives of each other.
+def replace_unknown(ids: Tensor | None) -> Tensor | None:
+    """Replace each unknown id (below 0) by one that no other image of any rank and no key of a queue has.
 
     Args:
-        batch: A training batch.
-        mask_same: "label", "index", or None for no groups.
-        method: Name of the method that needs them.
+        ids: Sample ids ``(B,)``, or None.
 
     Returns:
-        The marks, and in the place of each mark below 0, which is unknown, a number that no other image of any rank has
-        and no key of a queue.
-
-    Raises:
-        ValueError: If the batch has no marks.
+        Ids ``(B,)`` for the argument ``groups`` of a loss: images with equal ids are not negatives of each other.
     """
-    if mask_same is None:
+    if ids is None:
         return None
-    marks = marks_of(batch, mask_same, method)
-    own = torch.arange(len(marks), device=marks.device) + distributed.rank() * _RANK
-    return torch.where(marks < 0, torch.iinfo(torch.int64).min + own, marks)
+    unique = torch.arange(len(ids), device=ids.device) + distributed.rank() * _MAX_BATCH
+    return torch.where(ids < 0, torch.iinfo(torch.int64).min + unique, ids)

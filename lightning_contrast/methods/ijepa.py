@@ -1,76 +1,81 @@
-"""I-JEPA: from one part of an image, predict what a moving average of the network makes of other parts.
+"""I-JEPA: predict the EMA teacher's features of image blocks from those of a context block.
 
 Paper: https://arxiv.org/abs/2301.08243.
-Reference program: facebookresearch/ijepa.
-Differs from it: masks are drawn in the step and not in the loader's workers (see `JepaMaskSampler`); the context
-encoder's start values are timm's; the teacher moves once per optimizer step.
+Reference implementation: facebookresearch/ijepa.
+Differs from it: masks are drawn in the step instead of the loader's workers (see `JepaMaskSampler`); the context
+encoder has timm's initialization; the teacher is updated once per optimizer step.
 """
 
-import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast.augment import ijepa_views
 from lightning_contrast.losses import ijepa_loss
 from lightning_contrast.methods.distillation import StretchedModule
-from lightning_contrast.nn import JepaMaskSampler, JepaPredictor, select_patches, sincos_positions
+from lightning_contrast.nn import (
+    BackboneOptions,
+    JepaMaskSampler,
+    JepaPredictor,
+    build_masked_backbone,
+    select_patches,
+    sincos_positions,
+)
 from lightning_contrast.nn.small_vit import SMALL_VIT
-from lightning_contrast.nn.teacher import without_drop
+from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.optim.distillation import Schedules
 
 _PATCHES_ONLY = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 
 
 class IJEPA(StretchedModule):
-    """Predict the features of hidden blocks of patches from those of the patches around them.
+    """Predict the features of target blocks of patches from those of the context patches.
 
     A batch holds one view (B, C, h, w) of the size that the backbone was built for; `forward` gives features (B, F),
-    the mean over the patches, which the paper evaluates on ``momentum_backbone``. Logs ``train/target_std``, the spread
-    of the targets over patches and images (0 in a collapse, at most about 1), ``train/agreement``, the mean cosine of
-    predictions and targets, and ``train/relaxed``, the share of images whose context was allowed to overlap targets.
-    The step's ``"features"`` are those of the context: the mean over the patches that the network sees.
+    the mean over the patches, which the paper evaluates on ``momentum_backbone``. Logs ``train/target_std``, the
+    standard deviation of the targets over patches and images (0 in a collapse, at most about 1), ``train/agreement``,
+    the mean cosine similarity of predictions and targets, and ``train/relaxed``, the share of images whose context was
+    allowed to overlap targets. The step's ``"features"`` are the mean over the context patches.
 
     Args:
-        backbone: ``"small_vit"``, the name of a timm vision transformer, or such a module; one whose patches can be
-            left out, without class token. By name it is built as the paper has it:
+        backbone: ``"small_vit"``, the name of a timm vision transformer, or such a module, whose patches can be
+            dropped, without class token. By name it is built as in the paper:
             ``class_token=False, global_pool="avg", fc_norm=False``.
-        small_images: Must be False; see `nn.build_masked_backbone`.
-        feature_dim: F, where a module does not say it itself (``num_features``).
-        backbone_kwargs: Further arguments of `timm.create_model`.
-        fixed_positions: Put fixed sine positions in the place of the backbone's learned ones, as in the paper.
-        targets: Number of target blocks of an image, >= 1.
+        fixed_positions: Replace the backbone's learned positions by fixed sine-cosine positions, as in the paper.
+        targets: Number of target blocks per image, >= 1.
         target_scale: Range of a target block's share of the patches, in (0, 1].
         target_aspect: Range of a target block's height over its width, > 0.
         context_scale: Range of the context block's share of the patches, in (0, 1].
-        min_keep: A context has more patches than this, >= 0.
+        min_keep: Lower bound (exclusive) of the number of context patches, >= 0.
         predictor_dim: Width of the predictor, a multiple of 4 and of its heads.
         predictor_depth: Number of the predictor's blocks; 12 in the paper, 6 for ViT-B.
         predictor_heads: Number of the predictor's attention heads; None is the backbone's.
-        predictor: A module (tokens, context, targets) -> (B, T, N_t, F) in the place of it; see `JepaPredictor`.
-        momentum: Share of the teacher that the first step keeps, in [0, 1]; it rises in a line to 1.
-        schedule_stretch: The schedules end that many times as late as the run, >= 1.
+        predictor: A module (tokens, context, targets) -> (B, T, N_t, F) that replaces the predictor; see
+            `JepaPredictor`.
+        momentum: EMA momentum of the teacher at the first step, in [0, 1]; rises linearly towards 1.
+        schedule_stretch: Length of the schedules as a multiple of the run, >= 1.
         optimizer: "adamw" as in the paper, "sgd", "lars", "lamb", or a callable.
-        lr: Learning rate after the warm-up, absolute; None is the paper's 0.001 x global batch / 2048.
-        warmup_start: Learning rate at the start of the warm-up as a share of that.
+        lr: Peak learning rate, absolute; None is the paper's 0.001 x global batch / 2048.
+        warmup_start: Learning rate at the start of the warm-up as a share of the peak.
         final_lr: Learning rate at the end of the schedule, absolute.
-        weight_decay: At the start, of all parameters but norms and biases.
-        final_weight_decay: The same at the end of the schedule, reached as a cosine.
+        weight_decay: Weight decay at the start, of all parameters except norms and biases.
+        final_weight_decay: Weight decay at the end of the cosine.
         warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``.
+        **options: See `BackboneOptions`; ``small_images`` must be False.
     """
 
     base_lr: ClassVar[float] = 0.000125
     sharded_methods: ClassVar = {"backbone": ("tokens",), "momentum_backbone": ("tokens",)}
+    views = staticmethod(ijepa_views)
 
     def __init__(
         self,
         backbone: str | nn.Module,
         *,
-        small_images: bool = False,
-        feature_dim: int | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         fixed_positions: bool = True,
         targets: int = 4,
         target_scale: tuple[float, float] = (0.15, 0.2),
@@ -90,21 +95,23 @@ class IJEPA(StretchedModule):
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
         warmup_epochs: int = 40,
+        **options: Unpack[BackboneOptions],
     ) -> None:
+        schedules = Schedules(
+            momentum=momentum,
+            final_lr=final_lr,
+            final_weight_decay=final_weight_decay,
+            schedule_stretch=schedule_stretch,
+            warmup_start=warmup_start,
+        )
         super().__init__(
-            backbone,
-            small_images=small_images,
-            feature_dim=feature_dim,
-            backbone_kwargs=_patches_only(backbone, backbone_kwargs),
+            build_masked_backbone(backbone, mask_token=False, **_patches_only(backbone, options)),
+            schedules=schedules,
             optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
         )
-        self.set_schedules(
-            final_lr=final_lr, final_weight_decay=final_weight_decay, clip_grad=None, freeze_last_layer_epochs=0
-        )
-        self.set_stretch(momentum=momentum, stretch=schedule_stretch, warmup_start=warmup_start)
         vit = self.backbone.vit
         _check_patches_only(vit)
         grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
@@ -123,12 +130,12 @@ class IJEPA(StretchedModule):
         self.predictor = predictor or JepaPredictor(
             self.feature_dim, grid, width=predictor_dim, depth=predictor_depth, heads=heads
         )
-        self.momentum_backbone = without_drop(copy.deepcopy(self.backbone)).requires_grad_(False)
+        self.momentum_backbone = teacher_of(self.backbone)
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the smooth L1 distance of predictions to the teacher's normalised patches."""
-        (images,) = self.views(batch, count=1)  # (B, C, h, w)
+        """Return the smooth L1 loss of predictions and the teacher's normalized patches, and features (B, F)."""
+        (images,) = self.batch_views(batch, count=1)  # (B, C, h, w)
         self._check_grid(images)
         masks = self.mask_sampler(len(images)).to(images.device)
         context = self.backbone.tokens(images, keep=masks.context)  # features (B, F), patches (B, N_c, F)
@@ -139,15 +146,18 @@ class IJEPA(StretchedModule):
         loss = ijepa_loss(prediction, target)
         self.log("train/loss", loss, batch_size=len(images))
         self._log_statistics(prediction, target, batch_size=len(images))
-        self.log("train/relaxed", masks.relaxed.float().mean().item(), batch_size=len(images))  # it is on the host
+        self.log("train/relaxed", masks.relaxed.float().mean().item(), batch_size=len(images))  # on the host
+        # MomentumUpdate moves the teacher after the optimizer step.
         return {"loss": loss, "features": context.features.detach()}
 
     @torch.no_grad()
     def _log_statistics(self, prediction: Tensor, target: Tensor, batch_size: int) -> None:
-        """Log what shows a collapse, of tensors (B, T, N_t, F)."""
-        goal = F.layer_norm(target.float(), target.shape[-1:])
-        self.log("train/target_std", goal.flatten(0, -2).std(0).mean(), batch_size=batch_size)
-        self.log("train/agreement", F.cosine_similarity(prediction.float(), goal, dim=-1).mean(), batch_size=batch_size)
+        """Log collapse indicators of predictions and targets, (B, T, N_t, F)."""
+        normalized = F.layer_norm(target.float(), target.shape[-1:])
+        self.log("train/target_std", normalized.flatten(0, -2).std(0).mean(), batch_size=batch_size)
+        self.log(
+            "train/agreement", F.cosine_similarity(prediction.float(), normalized, dim=-1).mean(), batch_size=batch_size
+        )
 
     def _check_grid(self, images: Tensor) -> None:
         grid, size = self.mask_sampler.grid, tuple(images.shape[-2:])
@@ -157,19 +167,20 @@ class IJEPA(StretchedModule):
             fail("images", f"be {grid[0] * patch[0]} x {grid[1] * patch[1]} pixels for its masks", size, hint)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return the context encoder with the target encoder; the predictor has no teacher."""
+        """Return (context encoder, target encoder); the predictor has no teacher."""
         return [(self.backbone, self.momentum_backbone)]
 
 
-def _patches_only(backbone: str | nn.Module, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the ``backbone_kwargs`` of a vision transformer by name; other names are refused where they are built."""
-    if not isinstance(backbone, str) or "distilled" in backbone:
-        return kwargs
-    return _PATCHES_ONLY | (kwargs or {}) if backbone.startswith(("vit_", "deit", SMALL_VIT)) else kwargs
+def _patches_only(backbone: str | nn.Module, options: BackboneOptions) -> BackboneOptions:
+    """Return the options of a vision transformer by name without class token; other names fail when they are built."""
+    is_vit = isinstance(backbone, str) and backbone.startswith(("vit_", "deit", SMALL_VIT))
+    if not is_vit or "distilled" in str(backbone):
+        return options
+    return {**options, "backbone_kwargs": _PATCHES_ONLY | (options.get("backbone_kwargs") or {})}
 
 
 def _check_predictor(dim: int, depth: int, heads: int) -> None:
-    """Check the sizes of the predictor by the names that they have here."""
+    """Check the sizes of the predictor under the names of the method's arguments."""
     check_at_least("predictor_depth", depth, 1)
     check_at_least("predictor_heads", heads, 1)
     rule = f"be a multiple of 4 and of its {heads} heads"
@@ -177,11 +188,11 @@ def _check_predictor(dim: int, depth: int, heads: int) -> None:
 
 
 def _check_patches_only(vit: Any) -> None:
-    """Refuse a network whose features are not the plain mean of its patches: some of it would never be trained."""
+    """Refuse a network whose features are not the mean of its patches, since parts of it would not be trained."""
     parts = [part for part in (vit.fc_norm, vit.attn_pool) if isinstance(part, nn.Module)]
     unused = any(True for part in parts for _ in part.parameters())
     plain = vit.num_prefix_tokens == 0 and vit.global_pool == "avg" and not unused
-    rule = "pool its patches by their mean, without class or register tokens and without a norm behind the mean"
+    rule = "average its patches, without class or register tokens and without a norm after the mean"
     found = f"{type(vit).__name__} with {vit.num_prefix_tokens} such tokens and global_pool={vit.global_pool!r}"
     hint = 'Build it with class_token=False, global_pool="avg" and fc_norm=False'
     require(plain, "backbone", rule, found, hint)

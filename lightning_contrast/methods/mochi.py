@@ -1,11 +1,11 @@
-"""MoCHi: MoCo v2 with synthetic negatives, mixed of the hardest in the queue.
+"""MoCHi: MoCo v2 with synthetic negatives, mixed from the hardest negatives of the queue.
 
-Paper: https://arxiv.org/abs/2010.01028; there is no public program.
-Differs from MoCo's program as `MoCo` does.
+Paper: https://arxiv.org/abs/2010.01028; there is no public implementation.
+Differs from MoCo's reference implementation as `MoCo` does.
 """
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import lightning as L
 import torch
@@ -13,55 +13,53 @@ from torch import Tensor, nn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_probability
+from lightning_contrast.augment import moco_v2_views
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import info_nce, mochi_negatives
-from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
-from lightning_contrast.nn import FeatureQueue, convert_split_batchnorm, moco_head
+from lightning_contrast.methods.base import SelfSupervisedModule
+from lightning_contrast.nn import BackboneOptions, FeatureQueue, build_head, convert_split_batchnorm
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.temperature import current_temperature
 
 
 class MoCHi(SelfSupervisedModule):
-    """Contrast a query with its key, a queue of past keys, and mixes of those that are most similar to it.
+    """Contrast a query with its key, a queue of past keys, and mixtures of its hardest negatives.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
-        feature_dim: F, where a module does not say it itself (``num_features``).
-        backbone_kwargs: Further arguments of `timm.create_model`.
-        projection_dim: D, the width of the projection, also of a ``projector`` of your own.
-        projector: A module (B, F) -> (B, D) in the place of the head; the momentum network gets a copy.
-        momentum: Share of the momentum network that each step keeps, in [0, 1].
+        projection_dim: D, the width of the projection, also of a custom ``projector``.
+        projector: A module (B, F) -> (B, D) that replaces the head; the EMA network gets a copy.
+        momentum: EMA momentum of the key encoder, in [0, 1].
         queue_size: Number K of past keys, at least those of one step on all ranks.
         queue_dtype: "float32", "float16" or "int8".
         temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
             `nn.ScheduledTemperature`, or a function of the optimizer step.
-        hardest: Negatives of each query that the synthetic ones are mixed of, >= 2; N in the paper.
-        pair_mixes: Mixes of two of them, >= 0; s in the paper.
-        query_mixes: Mixes of one of them with the query, >= 0; s' in the paper.
-        start_epoch: First epoch (from 0) with synthetic negatives, >= 1: before, the queue is empty.
+        hardest: Number of hardest negatives per query to mix, >= 2; N in the paper.
+        pair_mixes: Number of mixtures of two of them, >= 0; s in the paper.
+        query_mixes: Number of mixtures of one of them with the query, >= 0; s' in the paper.
+        start_epoch: First epoch (from 0) with synthetic negatives, >= 1, since the queue starts empty.
         shuffle: See `MoCo`.
         batchnorm_splits: See `MoCo`.
         optimizer: "sgd" as in the paper, "adamw", "lars", "lamb", or a callable.
-        lr: Learning rate, absolute; None is the paper's 0.03 x global batch / 256.
-        weight_decay: Of all parameters but norms and biases.
+        lr: Peak learning rate, absolute; None is the paper's 0.03 x global batch / 256.
+        weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the paper has none.
+        **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float] = 0.03
+    views = staticmethod(moco_v2_views)
 
     def __init__(
         self,
         backbone: str | nn.Module,
         *,
-        small_images: bool = False,
-        feature_dim: int | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         projection_dim: int = 128,
         projector: nn.Module | None = None,
         momentum: float = 0.999,
@@ -78,16 +76,10 @@ class MoCHi(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
+        **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
-            backbone,
-            small_images=small_images,
-            feature_dim=feature_dim,
-            backbone_kwargs=backbone_kwargs,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup_epochs,
+            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_probability("momentum", momentum)
         check_at_least("queue_size", queue_size, 2)
@@ -101,32 +93,33 @@ class MoCHi(SelfSupervisedModule):
         self.shuffle, self.batchnorm_splits = shuffle, batchnorm_splits
         if batchnorm_splits > 1:
             self.backbone = convert_split_batchnorm(self.backbone, batchnorm_splits)
-        self.projector = projector or moco_head(self.feature_dim, None, projection_dim, layers=2)
+        self.projector = projector or build_head("moco", self.feature_dim, out_dim=projection_dim)
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype)
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the InfoNCE loss of a batch of two views, and the keys for the queue."""
-        view_q, view_k = self.views(batch, count=2)
+        """Return the InfoNCE loss of two views, features (B, F), and keys (B, D) for the queue."""
+        view_q, view_k = self.batch_views(batch, count=2)
         features = self.backbone(view_q)  # (B, F)
         query = self.projector(features)  # (B, D)
         keys = self._keys(view_k)  # (B, D)
-        mixes = self._mixes(query) if self.current_epoch >= self.start_epoch else None  # (B, s + s', D)
+        mixtures = self._mixtures(query) if self.current_epoch >= self.start_epoch else None  # (B, s + s', D)
         loss = info_nce(
             query,
             keys,
             self.queue.features,
-            temperature=temperature_of(self),
+            temperature=current_temperature(self),
             negatives_mask=self.queue.mask,
-            extra_negatives=mixes,
+            extra_negatives=mixtures,
         )
         self.log("train/loss", loss, batch_size=len(view_q))
+        # MomentumUpdate moves the key encoder after the optimizer step; QueueUpdate pushes "keys" after the batch.
         return {"loss": loss, "features": features.detach(), "keys": keys}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return the encoder's parts with those that follow them."""
+        """Return (query, key) modules."""
         return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
 
     def queues(self) -> dict[str, nn.Module]:
@@ -134,15 +127,15 @@ class MoCHi(SelfSupervisedModule):
         return {"keys": self.queue}
 
     def default_callbacks(self) -> list[L.Callback]:
-        """Return what moves the momentum network and feeds the queue."""
+        """Return the EMA callback and the queue callback."""
         return [MomentumUpdate(self.momentum, schedule="constant"), QueueUpdate()]
 
     def on_fit_start(self) -> None:
-        """Warn of BatchNorm statistics of several ranks only where shuffling does not need them."""
+        """Warn about per-rank BatchNorm statistics only without shuffling, which relies on them."""
         if not self.shuffle:
             super().on_fit_start()
 
-    def _mixes(self, query: Tensor) -> Tensor:
+    def _mixtures(self, query: Tensor) -> Tensor:
         """Return the synthetic negatives of each query, (B, s + s', D)."""
         return mochi_negatives(
             query,
@@ -155,7 +148,7 @@ class MoCHi(SelfSupervisedModule):
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:
-        """Return the keys of a view, (B, D), of length 1."""
+        """Return the unit-length keys of a view, (B, D)."""
         shuffles = self.shuffle and (self.batchnorm_splits > 1 or distributed.is_distributed())
         shuffle = Shuffle(len(view), view.device) if shuffles else None
         view = view if shuffle is None else shuffle(view)

@@ -1,62 +1,60 @@
-"""NNCLR: the positive of a view is the nearest neighbour of the other view among past projections.
+"""NNCLR: the positive of a view is the nearest neighbor of the other view in a queue of past projections.
 
-Paper: https://arxiv.org/abs/2104.14548; there is no public program.
-Differs from it: the queue starts empty and not random; until it holds something, a projection is its own neighbour.
-Cross entropy is taken over the predictions for each neighbour, not over the neighbours for each prediction as well.
+Paper: https://arxiv.org/abs/2104.14548; there is no public implementation.
+Differs from it: the queue starts empty instead of random; while it is empty, a projection is its own neighbor. The
+cross-entropy is over the predictions for each neighbor, not also over the neighbors for each prediction.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import lightning as L
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least
+from lightning_contrast.augment import simclr_views
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
-from lightning_contrast.methods.base import SelfSupervisedModule, temperature_of
+from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.metrics.neighbours import nearest_row
-from lightning_contrast.nn import FeatureQueue, Norm, nnclr_predictor, nnclr_projector
+from lightning_contrast.nn import BackboneOptions, FeatureQueue, Norm, build_head
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.temperature import current_temperature
 
 
 class NNCLR(SelfSupervisedModule):
-    """Contrast the nearest neighbours of one view's projections with the other view's predictions.
+    """Contrast the nearest neighbors of one view's projections with the other view's predictions.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
-        feature_dim: F, where a module does not say it itself (``num_features``).
-        backbone_kwargs: Further arguments of `timm.create_model`.
         hidden_dim: Width of the projector's hidden layers.
         predictor_dim: Width of the predictor's hidden layer.
-        projection_dim: D, the width of projection and prediction, also of a ``projector`` of your own.
+        projection_dim: D, the width of projection and prediction, also of a custom ``projector``.
         head_norm: Norm of the heads' layers, "batch", "layer" or None.
-        projector: A module (B, F) -> (B, D) in the place of the head.
-        predictor: A module (B, D) -> (B, D) in the place of the predictor.
+        projector: A module (B, F) -> (B, D) that replaces the head.
+        predictor: A module (B, D) -> (B, D) that replaces the predictor.
         queue_size: Number K of past projections, at least those of one step on all ranks.
         queue_dtype: "float32", "float16" or "int8".
         temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
             `nn.ScheduledTemperature`, or a function of the optimizer step.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
-        lr: Learning rate after the warm-up, absolute; None is the paper's 0.3 x global batch / 256.
-        weight_decay: Of all parameters but norms and biases.
+        lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.
+        weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
+        **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float] = 0.3
+    views = staticmethod(simclr_views)
 
     def __init__(
         self,
         backbone: str | nn.Module,
         *,
-        small_images: bool = False,
-        feature_dim: int | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         hidden_dim: int = 2048,
         predictor_dim: int = 4096,
         projection_dim: int = 256,
@@ -70,38 +68,37 @@ class NNCLR(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-6,
         warmup_epochs: int = 10,
+        **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
-            backbone,
-            small_images=small_images,
-            feature_dim=feature_dim,
-            backbone_kwargs=backbone_kwargs,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup_epochs,
+            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_at_least("queue_size", queue_size, 1)
         self.temperature = check_temperature(temperature)
-        self.projector = projector or nnclr_projector(self.feature_dim, hidden_dim, projection_dim, norm=head_norm)
-        self.predictor = predictor or nnclr_predictor(projection_dim, predictor_dim, projection_dim, norm=head_norm)
+        self.projector = projector or build_head(
+            "nnclr_projector", self.feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, norm=head_norm
+        )
+        self.predictor = predictor or build_head(
+            "nnclr_predictor", projection_dim, hidden_dim=predictor_dim, out_dim=projection_dim, norm=head_norm
+        )
         self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype)
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean of both directions' InfoNCE losses, and the first view's projections for the queue."""
-        view_a, view_b = self.views(batch, count=2)
+        """Return the mean of both directions' InfoNCE losses, features (B, F), and keys (B, D) for the queue."""
+        view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)
         projection_b = self.projector(self.backbone(view_b))  # (B, D)
         prediction_a, prediction_b = self.predictor(projection_a), self.predictor(projection_b)  # (B, D) each
-        neighbour_a = nearest_row(projection_a, self.queue.features, self.queue.mask)  # (B, D), no gradient
-        neighbour_b = nearest_row(projection_b, self.queue.features, self.queue.mask)
-        temperature = temperature_of(self)
-        loss_a = info_nce(neighbour_a, prediction_b, temperature=temperature)
-        loss_b = info_nce(neighbour_b, prediction_a, temperature=temperature)
+        neighbor_a = nearest_row(projection_a, self.queue.features, self.queue.mask)  # (B, D), no gradient
+        neighbor_b = nearest_row(projection_b, self.queue.features, self.queue.mask)
+        temperature = current_temperature(self)
+        loss_a = info_nce(neighbor_a, prediction_b, temperature=temperature)
+        loss_b = info_nce(neighbor_b, prediction_a, temperature=temperature)
         loss = (loss_a + loss_b) / 2
         self.log("train/loss", loss, batch_size=len(view_a))
+        # QueueUpdate pushes "keys" into the queue after the batch.
         return {"loss": loss, "features": features.detach(), "keys": unit_rows(projection_a.detach())}
 
     def queues(self) -> dict[str, nn.Module]:
@@ -109,5 +106,5 @@ class NNCLR(SelfSupervisedModule):
         return {"keys": self.queue}
 
     def default_callbacks(self) -> list[L.Callback]:
-        """Return what feeds the queue."""
+        """Return the queue callback."""
         return [QueueUpdate()]

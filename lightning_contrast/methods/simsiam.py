@@ -1,55 +1,52 @@
-"""SimSiam: a predictor on one view, a stopped gradient on the other; neither negatives nor a momentum network.
+"""SimSiam: a predictor on one view, a stop-gradient on the other, without negatives or an EMA network.
 
 Paper: https://arxiv.org/abs/2011.10566.
-Reference program: facebookresearch/simsiam.
-Differs from it: norms and biases carry no weight decay; the cosine moves every step and not every epoch; whether the
-last norm of each residual block starts at zero is the backbone's matter (timm's ResNets: ``zero_init_last``).
+Reference implementation: facebookresearch/simsiam.
+Differs from it: no weight decay on norms and biases; the cosine is updated every step instead of every epoch; the
+backbone decides whether the last norm of each residual block starts at zero (timm's ResNets: ``zero_init_last``).
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import optim
+from lightning_contrast.augment import simsiam_views
 from lightning_contrast.losses import negative_cosine
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import Norm, simsiam_predictor, simsiam_projector
+from lightning_contrast.nn import BackboneOptions, Norm, build_head
 
 
 class SimSiam(SelfSupervisedModule):
-    """Predict the projection of one view from the other, with a stopped gradient.
+    """Predict the projection of one view from the other, with a stop-gradient.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F). Logs ``train/projection_std``, the mean
-    deviation of the normalised projection's dimensions times sqrt(D): about 1 in health, 0 in collapse.
+    standard deviation of the normalized projection's dimensions times sqrt(D): about 1, or 0 in a collapse.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
-        feature_dim: F, where a module does not say it itself (``num_features``).
-        backbone_kwargs: Further arguments of `timm.create_model`.
         head_layers: Layers of the projector; the paper has 3 on ImageNet and 2 on CIFAR-10.
-        projection_dim: D, the width of projection and prediction, also of a ``projector`` of your own.
+        projection_dim: D, the width of projection and prediction, also of a custom ``projector``.
         predictor_dim: Width of the predictor's bottleneck.
         head_norm: Norm of the heads' layers, "batch", "layer" or None.
-        projector: A module (B, F) -> (B, D) in the place of the head.
-        predictor: A module (B, D) -> (B, D) in the place of the predictor.
-        fix_predictor_lr: The predictor keeps the initial learning rate, as in the paper's reported runs.
+        projector: A module (B, F) -> (B, D) that replaces the head.
+        predictor: A module (B, D) -> (B, D) that replaces the predictor.
+        fix_predictor_lr: Keep the predictor's learning rate constant, as in the paper's reported runs.
         optimizer: "sgd" as in the paper, "adamw", "lars", "lamb", or a callable.
-        lr: Learning rate, absolute; None is the paper's 0.05 x global batch / 256.
-        weight_decay: Of all parameters but norms and biases.
+        lr: Peak learning rate, absolute; None is the paper's 0.05 x global batch / 256.
+        weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the paper has none.
+        **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float] = 0.05
+    views = staticmethod(simsiam_views)
 
     def __init__(
         self,
         backbone: str | nn.Module,
         *,
-        small_images: bool = False,
-        feature_dim: int | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         head_layers: int = 3,
         projection_dim: int = 2048,
         predictor_dim: int = 512,
@@ -61,27 +58,23 @@ class SimSiam(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
+        **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
-            backbone,
-            small_images=small_images,
-            feature_dim=feature_dim,
-            backbone_kwargs=backbone_kwargs,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup_epochs,
+            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         self.fix_predictor_lr = fix_predictor_lr
-        self.projector = projector or simsiam_projector(
-            self.feature_dim, None, projection_dim, layers=head_layers, norm=head_norm
+        self.projector = projector or build_head(
+            "simsiam_projector", self.feature_dim, out_dim=projection_dim, layers=head_layers, norm=head_norm
         )
-        self.predictor = predictor or simsiam_predictor(projection_dim, predictor_dim, norm=head_norm)
+        self.predictor = predictor or build_head(
+            "simsiam_predictor", projection_dim, hidden_dim=predictor_dim, norm=head_norm
+        )
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return minus the mean cosine of predictions and projections, in [-1, 1]."""
-        view_a, view_b = self.views(batch, count=2)
+        """Return the negative mean cosine similarity, in [-1, 1], and features (B, F)."""
+        view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)
         projection_b = self.projector(self.backbone(view_b))  # (B, D)
@@ -92,7 +85,7 @@ class SimSiam(SelfSupervisedModule):
         return {"loss": loss, "features": features.detach()}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the encoder's groups and the predictor's, which keep their learning rate."""
+        """Return the encoder's groups and the predictor's, whose learning rate is constant."""
         groups = super().parameter_groups()
         if not self.fix_predictor_lr:
             return groups
@@ -103,6 +96,6 @@ class SimSiam(SelfSupervisedModule):
 
 
 def _spread(projection: Tensor) -> Tensor:
-    """Return the mean deviation over the batch of the normalised dimensions of (B, D), times sqrt(D)."""
+    """Return the mean standard deviation of the normalized dimensions of (B, D), times sqrt(D)."""
     unit = F.normalize(projection.detach().float(), dim=1)
     return unit.std(0, correction=0).mean() * float(projection.shape[1] ** 0.5)

@@ -1,54 +1,51 @@
-"""Spectral contrastive learning: inner products of views grow, squared inner products of other images shrink.
+"""Spectral contrastive learning: maximize inner products of views, minimize squared ones of other images.
 
 Paper: https://arxiv.org/abs/2106.04156.
-Reference program: jhaochenz/spectral_contrastive_learning.
-Differs from it: the loss is that of the global batch, not of one replica; norms and biases carry no weight decay. The
+Reference implementation: jhaochenz/spectral_contrastive_learning.
+Differs from it: the loss is that of the global batch instead of one replica; no weight decay on norms and biases. The
 defaults are the CIFAR-10 recipe; ImageNet has ``head_layers=3, hidden_dim=8192, projection_dim=8192, mu=10``,
-``weight_decay=1e-4`` and a base rate of 0.05.
+``weight_decay=1e-4`` and a base learning rate of 0.05.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_positive
+from lightning_contrast.augment import moco_v2_views
 from lightning_contrast.losses import spectral_contrastive_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import Norm, spectral_head
+from lightning_contrast.nn import BackboneOptions, Norm, build_head
 from lightning_contrast.optim import OptimizerLike
 
 
 class SpectralContrastive(SelfSupervisedModule):
-    """Factorise the graph of augmentations: the spectral contrastive loss.
+    """Minimize the spectral contrastive loss, a factorization of the augmentation graph.
 
     A batch holds two views (B, C, h, w); `forward` gives features (B, F).
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
-        feature_dim: F, where a module does not say it itself (``num_features``).
-        backbone_kwargs: Further arguments of `timm.create_model`.
         head_layers: Layers of the projector.
         hidden_dim: Width of its hidden layers.
         projection_dim: D, the width of the projection.
         head_norm: Norm of the projector's layers, "batch", "layer" or None.
-        projector: A module (B, F) -> (B, D) in the place of the head.
-        mu: Square of the largest length of a projection, > 0; longer ones are shortened to it.
-        optimizer: "sgd" as in the program, "adamw", "lars", "lamb", or a callable.
-        lr: Learning rate after the warm-up, absolute; None is the program's 0.03 x global batch / 256.
-        weight_decay: Of all parameters but norms and biases.
+        projector: A module (B, F) -> (B, D) that replaces the head.
+        mu: Maximum squared norm of a projection, > 0; longer ones are rescaled to it.
+        optimizer: "sgd" as in the reference implementation, "adamw", "lars", "lamb", or a callable.
+        lr: Peak learning rate, absolute; None is the reference's 0.03 x global batch / 256.
+        weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
+        **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float] = 0.03
+    views = staticmethod(moco_v2_views)
 
     def __init__(
         self,
         backbone: str | nn.Module,
         *,
-        small_images: bool = False,
-        feature_dim: int | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         head_layers: int = 2,
         hidden_dim: int = 2048,
         projection_dim: int = 1000,
@@ -59,27 +56,26 @@ class SpectralContrastive(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 5e-4,
         warmup_epochs: int = 10,
+        **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
-            backbone,
-            small_images=small_images,
-            feature_dim=feature_dim,
-            backbone_kwargs=backbone_kwargs,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup_epochs,
+            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_positive("mu", mu, "The paper uses 1 for CIFAR and 10 for ImageNet")
         self.mu = mu
-        self.projector = projector or spectral_head(
-            self.feature_dim, hidden_dim, projection_dim, layers=head_layers, norm=head_norm
+        self.projector = projector or build_head(
+            "spectral",
+            self.feature_dim,
+            hidden_dim=hidden_dim,
+            out_dim=projection_dim,
+            layers=head_layers,
+            norm=head_norm,
         )
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the spectral contrastive loss of a batch of two views."""
-        view_a, view_b = self.views(batch, count=2)
+        """Return the spectral contrastive loss of two views, and features (B, F)."""
+        view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)  # (B, F)
         projection_a = self.projector(features)  # (B, D)
         projection_b = self.projector(self.backbone(view_b))  # (B, D)

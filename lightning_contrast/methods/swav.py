@@ -1,13 +1,13 @@
-"""SwAV: every view predicts to which prototypes the global views of its image are assigned, in balanced clusters.
+"""SwAV: every view predicts the balanced prototype assignments of the other global views.
 
 Paper: https://arxiv.org/abs/2006.09882.
-Reference program: facebookresearch/swav.
-Differs from it: norms and biases carry no weight decay (they keep the trust ratio of LARS); the queue fills from the
-first step on and not from its start epoch on, so that it takes part from the beginning of that epoch; it is one for all
-ranks, each of which takes its share, and lives in the checkpoint; the warm-up ends one step later.
+Reference implementation: facebookresearch/swav.
+Differs from it: no weight decay on norms and biases (they keep LARS's trust ratio); the queue fills from the first step
+instead of from its start epoch, so it is used from the beginning of that epoch; it is common to all ranks, which use a
+share each, and part of the checkpoint; the warm-up ends one step later.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import lightning as L
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lightning_contrast import distributed, optim
 from lightning_contrast._checks import check_at_least, check_positive
+from lightning_contrast.augment import swav_views
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import swav_loss
-from lightning_contrast.methods.base import SelfSupervisedModule, require_crops
-from lightning_contrast.nn import FeatureQueue, Norm, Prototypes, mlp_head
+from lightning_contrast.methods.base import SelfSupervisedModule
+from lightning_contrast.nn import BackboneOptions, FeatureQueue, Norm, Prototypes, build_head
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
@@ -28,42 +29,38 @@ from lightning_contrast.runtime.fsdp import full_weights
 class SwAV(SelfSupervisedModule):
     """Predict the codes of the two global views from all other views.
 
-    A batch holds two global views (B, C, h, w) and then any number of local views, which may be of other sizes; none
-    are needed. `forward` gives features (B, F). With fewer images in a step than prototypes, balanced codes need the
-    queue: the paper has one of 3840 with batches of 256, and a learning rate of 0.6 there.
+    A batch holds two global views (B, C, h, w) and then any number of local views (or none), of any size. `forward`
+    gives features (B, F). With fewer images per step than prototypes, balanced codes need the queue: for batches of 256
+    the paper has one of 3840 and a learning rate of 0.6.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        small_images: Give the backbone a stem for small images (3x3, stride 1, no max-pool).
-        feature_dim: F, where a module does not say it itself (``num_features``).
-        backbone_kwargs: Further arguments of `timm.create_model`.
         hidden_dim: Width of the projector's hidden layer.
-        projection_dim: D, the width of the projection, also of a ``projector`` of your own.
+        projection_dim: D, the width of the projection, also of a custom ``projector``.
         head_norm: Norm of the hidden layer, "batch", "layer" or None.
-        projector: A module (B, F) -> (B, D) in the place of the head.
-        num_prototypes: Number K of prototypes, at least 2.
-        freeze_prototypes_epochs: Epochs in which the prototypes get no gradient.
-        queue_size: Past projections of all ranks that take part in making the codes of each global view; 0 for none,
-            otherwise at least the images of one step on all ranks.
-        queue_start_epoch: First epoch in which the queue takes part, if it is full by then.
+        projector: A module (B, F) -> (B, D) that replaces the head.
+        num_prototypes: Number K of prototypes, >= 2.
+        freeze_prototypes_epochs: Epochs during which the prototypes are frozen.
+        queue_size: Number of past projections of all ranks that are assigned together with each global view; 0 for
+            none, otherwise at least the images of one step on all ranks.
+        queue_start_epoch: First epoch in which the queue is used, if it is full by then.
         temperature: Divisor of the scores in the prediction, > 0.
-        epsilon: Divisor of the scores in the codes, > 0; lower it where the loss stays at ln K.
-        sinkhorn_iterations: Times that prototypes and samples are balanced, at least 1.
+        epsilon: Divisor of the scores in the codes, > 0; lower it if the loss stays at ln K.
+        sinkhorn_iterations: Number of Sinkhorn iterations, >= 1.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
-        lr: Learning rate after the warm-up, absolute; None is the paper's 0.3 x global batch / 256.
-        weight_decay: Of all parameters but norms and biases.
-        warmup_epochs: Epochs of linear warm-up, from a sixteenth of the rate, before the cosine to a thousandth.
+        lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.
+        weight_decay: Weight decay of all parameters except norms and biases.
+        warmup_epochs: Epochs of linear warm-up from 1/16 of the peak, before the cosine to 0.001 of it.
+        **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float] = 0.3
+    views = staticmethod(swav_views)
 
     def __init__(
         self,
         backbone: str | nn.Module,
         *,
-        small_images: bool = False,
-        feature_dim: int | None = None,
-        backbone_kwargs: dict[str, Any] | None = None,
         hidden_dim: int = 2048,
         projection_dim: int = 128,
         head_norm: Norm = "batch",
@@ -79,16 +76,10 @@ class SwAV(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-6,
         warmup_epochs: int = 10,
+        **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
-            backbone,
-            small_images=small_images,
-            feature_dim=feature_dim,
-            backbone_kwargs=backbone_kwargs,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup_epochs=warmup_epochs,
+            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_at_least("num_prototypes", num_prototypes, 2)
         check_at_least("freeze_prototypes_epochs", freeze_prototypes_epochs, 0)
@@ -99,16 +90,17 @@ class SwAV(SelfSupervisedModule):
         check_at_least("sinkhorn_iterations", sinkhorn_iterations, 1)
         self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
         self.freeze_prototypes_epochs, self.queue_start_epoch = freeze_prototypes_epochs, queue_start_epoch
-        widths = [self.feature_dim, hidden_dim, projection_dim]
-        self.projector = projector or mlp_head(widths, norm=head_norm, hidden_bias=True)
+        self.projector = projector or build_head(
+            "swav", self.feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, norm=head_norm
+        )
         self.prototypes = Prototypes(projection_dim, num_prototypes)
         names = ("keys_a", "keys_b") if queue_size else ()
         self.view_queues = nn.ModuleDict({name: FeatureQueue(queue_size, projection_dim) for name in names})
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the loss of a batch of two global and any local views, and the projections for the queues."""
-        views = require_crops(self, batch, global_views=2)  # V, each (B, C, h, w)
+        """Return the loss of all views, features (B, F), and projections (B, D) for the queues."""
+        views = self.batch_crops(batch, global_views=2)  # V, each (B, C, h, w)
         features = forward_by_size(self.backbone, views)  # V, each (B, F)
         projections = unit_rows(self.projector(torch.cat(features)))  # (V B, D): one BatchNorm for all views
         scores = self.prototypes(projections).chunk(len(views))  # V, each (B, K)
@@ -124,15 +116,16 @@ class SwAV(SelfSupervisedModule):
         self.log("train/loss", loss, batch_size=len(views[0]))
         self.log("train/prototype_use", self._prototype_use(scores[0]), batch_size=len(views[0]))
         keys = zip(self.queues(), projections.detach().chunk(len(views)), strict=False)  # the global views' come first
+        # QueueUpdate pushes "keys_a" and "keys_b" into the queues after the batch.
         return {"loss": loss, "features": features[0].detach()} | dict(keys)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Bring the prototypes to length 1, before each forward pass as in the program."""
+        """Normalize the prototypes before each forward pass, as in the reference implementation."""
         with full_weights(self, self.prototypes):
             self.prototypes.normalize()
 
     def on_after_backward(self) -> None:
-        """Take the gradient from frozen prototypes: after DDP has reduced it, before the optimizer sees it."""
+        """Drop the gradient of frozen prototypes, after DDP has reduced it and before the optimizer step."""
         if self.current_epoch < self.freeze_prototypes_epochs:
             self.prototypes.drop_gradient()
 
@@ -141,22 +134,22 @@ class SwAV(SelfSupervisedModule):
         return dict(self.view_queues.items())
 
     def default_callbacks(self) -> list[L.Callback]:
-        """Return what feeds the queues."""
+        """Return the queue callback, if there is a queue."""
         return [QueueUpdate()] if self.queues() else []
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups; LARS adapts them all, in the form of the program's LARC."""
+        """Return the optimizer's groups; LARS adapts all of them, in the form of the reference's LARC."""
         return [group | {"adapt": True, "trust_form": "B"} for group in super().parameter_groups()]
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
-        """Return the program's warm-up from 0.3 / 4.8 of the peak and its cosine to 0.001."""
+        """Return the factor: linear warm-up from 0.3 / 4.8, then a cosine to 0.001."""
         return optim.warmup_cosine(step, warmup_steps, total_steps, start=0.0625, end=0.001)
 
     @torch.no_grad()
     def _queue_scores(self) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Return the scores of this rank's share of each queue, (Q, K), and whether they count, (Q,).
+        """Return the scores of this rank's share of each queue, (Q, K), and their mask, (Q,).
 
-        Every rank holds the same queues: each takes every W-th row, or they would count W times.
+        Every rank holds the same queues and uses every W-th row; otherwise each row would count W times.
         """
         queues = [queue for queue in self.view_queues.values() if isinstance(queue, FeatureQueue)]
         if not queues or self.current_epoch < self.queue_start_epoch:
@@ -168,7 +161,7 @@ class SwAV(SelfSupervisedModule):
 
     @torch.no_grad()
     def _prototype_use(self, scores: Tensor) -> Tensor:
-        """Return the effective share of the prototypes that this rank's images use, in (0, 1]; near 0 is collapse."""
+        """Return the effective share of prototypes in use, in (0, 1]; near 0 indicates a collapse."""
         mean = (scores / self.temperature).softmax(dim=1).mean(dim=0)  # (K,)
         entropy: Tensor = torch.special.entr(mean).sum()
         return entropy.exp() / len(mean)

@@ -1,34 +1,20 @@
-"""Parts with parameters or buffers: backbones, heads, BatchNorm in splits."""
+"""Modules with parameters or buffers: backbones, heads, queues, EMA, masking."""
 
 from lightning_contrast.losses import sinkhorn
 from lightning_contrast.nn.activation_checkpointing import checkpoint_activations
-from lightning_contrast.nn.backbones import Backbone, SmallConvNet, build_backbone, check_image_size, read_feature_dim
-from lightning_contrast.nn.center import Center
-from lightning_contrast.nn.distillation_heads import (
-    DistillationHead,
-    PatchDistillationHead,
-    dino_head,
-    ibot_head,
-    msn_head,
+from lightning_contrast.nn.backbones import (
+    Backbone,
+    BackboneOptions,
+    SmallConvNet,
+    build_backbone,
+    check_image_size,
+    read_feature_dim,
 )
+from lightning_contrast.nn.center import Center
+from lightning_contrast.nn.distillation_heads import DistillationHead, PatchDistillationHead
 from lightning_contrast.nn.ema import ema_update
 from lightning_contrast.nn.feature_queue import FeatureQueue
-from lightning_contrast.nn.heads import (
-    barlow_projector,
-    byol_mlp,
-    debiased_head,
-    moco_head,
-    moco_v3_predictor,
-    moco_v3_projector,
-    nnclr_predictor,
-    nnclr_projector,
-    simclr_head,
-    simsiam_predictor,
-    simsiam_projector,
-    spectral_head,
-    supcon_head,
-    vicreg_expander,
-)
+from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototypeHead, PrototypeHead, build_head
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
 from lightning_contrast.nn.jepa_predictor import JepaPredictor, sincos_positions
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
@@ -43,10 +29,14 @@ from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_m
 from lightning_contrast.nn.weight_norm import WeightNormLinear
 
 __all__ = [
+    "HEADS",
     "Backbone",
+    "BackboneOptions",
     "Center",
     "DistillationHead",
     "FeatureQueue",
+    "Head",
+    "HeadOptions",
     "JepaMaskSampler",
     "JepaMasks",
     "JepaPredictor",
@@ -56,45 +46,31 @@ __all__ = [
     "MemoryBank",
     "Norm",
     "PatchDistillationHead",
+    "PatchPrototypeHead",
+    "PrototypeHead",
     "Prototypes",
     "ScheduledTemperature",
     "SmallConvNet",
     "SplitBatchNorm2d",
     "Tokens",
     "WeightNormLinear",
-    "barlow_projector",
     "build_backbone",
+    "build_head",
     "build_masked_backbone",
-    "byol_mlp",
     "check_image_size",
     "check_mask_ratios",
     "checkpoint_activations",
     "convert_split_batchnorm",
-    "debiased_head",
-    "dino_head",
     "dinov2_masks",
     "ema_update",
     "hidden_layers",
-    "ibot_head",
     "ibot_masks",
     "masked_patches",
     "mlp_head",
-    "moco_head",
-    "moco_v3_predictor",
-    "moco_v3_projector",
-    "msn_head",
-    "nnclr_predictor",
-    "nnclr_projector",
     "read_feature_dim",
     "select_patches",
-    "simclr_head",
-    "simsiam_predictor",
-    "simsiam_projector",
     "sincos_positions",
     "sinkhorn",
     "small_vit",
-    "spectral_head",
-    "supcon_head",
     "use_small_stem",
-    "vicreg_expander",
 ]

@@ -1,4 +1,4 @@
-"""Layers that keep nothing for the backward pass but their input, and whose running averages do not notice."""
+"""Activation checkpointing that does not update BatchNorm statistics twice."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,29 +15,29 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def checkpoint_activations(module: _Module, layers: Sequence[str] | None = None) -> _Module:
-    """Let layers of a network be computed a second time in the backward pass, in place of keeping what they made.
+    """Recompute the activations of layers in the backward pass instead of storing them.
 
         model = lc.MoCo("resnet50")
         lc.nn.checkpoint_activations(model.backbone)
 
-    Weights, gradients and dropout masks are those of the network without it, bit for bit. Names in the state dict do
-    not change; copies and pickles of the network keep it. Passes without gradient run as ever.
+    Weights, gradients and dropout masks are bit-identical to those without checkpointing. Names in the state dict do
+    not change; copies and pickles of the network keep it. Forward passes without gradient are not affected.
 
-    Source: `torch.utils.checkpoint` (without reentrance). Differs from it: running averages of BatchNorm move once a
-    step and not a second time in the second computation.
+    Source: `torch.utils.checkpoint` (non-reentrant). Differs from it: BatchNorm's running averages are updated once per
+    step, not again during the recomputation.
 
     Args:
         module: The network, changed in place.
         layers: Names of submodules, as ``named_modules`` gives them. None: the members of its outermost
-            ``nn.Sequential`` and ``nn.ModuleList`` containers that consist of layers themselves: the blocks of timm's
-            networks.
+            ``nn.Sequential`` and ``nn.ModuleList`` containers that contain layers themselves (the blocks of timm's
+            networks).
 
     Returns:
         The module.
 
     Raises:
-        TypeError: If ``module`` is none.
-        ValueError: If a name is unknown, or there are no blocks where no layers are named.
+        TypeError: If ``module`` is not an ``nn.Module``.
+        ValueError: If a name is unknown, or ``layers`` is None and the network has no blocks.
     """
     if not isinstance(module, nn.Module):
         fail("module", "be an nn.Module", type(module).__name__, "Give for example `model.backbone`", TypeError)
@@ -54,7 +54,7 @@ def checkpoint_activations(module: _Module, layers: Sequence[str] | None = None)
 
 
 class CheckpointedForward:
-    """Stands in the place of a layer's ``forward``; is copied and pickled with the layer.
+    """Replacement of a layer's ``forward``; it is copied and pickled with the layer.
 
     Args:
         layer: The layer.
@@ -77,10 +77,10 @@ class CheckpointedForward:
 
 @contextmanager
 def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let forward passes of a module move copies of its running averages in place of the averages themselves.
+    """Keep the running averages of a module unchanged: forward passes update copies of them.
 
     Args:
-        module: Any module; everything in it with ``running_mean`` keeps its averages.
+        module: Any module; all of its submodules with a ``running_mean`` keep their averages.
     """
     kept = []
     for child in module.modules():
@@ -99,7 +99,7 @@ def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the members of the outermost containers; of a single layer, nothing but its input is kept anyway."""
+    """Return the members of the outermost containers that have children; single layers would save no memory."""
     if isinstance(module, nn.Sequential | nn.ModuleList):
         return [member for member in module if len(list(member.children())) > 0]
     return [block for child in module.children() for block in _blocks(child)]

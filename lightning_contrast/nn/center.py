@@ -1,4 +1,4 @@
-"""Running mean of a teacher's logits, which moves once per optimizer step."""
+"""EMA of a teacher's logits, updated once per optimizer step."""
 
 import torch
 from torch import Tensor, nn
@@ -8,21 +8,21 @@ from lightning_contrast._checks import check_at_least, check_probability, fail
 
 
 class Center(nn.Module):
-    """Exponential moving average of the mean teacher logits of an optimizer step: DINO's centre.
+    """Exponential moving average of the mean teacher logits of an optimizer step: DINO's center.
 
     Eq. 4 of DINO (https://arxiv.org/abs/2104.14294): ``c <- m * c + (1 - m) * mean``, from zero, with the mean over the
-    rows of all ranks and all micro-batches of the step. A step state: calling it only adds the logits up, on their
-    device; `MomentumUpdate` calls `commit` after a real optimizer step and `discard` after a skipped one. Name it in
-    ``step_states()``. Nothing is read on the host. The centre is float32 whatever the logits are, lives in the
-    checkpoint and is the same on every rank.
+    rows of all ranks and all micro-batches of the step. It is a step state: calling it only accumulates the logits on
+    their device; `MomentumUpdate` calls `commit` after an optimizer step and `discard` after a skipped one. Return it
+    from ``step_states()``. There is no device synchronization. The center is float32 for logits of any dtype, part of
+    the checkpoint, and the same on every rank.
 
     Source: https://github.com/facebookresearch/dino (``DINOLoss.update_center``).
-    Differs from it: under accumulation it moves once per optimizer step with the mean of all micro-batches, not once
-    per micro-batch; a step whose mean is not finite leaves it as it is.
+    Differs from it: under gradient accumulation it is updated once per optimizer step with the mean of all
+    micro-batches, not per micro-batch; a step whose mean is not finite does not change it.
 
     Args:
         dim: Number K of logits, >= 1.
-        momentum: Share of the centre that a step keeps, in [0, 1]; 0.9 in the paper.
+        momentum: EMA momentum, in [0, 1]; 0.9 in the paper.
 
     Raises:
         TypeError: If ``dim`` is not a whole number.
@@ -43,26 +43,26 @@ class Center(nn.Module):
         check_at_least("dim", dim, 1)
         check_probability("momentum", momentum)
         self.dim, self.momentum = dim, momentum
-        # Strategies cast floating buffers and leave integers alone, so the floats are kept as integers of equal bits.
+        # Strategies cast floating buffers but not integers, so the floats are kept as integers of equal bits.
         self.register_buffer("bits", torch.zeros(dim, dtype=torch.int32))
-        # No buffers: DDP would overwrite them with rank 0's, and no checkpoint needs half an accumulation.
+        # Not buffers: DDP would overwrite them with rank 0's, and a checkpoint does not need a partial accumulation.
         self._sum: Tensor | None = None
         self._count = 0
 
     @property
     def value(self) -> Tensor:
-        """Return a copy of the centre as of the last commit, (K,) float32, without gradient."""
+        """Return a copy of the center as of the last commit, (K,) float32, without gradient."""
         return self.bits.view(torch.float32).clone()
 
     @torch.no_grad()
     def forward(self, logits: Tensor) -> Tensor:
-        """Add logits up for the next commit.
+        """Accumulate logits for the next commit.
 
         Args:
-            logits: Raw teacher logits of this micro-batch, ``(..., K)``, every row counting the same.
+            logits: Raw teacher logits of this micro-batch, ``(..., K)``; all rows have equal weight.
 
         Returns:
-            The centre as of the last commit, ``(K,)`` float32: what the logits are to be compared with.
+            The center as of the last commit, ``(K,)`` float32.
 
         Raises:
             ValueError: If the last dimension is not K.
@@ -77,12 +77,12 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Move the centre towards the mean of what was added up on all ranks; every rank must call it."""
+        """Update the center with the mean of the logits accumulated on all ranks; every rank must call it."""
         if self._sum is None:
             if not distributed.is_distributed():
                 return
             self._sum = torch.zeros(self.dim, device=self.bits.device)
-        count = torch.full_like(self._sum[:1], self._count)  # made on the device: nothing waits for it
+        count = torch.full_like(self._sum[:1], self._count)  # created on the device, without synchronization
         joined = distributed.all_reduce_sum(torch.cat([self._sum, count]))
         total, rows = joined[:-1], joined[-1]
         old = self.value
@@ -91,7 +91,7 @@ class Center(nn.Module):
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was added up since the last commit."""
+        """Discard what was accumulated since the last commit."""
         self._sum, self._count = None, 0
 
     def extra_repr(self) -> str:

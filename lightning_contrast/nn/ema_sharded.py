@@ -1,4 +1,4 @@
-"""The moving average of momentum modules as strategies hold them: plain, half precision, FSDP1, FSDP2."""
+"""EMA update of momentum modules under every strategy: plain, half precision, FSDP1, FSDP2."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +22,7 @@ def check_pairs(pairs: Pairs, root: nn.Module) -> None:
         pairs: The online and the momentum modules.
         root: The outermost module of the strategy.
     """
-    shapes = not _is_fsdp1(root)  # which gives each process parts of its own
+    shapes = not _is_fsdp1(root)  # whose processes hold different parts
     seen: set[int] = set()
     for online, target in pairs:
         check_same_structure(online, target, shapes=shapes)
@@ -36,10 +36,10 @@ def check_pairs(pairs: Pairs, root: nn.Module) -> None:
 
 
 class Averager:
-    """Moves momentum modules, with a float32 master for those in half precision.
+    """Update EMA modules, with a float32 master for those in half precision.
 
     Args:
-        buffers: What becomes of floating buffers: "none", "copy" or "ema".
+        buffers: Rule for floating buffers: "none", "copy" or "ema"; see `ema_update`.
     """
 
     def __init__(self, buffers: BufferRule) -> None:
@@ -48,7 +48,7 @@ class Averager:
         self._gathers = False
 
     def start(self, pairs: Pairs, root: nn.Module) -> None:
-        """Get ready for a fit: the modules have their final places, dtypes and values.
+        """Prepare for a fit: the modules have their final devices, dtypes and values.
 
         Args:
             pairs: The online and the momentum modules.
@@ -63,12 +63,12 @@ class Averager:
 
     @torch.no_grad()
     def update(self, pairs: Pairs, root: nn.Module, momentum: float) -> None:
-        """Move every momentum module once.
+        """Update every momentum module once.
 
         Args:
             pairs: The online and the momentum modules.
             root: The outermost module of the strategy, from which FSDP1 gathers.
-            momentum: Share that is kept; in [0, 1].
+            momentum: Share of the momentum module that is kept; in [0, 1].
         """
         with self._whole(root):
             if self._masters:
@@ -82,11 +82,11 @@ class Averager:
                 update_buffers(list(online.buffers()), list(target.buffers()), momentum, rule)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the masters, whole and on the CPU; every rank must call it."""
+        """Return the masters, each with its full shape and on the CPU; every rank must call it."""
         return {name: _whole_tensor(master).cpu() for name, master in self._masters.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take masters that `start` will put in their places."""
+        """Load masters of full shape, which `start` distributes."""
         self._masters = dict(state)
 
     def _update_masters(self, pairs: Pairs, momentum: float) -> None:
@@ -114,7 +114,7 @@ class Averager:
         return named
 
     def _must_gather(self, pairs: Pairs, root: nn.Module) -> bool:
-        """Tell whether FSDP1 cut online and momentum weights at different places, or a master needs them whole."""
+        """Return whether FSDP1 sharded online and momentum weights differently, or a master needs full weights."""
         if not pairs or not _is_fsdp1(root):
             return False
         differs = any(
@@ -123,13 +123,13 @@ class Averager:
             for source, target in zip(online.parameters(), target_module.parameters(), strict=True)
         )
         device = next(pairs[0][0].parameters()).device
-        # Every rank must take the same way, since gathering is a collective.
+        # Every rank must decide alike, since gathering is a collective.
         return bool(distributed.all_reduce_sum(torch.tensor(int(differs), device=device)).item())
 
     def _whole(self, root: nn.Module) -> AbstractContextManager[Any]:
         if not self._gathers:
             return nullcontext()
-        # Slow, but right for any wrapping; with both modules wrapped on their own the shards fit as they are.
+        # Slow, but correct for any wrapping; if both modules are wrapped separately, their shards match.
         return cast("AbstractContextManager[Any]", FullyShardedDataParallel.summon_full_params(root, writeback=True))
 
 
@@ -147,7 +147,7 @@ def _parameters(module: nn.Module) -> list[Tensor]:
 
 
 def _alike(sources: list[Tensor], targets: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the parts of both that this process holds."""
+    """Return the local parts of both on this process."""
     ours, theirs = [], []
     for source, target in zip(sources, targets, strict=True):
         if isinstance(target, DTensor):

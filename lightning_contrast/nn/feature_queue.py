@@ -10,33 +10,32 @@ from lightning_contrast._checks import check_at_least, check_choice, require
 QueueDtype: TypeAlias = torch.dtype | Literal["float32", "float16", "int8"]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
-# Strategies cast floating buffers (FSDP's mixed precision, half-precision plugins) and leave integers alone, so floats
-# are kept as the integers that have the same bits.
+# Strategies cast floating buffers (FSDP's mixed precision, half-precision plugins) but not integers, so floats are kept
+# as integers of equal bits.
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.int8: torch.int8}
 
 
 class FeatureQueue(nn.Module):
-    """The last ``size`` embeddings that were pushed, for negatives or nearest neighbours.
+    """The last ``size`` embeddings that were pushed, for negatives or nearest neighbors.
 
-    The dictionary of MoCo (https://arxiv.org/abs/1911.05722, section 3.1; official program: moco/builder.py). It starts
-    empty, lives in the checkpoint, and is fed by `QueueUpdate`. Every operation has a fixed shape and reads nothing on
-    the host, so that a step on an accelerator never waits for it. Embeddings are kept as they are given: normalise them
-    before, or let the loss do it.
+    The dictionary of MoCo (https://arxiv.org/abs/1911.05722, section 3.1; reference implementation: moco/builder.py).
+    It starts empty, is part of the checkpoint, and is filled by `QueueUpdate`. Every operation has a fixed shape and no
+    device synchronization. Embeddings are stored unchanged: normalize them before, or in the loss.
 
     Differs from it: unfilled rows are marked in ``mask`` instead of holding random vectors; a push that reaches the end
-    goes on at the start, so that the size need not be a multiple of the batch; a key with a value that is not finite is
-    marked as unfilled; int8 rows carry a scale of their own (65,536 x 128 takes 8.7 MB instead of 33.6 MB; for random
-    unit rows a cosine similarity moves by 6e-4 on average and the InfoNCE loss by less than 2e-5 nats).
+    continues at the start, so the size need not be a multiple of the batch; keys that are not finite are marked as
+    unfilled; int8 rows have a scale each (65,536 x 128 takes 8.7 MB instead of 33.6 MB; for random unit rows a cosine
+    similarity changes by 6e-4 on average and the InfoNCE loss by less than 2e-5 nats).
 
     Args:
         size: Number of rows K, >= 1.
         dim: Width D of an embedding, >= 1.
-        dtype: What the rows are kept in: torch.float32, torch.float16 or torch.int8, or the name of one.
-        labels: Keep an integer label beside each row.
+        dtype: Storage dtype of the rows: torch.float32, torch.float16 or torch.int8, or the name of one.
+        labels: Keep an integer label for each row.
 
     Attributes:
-        mask: (K,) bool, False where a row is not filled yet. Always on the device of the rows.
-        labels: (K,) int64, -1 where a row is not filled yet; None without ``labels=True``.
+        mask: (K,) bool, False for rows that are not filled yet, on the device of the rows.
+        labels: (K,) int64, -1 for rows that are not filled yet; None without ``labels=True``.
 
     Raises:
         TypeError: If ``size`` or ``dim`` is not a whole number.
@@ -73,7 +72,7 @@ class FeatureQueue(nn.Module):
     def features(self) -> Tensor:
         """Return the rows, (K, D) float32, without gradient; rows where ``mask`` is False are zero.
 
-        A float32 queue returns the memory it keeps, so a push after it changes the result.
+        A float32 queue returns a view of its buffer, which the next push changes.
         """
         if self.scale_bits is not None:
             return self.bits.float() * self.scale_bits.view(torch.float32)[:, None]
@@ -81,11 +80,11 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor | None = None) -> None:
-        """Write embeddings over the oldest rows.
+        """Overwrite the oldest rows with embeddings.
 
         Args:
-            keys: Embeddings, (N, D) with N <= K, of any floating dtype. Under several ranks those of all ranks, in rank
-                order, or the queues drift apart.
+            keys: Embeddings, (N, D) with N <= K, of any floating dtype. On several ranks, those of all ranks in rank
+                order, so the queues stay equal.
             labels: Their labels, (N,); needed if and only if the queue keeps labels.
 
         Raises:
@@ -95,7 +94,7 @@ class FeatureQueue(nn.Module):
         rows = keys.detach().to(self.bits.device, torch.float32)
         is_finite = rows.isfinite().all(dim=1)
         rows = torch.where(is_finite[:, None], rows, 0.0)
-        # The oldest row stands at `position`; indices are made on the device, so the host never reads it.
+        # The oldest row is at `position`; indices are created on the device, without synchronization.
         index = (self.position + torch.arange(len(rows), device=rows.device)) % self.size
         if self.scale_bits is not None:
             scale = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
@@ -122,7 +121,7 @@ class FeatureQueue(nn.Module):
             require(labels.shape == keys.shape[:1], "labels", f"be ({len(keys)},)", tuple(labels.shape), hint)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Refuse rows of another dtype, whose bits mean other numbers."""
+        """Refuse rows of another dtype, whose bits represent other numbers."""
         saved = state_dict.get(prefix + "bits")
         if saved is not None and saved.dtype != self.bits.dtype:
             kept_in = next(name for name, dtype in _DTYPES.items() if _BITS[dtype] == saved.dtype)

@@ -1,267 +1,222 @@
-"""Projection and prediction heads, each with the layers of its authors' program.
+"""Projection and prediction heads: a table of the published ones, and the function that builds them.
 
-Not lightly's named heads, which differ from the authors' in biases and normalisation. Every builder takes ``norm``:
-``"batch"`` (the papers'), ``"layer"``, or None, which also gives back the biases that a following normalisation makes
-useless. Input and output are ``(B, in_dim)`` and ``(B, out_dim)``; nothing is L2-normalised here.
+Lightly's named heads are not used because two of them differ from the reference implementations in biases and
+normalization. Input and output are ``(B, in_dim)`` and ``(B, out_dim)``; outputs are not L2-normalized.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 from torch import nn
 
-from lightning_contrast._checks import check_at_least
-from lightning_contrast.nn.mlp import LastNorm, Norm, mlp_head
+from lightning_contrast._checks import check_at_least, check_choice, fail
+from lightning_contrast.nn.distillation_heads import DistillationHead, PatchDistillationHead
+from lightning_contrast.nn.mlp import Activation, LastNorm, Norm, mlp_head
+from lightning_contrast.nn.weight_norm import WeightNormLinear
 
 
-def _linears(head: nn.Module) -> list[nn.Linear]:
-    return [module for module in head.modules() if isinstance(module, nn.Linear)]
+def _normal_001(linear: nn.Linear) -> None:
+    nn.init.normal_(linear.weight, std=0.01)
 
 
-def _hidden(in_dim: int, hidden_dim: int | None, layers: int) -> list[int]:
-    """Return the widths of all layers but the last; ``hidden_dim`` None is the width of the input."""
-    check_at_least("layers", layers, 1)
-    return [in_dim, *[in_dim if hidden_dim is None else hidden_dim] * (layers - 1)]
+def _haiku(linear: nn.Linear) -> None:
+    """Initialize as Haiku does: normal with deviation 1 / sqrt(fan in), truncated at two deviations."""
+    std = 1 / math.sqrt(linear.in_features)
+    nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
 
 
-def simclr_head(
-    in_dim: int, hidden_dim: int | None = None, out_dim: int = 128, *, layers: int = 2, norm: Norm = "batch"
-) -> nn.Module:
-    """Return SimCLR's projector: 2 layers in v1, 3 in v2; normalised output with a scale and no offset.
+def _normal_002(linear: nn.Linear) -> None:
+    nn.init.trunc_normal_(linear.weight, std=0.02)
 
-    Source: https://github.com/google-research/simclr; weights start as N(0, 0.01).
+
+@dataclass(frozen=True)
+class Head:
+    """Layers of an MLP head: per hidden layer linear, normalization, activation; then a linear output layer.
+
+    Attributes:
+        hidden_dim: Width of the hidden layers; None for that of the input.
+        out_dim: Width of the output; None for that of the input.
+        layers: Number of linear layers, >= 1.
+        norm: Normalization of the hidden layers: "batch", "layer" or None. None also adds the biases that a
+            normalization would make redundant, and removes ``last_norm``.
+        last_norm: Normalization of the output: "full" with scale and offset, "scale", "plain" with neither, or None.
+        hidden_bias: Give hidden layers a bias even before a normalization.
+        last_bias: Give the output layer a bias; "frozen" keeps its initial value as long as there is a ``norm``.
+        activation: "relu" or "gelu".
+        init: Initializes the weight of each linear layer, with biases set to 0; None keeps PyTorch's initialization.
+    """
+
+    hidden_dim: int | None = None
+    out_dim: int | None = 128
+    layers: int = 2
+    norm: Norm = "batch"
+    last_norm: LastNorm = None
+    hidden_bias: bool = False
+    last_bias: bool | Literal["frozen"] = True
+    activation: Activation = "relu"
+    init: Callable[[nn.Linear], None] | None = None
+
+    def build(self, in_dim: int) -> nn.Module:
+        """Return the head for features ``(B, in_dim)``."""
+        return self.mlp(in_dim, in_dim if self.out_dim is None else self.out_dim)
+
+    def mlp(self, in_dim: int, out_dim: int) -> nn.Module:
+        """Return an MLP with these layers that maps ``(B, in_dim)`` to ``(B, out_dim)``."""
+        check_at_least("layers", self.layers, 1)
+        hidden = [in_dim if self.hidden_dim is None else self.hidden_dim] * (self.layers - 1)
+        head = mlp_head(
+            [in_dim, *hidden, out_dim],
+            norm=self.norm,
+            last_norm=self.last_norm,
+            hidden_bias=self.hidden_bias,
+            last_bias=bool(self.last_bias),
+            activation=self.activation,
+        )
+        linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        for linear in linears if self.init is not None else []:
+            self.init(linear)  # type: ignore[misc]  # not None here
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.last_bias == "frozen":
+            linears[-1].bias.requires_grad_(self.norm is None)
+        return head
+
+
+@dataclass(frozen=True)
+class PrototypeHead(Head):
+    """An MLP to a bottleneck, L2 normalization, and a layer of weight-normalized prototypes.
+
+    Attributes:
+        bottleneck_dim: Width D of the bottleneck.
+        num_prototypes: Number K of prototypes, >= 2.
+        norm_last_layer: Freeze the length of the prototypes at 1, which is more stable; False trains it.
+    """
+
+    out_dim: int | None = field(default=None, init=False)  # it is ``num_prototypes``
+    layers: int = 3
+    norm: Norm = None
+    hidden_bias: bool = True
+    activation: Activation = "gelu"
+    init: Callable[[nn.Linear], None] | None = _normal_002
+    bottleneck_dim: int = 256
+    num_prototypes: int = 65536
+    norm_last_layer: bool = True
+
+    def build(self, in_dim: int) -> nn.Module:
+        """Return a `DistillationHead` for features ``(B, in_dim)``."""
+        mlp = self.mlp(in_dim, self.bottleneck_dim)
+        return DistillationHead(mlp, self.last_layer("num_prototypes", self.num_prototypes))
+
+    def last_layer(self, name: str, count: int) -> WeightNormLinear:
+        """Return a layer of ``count`` prototypes; ``name`` is the option that gives their number."""
+        check_at_least(name, count, 2, "A distribution needs at least two; DINO has 65536, iBOT 8192")
+        return WeightNormLinear(self.bottleneck_dim, count, train_scale=not self.norm_last_layer)
+
+
+@dataclass(frozen=True)
+class PatchPrototypeHead(PrototypeHead):
+    """A `PrototypeHead` for class tokens and patches, which share the MLP.
+
+    Attributes:
+        shared: Use the same prototypes for class tokens and patches.
+        patch_prototypes: Number K' of the patches' own prototypes, >= 2; None is ``num_prototypes``, the only choice
+            if ``shared``.
+    """
+
+    shared: bool = True
+    patch_prototypes: int | None = None
+
+    def build(self, in_dim: int) -> nn.Module:
+        """Return a `PatchDistillationHead` for tokens ``(B, in_dim)``."""
+        mlp = self.mlp(in_dim, self.bottleneck_dim)
+        last_layer = self.last_layer("num_prototypes", self.num_prototypes)
+        if self.shared:
+            check_choice("patch_prototypes", self.patch_prototypes, (None, self.num_prototypes))
+            return PatchDistillationHead(mlp, last_layer)
+        count = self.num_prototypes if self.patch_prototypes is None else self.patch_prototypes
+        return PatchDistillationHead(mlp, last_layer, self.last_layer("patch_prototypes", count))
+
+
+class HeadOptions(TypedDict, total=False):
+    """Fields of a head that a caller of `build_head` may change; from ``bottleneck_dim`` on, of prototype heads."""
+
+    hidden_dim: int | None
+    out_dim: int | None
+    layers: int
+    norm: Norm
+    last_norm: LastNorm
+    bottleneck_dim: int
+    num_prototypes: int
+    norm_last_layer: bool
+    shared: bool
+    patch_prototypes: int | None
+
+
+HEADS: dict[str, Head] = {
+    "simclr": Head(last_norm="scale", last_bias=False, init=_normal_001),
+    "moco": Head(norm=None),
+    "supcon": Head(norm=None),
+    "moco_v3_projector": Head(4096, 256, last_norm="plain", last_bias=False),
+    "moco_v3_predictor": Head(4096, 256, last_bias=False),
+    "byol": Head(4096, 256, hidden_bias=True, last_bias=False, init=_haiku),
+    "simsiam_projector": Head(None, 2048, layers=3, last_norm="plain", last_bias="frozen"),
+    "simsiam_predictor": Head(512, None),
+    "barlow_twins": Head(8192, 8192, layers=3, last_bias=False),
+    "vicreg": Head(8192, 8192, layers=3, hidden_bias=True, last_bias=False),
+    "spectral": Head(2048, 1000, last_norm="full", last_bias=False),
+    "swav": Head(2048, 128, hidden_bias=True),
+    "nnclr_projector": Head(2048, 256, layers=3, last_norm="full", last_bias=False),
+    "nnclr_predictor": Head(4096, 256),
+    "dino": PrototypeHead(2048),
+    "ibot": PatchPrototypeHead(2048, num_prototypes=8192),
+    "msn": Head(2048, 256, layers=3, hidden_bias=True, activation="gelu", init=_normal_002),
+}
+"""The published heads by name.
+
+- ``"simclr"``: 2 layers in v1, 3 in v2. https://github.com/google-research/simclr
+- ``"moco"``: an MLP in v2; ``layers=1`` is v1's and NPID's. https://github.com/facebookresearch/moco
+- ``"supcon"``: https://github.com/HobbitLong/SupContrast
+- ``"moco_v3_projector"``, ``"moco_v3_predictor"``: those of a ResNet; a ViT has 3 layers in the projector and
+  ``last_norm="plain"`` in the predictor. https://github.com/facebookresearch/moco-v3
+- ``"byol"``: projector and predictor. https://github.com/google-deepmind/deepmind-research/tree/master/byol
+- ``"simsiam_projector"``, ``"simsiam_predictor"``: the paper's CIFAR-10 runs have a projector of 2 layers.
+  https://github.com/facebookresearch/simsiam
+- ``"barlow_twins"``: https://github.com/facebookresearch/barlowtwins
+- ``"vicreg"``: the expander. https://github.com/facebookresearch/vicreg
+- ``"spectral"``: the ImageNet runs have 3 layers of width 8192; no bias where a normalization with offset follows,
+  which is equivalent. https://github.com/jhaochenz/spectral_contrastive_learning
+- ``"swav"``: https://github.com/facebookresearch/swav
+- ``"nnclr_projector"``, ``"nnclr_predictor"``: from the paper (https://arxiv.org/abs/2104.14548).
+- ``"dino"``: ``DINOHead`` of https://github.com/facebookresearch/dino; DINOv2 has ``norm_last_layer=False``.
+- ``"ibot"``: ``iBOTHead`` of https://github.com/bytedance/ibot, shared as in the published runs of ViTs.
+- ``"msn"``: ``init_model`` of https://github.com/facebookresearch/msn
+"""
+
+
+def build_head(name: str, in_dim: int, **options: Unpack[HeadOptions]) -> nn.Module:
+    """Return a published head that maps features ``(B, in_dim)`` to projections ``(B, out_dim)``.
 
     Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layers; None for that of the features.
-        out_dim: Width of the projection.
-        layers: Number of linear layers.
-        norm: See the module.
+        name: A key of `HEADS`.
+        in_dim: Width of the features, >= 1.
+        **options: Fields of the head to change, such as ``hidden_dim``, ``out_dim``, ``layers`` and ``norm``; see
+            `Head`, and `PrototypeHead` for "dino" and "ibot".
+
+    Raises:
+        ValueError: If the name is unknown or a number is out of its range.
+        TypeError: If the head has no such option.
+
+    Example:
+        >>> build_head("simclr", 512, out_dim=64)(torch.randn(2, 512)).shape
+        torch.Size([2, 64])
     """
-    head = mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm, last_norm="scale", last_bias=False)
-    for linear in _linears(head):
-        nn.init.normal_(linear.weight, std=0.01)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-    return head
-
-
-def moco_head(
-    in_dim: int, hidden_dim: int | None = None, out_dim: int = 128, *, layers: int = 2, norm: Norm = None
-) -> nn.Module:
-    """Return MoCo's head: one linear layer in v1 (``layers=1``), an MLP in v2; biases, no normalisation.
-
-    Source: https://github.com/facebookresearch/moco; NPID's head is ``layers=1``.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layer; None for that of the features.
-        out_dim: Width of the projection.
-        layers: 1 for v1, 2 for v2.
-        norm: See the module.
-    """
-    return mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm)
-
-
-def moco_v3_projector(
-    in_dim: int, hidden_dim: int = 4096, out_dim: int = 256, *, layers: int = 2, norm: Norm = "batch"
-) -> nn.Module:
-    """Return MoCo v3's projector: 2 layers for a ResNet, 3 for a ViT; no bias, output normalised without affine.
-
-    Source: https://github.com/facebookresearch/moco-v3.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layers.
-        out_dim: Width of the projection.
-        layers: 2 for a ResNet, 3 for a ViT.
-        norm: See the module.
-    """
-    return mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm, last_norm="plain", last_bias=False)
-
-
-def moco_v3_predictor(
-    in_dim: int = 256, hidden_dim: int = 4096, out_dim: int = 256, *, last_norm: bool = False, norm: Norm = "batch"
-) -> nn.Module:
-    """Return MoCo v3's predictor: 2 layers without bias; its output is normalised for a ViT only.
-
-    Source: https://github.com/facebookresearch/moco-v3.
-
-    Args:
-        in_dim: Width of the projection.
-        hidden_dim: Width of the hidden layer.
-        out_dim: Width of the prediction.
-        last_norm: True for a ViT, False for a ResNet.
-        norm: See the module.
-    """
-    kind: LastNorm = "plain" if last_norm else None
-    return mlp_head([in_dim, hidden_dim, out_dim], norm=norm, last_norm=kind, last_bias=False)
-
-
-def byol_mlp(in_dim: int, hidden_dim: int = 4096, out_dim: int = 256, *, norm: Norm = "batch") -> nn.Module:
-    """Return BYOL's projector or predictor: hidden layer with bias, output without.
-
-    Source: https://github.com/google-deepmind/deepmind-research/tree/master/byol; weights start as Haiku's, normal with
-    deviation 1 / sqrt(fan in) cut at two deviations.
-
-    Args:
-        in_dim: Width of the features, or of the projection.
-        hidden_dim: Width of the hidden layer.
-        out_dim: Width of the projection or prediction.
-        norm: See the module.
-    """
-    head = mlp_head([in_dim, hidden_dim, out_dim], norm=norm, hidden_bias=True, last_bias=False)
-    for linear in _linears(head):
-        std = 1 / math.sqrt(linear.in_features)
-        nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-    return head
-
-
-def simsiam_projector(
-    in_dim: int, hidden_dim: int | None = None, out_dim: int = 2048, *, layers: int = 3, norm: Norm = "batch"
-) -> nn.Module:
-    """Return SimSiam's projector: output layer with a frozen bias and normalisation without affine.
-
-    Source: https://github.com/facebookresearch/simsiam; the paper's CIFAR-10 runs have 2 layers. Without ``norm`` the
-    bias is trained.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layers; None for that of the features.
-        out_dim: Width of the projection.
-        layers: Number of linear layers.
-        norm: See the module.
-    """
-    head = mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm, last_norm="plain")
-    _linears(head)[-1].bias.requires_grad_(norm is None)
-    return head
-
-
-def simsiam_predictor(dim: int = 2048, hidden_dim: int = 512, *, norm: Norm = "batch") -> nn.Module:
-    """Return SimSiam's predictor: a bottleneck whose output layer has a bias and no normalisation.
-
-    Source: https://github.com/facebookresearch/simsiam.
-
-    Args:
-        dim: Width of the projection and of the prediction.
-        hidden_dim: Width of the bottleneck.
-        norm: See the module.
-    """
-    return mlp_head([dim, hidden_dim, dim], norm=norm)
-
-
-def barlow_projector(
-    in_dim: int, hidden_dim: int = 8192, out_dim: int = 8192, *, layers: int = 3, norm: Norm = "batch"
-) -> nn.Module:
-    """Return Barlow Twins' projector: no bias anywhere, plain output (the loss normalises it).
-
-    Source: https://github.com/facebookresearch/barlowtwins.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layers.
-        out_dim: Width of the projection.
-        layers: Number of linear layers.
-        norm: See the module.
-    """
-    return mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm, last_bias=False)
-
-
-def vicreg_expander(
-    in_dim: int, hidden_dim: int = 8192, out_dim: int = 8192, *, layers: int = 3, norm: Norm = "batch"
-) -> nn.Module:
-    """Return VICReg's expander: hidden layers with bias, output without.
-
-    Source: https://github.com/facebookresearch/vicreg.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layers.
-        out_dim: Width of the projection.
-        layers: Number of linear layers.
-        norm: See the module.
-    """
-    return mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm, hidden_bias=True, last_bias=False)
-
-
-def supcon_head(
-    in_dim: int, hidden_dim: int | None = None, out_dim: int = 128, *, layers: int = 2, norm: Norm = None
-) -> nn.Module:
-    """Return SupCon's head: an MLP with biases and without normalisation.
-
-    Source: https://github.com/HobbitLong/SupContrast.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layer; None for that of the features.
-        out_dim: Width of the projection.
-        layers: Number of linear layers.
-        norm: See the module.
-    """
-    return mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm)
-
-
-def spectral_head(
-    in_dim: int, hidden_dim: int = 2048, out_dim: int = 1000, *, layers: int = 2, norm: Norm = "batch"
-) -> nn.Module:
-    """Return the head of the spectral contrastive loss: every layer normalised with scale and offset.
-
-    Source: https://github.com/jhaochenz/spectral_contrastive_learning; the ImageNet runs have 3 layers of width 8192.
-    Differs from it: no bias where a normalisation with offset follows, which changes nothing.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layers.
-        out_dim: Width of the projection.
-        layers: Number of linear layers.
-        norm: See the module.
-    """
-    return mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm, last_norm="full", last_bias=False)
-
-
-def nnclr_projector(
-    in_dim: int, hidden_dim: int = 2048, out_dim: int = 256, *, layers: int = 3, norm: Norm = "batch"
-) -> nn.Module:
-    """Return NNCLR's projector: every layer normalised with scale and offset.
-
-    Source: the paper (https://arxiv.org/abs/2104.14548); there is no public program.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layers.
-        out_dim: Width of the projection.
-        layers: Number of linear layers.
-        norm: See the module.
-    """
-    return mlp_head([*_hidden(in_dim, hidden_dim, layers), out_dim], norm=norm, last_norm="full", last_bias=False)
-
-
-def nnclr_predictor(
-    in_dim: int = 256, hidden_dim: int = 4096, out_dim: int = 256, *, norm: Norm = "batch"
-) -> nn.Module:
-    """Return NNCLR's predictor: plain output layer with a bias.
-
-    Source: the paper (https://arxiv.org/abs/2104.14548); there is no public program.
-
-    Args:
-        in_dim: Width of the projection.
-        hidden_dim: Width of the hidden layer.
-        out_dim: Width of the prediction.
-        norm: See the module.
-    """
-    return mlp_head([in_dim, hidden_dim, out_dim], norm=norm)
-
-
-def debiased_head(in_dim: int, hidden_dim: int = 512, out_dim: int = 128, *, norm: Norm = "batch") -> nn.Module:
-    """Return the head of the debiased and of the hard-negative loss: plain output layer with a bias.
-
-    Source: https://github.com/chingyaoc/DCL and https://github.com/joshr17/HCL.
-
-    Args:
-        in_dim: Width of the features.
-        hidden_dim: Width of the hidden layer.
-        out_dim: Width of the projection.
-        norm: See the module.
-    """
-    return mlp_head([in_dim, hidden_dim, out_dim], norm=norm)
+    check_choice("name", name, tuple(HEADS))
+    head = HEADS[name]
+    known = [f.name for f in fields(head) if f.init and f.name in HeadOptions.__annotations__]
+    for option in options:
+        if option not in known:
+            rule = f"be one of {', '.join(map(repr, known))} for the head {name!r}"
+            fail("options", rule, option, "Remove it", TypeError)
+    return replace(head, **cast("dict[str, Any]", options)).build(in_dim)

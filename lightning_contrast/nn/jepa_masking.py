@@ -1,4 +1,4 @@
-"""The masks of I-JEPA: blocks of patches to predict, and one block to predict them from."""
+"""Masks of I-JEPA: target blocks of patches, and a context block to predict them from."""
 
 import math
 from typing import NamedTuple
@@ -12,10 +12,10 @@ TRIES = 20  # positions of a context block before one more target may overlap it
 
 
 class JepaMasks(NamedTuple):
-    """Which patches of a batch are seen and which are predicted, as places in the raster of patches.
+    """Context and target patches of a batch, as indices into the row-major grid of patches.
 
     Attributes:
-        context: The patches that the context encoder sees, ``(B, N_c)`` int64, ascending in each row.
+        context: The patches of the context, ``(B, N_c)`` int64, ascending in each row.
         targets: The patches of each target block, ``(B, T, N_t)`` int64, ascending in each block; blocks may overlap
             each other.
         relaxed: The images whose context was allowed to overlap targets, ``(B,)`` bool; it always stays on the CPU.
@@ -27,24 +27,24 @@ class JepaMasks(NamedTuple):
     relaxed: Tensor
 
     def to(self, device: torch.device) -> "JepaMasks":
-        """Return the masks with their indices on ``device``; the host does not wait for it."""
+        """Return the masks with their indices on ``device``, copied without synchronization."""
         return JepaMasks(_send(self.context, device), _send(self.targets, device), self.relaxed)
 
 
 class JepaMaskSampler:
-    """Draws I-JEPA's masks: target blocks anywhere, and a large context block without the targets' patches.
+    """Draw I-JEPA's masks: target blocks at random positions, and a large context block without the targets' patches.
 
-    Implements the multi-block masks of I-JEPA (https://arxiv.org/abs/2301.08243) as in the authors' program: one draw
-    sets scale and aspect of all target blocks of a batch, so large blocks are always tall, and another one the size of
+    Implements the multi-block masks of I-JEPA (https://arxiv.org/abs/2301.08243) as its reference implementation: one
+    draw sets scale and aspect of all target blocks of a batch, so large blocks are always tall, another one the size of
     the square context blocks. Positions are drawn for each block; the last row and column of the grid are never in one.
     A context keeps more than ``min_keep`` patches. One that does not is drawn again, and after every 20 failures one
     more target, from the last to the first, may overlap it (`JepaMasks.relaxed`). All contexts of a batch are then cut
     to the length of the shortest; their bottom rows go first.
 
-    All is drawn on the CPU, from torch's global generator unless another is given, so the numbers are the same on every
-    device and nothing waits for one.
-    Differs from it: the program seeds the sizes with a step counter of its own; here ranks whose generators differ draw
-    different sizes. It applies ``min_keep`` to targets too, and then never ends on a small grid.
+    Masks are drawn on the CPU, from torch's global generator unless another is given, so they do not depend on the
+    device and need no synchronization.
+    Differs from it: the reference seeds the sizes with a step counter; here ranks with different generators draw
+    different sizes. The reference applies ``min_keep`` to targets too, and then does not terminate on a small grid.
 
     Args:
         grid: Rows and columns of patches, each >= 2; 14 x 14 for 224 pixels and patches of 16.
@@ -52,7 +52,7 @@ class JepaMaskSampler:
         target_scale: Range of a target block's share of the patches, in (0, 1].
         target_aspect: Range of a target block's height over its width, > 0.
         context_scale: Range of the context block's share of the patches, in (0, 1].
-        min_keep: A context has more patches than this, >= 0.
+        min_keep: Lower bound (exclusive) of the number of context patches, >= 0.
 
     Raises:
         ValueError: If a number is out of its range, a range is out of order, or the smallest context block has no
@@ -157,7 +157,7 @@ class JepaMaskSampler:
 
 
 def _send(indices: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device; from pinned memory, since the host would wait for a copy from any other."""
+    """Copy to a device, from pinned memory so that the copy is asynchronous."""
     if device.type == "cpu":
         return indices
     return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)

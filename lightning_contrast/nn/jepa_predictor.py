@@ -1,4 +1,4 @@
-"""The predictor of I-JEPA: a narrow transformer that fills in the features of hidden patches."""
+"""Predictor of I-JEPA: a narrow transformer that predicts the features of target patches."""
 
 from functools import partial
 from typing import Any
@@ -10,10 +10,10 @@ from lightning_contrast._checks import check_at_least, require
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """Return the fixed positions of MAE and I-JEPA: sines and cosines of the column, then of the row.
+    """Return the fixed sine-cosine positions of MAE and I-JEPA: first those of the column, then of the row.
 
-    Implements the positions of the authors' programs (https://arxiv.org/abs/2111.06377 and 2301.08243): frequencies
-    fall from 1 to nearly 1 / 10,000.
+    Implements the positions of the reference implementations (https://arxiv.org/abs/2111.06377 and 2301.08243):
+    frequencies decrease from 1 to nearly 1 / 10,000.
 
     Args:
         width: Length of a position, a multiple of 4.
@@ -37,11 +37,10 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 class JepaPredictor(nn.Module):
     """Predict the features of target blocks from those of the context.
 
-    Implements the predictor of I-JEPA (https://arxiv.org/abs/2301.08243) as in the authors' program: the context is
-    projected to a narrow width, a mask token stands for each hidden patch, fixed positions tell where each of them is,
-    and transformer blocks (timm's), a norm and a projection back follow. Each target block is predicted apart from the
-    others. Linear weights start from a truncated normal of 0.02; the program's division by depth is overwritten there
-    too.
+    Implements the predictor of I-JEPA (https://arxiv.org/abs/2301.08243) as in the reference implementation: the
+    context is projected to a narrow width, a mask token represents each target patch, fixed positions are added, and
+    transformer blocks (timm's), a norm and a projection back follow. Target blocks are predicted independently. Linear
+    weights start from a truncated normal of 0.02; the reference overwrites its scaling by depth as well.
 
     Args:
         feature_dim: F, the width of the context encoder's tokens.
@@ -68,7 +67,7 @@ class JepaPredictor(nn.Module):
         rule = f"be a multiple of the {heads} heads"
         require(width % heads == 0, "width", rule, width, "Change one of them")
         self.grid = grid
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a class where any function does
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's annotation asks for a class, but any callable works
         self.enter = nn.Linear(feature_dim, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
@@ -83,8 +82,8 @@ class JepaPredictor(nn.Module):
 
         Args:
             tokens: The context encoder's output, ``(B, N_c, F)``.
-            context: Where its patches are in the raster, ``(B, N_c)`` int64.
-            targets: Where the hidden patches are, ``(B, T, N_t)`` int64.
+            context: Positions of its patches in the grid, ``(B, N_c)`` int64.
+            targets: Positions of the target patches, ``(B, T, N_t)`` int64.
 
         Returns:
             Predictions, ``(B, T, N_t, F)``.
@@ -100,7 +99,7 @@ class JepaPredictor(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Start linear layers as the program does."""
+    """Initialize linear layers as in the reference implementation."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -1,7 +1,7 @@
-"""Which patches of an image to mask: iBOT's and DINOv2's samplers.
+"""Mask samplers of iBOT and DINOv2.
 
-Masks are drawn on the host, where they cost no wait for the device: from a seed that comes from torch's CPU generator,
-so `StepSeed` makes them a function of the step.
+Masks are drawn on the host, without device synchronization, with a seed from torch's CPU generator, so `StepSeed` makes
+them a function of the step.
 """
 
 import math
@@ -17,13 +17,13 @@ from torch import Tensor
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
 from lightning_contrast.nn.vision_transformers import MaskedViT
 
-ATTEMPTS = 10  # to place a block, before an image is left with what it has
+ATTEMPTS = 10  # to place a block, before an image keeps the blocks it has
 _LOWEST_ASPECT = 0.3  # of a block, height by width; the highest is its inverse
 _DINOV2_SMALLEST = 4  # patches of a block
 
 
 class MaskedPatches(NamedTuple):
-    """Masks on the device of the images, and where their masked patches are.
+    """Masks on the device of the images, and the positions of the masked patches.
 
     Attributes:
         mask: ``(images, N)`` bool.
@@ -37,15 +37,15 @@ class MaskedPatches(NamedTuple):
 
 
 def masked_patches(mask: Tensor, device: torch.device) -> MaskedPatches:
-    """Find the masked patches on the host, which need not wait for the device then, and send all there.
+    """Return masks and the positions of masked patches on a device, computed on the host without synchronization.
 
     Args:
         mask: Masks ``(images, N)`` bool on the CPU.
-        device: Where they are needed.
+        device: Target device.
     """
     rows = mask.flatten().nonzero().squeeze(1)
     parts = [mask, rows, rows // mask.shape[1]]
-    if device.type == "cuda":  # only from pinned memory is a copy not waited for
+    if device.type == "cuda":  # copies from pageable memory are synchronous
         parts = [part.pin_memory() for part in parts]
     return MaskedPatches(*(part.to(device, non_blocking=True) for part in parts))
 
@@ -77,7 +77,7 @@ def ibot_masks(
         Masks ``(images, rows * columns)`` bool on the CPU, row by row, True where masked.
 
     Raises:
-        ValueError: If a ratio and its spread leave 0..1, or there is not one spread for each ratio.
+        ValueError: If a ratio and its spread leave 0..1, or the numbers of ratios and spreads differ.
         TypeError: If a number that counts is not whole.
     """
     check_mask_ratios(ratios, spreads, shape)
@@ -104,7 +104,7 @@ def dinov2_masks(
     """Draw DINOv2's masks: a fixed number of images is masked, with shares spread evenly over a range.
 
     Source: https://github.com/facebookresearch/dinov2 (``data/collate.py``, ``data/masking.py``). The range is cut into
-    as many pieces as there are masked images; each draws its share from a piece of its own, then the masks are
+    as many pieces as there are masked images; each draws its share from a different piece, then the masks are
     shuffled over the images.
 
     Args:
@@ -135,7 +135,7 @@ def dinov2_masks(
 
 
 def check_mask_ratios(ratios: Sequence[float], spreads: Sequence[float], shape: str = "block") -> None:
-    """Check what `ibot_masks` takes.
+    """Check the arguments of `ibot_masks`.
 
     Args:
         ratios: See there.
@@ -198,7 +198,7 @@ def _block(rng: random.Random, rows: int, columns: int, mask: int, smallest: flo
 
 
 def _unpack(masks: Sequence[int], patches: int) -> Tensor:
-    """Return masks ``(images, patches)`` bool of numbers whose bit i stands for patch i."""
+    """Return masks ``(images, patches)`` bool of numbers whose bit i represents patch i."""
     size = -(-patches // 8)
     packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for mask in masks), np.uint8)
     bits = np.unpackbits(packed.reshape(len(masks), size), axis=1, count=patches, bitorder="little")
@@ -232,11 +232,14 @@ def draw_masks(sampler: Callable[..., Tensor], backbone: MaskedViT, images: Tens
     return masked_patches(sampler(len(images), backbone.grid_size(images), **settings), images.device)
 
 
-def pick(patches: Tensor, rows: Tensor) -> Tensor:
-    """Return the masked patches (M, F) of all patches (B, N, F).
+def gather(patches: Tensor, index: Tensor) -> Tensor:
+    """Return the patches at an index into those of all images.
 
     Args:
-        patches: Patches of all images.
-        rows: Which to take among all B N.
+        patches: Patches of all images, ``(B, N, F)``.
+        index: Positions among all B N patches, ``(M,)``.
+
+    Returns:
+        The patches, ``(M, F)``.
     """
-    return patches.flatten(0, 1).index_select(0, rows)
+    return patches.flatten(0, 1).index_select(0, index)

@@ -7,21 +7,21 @@ from lightning_contrast._checks import check_at_least, check_probability, requir
 
 
 class MemoryBank(nn.Module):
-    """A running average of the embedding of every training sample.
+    """A moving average of the embedding of every training sample.
 
-    The memory bank of NPID (https://arxiv.org/abs/1805.01978, section 3.1; official program: lib/LinearAverage.py): row
-    ``v_i`` starts uniform in ``[-a, a]`` with ``a = sqrt(3 / D)``, about unit norm, and becomes
-    ``normalise(momentum * v_i + (1 - momentum) * f_i)`` after its sample was used. It lives in the checkpoint, stays
-    float32 and is fed by `QueueUpdate` from the step outputs ``"keys"`` and ``"indices"``.
+    The memory bank of NPID (https://arxiv.org/abs/1805.01978, section 3.1; reference implementation:
+    lib/LinearAverage.py): row ``v_i`` starts uniform in ``[-a, a]`` with ``a = sqrt(3 / D)``, about unit norm, and
+    becomes ``normalize(momentum * v_i + (1 - momentum) * f_i)`` after its sample was used. It is part of the
+    checkpoint, stays float32, and is updated by `QueueUpdate` with the step outputs ``"keys"`` and ``"indices"``.
 
-    Differs from it: the start does not depend on the global generator, so that it is the same on every rank; where a
-    sample occurs twice in a batch, its last row counts, which the official program leaves to chance.
+    Differs from it: the initialization does not depend on the global generator, so it is the same on every rank; if a
+    sample occurs twice in a batch, its last row is used, which is undefined in the reference.
 
     Args:
         num_samples: Number of training samples N, >= 1.
         dim: Width D of an embedding, >= 1.
-        momentum: Share of the old row that is kept; in [0, 1]. 0.5 in the official program.
-        seed: Of the random start, >= 0.
+        momentum: EMA momentum of a row, in [0, 1]; 0.5 in the reference implementation.
+        seed: Seed of the initialization, >= 0.
 
     Raises:
         TypeError: If a size or the seed is not a whole number.
@@ -46,22 +46,21 @@ class MemoryBank(nn.Module):
         bound = (3 / dim) ** 0.5
         generator = torch.Generator().manual_seed(seed)
         rows = (torch.rand(num_samples, dim, generator=generator, dtype=torch.float32) * 2 - 1) * bound
-        # Strategies cast floating buffers; the integers of the same bits stay as they are.
+        # Strategies cast floating buffers but not integers, so the floats are kept as integers of equal bits.
         self.register_buffer("bits", rows.view(torch.int32))
 
     @property
     def features(self) -> Tensor:
-        """Return the rows, (N, D) float32, without gradient: the memory that is kept, so a push changes it."""
+        """Return the rows, (N, D) float32, without gradient, a view of the buffer, which a push changes."""
         return self.bits.view(torch.float32)
 
     @torch.no_grad()
     def push(self, keys: Tensor, indices: Tensor) -> None:
-        """Move the rows of the given samples towards their new embeddings; rows that are not finite change nothing.
+        """Update the rows of samples with their new embeddings; embeddings that are not finite are ignored.
 
         Args:
-            keys: New embeddings, (B, D), of unit norm where the average is to weigh them as NPID does. Under several
-                ranks those of all ranks, in rank order.
-            indices: Which sample each belongs to, (B,), integers in [0, N); the last of equal ones counts.
+            keys: New embeddings, (B, D), of unit norm in NPID. On several ranks, those of all ranks in rank order.
+            indices: Sample of each, (B,), integers in [0, N); the last of equal ones is used.
 
         Raises:
             ValueError: If the shapes do not fit, or, on the CPU, an index lies outside [0, N).
@@ -69,7 +68,7 @@ class MemoryBank(nn.Module):
         hint = f"Give one row of {self.dim} numbers and one index for each sample"
         require(keys.ndim == 2 and keys.shape[-1] == self.dim, "keys", f"be (B, {self.dim})", tuple(keys.shape), hint)
         require(indices.shape == keys.shape[:1], "indices", f"be ({len(keys)},)", tuple(indices.shape), hint)
-        if indices.device.type == "cpu":  # elsewhere it would wait for the device
+        if indices.device.type == "cpu":  # elsewhere it would synchronize with the device
             self.check_indices(indices)
         features = self.features
         index = indices.to(features.device, torch.int64)
@@ -83,7 +82,7 @@ class MemoryBank(nn.Module):
         features.index_copy_(0, index, rows[last[index]])
 
     def check_indices(self, indices: Tensor) -> None:
-        """Raise a ValueError if an index (B,) lies outside [0, N); waits for the device."""
+        """Raise a ValueError if an index (B,) lies outside [0, N); synchronizes with the device."""
         if len(indices) == 0:
             return
         low, high = int(indices.min()), int(indices.max())

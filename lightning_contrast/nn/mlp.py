@@ -1,4 +1,4 @@
-"""The MLP that every head is made of: lightly's generic ``ProjectionHead`` with our layer lists."""
+"""The MLP of every head: lightly's generic ``ProjectionHead`` with our layer lists."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,10 +10,11 @@ from lightning_contrast._checks import check_at_least, check_choice
 
 Norm: TypeAlias = Literal["batch", "layer"] | None
 LastNorm: TypeAlias = Literal["full", "scale", "plain"] | None
+Activation: TypeAlias = Literal["relu", "gelu"]
 
 
 class _ScaleBatchNorm1d(nn.BatchNorm1d):
-    """Batch normalisation with a scale and without an offset."""
+    """Batch normalization with a scale and without an offset."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
@@ -25,7 +26,7 @@ class _ScaleBatchNorm1d(nn.BatchNorm1d):
 
 
 def _norm_layer(norm: Norm, dim: int, kind: LastNorm) -> nn.Module | None:
-    """Return the normalisation of ``dim`` features: with scale and offset, with scale only, or with neither."""
+    """Return the normalization of ``dim`` features: with scale and offset, with scale only, or with neither."""
     if norm is None or kind is None:
         return None
     if norm == "layer":
@@ -42,27 +43,34 @@ def mlp_head(
     last_norm: LastNorm = None,
     hidden_bias: bool = False,
     last_bias: bool = True,
+    activation: Activation = "relu",
 ) -> nn.Module:
-    """Return an MLP: linear, normalisation and ReLU for each hidden layer, and a linear output layer.
+    """Return an MLP: linear, normalization and activation per hidden layer, and a linear output layer.
 
     Args:
-        dims: Widths from input to output, at least two.
-        norm: Kind of normalisation; None leaves it out and puts biases in its place.
-        last_norm: Normalisation of the output: ``"full"`` with scale and offset, ``"scale"``, ``"plain"`` with
+        dims: Widths from input to output, at least two: ``(B, dims[0])`` to ``(B, dims[-1])``.
+        norm: Kind of normalization; None leaves it out and adds biases instead.
+        last_norm: Normalization of the output: ``"full"`` with scale and offset, ``"scale"``, ``"plain"`` with
             neither, or None.
-        hidden_bias: Biases of the hidden layers even where a normalisation follows.
-        last_bias: Bias of the output layer.
+        hidden_bias: Give hidden layers a bias even before a normalization.
+        last_bias: Give the output layer a bias.
+        activation: ``"relu"`` or ``"gelu"``.
 
     Returns:
-        A module whose ``layers`` are an ``nn.Sequential`` of three modules a hidden layer (two without ``norm``).
+        A module whose ``layers`` are an ``nn.Sequential`` with three modules per hidden layer (two without ``norm``).
     """
     from lightly.models.modules.heads import ProjectionHead
 
     check_choice("norm", norm, ("batch", "layer", None))
+    check_choice("activation", activation, ("relu", "gelu"))
     for dim in dims:
         check_at_least("dims", dim, 1, "Give positive widths")
     hidden = [
-        (a, b, _norm_layer(norm, b, "full"), nn.ReLU(inplace=True), hidden_bias or norm is None)
+        (
+            *(a, b, _norm_layer(norm, b, "full")),
+            nn.ReLU(inplace=True) if activation == "relu" else nn.GELU(),
+            hidden_bias or norm is None,
+        )
         for a, b in pairwise(dims[:-1])
     ]
     bias = last_bias or (norm is None and last_norm is not None)
@@ -71,11 +79,11 @@ def mlp_head(
 
 
 def hidden_layers(head: nn.Module, count: int) -> nn.Sequential:
-    """Return the first ``count`` hidden layers of a head, the parameters shared: SimCLR v2 evaluates behind one.
+    """Return the first ``count`` hidden layers of a ReLU head, sharing its parameters (SimCLR v2 evaluates after one).
 
     Args:
-        head: A head of this module.
-        count: Number of hidden layers, 0 or more.
+        head: A head that `mlp_head` built.
+        count: Number of hidden layers, >= 0.
 
     Raises:
         ValueError: If the head has fewer hidden layers.

@@ -1,4 +1,4 @@
-"""Learned directions that embeddings are compared with."""
+"""Learned prototypes."""
 
 import torch
 import torch.nn.functional as F
@@ -6,19 +6,19 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least
 
-_SHORTEST = 1e-12  # a row of zeros stays one
+_SHORTEST = 1e-12  # keeps a row of zeros unchanged
 
 
 class Prototypes(nn.Module):
-    """K directions and the scores of embeddings for them: a linear layer without bias, its rows of length 1.
+    """Scores of embeddings for K prototypes: a linear layer without bias and with unit-length rows.
 
-    The prototypes of SwAV (https://arxiv.org/abs/2006.09882; official program: facebookresearch/swav). Scores are
-    cosine similarities where the embeddings have length 1. They are computed in float32, also under autocast, because
-    they are divided by temperatures of 0.05 and less.
+    The prototypes of SwAV (https://arxiv.org/abs/2006.09882; reference implementation:
+    facebookresearch/swav). Scores are cosine similarities if the embeddings have unit length. They are computed in
+    float32, also under autocast, because they are divided by temperatures of 0.05 and less.
 
-    The gradient is that of the scores for rows of length 1, not projected, as in the program, which sets the rows to
-    that length before each forward pass: call `normalize` there. Rows of another length give the same scores.
-    ``requires_grad_(False)`` freezes them for good; `drop_gradient` for the step at hand.
+    As in the reference implementation, the gradient is that of the scores for unit-length rows, without projection;
+    call `normalize` before each forward pass. Rows of another length give the same scores. ``requires_grad_(False)``
+    freezes them; `drop_gradient` freezes them for one step.
 
     Args:
         dim: Width D of an embedding, >= 1.
@@ -37,7 +37,7 @@ class Prototypes(nn.Module):
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         check_at_least("dim", dim, 1)
-        check_at_least("prototypes", count, 2, "Give at least 2: with one prototype all samples are the same")
+        check_at_least("prototypes", count, 2, "Give at least 2: with one prototype all assignments are equal")
         self.dim, self.count = dim, count
         self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
         self.normalize()
@@ -51,13 +51,13 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def normalize(self) -> None:
-        """Set each row to length 1 in place; rows are never split between ranks, so a shard needs no other."""
+        """Normalize each row in place; rows are never split between ranks, so this needs no communication."""
         self.weight.div_(_lengths(self.weight))
 
     def drop_gradient(self) -> None:
-        """Forget the gradient, so that the coming optimizer step passes over the prototypes.
+        """Set the gradient to None, so that the next optimizer step skips the prototypes.
 
-        A gradient of None and not of zero: weight decay and momentum pass over them too.
+        Unlike a gradient of zero, this also skips weight decay and momentum.
         """
         self.weight.grad = None
 

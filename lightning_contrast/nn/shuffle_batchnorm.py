@@ -1,4 +1,4 @@
-"""Shuffled BatchNorm: keys are normalised with other images than their queries."""
+"""Shuffled BatchNorm: keys are normalized with other images than their queries."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,16 @@ from lightning_contrast import distributed
 
 
 class Shuffle:
-    """A random exchange of the rows of all ranks, and the way back; on one process a permutation of the batch.
+    """A random permutation of the rows of all ranks, and its inverse.
 
-    MoCo's shuffling (https://arxiv.org/abs/1911.05722, section 3.3; official program: moco/builder.py). A query and its
-    key that share BatchNorm statistics let the network tell positives by them. The permutation is rank 0's.
+    MoCo's shuffling (https://arxiv.org/abs/1911.05722, section 3.3; reference implementation: moco/builder.py). If
+    a query and its key share BatchNorm statistics, the network can identify positives by them. The permutation is that
+    of rank 0.
     Differs from it: ranks may hold different numbers of images.
 
     Args:
-        size: Rows on this rank.
-        device: Where they are.
+        size: Number of rows of this rank.
+        device: Their device.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -26,9 +27,9 @@ class Shuffle:
         self.order = distributed.gather(order, [total] * len(self.sizes))[:total]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return as many rows of other ranks and places, ``(B, ...)``, without gradient."""
+        """Return the rows that the permutation assigns to this rank, ``(B, ...)``, without gradient."""
         return distributed.gather(rows, self.sizes)[self.order[self.own]]
 
     def undo(self, rows: Tensor) -> Tensor:
-        """Return the rows of this rank in their old order, ``(B, ...)``, without gradient."""
+        """Return the rows of this rank in their original order, ``(B, ...)``, without gradient."""
         return distributed.gather(rows, self.sizes)[self.order.argsort()[self.own]]

@@ -10,12 +10,12 @@ SMALL_VIT = "small_vit"
 def small_vit(**kwargs: Any) -> nn.Module:
     """Return timm's `VisionTransformer` in a size for images of about 32 pixels.
 
-    Patches of 4 pixels, 192 wide, 6 blocks of 3 heads: half the depth of a ViT-Ti. It takes images of any size that is
-    a multiple of the patch; positions are resampled from those of 32 pixels. It is made for demonstrations and tests
-    on a CPU, not for results.
+    Patches of 4 pixels, width 192, 6 blocks of 3 heads: half the depth of a ViT-Ti. It accepts images of any size that
+    is a multiple of the patch; positions are resampled from those of 32 pixels. It is meant for demonstrations and
+    tests on a CPU, not for results.
 
     Args:
-        **kwargs: Arguments of timm's `VisionTransformer` in the place of these, such as ``depth``, ``reg_tokens``
+        **kwargs: Arguments of timm's `VisionTransformer` that replace these, such as ``depth``, ``reg_tokens``
             (registers), ``init_values`` (LayerScale) or ``drop_path_rate``.
     """
     from timm.models.vision_transformer import VisionTransformer

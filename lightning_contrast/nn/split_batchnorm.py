@@ -1,4 +1,4 @@
-"""BatchNorm over parts of the batch: the statistics of several small devices on one large one."""
+"""BatchNorm with separate statistics per split of the batch."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from lightning_contrast._checks import check_at_least
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm that normalises ``splits`` equal parts of the batch apart, as that many devices would.
+    """BatchNorm that normalizes ``splits`` equal parts of the batch separately, like that many devices.
 
-    MoCo needs it (with shuffled keys) on one device: queries and keys that share their statistics let the network tell
+    MoCo needs it (with shuffled keys) on one device: if queries and keys share statistics, the network can identify
     positives by them. Source: the CIFAR-10 demo of https://github.com/facebookresearch/moco. Sample ``i`` belongs to
-    part ``i % splits``. In training the running statistics move to the mean over the parts; evaluation uses them as
-    ordinary BatchNorm does. ``SyncBatchNorm.convert_sync_batchnorm`` replaces it and so undoes the split.
+    part ``i % splits``. In training the running statistics are updated with the mean over the parts; evaluation is that
+    of ordinary BatchNorm. ``SyncBatchNorm.convert_sync_batchnorm`` replaces it, which removes the split.
 
     Args:
         num_features: Channels C.
@@ -28,7 +28,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise maps ``(B, C, H, W)``.
+        """Normalize maps ``(B, C, H, W)``.
 
         Raises:
             ValueError: If the batch is no multiple of ``splits`` in training.
@@ -42,7 +42,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"`splits` must divide the batch of {size}, got {self.splits}. Use drop_last=True and a `batch_size` "
                 f"that is a multiple of `splits`."
             )
-        # The parts become channels, so that one call normalises each with statistics of its own.
+        # The parts become channels, so that one call normalizes each with separate statistics.
         parts = input.reshape(-1, self.splits * channels, height, width)
         means, variances = self.running_mean, self.running_var
         if means is not None and variances is not None:
@@ -62,7 +62,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return output.view_as(input)
 
     def _next_momentum(self) -> float:
-        """Count the batch and return the share that its statistics get."""
+        """Count the batch and return the weight of its statistics in the running ones."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
@@ -77,14 +77,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 def convert_split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
     """Replace every ``BatchNorm2d`` of a network by `SplitBatchNorm2d`, with its parameters and buffers.
 
-    timm's BatchNorm with an activation inside becomes a sequence of the two.
+    timm's BatchNorm with a built-in activation becomes a sequence of both.
 
     Args:
         module: The network, changed in place.
         splits: Number of parts of the batch.
 
     Returns:
-        The network, or the new layer where ``module`` itself is a ``BatchNorm2d``.
+        The network, or the new layer if ``module`` itself is a ``BatchNorm2d``.
     """
     if isinstance(module, nn.BatchNorm2d):
         return _convert(module, splits)

@@ -1,4 +1,4 @@
-"""Stems of networks: the 3x3 stride-1 stem for small images, and SimCLR's wide one."""
+"""Stems of networks: the 3x3 stride-1 stem for small images, and SimCLR's wide stem."""
 
 from typing import Any
 
@@ -9,26 +9,26 @@ from lightning_contrast._checks import fail
 STEM_FAMILIES = frozenset(
     {"ConvNeXt", "CspNet", "MetaNeXt", "NormFreeNet", "RegNet", "ResNetV2", "RexNet", "SmallConvNet", "VovNet"}
 )
-"""Classes whose ``stem`` may lose its stride; behind that of LeViT, MaxViT and others, sizes are fixed."""
+"""Classes whose ``stem`` may lose its stride; LeViT, MaxViT and others have fixed sizes after the stem."""
 
 
 def use_small_stem(module: nn.Module) -> nn.Module:
-    """Let a network keep the resolution of small images: stride 1 in the stem, and no pooling there.
+    """Replace the stem of a network by one for small images: stride 1, and no pooling.
 
     The 7x7 convolution of a ResNet and the patch convolution of a ConvNeXt become 3x3 with stride 1 and padding 1; a
-    3x3 convolution (EfficientNet, MobileNetV3, the deep stems) only loses its stride. Pooling in the stem goes away.
-    Known are ResNet, ResNeXt and their like of timm and torchvision, timm's EfficientNet, MobileNetV3 and others with
-    one ``conv_stem``, and the convolutional families of ``STEM_FAMILIES``. The SimCLR program does the same to ResNets
-    for images of 32 pixels and less.
+    3x3 convolution (EfficientNet, MobileNetV3, the deep stems) only loses its stride. Pooling in the stem is removed.
+    Supported are ResNet, ResNeXt and similar networks of timm and torchvision, timm's EfficientNet, MobileNetV3 and
+    others with one ``conv_stem``, and the convolutional families of ``STEM_FAMILIES``. SimCLR's reference
+    implementation does the same to ResNets for images of 32 pixels and less.
 
     Args:
-        module: The network, changed in place. New convolutions are initialised as He et al. do (fan out).
+        module: The network, changed in place. New convolutions have He initialization (fan out).
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: If the family has no such stem: a transformer cuts patches whose size is chosen when it is built.
+        ValueError: If the family has no such stem; the patch size of a transformer is chosen when it is built.
     """
     name = type(module).__name__
     if hasattr(module, "patch_embed"):
@@ -55,7 +55,7 @@ def use_small_stem(module: nn.Module) -> nn.Module:
 
 
 def _keep_resolution(parent: nn.Module, name: str) -> int:
-    """Take stride and pooling out of a stem; return how many times smaller it made the image, 0 without convolution."""
+    """Remove stride and pooling from a stem; return its former downsampling factor, 0 without convolution."""
     stem = getattr(parent, name)
     if isinstance(stem, nn.Conv2d):
         stride = stem.stride[0]
@@ -74,17 +74,17 @@ def _keep_resolution(parent: nn.Module, name: str) -> int:
 
 
 def _stride_one(conv: nn.Conv2d) -> nn.Conv2d:
-    """Return the convolution with stride 1: itself where it is 3x3 or smaller, else a new 3x3 one."""
+    """Return the convolution with stride 1: itself if it is 1x1 or 3x3, else a new 3x3 one."""
     if conv.kernel_size[0] in (1, 3):
         conv.stride = (1, 1)
         return conv
     small = type(conv)(
         conv.in_channels, conv.out_channels, 3, stride=1, padding=1, groups=conv.groups, bias=conv.bias is not None
     ).to(conv.weight)
-    return _initialise(small)
+    return _initialize(small)
 
 
-def _initialise(conv: nn.Conv2d) -> nn.Conv2d:
+def _initialize(conv: nn.Conv2d) -> nn.Conv2d:
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -92,24 +92,24 @@ def _initialise(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def widen_stem(model: Any, channels: int) -> None:
-    """Give a timm ResNet a stem of this many channels, and the first block an input that fits.
+    """Give a timm ResNet a stem with this number of channels, and a first block to match.
 
     Args:
         model: A timm ``ResNet`` with the plain 7x7 stem, changed in place.
         channels: Channels of the stem, which are also the planes of the first stage.
     """
     old = model.layer1[0]
-    model.conv1 = _initialise(nn.Conv2d(model.conv1.in_channels, channels, 7, stride=2, padding=3, bias=False))
+    model.conv1 = _initialize(nn.Conv2d(model.conv1.in_channels, channels, 7, stride=2, padding=3, bias=False))
     model.bn1 = type(model.bn1)(channels)
     out_channels = channels * old.expansion
     shortcut = None
     if out_channels != channels:
-        conv = _initialise(nn.Conv2d(channels, out_channels, 1, bias=False))
+        conv = _initialize(nn.Conv2d(channels, out_channels, 1, bias=False))
         shortcut = nn.Sequential(conv, type(model.bn1)(out_channels))
     block = type(old)(channels, channels, downsample=shortcut)
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
-            _initialise(module)
+            _initialize(module)
     block.zero_init_last()
     model.layer1[0] = block
     model.feature_info[0]["num_chs"] = channels

@@ -1,4 +1,4 @@
-"""Teacher networks: copies without gradient and without dropout."""
+"""EMA teachers: copies without gradient and without dropout."""
 
 import copy
 from typing import TypeVar
@@ -9,7 +9,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def teacher_of(network: _Module) -> _Module:
-    """Return a copy that follows the network as its teacher: without gradients, and without drops in train mode too.
+    """Return a copy of a network for its EMA teacher, without gradient, dropout and stochastic depth.
 
     Args:
         network: A part of the student.
@@ -18,7 +18,7 @@ def teacher_of(network: _Module) -> _Module:
 
 
 def without_drop(network: _Module) -> _Module:
-    """Switch stochastic depth and dropout off for good, in place: a teacher drops nothing, also in train mode.
+    """Disable stochastic depth and dropout in place, also for train mode.
 
     Args:
         network: The teacher.

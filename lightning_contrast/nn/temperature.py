@@ -1,4 +1,4 @@
-"""Temperatures that move: learned beside the network, or scheduled over the steps of a run."""
+"""Learned and scheduled temperatures."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ Temperature: TypeAlias = float | nn.Module | Callable[[int], float]
 
 
 class LearnedTemperature(nn.Module):
-    """A temperature that is trained with the network, as CLIP's.
+    """A temperature that is trained with the network, as in CLIP.
 
-    Kept as its logarithm, a parameter with one dimension, which carries no weight decay
-    (https://arxiv.org/abs/2103.00020, section 2.5). A call returns ``exp(log_temperature)``, shape (1,), held between
-    the bounds; a parameter that overshot a bound still gets the gradients that lead back.
+    Stored as its logarithm, a parameter of shape (1,) without weight decay
+    (https://arxiv.org/abs/2103.00020, section 2.5). A call returns ``exp(log_temperature)``, shape (1,), clamped to
+    the bounds; a parameter beyond a bound still receives gradients that lead back.
 
-    Differs from it: the bounds act on the value, not on the parameter after the step, so that it is the same under
+    Differs from it: the bounds apply to the value, not to the parameter after the step, so it is the same under
     every strategy; CLIP's scale is 1 / temperature, at most 100, and starts at 1 / 0.07.
 
     Args:
@@ -56,7 +56,7 @@ class LearnedTemperature(nn.Module):
 
 
 class _Bounded(torch.autograd.Function):
-    """Clamp, with gradient where a descent step leads back: `torch.clamp` would never let go of a bound."""
+    """Clamp with a gradient beyond the bounds if a descent step leads back, which `torch.clamp` does not have."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
@@ -75,16 +75,16 @@ class _Bounded(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ScheduledTemperature:
-    """A temperature that goes from one value to another along a cosine, a function of the optimizer step alone.
+    """A temperature on a cosine between two values, a function of the optimizer step.
 
     ``end + (start - end) (1 + cos(2 pi cycles k / K)) / 2`` at step k of K: half a cycle falls or rises once, whole
-    cycles swing, as in https://arxiv.org/abs/2303.13664, between ``start`` and ``end``.
+    cycles oscillate between ``start`` and ``end``, as in https://arxiv.org/abs/2303.13664.
 
     Args:
         start: Temperature at step 0, > 0.
         end: Temperature half a cycle later, > 0.
-        steps: Optimizer steps K of the schedule, >= 1; None: those of the run, as the Trainer plans them. After the
-            last one the temperature stays.
+        steps: Optimizer steps K of the schedule, >= 1; None: those of the run. The temperature is constant
+            after them.
         cycles: Cycles in those steps, > 0.
 
     Raises:
@@ -113,10 +113,10 @@ class ScheduledTemperature:
 
         Args:
             step: Step, >= 0.
-            total_steps: Length of the run in steps, > 0; used where the schedule has no length of its own.
+            total_steps: Length of the run in steps, > 0; used if the schedule has no ``steps``.
 
         Raises:
-            ValueError: If the length is given nowhere.
+            ValueError: If neither length is given.
         """
         length = self.steps if self.steps is not None else total_steps
         if length is None:
@@ -133,7 +133,7 @@ def check_temperature(temperature: Temperature | Mapping[str, Any]) -> Temperatu
         ValueError: If it is a number and not above 0.
         TypeError: If it is no number, module or function.
     """
-    if isinstance(temperature, Mapping):  # as a checkpoint keeps it
+    if isinstance(temperature, Mapping):  # as stored in a checkpoint
         return ScheduledTemperature(**temperature)
     if isinstance(temperature, int | float) and not isinstance(temperature, bool):
         check_positive("temperature", temperature)
@@ -144,17 +144,17 @@ def check_temperature(temperature: Temperature | Mapping[str, Any]) -> Temperatu
 
 
 def with_constant_factor(loss: Tensor, temperature: float | Tensor) -> Tensor:
-    """Return a loss that has the temperature as a factor, with that factor taken for a constant.
+    """Return a loss that is multiplied by the temperature, without the gradient of that factor.
 
-    The factor keeps the size of the gradient alike over temperatures. A learned temperature must not see it: it would
-    fall for the sake of the factor alone.
+    The factor makes gradients comparable across temperatures. A learned temperature must not receive its gradient,
+    which alone would lower it.
 
     Args:
         loss: A scalar ``temperature * f(temperature)``.
-        temperature: What the loss was called with.
+        temperature: The temperature of the loss, a number or a tensor of shape (1,).
 
     Returns:
-        The same value.
+        The same value, a scalar.
     """
     if not isinstance(temperature, Tensor):
         return loss

@@ -1,4 +1,4 @@
-"""Vision transformers whose patches can be masked or left out: lightly's adapter around timm's models."""
+"""Vision transformers whose patches can be masked or dropped: lightly's adapter around timm's models."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,29 +20,29 @@ _WHO_CAN = (
 
 
 class Tokens(NamedTuple):
-    """What a vision transformer makes of images: pooled features ``(B, F)`` and the patches ``(B, N, F)``."""
+    """Output of a vision transformer: pooled features ``(B, F)`` and patches ``(B, N, F)``."""
 
     features: Tensor
     patches: Tensor
 
 
 class MaskedViT(nn.Module):
-    """A timm vision transformer that can also replace patches by a mask token, or leave patches out.
+    """A timm vision transformer that can also replace patches by a mask token, or drop patches.
 
     `forward` is the network's own. Its weights without the mask token are ``module.vit.state_dict()``, which loads
     into a fresh timm model. Source of the masking: lightly's ``MaskedVisionTransformerTIMM``, with the network's own
-    start values (that class puts those of MAE in their place).
+    initialization (that class replaces it by MAE's).
 
     Args:
         vit: A timm `VisionTransformer` without classifier; used as it is and not copied.
-        mask_token: Train the mask token, which starts at zero. False for methods that only leave patches out, where a
-            trained token would never get a gradient.
+        mask_token: Train the mask token, which starts at zero. False for methods that only drop patches, where it
+            would never receive a gradient.
 
     Attributes:
         num_features: F, the width of features and patches.
 
     Raises:
-        TypeError: If the network is no timm VisionTransformer, or one with parts that masking would change.
+        TypeError: If the network is no timm VisionTransformer, or has parts that masking would change.
     """
 
     def __init__(self, vit: nn.Module, mask_token: bool = True) -> None:
@@ -61,7 +61,7 @@ class MaskedViT(nn.Module):
 
     @property
     def patch_embed(self) -> nn.Module:
-        """The network's cut into patches, which tells what images it takes."""
+        """The patch embedding, which defines the accepted image size."""
         return self.vit.patch_embed  # type: ignore[no-any-return]  # the adapter is not typed
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,17 +69,17 @@ class MaskedViT(nn.Module):
         return self.vit(images)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     def tokens(self, images: Tensor, *, mask: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
-        """Return pooled features and patches of images, some of them masked or left out.
+        """Return pooled features and patches of images, with some patches masked or dropped.
 
         Args:
             images: Images ``(B, C, H, W)``.
-            mask: Patches to put the mask token in the place of before their positions are added, ``(B, N)`` bool,
-                True where masked; N counts row by row.
+            mask: Patches to replace by the mask token before positions are added, ``(B, N)`` bool, True if masked; N
+                counts row by row.
             keep: The only patches that enter the blocks, ``(B, K)`` int, each in 0 .. N - 1.
 
         Returns:
             The features ``(B, F)``, pooled as in `forward`, and the patches ``(B, N, F)``, or ``(B, K, F)`` in the
-            order of ``keep``, behind the last norm; class and register tokens are not among them.
+            order of ``keep``, after the last norm; class and register tokens are not among them.
 
         Raises:
             ValueError: If ``mask`` or ``keep`` do not fit the images.
@@ -100,7 +100,7 @@ class MaskedViT(nn.Module):
         return int(height), int(width)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass to save memory, with masks and without."""
+        """Recompute the blocks in the backward pass to save memory, also with masks."""
         self.masked.set_grad_checkpointing(enable)
         self.vit.set_grad_checkpointing(enable)
 
@@ -113,7 +113,7 @@ class MaskedViT(nn.Module):
         if mask is not None and tuple(mask.shape) != expected:
             fail("mask", f"have shape {expected}", tuple(mask.shape), "Give one value for each patch of each image")
         if keep is not None and (keep.ndim != 2 or len(keep) != len(images)):
-            fail("keep", f"have shape ({len(images)}, K)", tuple(keep.shape), "Give the indices of K patches an image")
+            fail("keep", f"have shape ({len(images)}, K)", tuple(keep.shape), "Give the indices of K patches per image")
 
 
 def build_masked_backbone(
@@ -125,7 +125,7 @@ def build_masked_backbone(
     defaults: Mapping[str, Any] | None = None,
     mask_token: bool = True,
 ) -> Backbone:
-    """Return a `MaskedViT` and the width of its features, or say which backbones can mask.
+    """Return a `MaskedViT` and the width of its features; raise with a list of supported backbones otherwise.
 
     Args:
         backbone: `"small_vit"`; the name of a timm model that is a plain `VisionTransformer`; such a module without
@@ -134,7 +134,7 @@ def build_masked_backbone(
         feature_dim: Width of the features; None reads it from the module.
         backbone_kwargs: Further arguments of the timm model. ``dynamic_img_size`` is True unless given, so that views
             may differ in size.
-        defaults: The same, from the method: those of ``backbone_kwargs`` win.
+        defaults: The same, from the method; ``backbone_kwargs`` take precedence.
         mask_token: See `MaskedViT`.
 
     Raises:
@@ -153,11 +153,11 @@ def build_masked_backbone(
 
 
 def select_patches(patches: Tensor, indices: Tensor) -> Tensor:
-    """Return the patches that several sets of indices name.
+    """Return the patches at one or several sets of indices.
 
     Args:
         patches: Patches ``(B, N, F)``.
-        indices: Indices into N: ``(B, K)``, or ``(B, M, K)`` for M sets an image.
+        indices: Indices into N: ``(B, K)``, or ``(B, M, K)`` for M sets per image.
 
     Returns:
         ``(B, K, F)`` or ``(B, M, K, F)``.
@@ -174,7 +174,7 @@ def select_patches(patches: Tensor, indices: Tensor) -> Tensor:
 
 
 def _can_mask(name: str) -> bool:
-    """Refuse timm's networks that cannot mask; tell those that can from names of others, to be judged when built."""
+    """Return whether a name is that of a network that can mask; refuse timm's networks that cannot."""
     import timm
     from timm.models import is_model_in_modules
 

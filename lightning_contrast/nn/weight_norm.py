@@ -1,4 +1,4 @@
-"""Linear layer with weight-normalised rows, the last layer of the DINO family's heads."""
+"""Linear layer with weight-normalized rows, the last layer of the DINO family's heads."""
 
 import math
 
@@ -10,16 +10,16 @@ from lightning_contrast._checks import check_at_least
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows are ``g * v / |v|``: prototypes of a given length.
+    """Linear layer without bias whose rows are ``g * v / |v|``: prototypes of a fixed or trained length.
 
-    Weight normalisation (https://arxiv.org/abs/1602.07868) as in DINO's last layer: ``g`` starts at 1 and is frozen
+    Weight normalization (https://arxiv.org/abs/1602.07868) as in DINO's last layer: ``g`` starts at 1 and is frozen
     there unless ``train_scale``. With inputs of length 1 the outputs are cosine similarities, times ``g``. The weight
-    is made in each forward pass from two ordinary parameters, ``weight_g`` (N, 1) and ``weight_v`` (N, D), named as in
-    the authors' checkpoints, so deepcopy, pickle, moving averages, parameter groups and sharding see nothing special.
+    is computed in each forward pass from two ordinary parameters, ``weight_g`` (N, 1) and ``weight_v`` (N, D), named as
+    in the authors' checkpoints, so deepcopy, pickle, EMA, parameter groups and sharding work as usual.
     ``weight_v`` starts as the weight of `torch.nn.Linear`.
 
     Source: https://github.com/facebookresearch/dino (``torch.nn.utils.weight_norm``, which cannot be deep-copied).
-    Differs from it: lengths are computed in float32 where the weights are half precision.
+    Differs from it: lengths are computed in float32 for half-precision weights.
 
     Args:
         in_dim: Width D of the input, >= 1.
@@ -47,7 +47,7 @@ class WeightNormLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return the normalised weight, ``(N, D)``, with its gradient."""
+        """Return the normalized weight, ``(N, D)``, with its gradient."""
         wide = torch.promote_types(self.weight_v.dtype, torch.float32)
         length = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True, dtype=wide)
         weight: Tensor = self.weight_v * (self.weight_g / length).to(self.weight_v.dtype)

@@ -1,4 +1,8 @@
-"""Learning rates that differ between the layers of a vision transformer, as in DINOv2's program."""
+"""Layer-wise learning rates of a vision transformer, as in DINOv2's reference implementation.
+
+timm's ``param_groups_layer_decay`` does not give these rates: without a classifier it puts the last norm into the layer
+of the last block, so all its rates are one power of the decay higher, and it has no multiplier for the patch embedding.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,12 +16,17 @@ _MULTIPLIER = "lr_multiplier"  # key of a parameter group
 
 
 def layer_rates(backbone: nn.Module, layer_decay: float, patch_multiplier: float) -> dict[nn.Parameter, float]:
-    """Return the factor of the learning rate of each parameter that has one other than 1.
+    """Return the learning-rate factor of each parameter for which it is not 1.
+
+    With ``L`` blocks the factor is ``layer_decay ** (L - i)`` for block ``i``, ``layer_decay ** (L + 1)`` for patch
+    embedding, positions and tokens, and 1 for all others.
+
+    Source: https://github.com/facebookresearch/dinov2 (``utils/param_groups.py``).
 
     Args:
         backbone: A vision transformer with ``blocks``.
-        layer_decay: What each block's rate is multiplied with to give that of the block before it, > 0.
-        patch_multiplier: A further factor of the cut into patches, > 0.
+        layer_decay: Learning rate of each block as a share of the next block's, > 0.
+        patch_multiplier: Additional factor of the patch embedding, > 0.
     """
     named = dict(backbone.named_parameters())
     depth = 1 + max((int(found[1]) for found in map(_BLOCK.search, named) if found), default=-1)
@@ -32,13 +41,13 @@ def layer_rates(backbone: nn.Module, layer_decay: float, patch_multiplier: float
 def split_by_rate(
     groups: Sequence[Mapping[str, Any]], backbone: nn.Module, layer_decay: float, patch_multiplier: float
 ) -> list[dict[str, Any]]:
-    """Split parameter groups so that each has one factor of the learning rate.
+    """Split parameter groups so that each has a single learning-rate factor.
 
     Args:
-        groups: Parameter groups; their other settings stay.
+        groups: Parameter groups; their other settings are kept.
         backbone: See `layer_rates`.
-        layer_decay: See there.
-        patch_multiplier: See there.
+        layer_decay: See `layer_rates`.
+        patch_multiplier: See `layer_rates`.
     """
     rates = layer_rates(backbone, layer_decay, patch_multiplier)
     split: list[dict[str, Any]] = []
@@ -51,10 +60,10 @@ def split_by_rate(
 
 
 def apply_rates(configured: Mapping[str, Any]) -> None:
-    """Multiply the rates of an optimizer and of its schedule, once, right after they were built.
+    """Multiply the learning rates of a newly built optimizer and its scheduler by the factors of the groups.
 
     Args:
-        configured: What `configure_optimizers` returns, with a schedule that starts from ``base_lrs``.
+        configured: Return value of `configure_optimizers`, with a scheduler that has ``base_lrs``.
     """
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for group in optimizer.param_groups:

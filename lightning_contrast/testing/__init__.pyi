@@ -1,5 +1,6 @@
 from .host_syncs import HostSyncs as HostSyncs
 from .host_syncs import count_host_syncs as count_host_syncs
+from .kernels import count_kernels as count_kernels
 from .processes import ChildError as ChildError
 from .processes import free_port as free_port
 from .processes import run_processes as run_processes

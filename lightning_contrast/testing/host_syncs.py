@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Each reads a value on the host, or gives a tensor a shape that only the device knows.
+# Each reads a value on the host, or returns a tensor whose shape depends on device data.
 _OPERATIONS = {
     "_local_scalar_dense",
     "_unique",
@@ -25,20 +25,19 @@ _OPERATIONS = {
     "unique_consecutive",
     "unique_dim",
 }
-_METHODS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu"}  # no operation on a tensor of the CPU
+_METHODS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu"}  # dispatch no operation for a CPU tensor
 _TORCH = os.path.dirname(torch.__file__)
 
 
 class HostSyncs:
-    """Context that lists the places where the host waits for the device, or would wait if the tensors lay there.
+    """Context that lists the places where the host waits for the device, or would wait if the tensors were on it.
 
     It sees ``item``, ``bool(tensor)``, ``tolist``, ``cpu``, ``numpy``, ``equal``, ``nonzero``, indexing with a mask,
-    ``unique``, ``masked_select``, ``bincount``, ``repeat_interleave`` without its size, and copies to the host: also on
-    tensors of the CPU, where they cost nothing, so that a test needs no accelerator. It does not see what compiled
-    code, or a library that reads memory by itself, does.
+    ``unique``, ``masked_select``, ``bincount``, ``repeat_interleave`` without its size, and copies to the host. They
+    count on CPU tensors, too, so that a test needs no accelerator. Compiled code and libraries that read memory
+    directly are not seen.
 
-    Where tensors of an accelerator, or of the meta device, take part, reads of tensors on the CPU are free and do not
-    count.
+    If tensors on an accelerator or the meta device take part, reads of CPU tensors are free and do not count.
 
     Example:
         >>> with HostSyncs() as syncs:
@@ -82,8 +81,8 @@ class HostSyncs:
 def count_host_syncs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Return how often the host waits for the device while ``fn(*args, **kwargs)`` runs.
 
-    What counts is told at `HostSyncs`, whose ``places`` tell where; the number returned shows the places in its
-    ``repr``, so that a failed ``assert count_host_syncs(step) == 0`` names them.
+    See `HostSyncs` for what counts. The ``repr`` of the returned number lists the places, so that a failed
+    ``assert count_host_syncs(step) == 0`` names them.
 
     Args:
         fn: Anything that can be called; it is called once.
@@ -105,7 +104,7 @@ def count_host_syncs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 
 class _Count(int):
-    """A number that tells what it counted."""
+    """A number of host syncs whose ``repr`` lists them."""
 
     places: tuple[str, ...]
 
@@ -120,7 +119,7 @@ class _Count(int):
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's are untyped
-    """Reports the operations that wait, and that there are tensors of a device."""
+    """Reports operations that wait, and whether device tensors take part."""
 
     def __init__(self, found: Callable[[str, bool], None], saw_device: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -143,7 +142,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
 
 
 class _Functions(TorchFunctionMode):
-    """Reports the methods that wait and are no operation where the tensor already lies on the host."""
+    """Reports methods that wait but dispatch no operation for a CPU tensor."""
 
     def __init__(self, found: Callable[[str, bool], None]) -> None:
         super().__init__()

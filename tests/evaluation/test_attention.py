@@ -59,7 +59,7 @@ def test_maps_equal_the_softmax_written_out(size, registers):
 
 def test_a_method_is_looked_at_through_its_backbone_and_left_as_it_was():
     torch.manual_seed(0)
-    kwargs = {"prototypes": 4, "hidden_dim": 8, "bottleneck_dim": 4, "backbone_kwargs": SMALL}
+    kwargs = {"num_prototypes": 4, "hidden_dim": 8, "bottleneck_dim": 4, "backbone_kwargs": SMALL}
     method = lc.DINO("vit_tiny_patch16_224", **kwargs)
     method.backbone.blocks[0].eval()
     modes = [module.training for module in method.modules()]
@@ -184,7 +184,8 @@ def test_bad_maps_are_named():
 
 
 def test_example_draws_what_a_run_saw(tmp_path, monkeypatch, capsys):
-    kwargs = {"backbone_kwargs": {"embed_dim": 24, "depth": 2}, "hidden_dim": 8, "bottleneck_dim": 4, "prototypes": 4}
+    kwargs = {"hidden_dim": 8, "bottleneck_dim": 4, "num_prototypes": 4}
+    kwargs["backbone_kwargs"] = {"embed_dim": 24, "depth": 2}
     method = lc.DINO("small_vit", lr=1e-3, warmup_epochs=0, **kwargs)
     policy = lc.augment.dino_views(32, mean=[0.5] * 3, std=[0.25] * 3, local_views=1)
     fit = L.Trainer(

@@ -76,7 +76,7 @@ def test_the_channels_are_those_of_the_network(tmp_path):
 
 def test_the_timm_network_of_a_masked_transformer_is_written(tmp_path):
     settings = {"img_size": 16, "patch_size": 8, "depth": 1}
-    model = lc.IBOT("test_vit", backbone_kwargs=settings, prototypes=8, hidden_dim=8, bottleneck_dim=4)
+    model = lc.IBOT("test_vit", backbone_kwargs=settings, num_prototypes=8, hidden_dim=8, bottleneck_dim=4)
     for network in (model, model.momentum_backbone):
         saved = torch.load(export_backbone(network, tmp_path / "vit.pt", input_spec=SPEC), weights_only=True)
         timm.create_model("test_vit", num_classes=0, **settings).load_state_dict(saved["state_dict"], strict=True)

@@ -110,13 +110,13 @@ CASES |= {
     "MoCoV3": Case(lc.MoCoV3, plain={"head_norm": None}, settings=HEADS),
     "BYOL": Case(lc.BYOL, plain={"head_norm": None}, settings=HEADS),
     "SimSiam": Case(lc.SimSiam, plain={"head_norm": None}, settings={"projection_dim": 8, "predictor_dim": 4}),
-    "NPID": Case(lc.NPID, views=1, indices=True, settings={"num_samples": 32, "projection_dim": 8, "noise": 0}),
+    "NPID": Case(lc.NPID, views=1, indices=True, settings={"num_samples": 32, "projection_dim": 8, "num_negatives": 0}),
     "NPID noise": Case(
         lc.NPID,
-        plain={"noise": 0},
+        plain={"num_negatives": 0},
         views=1,
         indices=True,
-        settings={"num_samples": 32, "projection_dim": 8, "noise": 5},
+        settings={"num_samples": 32, "projection_dim": 8, "num_negatives": 5},
     ),
     "NNCLR": Case(lc.NNCLR, plain={"head_norm": None}, settings=HEADS | {"queue_size": 24, "predictor_dim": 12}),
     "SupCon": Case(lc.SupCon, settings={"projection_dim": 8}),
@@ -128,7 +128,7 @@ CASES |= {
     "MoCHi": Case(lc.MoCHi, plain={"start_epoch": 9}, settings=QUEUE | MIXES),
 }
 
-CASES |= {"DINO": Case(lc.DINO, views=4, settings={"prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8})}
+CASES |= {"DINO": Case(lc.DINO, views=4, settings={"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8})}
 
 SWAV = HEADS | {"num_prototypes": 12, "freeze_prototypes_epochs": 1}
 CASES |= {
@@ -153,7 +153,7 @@ CASES |= {
     "IJEPA": Case(lc.IJEPA, plain=SAME_MASKS, views=1, settings=MASKS, backbone=tiny_patch_vit),
 }
 
-DISTILLED = {"prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8}
+DISTILLED = {"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8}
 EVERYWHERE = {"mask_shape": "random", "mask_ratios": (1.0,), "mask_spreads": (0.0,)}  # draws nothing that ranks share
 PATCHES = {"patch_bottleneck_dim": 6, "patch_lr_multiplier": 1.0}
 CASES |= {

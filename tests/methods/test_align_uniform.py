@@ -27,7 +27,7 @@ def test_loss_and_what_is_logged_are_the_papers():
     }
 
 
-def test_schedule_is_the_programs_at_its_length():
+def test_schedule_is_the_references_at_its_length():
     module = lc.AlignUniform(TinyBackbone())
     steps = (0, 154, 155, 169, 170, 184, 185, 199)
     assert [module.lr_factor(step, 0, 200) for step in steps] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])

@@ -14,7 +14,7 @@ from tests.methods.test_contract import BATCH, Data, run_step, step_batch, train
 CASE = CASES["BarlowTwins"]
 
 
-def test_loss_is_the_programs():
+def test_loss_equals_the_reference():
     module = make("BarlowTwins", off_diagonal_weight=0.03)
     (view_a, view_b), _ = batch = step_batch(CASE)
     z_a, z_b = (module.projector(module.backbone(view)) for view in (view_a, view_b))  # batch statistics of one view
@@ -34,7 +34,7 @@ def test_equal_views_leave_the_off_diagonal_terms_only():
     assert run_step(make("BarlowTwins"), [[view, view.clone()], torch.arange(BATCH)])["loss"].item() > 0
 
 
-def test_head_is_the_programs():
+def test_head_equals_the_reference():
     module = lc.BarlowTwins(TinyBackbone(), hidden_dim=16, projection_dim=4)
     linears = [m for m in module.projector.modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features, m.bias is not None) for m in linears] == [

@@ -27,7 +27,7 @@ def test_loss_is_the_sum_of_both_squared_distances():
     torch.testing.assert_close(run_step(module, batch)["loss"], expected)
 
 
-def test_heads_are_the_programs():
+def test_heads_equal_the_reference():
     module = lc.BYOL(TinyBackbone(), hidden_dim=16, projection_dim=4)
     for head, width in ((module.projector, 8), (module.predictor, 4)):
         linears = [m for m in head.modules() if isinstance(m, nn.Linear)]

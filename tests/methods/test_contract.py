@@ -122,7 +122,7 @@ def test_momentum_modules_start_equal_and_frozen(name):
 
 
 class Watch(L.Callback):
-    """Compares queues and momentum modules around each step, before the module's own plug-ins act at its end."""
+    """Compares queues and momentum modules around each step, before the module's own callbacks act at its end."""
 
     def __init__(self):
         self.seen = []

@@ -1,6 +1,7 @@
 """DINO's own properties."""
 
 import math
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -14,7 +15,7 @@ from lightning_contrast.callbacks import MomentumUpdate
 from tests.callbacks.strategies import STRATEGIES, TakeWeights, fit_ranks
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
-from tests.methods.programs import DINOProgram, Moves
+from tests.methods.references import DINOReference, Moves
 from tests.methods.test_contract import BATCH, BATCHES, Data, run_step, step_batch, trainer
 from tests.tolerances import CANCELLING, NETWORK, ROUNDED, f32, f64
 
@@ -50,12 +51,12 @@ class Losses(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_equals_the_program(accumulate):
+def test_training_equals_the_reference(accumulate):
     """Both schedules, the clipping, the frozen layer, the temperatures, teacher and centre; epochs of two steps."""
-    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "teacher_temperature_epochs": 2}
+    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "warmup_teacher_temperature_epochs": 2}
     module = make("DINO", norm=False, clip_grad=0.01, **settings).double()
     batches = [make_views(seed=seed) for seed in range(2 * accumulate)]
-    program = DINOProgram(module, total=6, warmup=2, lr=0.01)
+    program = DINOReference(module, total=6, warmup=2, lr=0.01)
     for epoch in range(3):
         for step in range(2):
             micro_batches = batches[step * accumulate : (step + 1) * accumulate]
@@ -161,7 +162,7 @@ def test_last_layer_is_frozen_in_the_first_epochs(tmp_path):
     assert [torch.equal(start, weights) for weights in watch.seen] == [True, True, False]
 
 
-def test_a_trainers_clipping_takes_the_place_of_the_programs(tmp_path):
+def test_a_trainers_clipping_replaces_the_methods(tmp_path):
     class Norms(L.Callback):
         def __init__(self):
             self.seen = []
@@ -190,7 +191,7 @@ def test_a_fused_optimizer_under_a_gradient_scaler_is_refused():
 
 
 def test_paper_defaults(tmp_path):
-    module = lc.DINO(TinyBackbone(), prototypes=12, hidden_dim=16, warmup_epochs=1)
+    module = lc.DINO(TinyBackbone(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
     run.fit(module, Data(BATCH))
     optimizer = run.optimizers[0]
@@ -202,16 +203,16 @@ def test_paper_defaults(tmp_path):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [pytest.approx(last), 0.0]
     update = next(c for c in run.callbacks if isinstance(c, MomentumUpdate))
     assert (update.start, update.end, update.schedule, update.buffers) == (0.996, 1.0, "cosine", "none")
-    assert (module.center.momentum, module.student_temperature, module.clip_grad) == (0.9, 0.1, 3.0)
+    assert (module.center.momentum, module.student_temperature, module.schedules.clip_grad) == (0.9, 0.1, 3.0)
     with torch.device("meta"):
         paper = lc.DINO("vit_small_patch16_224")
     assert paper.projector.last_layer.weight_v.shape == (65536, 256)
-    assert paper.freeze_last_layer_epochs == 1
+    assert paper.schedules.freeze_last_layer_epochs == 1
     assert paper.hparams.warmup_epochs == 10
 
 
 def test_teacher_temperature_warms_up_by_epoch():
-    module = make("DINO", teacher_temperature_epochs=30)
+    module = make("DINO", warmup_teacher_temperature_epochs=30)
 
     class Clock:
         current_epoch = 0
@@ -221,7 +222,7 @@ def test_teacher_temperature_warms_up_by_epoch():
     for clock.current_epoch in (0, 1, 29, 30, 99):
         seen.append(module.teacher_temperature)
     assert seen == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07])
-    module.temperatures = (0.04, 0.07, 0)
+    module.schedules = replace(module.schedules, warmup_teacher_temperature_epochs=0)
     clock.current_epoch = 0
     assert module.teacher_temperature == 0.07
 
@@ -229,7 +230,7 @@ def test_teacher_temperature_warms_up_by_epoch():
 def test_a_vit_by_name_takes_unequal_views_and_only_the_student_drops_paths():
     torch.manual_seed(0)
     kwargs = PATCH4 | {"drop_path_rate": 0.5, "proj_drop_rate": 0.5}
-    module = lc.DINO("vit_tiny_patch16_224", backbone_kwargs=kwargs, prototypes=12, hidden_dim=16, bottleneck_dim=8)
+    module = lc.DINO("vit_tiny_patch16_224", backbone_kwargs=kwargs, num_prototypes=12, hidden_dim=16, bottleneck_dim=8)
     assert module.training
     views = make_views((32, 32, 16, 24), torch.float32, count=4)
     assert run_step(module, [views])["features"].shape == (4, 24)
@@ -282,7 +283,13 @@ def test_large_scores_stay_finite(scale):
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 def test_resnet_with_sgd_and_lars(tmp_path):
     for optimizer in ("sgd", "lars"):
-        kwargs = {"prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8, "optimizer": optimizer, "warmup_epochs": 0}
+        kwargs = {
+            "num_prototypes": 12,
+            "hidden_dim": 16,
+            "bottleneck_dim": 8,
+            "optimizer": optimizer,
+            "warmup_epochs": 0,
+        }
         decays = {"weight_decay": 1e-4, "final_weight_decay": 1e-4}
         module = lc.DINO(TinyBackbone(norm=True), lr=0.03, **kwargs, **decays)
         run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0, limit_train_batches=2)
@@ -296,11 +303,11 @@ def test_resnet_with_sgd_and_lars(tmp_path):
     [
         ({"student_temperature": 0}, "`student_temperature` must be > 0, got 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0, got -0.1"),
-        ({"teacher_temperature_start": 0}, "`teacher_temperature_start` must be > 0, got 0"),
-        ({"teacher_temperature_epochs": -1}, "`teacher_temperature_epochs` must be >= 0, got -1"),
+        ({"warmup_teacher_temperature": 0}, "`warmup_teacher_temperature` must be > 0, got 0"),
+        ({"warmup_teacher_temperature_epochs": -1}, "`warmup_teacher_temperature_epochs` must be >= 0, got -1"),
         ({"center_momentum": 1.5}, r"`momentum` must lie in \[0, 1\], got 1.5|`center_momentum` must lie in"),
         ({"momentum": -0.1}, r"`momentum` must lie in \[0, 1\], got -0.1"),
-        ({"prototypes": 1}, "`prototypes` must be >= 2, got 1"),
+        ({"num_prototypes": 1}, "`num_prototypes` must be >= 2, got 1"),
         ({"final_lr": -1}, "`final_lr` must be >= 0, got -1"),
         ({"final_weight_decay": -1}, "`final_weight_decay` must be >= 0, got -1"),
         ({"clip_grad": 0}, "`clip_grad` must be > 0, got 0. Give None for no clipping"),
@@ -320,7 +327,7 @@ def test_bad_views_are_named():
         run_step(module, [make_views((16, 16, 16, 8), torch.float32)])
     with pytest.raises(ValueError, match="Add `ViewAugmentation"):
         run_step(module, step_batch(CASE)[0][0])
-    kwargs = {"backbone_kwargs": PATCH4, "prototypes": 4, "hidden_dim": 8, "bottleneck_dim": 4}
+    kwargs = {"backbone_kwargs": PATCH4, "num_prototypes": 4, "hidden_dim": 8, "bottleneck_dim": 4}
     vit = lc.DINO("vit_tiny_patch16_224", **kwargs)
     with pytest.raises(ValueError, match=r"multiples of \(4, 4\) for this VisionTransformer, got \(18, 18\)"):
         run_step(vit, [make_views((32, 32, 18), torch.float32)])

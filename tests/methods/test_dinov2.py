@@ -15,7 +15,7 @@ from lightning_contrast.nn import dinov2_masks
 from lightning_contrast.optim.layer_decay import layer_rates
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make, tiny_vit
-from tests.methods.programs import dinov2_loss
+from tests.methods.references import dinov2_loss
 from tests.methods.test_contract import BATCH, BATCHES, Data, gradients, rows_of, run_step, trainer
 from tests.methods.test_dino import fit, make_views
 from tests.tolerances import CANCELLING, f64
@@ -26,7 +26,7 @@ SIZES = (16, 16, 8, 12)
 
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 16, 8), SIZES])
 @pytest.mark.parametrize("name", ["DINOv2", "DINOv2 centres"])
-def test_loss_and_gradient_are_the_programs(name, sizes):
+def test_loss_and_gradient_equal_the_reference(name, sizes):
     module = make(name).double()
     with torch.no_grad():  # a teacher of its own, centres that have moved
         for _, teacher in module.momentum_pairs():
@@ -137,8 +137,8 @@ def test_teacher_temperature_rises_in_every_step():
             seen.append(self.teacher_temperature)
             return super().training_step(batch, batch_idx)
 
-    settings = {"prototypes": 12, "hidden_dim": 16, "lr": 0.01, "warmup_epochs": 0}
-    module = Noted(tiny_vit(), teacher_temperature_epochs=2, **settings).double()
+    settings = {"num_prototypes": 12, "hidden_dim": 16, "lr": 0.01, "warmup_epochs": 0}
+    module = Noted(tiny_vit(), warmup_teacher_temperature_epochs=2, **settings).double()
     assert module.teacher_temperature == 0.04  # before there is a Trainer
     fit(module, [make_views((16, 16), count=4)] * 4, 3, accumulate_grad_batches=2)
     expected = [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]  # two steps an epoch, four in the warm-up
@@ -146,7 +146,7 @@ def test_teacher_temperature_rises_in_every_step():
 
 
 def test_paper_defaults(tmp_path):
-    module = lc.DINOv2(tiny_vit(), prototypes=12, hidden_dim=16, warmup_epochs=1)
+    module = lc.DINOv2(tiny_vit(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
     run.fit(module, Data(BATCH))
     peak = max(group["initial_lr"] for group in run.optimizers[0].param_groups)
@@ -165,9 +165,12 @@ def test_paper_defaults(tmp_path):
     assert vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.4)
     assert paper.momentum_backbone.vit.blocks[-1].drop_path1.drop_prob == 0
     assert paper.mask_settings == {"probability": 0.5, "ratio": (0.1, 0.5)}
-    assert (paper.temperatures, paper.student_temperature) == ((0.04, 0.07, 30), 0.1)
+    schedules = paper.schedules
+    assert (schedules.warmup_teacher_temperature, schedules.teacher_temperature) == (0.04, 0.07)
+    assert schedules.warmup_teacher_temperature_epochs == 30
+    assert paper.student_temperature == 0.1
     assert (paper.koleo_weight, paper.patch_weight, paper.centering) == (0.1, 1.0, "sinkhorn")
-    assert (paper.clip_grad, paper.freeze_last_layer_epochs, paper.final_weight_decay) == (3.0, 1, 0.2)
+    assert (schedules.clip_grad, schedules.freeze_last_layer_epochs, schedules.final_weight_decay) == (3.0, 1, 0.2)
     assert (paper.hparams.warmup_epochs, paper.patch_lr_multiplier, paper.layer_decay) == (80, 0.2, 1.0)
 
 
@@ -200,7 +203,7 @@ def test_registers_and_layer_scale():
     module = lc.DINOv2(
         "small_vit",
         backbone_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 2, "reg_tokens": 4},
-        prototypes=12,
+        num_prototypes=12,
         hidden_dim=16,
     )
     assert module.backbone.vit.blocks[0].ls1.gamma.detach().unique() == pytest.approx(1e-5)
@@ -246,7 +249,7 @@ def test_logs_are_tensors():
     [
         ({"student_temperature": 0.0}, "`student_temperature` must be > 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0"),
-        ({"prototypes": 1}, "`prototypes` must be >= 2"),
+        ({"num_prototypes": 1}, "`num_prototypes` must be >= 2"),
         ({"centering": "sinkhorn_knopp"}, "`centering` must be one of 'sinkhorn', 'mean'.*Did you mean 'sinkhorn'"),
         ({"mask_probability": 1.5}, r"`mask_probability` must lie in \[0, 1\]"),
         ({"mask_ratio": (0.5, 0.1)}, "`mask_ratio` must be an ordered pair"),

@@ -12,7 +12,7 @@ import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make, tiny_vit
-from tests.methods.programs import IBOTProgram, Moves
+from tests.methods.references import IBOTReference, Moves
 from tests.methods.test_contract import BATCH, BATCHES, Data, rows_of, run_step, step_batch, trainer
 from tests.methods.test_dino import fit, make_views
 from tests.tolerances import CANCELLING, ROUNDED, TRAINING, f32, f64
@@ -36,13 +36,13 @@ class Draws(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize(("name", "accumulate"), [("IBOT", 1), ("IBOT", 2), ("IBOT unshared", 1)])
-def test_training_equals_the_program(name, accumulate):
+def test_training_equals_the_reference(name, accumulate):
     """Masks, both losses, all schedules, clipping, frozen layers, teacher and centres; epochs of two steps."""
-    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "teacher_temperature_epochs": 2}
+    settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "warmup_teacher_temperature_epochs": 2}
     module = make(name, clip_grad=0.02, patch_teacher_temperature=0.06, **settings).double()
     layer = "last_layer" if name == "IBOT" else "patch_last_layer"
     batches = [make_views(SIZES, seed=seed, count=4) for seed in range(2 * accumulate)]
-    program = IBOTProgram(module, total=6, warmup=2, lr=0.01, layer=layer)
+    program = IBOTReference(module, total=6, warmup=2, lr=0.01, layer=layer)
     for epoch in range(3):
         temperatures = [(0.04, 0.04), (0.07, 0.06), (0.07, 0.06)][epoch]
         for step in range(2):
@@ -109,7 +109,7 @@ def test_mask_token_gets_a_gradient_where_nothing_is_masked():
 
 
 def test_paper_defaults(tmp_path):
-    module = lc.IBOT(tiny_vit(), prototypes=12, hidden_dim=16, warmup_epochs=1)
+    module = lc.IBOT(tiny_vit(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
     run.fit(module, Data(BATCH))
     optimizer = run.optimizers[0]
@@ -131,8 +131,11 @@ def test_paper_defaults(tmp_path):
     assert paper.momentum_backbone.vit.blocks[-1].drop_path1.drop_prob == 0
     assert (paper.center.momentum, paper.patch_center.momentum) == (0.9, 0.9)
     assert paper.mask_settings == {"ratios": (0.0, 0.3), "spreads": (0.0, 0.2), "shape": "block"}
-    assert (paper.temperatures, paper.patch_temperatures) == ((0.04, 0.07, 30), (0.04, 0.07, 30))
-    assert (paper.clip_grad, paper.freeze_last_layer_epochs, paper.final_weight_decay) == (3.0, 1, 0.4)
+    schedules = paper.schedules
+    assert (schedules.warmup_teacher_temperature, schedules.teacher_temperature) == (0.04, 0.07)
+    assert schedules.warmup_teacher_temperature_epochs == 30
+    assert paper.patch_teacher_temperature == 0.07
+    assert (schedules.clip_grad, schedules.freeze_last_layer_epochs, schedules.final_weight_decay) == (3.0, 1, 0.4)
     assert paper.hparams.warmup_epochs == 10
 
 
@@ -195,8 +198,8 @@ def test_weights_of_the_losses():
         ({"student_temperature": 0.0}, "`student_temperature` must be > 0"),
         ({"teacher_temperature": -0.1}, "`teacher_temperature` must be > 0"),
         ({"patch_teacher_temperature": 0.0}, "`patch_teacher_temperature` must be > 0"),
-        ({"teacher_temperature_start": 0.0}, "`teacher_temperature_start` must be > 0"),
-        ({"prototypes": 1}, "`prototypes` must be >= 2"),
+        ({"warmup_teacher_temperature": 0.0}, "`warmup_teacher_temperature` must be > 0"),
+        ({"num_prototypes": 1}, "`num_prototypes` must be >= 2"),
         ({"momentum": 1.1}, r"`momentum` must lie in \[0, 1\]"),
         ({"center_momentum": -1}, r"`momentum` must lie in \[0, 1\]"),
         ({"patch_weight": -1.0}, "`patch_weight` must be >= 0"),

@@ -67,8 +67,8 @@ class Program:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_equals_the_program(accumulate):
-    """All schedules, the masks, the predictor, the normalised targets and the teacher; epochs of two steps."""
+def test_training_equals_the_reference(accumulate):
+    """All schedules, the masks, the predictor, the normalized targets and the teacher; epochs of two steps."""
     module = make("IJEPA", lr=0.01, warmup_epochs=1, optimizer="adamw").double()
     batches = [make_views((16,), seed=seed) for seed in range(2 * accumulate)]
     program = Program(module, planned=4, warmup=2, lr=0.01)
@@ -166,7 +166,8 @@ def test_paper_defaults(tmp_path):
     assert sampler.context_scale == (0.85, 1.0)
     assert (len(big.predictor.blocks), big.predictor.enter.out_features) == (12, 384)
     assert big.predictor.blocks[0].attn.num_heads == 3
-    assert (big.warmup_epochs, big.clip_grad, big.weight_decay, big.final_weight_decay) == (40, None, 0.04, 0.4)
+    assert (big.warmup_epochs, big.schedules.clip_grad) == (40, None)
+    assert (big.weight_decay, big.schedules.final_weight_decay) == (0.04, 0.4)
     assert run.callback_metrics["train/target_std"] > 0
     assert -1 <= run.callback_metrics["train/agreement"] <= 1
     assert 0 <= run.callback_metrics["train/relaxed"] <= 1
@@ -222,7 +223,7 @@ def test_backbones():
     assert named.backbone.vit.cls_token is None
     assert named.hparams["backbone_kwargs"] == {"embed_dim": 24, "depth": 1}
     assert named(torch.rand(2, 3, 32, 32)).shape == (2, 24)
-    with pytest.raises(ValueError, match="`backbone` must pool its patches by their mean, without class or register"):
+    with pytest.raises(ValueError, match="`backbone` must average its patches, without class or register"):
         lc.IJEPA(tiny_vit(), **SMALL)
     with pytest.raises(ValueError, match="without a norm behind the mean"):
         lc.IJEPA("small_vit", backbone_kwargs={"fc_norm": True}, **SMALL)

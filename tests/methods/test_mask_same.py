@@ -5,7 +5,7 @@ import torch
 
 import lightning_contrast as lc
 from lightning_contrast.losses import Negatives
-from lightning_contrast.methods.false_negatives import groups_of
+from lightning_contrast.methods.false_negatives import replace_unknown, sample_ids
 from tests.launch import run_processes
 from tests.losses import oracles
 from tests.methods.cases import CASES, TinyBackbone, make
@@ -23,8 +23,8 @@ def marked(name="SimCLR"):
 
 def known(mask_same):
     """Return a group for each image: an unknown label is a group of its own."""
-    marks = LABELS if mask_same == "label" else INDICES
-    return [int(mark) if mark >= 0 else 100 + i for i, mark in enumerate(marks)]
+    ids = LABELS if mask_same == "label" else INDICES
+    return [int(mark) if mark >= 0 else 100 + i for i, mark in enumerate(ids)]
 
 
 @pytest.mark.parametrize("mask_same", ["label", "index"])
@@ -46,11 +46,11 @@ def test_simclr_leaves_them_out_of_the_batch(mask_same, weighting, anchor):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_moco_leaves_them_out_of_the_queue(mask_same, symmetric):
     module = make("MoCo", norm=False, temperature=0.4, mask_same=mask_same, symmetric=symmetric).double()
-    marks = torch.tensor([0, -1, 9, 4, 2, 2, 0, -1, 5, 0])
-    module.queue.push(torch.randn(10, 8, generator=torch.Generator().manual_seed(3)), marks)
+    ids = torch.tensor([0, -1, 9, 4, 2, 2, 0, -1, 5, 0])
+    module.queue.push(torch.randn(10, 8, generator=torch.Generator().manual_seed(3)), ids)
     batch = marked("MoCo")
     t, groups = torch.tensor(0.4, dtype=torch.float64), known(mask_same)
-    queue, theirs = module.queue.features[:10].double(), marks.tolist()
+    queue, theirs = module.queue.features[:10].double(), ids.tolist()
 
     def direction(a, b):
         query, key = module.projector(module.backbone(a)), module.momentum_projector(module.momentum_backbone(b))
@@ -65,7 +65,7 @@ def test_moco_leaves_them_out_of_the_queue(mask_same, symmetric):
     assert len(out["keys"]) == len(out["keys_labels"])
 
 
-def test_the_queue_keeps_the_marks_of_its_keys(tmp_path):
+def test_the_queue_keeps_the_sample_ids_of_its_keys(tmp_path):
     given = []
 
     class Record(lc.callbacks.QueueUpdate):
@@ -75,15 +75,16 @@ def test_the_queue_keeps_the_marks_of_its_keys(tmp_path):
 
     module = make("MoCo masked", queue_size=20)
     trainer(tmp_path, CASES["MoCo"], epochs=1, callbacks=[Record()], limit_val_batches=0).fit(module, Data(BATCH))
-    keys, marks = (torch.cat(parts) for parts in zip(*given, strict=True))
-    held = {tuple(row): int(mark) for row, mark in zip(keys.tolist(), marks, strict=True)}
+    keys, ids = (torch.cat(parts) for parts in zip(*given, strict=True))
+    held = {tuple(row): int(own) for row, own in zip(keys.tolist(), ids, strict=True)}
     assert len(set(held.values())) > 1
     rows = module.queue.features.tolist()
     assert [held[tuple(row)] for row in rows] == module.queue.labels.tolist()
 
 
 def ranked_groups(rank):
-    return groups_of([[torch.rand(3, 3, 8, 8)] * 2, torch.tensor([-1, 5, -7])], "label", "SimCLR")
+    batch = [[torch.rand(3, 3, 8, 8)] * 2, torch.tensor([-1, 5, -7])]
+    return replace_unknown(sample_ids(batch, "label", "SimCLR"))
 
 
 @pytest.mark.dist
@@ -96,7 +97,7 @@ def test_an_unknown_label_is_a_group_of_its_own_over_all_ranks():
 
 
 @pytest.mark.parametrize("name", ["SimCLR", "MoCo"])
-def test_missing_marks_are_told(name):
+def test_missing_ids_are_refused(name):
     views = step_batch(CASES[name])[0]
     with pytest.raises(
         ValueError, match=rf"`batch` must hold labels for {name}, got 'none'\. Yield \(images, labels\)"

@@ -71,7 +71,7 @@ class WatchSteps(L.Callback):
             handle.remove()
 
     def note(self, module):
-        """Note whether the batch that has just ended, plug-ins included, has moved the online and momentum weights."""
+        """Note whether the batch that has just ended, callbacks included, has moved the online and momentum weights."""
         now = self.held(module)
         differ = any(not torch.equal(a, b) for a, b in zip(self.last[0].values(), now[0].values(), strict=True))
         pairs = zip(self.last[1], now[1], strict=True)

@@ -1,4 +1,4 @@
-"""MoCo's own properties: its loss, its queue, shuffled BatchNorm, and the plug-ins it brings."""
+"""MoCo's own properties: its loss, its queue, shuffled BatchNorm, and the callbacks it brings."""
 
 import lightning as L
 import pytest
@@ -187,7 +187,7 @@ def test_queue_smaller_than_the_batch_says_so(tmp_path):
         ({"temperature": 0.0}, r"`temperature` must be > 0"),
         ({"head_layers": 3}, r"`head_layers` must be one of 1, 2"),
         ({"batchnorm_splits": 0}, r"`batchnorm_splits` must be >= 1"),
-        ({"negatives": "hardest"}, r"`negatives` must be one of"),
+        ({"weighting": "hardest"}, r"must be one of 'uniform', .*, got 'hardest'"),
         ({"queue_dtype": "int4"}, r"`dtype` must be one of"),
     ],
 )

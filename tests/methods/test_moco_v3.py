@@ -36,7 +36,7 @@ def test_loss_is_the_papers_with_its_factor():
 
 
 def heads(module):
-    """Return for both heads the widths of their layers, the biases, and whether the output is normalised."""
+    """Return for both heads the widths of their layers, the biases, and whether the output is normalized."""
     found = []
     for head in (module.projector, module.predictor):
         linears = [m for m in head.modules() if isinstance(m, nn.Linear)]

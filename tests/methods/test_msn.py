@@ -27,7 +27,7 @@ def make_views(sizes=SIZES, seed=5, count=4, dtype=torch.float64):
 
 
 class Seeded(L.Callback):
-    """Seeds each batch with its number, so that the program can draw the same patches; keeps the losses."""
+    """Seeds each batch with its number, so that the reference can draw the same patches; keeps the losses."""
 
     def __init__(self):
         self.losses = []
@@ -116,7 +116,7 @@ class Program:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_equals_the_program(accumulate):
+def test_training_equals_the_reference(accumulate):
     """All schedules, the clipping, the dropped patches, Sinkhorn, prototypes and teacher; epochs of two steps."""
     module = make("MSN", norm=False, patch_drop=0.25, clip_grad=1e-3, lr=0.01, warmup_epochs=1, optimizer="adamw")
     module = module.double()
@@ -188,7 +188,7 @@ def test_no_drop_sees_the_whole_view():
     assert online.shapes == [(4, 17, 16)]
 
 
-def test_head_and_prototypes_are_the_programs():
+def test_head_and_prototypes_equal_the_reference():
     module = lc.MSN(tiny_vit())
     linears = [m for m in module.projector.modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features, m.bias is not None) for m in linears] == [
@@ -218,7 +218,7 @@ def test_paper_defaults(tmp_path):
     update = next(c for c in run.callbacks if isinstance(c, MomentumUpdate))
     assert (update.start, update.schedule) == (0.996, "linear")
     assert update.end == pytest.approx(0.996 + 0.004 / 1.25)
-    assert (lc.MSN(tiny_vit()).warmup_epochs, module.patch_drop, module.clip_grad) == (15, 0.15, 3.0)
+    assert (lc.MSN(tiny_vit()).warmup_epochs, module.patch_drop, module.schedules.clip_grad) == (15, 0.15, 3.0)
     logged = run.callback_metrics
     for name in ("teacher_entropy", "prototype_entropy"):
         assert 0 <= logged[f"train/{name}"] <= math.log(12) + 1e-5

@@ -27,7 +27,7 @@ def test_softmax_over_all_images():
     assert run_step(module, batch)["loss"].item() == near(expected.item())
 
 
-def test_noise_contrastive_estimation_is_the_programs(monkeypatch):
+def test_noise_contrastive_estimation_equals_the_reference(monkeypatch):
     module = make("NPID noise", temperature=0.3)
     (view,), _, indices = batch = step_batch(CASE)
     drawn = torch.arange(BATCH * 5).reshape(BATCH, 5) % 32
@@ -83,7 +83,7 @@ def test_too_small_a_bank_names_the_mend():
     ("arguments", "message"),
     [
         ({"num_samples": 1}, "`num_samples` must be >= 2"),
-        ({"noise": -1}, "`noise` must be >= 0"),
+        ({"num_negatives": -1}, "`num_negatives` must be >= 0"),
         ({"temperature": 0.0}, "`temperature` must be > 0"),
         ({"momentum": 1.5}, r"`momentum` must lie in \[0, 1\]"),
     ],
@@ -93,6 +93,6 @@ def test_bad_arguments(arguments, message):
         lc.NPID(TinyBackbone(), **({"num_samples": 9} | arguments))
 
 
-def test_schedule_is_the_programs_at_its_length():
+def test_schedule_is_the_references_at_its_length():
     module = lc.NPID(TinyBackbone(), 9)
     assert [module.lr_factor(step, 0, 200) for step in (119, 120, 160)] == pytest.approx([1, 0.1, 0.01])

@@ -43,7 +43,7 @@ def layer_names(head):
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-def test_head_is_the_programs(layers):
+def test_head_equals_the_reference(layers):
     module = make("SimCLR", head_layers=layers)
     hidden = ["Linear", "BatchNorm1d", "ReLU"]
     assert layer_names(module.projector) == [*hidden * (layers - 1), "Linear", "BatchNorm1d"]
@@ -304,6 +304,6 @@ def test_checkpoint_brings_negatives_and_the_schedule_of_the_temperature_back(tm
     fit.strategy.connect(module)
     fit.save_checkpoint(tmp_path / "simclr.ckpt")
     saved = torch.load(tmp_path / "simclr.ckpt", weights_only=True)
-    assert saved["hyper_parameters"]["negatives"]["beta"] == 0.5
+    assert saved["hyper_parameters"]["weighting"]["beta"] == 0.5
     loaded = lc.SimCLR.load_from_checkpoint(tmp_path / "simclr.ckpt", weights_only=True)
-    assert (loaded.negatives, loaded.temperature) == (negatives, schedule)
+    assert (loaded.weighting, loaded.temperature) == (negatives, schedule)

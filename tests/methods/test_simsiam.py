@@ -25,7 +25,7 @@ def test_loss_is_minus_the_mean_cosine_and_the_target_gets_no_gradient():
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], torch.autograd.grad(expected, weight)[0])
 
 
-def test_heads_are_the_programs():
+def test_heads_equal_the_reference():
     module = lc.SimSiam(TinyBackbone(), projection_dim=32, predictor_dim=4)
     linears = [m for m in module.projector.modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linears] == [(8, 8), (8, 8), (8, 32)]

@@ -10,7 +10,7 @@ from tests.methods.test_contract import run_step, step_batch
 from tests.tolerances import near
 
 
-def test_loss_is_the_programs():
+def test_loss_equals_the_reference():
     module = make("SpectralContrastive", mu=0.5).eval()
     (view_a, view_b), _ = batch = step_batch(CASES["SpectralContrastive"])
     a, b = (module.projector(module.backbone(view)).double() for view in (view_a, view_b))
@@ -21,7 +21,7 @@ def test_loss_is_the_programs():
     assert run_step(module, batch)["loss"].item() == near(expected.item())
 
 
-def test_head_is_the_programs():
+def test_head_equals_the_reference():
     module = lc.SpectralContrastive(TinyBackbone(), head_layers=3, hidden_dim=16, projection_dim=4)
     leaves = [type(m).__name__ for m in module.projector.modules() if not list(m.children())]
     assert leaves == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]

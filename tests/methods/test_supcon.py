@@ -24,7 +24,7 @@ def dense_sup_con(z, labels, temperature, base):
     return temperature / base * total / len(z)
 
 
-def test_loss_is_the_programs():
+def test_loss_equals_the_reference():
     module = make("SupCon", temperature=0.3, base_temperature=0.07)
     (view_a, view_b), labels = step_batch(CASE)
     projections = module.projector(module.backbone(torch.cat([view_a, view_b])))
@@ -32,7 +32,7 @@ def test_loss_is_the_programs():
     assert run_step(module, [[view_a, view_b], labels])["loss"].item() == near(expected)
 
 
-def test_defaults_are_the_programs():
+def test_defaults_equal_the_reference():
     module = lc.SupCon(TinyBackbone())
     assert (module.temperature, module.base_temperature) == (0.1, 0.07)
     assert module.base_lr * 1024 / 256 == 0.5

@@ -25,7 +25,7 @@ EPSILON, TEMPERATURE = 0.3, 0.2
 
 
 def codes_by_exponentials(scores, epsilon=EPSILON):
-    """Return the program's codes: Sinkhorn on exponentials, without a thought for overflow."""
+    """Return the reference's codes: Sinkhorn on exponentials, without a thought for overflow."""
     q = (scores / epsilon).exp().T  # (K, B)
     q = q / q.sum()
     for _ in range(3):
@@ -35,7 +35,7 @@ def codes_by_exponentials(scores, epsilon=EPSILON):
 
 
 def loss_in_loops(module, views, queues=None):
-    """Return the program's loss: each view in a pass of its own, in loops over global and other views."""
+    """Return the reference's loss: each view in a pass of its own, in loops over global and other views."""
     rows = [F.normalize(module.projector(module.backbone(view)), dim=1) for view in views]
     weight = F.normalize(module.prototypes.weight, dim=1)
     total = 0.0
@@ -64,7 +64,7 @@ def fill(module, missing=0):
 
 
 @pytest.mark.parametrize("local", [(), (12,), (16,), (12, 8, 8)])
-def test_loss_and_gradient_are_the_programs(local):
+def test_loss_and_gradient_equal_the_reference(local):
     module, views = small(), crops(16, 16, *local, dtype=torch.float64)
     expected = loss_in_loops(module, views)
     found = run_step(module, [views, torch.arange(4)])
@@ -168,7 +168,7 @@ def test_paper_defaults(tmp_path):
     fit.fit(module, Data(BATCH))
     optimizer = fit.optimizers[0]
     assert isinstance(optimizer, LARS)
-    for group in optimizer.param_groups:  # the program's LARC adapts every tensor
+    for group in optimizer.param_groups:  # the reference's LARC adapts every tensor
         assert group["initial_lr"] == pytest.approx(4.8 * BATCH / 4096)
         assert (group["adapt"], group["trust_form"], group["clip"]) == (True, "B", False)
         assert (group["trust_coefficient"], group["momentum"]) == (0.001, 0.9)
@@ -176,7 +176,7 @@ def test_paper_defaults(tmp_path):
     assert [module.lr_factor(step, 10, 100) for step in (0, 10, 100)] == pytest.approx([0.3 / 4.8, 1, 0.0048 / 4.8])
 
 
-def test_head_is_the_programs():
+def test_head_equals_the_reference():
     layers = [m for m in lc.SwAV(TinyBackbone(), hidden_dim=16).projector.modules() if not list(m.children())]
     assert [type(m) for m in layers] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert [(m.in_features, m.out_features, m.bias is not None) for m in (layers[0], layers[3])] == [

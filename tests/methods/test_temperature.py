@@ -126,7 +126,7 @@ model:
     backbone: small_convnet
     queue_size: 64
     temperature: {written}
-    negatives: {{kind: hard, beta: 2.0}}
+    weighting: {{kind: hard, beta: 2.0}}
     mask_same: label
 data:
   class_path: EmojiDataModule
@@ -135,7 +135,7 @@ trainer: {{accelerator: cpu, logger: false, enable_checkpointing: false}}
     )
     cli = main(["--config", str(tmp_path / "config.yaml")], run=False)
     assert repr(cli.model.temperature) == repr(expected)
-    assert cli.model.negatives == lc.losses.Negatives("hard", beta=2.0)
+    assert cli.model.weighting == lc.losses.Negatives("hard", beta=2.0)
     assert cli.model.mask_same == "label"
 
 
@@ -147,11 +147,11 @@ def test_a_number_must_be_positive(name, temperature):
 
 
 @every
-def test_a_wrong_type_is_told(name):
+def test_a_wrong_type_is_refused(name):
     with pytest.raises(TypeError, match="`temperature` must be a number, a module or a function, got 'str'"):
         make(name, temperature="0.1")
 
 
-def test_a_noise_estimate_needs_a_number():
-    with pytest.raises(ValueError, match="`temperature` must be a number with `noise`, got 'LearnedTemperature'"):
+def test_noise_contrastive_estimation_needs_a_number():
+    with pytest.raises(ValueError, match="`temperature` must be a number with `num_negatives`, got"):
         make("NPID noise", temperature=LearnedTemperature())

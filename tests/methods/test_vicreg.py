@@ -14,7 +14,7 @@ from tests.methods.test_contract import BATCH, Data, run_step, step_batch, train
 CASE = CASES["VICReg"]
 
 
-def test_loss_is_the_programs():
+def test_loss_equals_the_reference():
     module = make("VICReg", invariance_weight=3.0, variance_weight=5.0, covariance_weight=7.0)
     (view_a, view_b), _ = batch = step_batch(CASE)
     z_a, z_b = (module.projector(module.backbone(view)) for view in (view_a, view_b))  # batch statistics of one view
@@ -41,7 +41,7 @@ def test_constant_embeddings_give_the_floor():
     torch.testing.assert_close(out["loss"], torch.tensor(24.75))
 
 
-def test_expander_is_the_programs():
+def test_expander_equals_the_reference():
     module = lc.VICReg(TinyBackbone(), hidden_dim=16, projection_dim=4)
     linears = [m for m in module.projector.modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features, m.bias is not None) for m in linears] == [

@@ -203,7 +203,7 @@ def test_modules_are_used_as_they_are():
             nn.Flatten(),
             {},
             ValueError,
-            "tell the width of its features as `num_features`, got 'Flatten'. Pass `feature_dim`",
+            "have the width of its features as `num_features`, got 'Flatten'. Pass `feature_dim`",
         ),
         (nn.Flatten(), {"feature_dim": 0}, ValueError, "`feature_dim` must be >= 1, got 0"),
         (nn.Flatten(), {"feature_dim": 2.0}, TypeError, "`feature_dim` must be a whole number, got 2.0"),

@@ -1,4 +1,4 @@
-"""Heads of the self-distillation family and their weight-normalised layer, against the formula and torch's own."""
+"""Heads of the self-distillation family and their weight-normalized layer, against the formula and torch's own."""
 
 import copy
 import pickle
@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_contrast.nn import WeightNormLinear, dino_head, ema_update, ibot_head, msn_head
+from lightning_contrast.nn import WeightNormLinear, build_head, ema_update
 from lightning_contrast.optim import LARS, parameter_groups
+
+SMALL = {"hidden_dim": 5, "bottleneck_dim": 4, "num_prototypes": 7}
 
 
 def spell(mlp):
@@ -86,9 +88,9 @@ def test_weight_norm_in_half_precision(dtype):
         )
 
 
-def test_dino_head_is_the_programs():
+def test_dino_head_is_the_references():
     torch.manual_seed(0)
-    head = dino_head(6, 5, 4, 7).double()
+    head = build_head("dino", 6, **SMALL).double()
     assert spell(head.mlp) == "Lb5 G Lb5 G Lb4"
     x = torch.randn(3, 6, dtype=torch.float64)
     first, second, third = (m for m in head.mlp.modules() if isinstance(m, nn.Linear))
@@ -98,40 +100,41 @@ def test_dino_head_is_the_programs():
     torch.testing.assert_close(head(x), out / out.square().sum(1, keepdim=True).sqrt() @ prototypes.T)
     torch.testing.assert_close(head(x[None]), head(x)[None])
     assert not head.last_layer.weight_g.requires_grad
-    assert dino_head(6, 5, 4, 7, norm_last_layer=False).last_layer.weight_g.requires_grad
+    assert build_head("dino", 6, **SMALL, norm_last_layer=False).last_layer.weight_g.requires_grad
 
 
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        (lambda: dino_head(6, 5, 4, 7, norm="batch"), "Lb5 B G Lb5 B G Lb4"),
-        (lambda: dino_head(6, 5, 4, 7, norm="layer"), "Lb5 N G Lb5 N G Lb4"),
-        (lambda: dino_head(6, 5, 4, 7, layers=1), "Lb4"),
-        (lambda: ibot_head(6, 5, 4, 7), "Lb5 G Lb5 G Lb4"),
+        (lambda: build_head("dino", 6, **SMALL, norm="batch"), "Lb5 B G Lb5 B G Lb4"),
+        (lambda: build_head("dino", 6, **SMALL, norm="layer"), "Lb5 N G Lb5 N G Lb4"),
+        (lambda: build_head("dino", 6, **SMALL, layers=1), "Lb4"),
+        (lambda: build_head("ibot", 6, **SMALL), "Lb5 G Lb5 G Lb4"),
     ],
 )
 def test_layers(build, expected):
     assert spell(build().mlp) == expected
 
 
-def test_msn_head_is_the_programs():
-    head = msn_head(6, 5, 4)
+def test_msn_head_is_the_references():
+    head = build_head("msn", 6, hidden_dim=5, out_dim=4)
     assert spell(head) == "Lb5 B G Lb5 B G Lb4"
     assert head(torch.randn(3, 6)).shape == (3, 4)
-    assert spell(msn_head(6, 5, 4, norm=None)) == "Lb5 G Lb5 G Lb4"
+    assert spell(build_head("msn", 6, hidden_dim=5, out_dim=4, norm=None)) == "Lb5 G Lb5 G Lb4"
 
 
 def test_default_widths():
     with torch.device("meta"):
-        shapes = [tuple(p.shape) for p in dino_head(384).parameters() if p.ndim == 2]
+        shapes = [tuple(p.shape) for p in build_head("dino", 384).parameters() if p.ndim == 2]
         assert shapes == [(2048, 384), (2048, 2048), (256, 2048), (65536, 1), (65536, 256)]
-        assert ibot_head(384).last_layer.out_dim == 8192
-        assert [p.shape for p in msn_head(384).parameters() if p.ndim == 2][-1] == (256, 2048)
+        assert build_head("ibot", 384).last_layer.out_dim == 8192
+        assert [p.shape for p in build_head("msn", 384).parameters() if p.ndim == 2][-1] == (256, 2048)
 
 
-def test_start_is_the_programs():
+def test_start_is_the_references():
     torch.manual_seed(0)
-    for head in (dino_head(300, 400, 200, 2), msn_head(300, 400, 200)):
+    dino = build_head("dino", 300, hidden_dim=400, bottleneck_dim=200, num_prototypes=2)
+    for head in (dino, build_head("msn", 300, hidden_dim=400, out_dim=200)):
         for linear in (m for m in head.modules() if isinstance(m, nn.Linear)):
             assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
             assert not linear.bias.any()
@@ -140,11 +143,11 @@ def test_start_is_the_programs():
 @pytest.mark.parametrize("shared", [True, False])
 def test_ibot_head_gives_what_a_dino_head_gives_each(shared):
     torch.manual_seed(0)
-    head = ibot_head(6, 5, 4, 7, None if shared else 9, shared=shared)
+    head = build_head("ibot", 6, **SMALL, patch_prototypes=None if shared else 9, shared=shared)
     tokens, patches = torch.randn(3, 6), torch.randn(3, 2, 6)
     token_logits, patch_logits = head(tokens, patches)
     assert patch_logits.shape == (3, 2, 7 if shared else 9)
-    plain = dino_head(6, 5, 4, 7)
+    plain = build_head("dino", 6, **SMALL)
     plain.mlp, plain.last_layer = head.mlp, head.last_layer
     torch.testing.assert_close(token_logits, plain(tokens))
     plain.last_layer = head.last_layer if shared else head.patch_last_layer
@@ -155,7 +158,7 @@ def test_ibot_head_gives_what_a_dino_head_gives_each(shared):
 
 
 def test_ibot_head_trains_its_patch_layer_even_without_patches():
-    head = ibot_head(6, 5, 4, 7, shared=False)
+    head = build_head("ibot", 6, **SMALL, shared=False)
     tokens, patches = head(torch.randn(3, 6), torch.randn(0, 6))
     (tokens.sum() + patches.sum()).backward()
     assert all(p.grad is not None for p in head.parameters() if p.requires_grad)  # or DDP would wait for it
@@ -164,12 +167,15 @@ def test_ibot_head_trains_its_patch_layer_even_without_patches():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: dino_head(6, prototypes=1), "`prototypes` must be >= 2, got 1. A distribution needs at least two"),
-        (lambda: ibot_head(6, patch_prototypes=1, shared=False), "`patch_prototypes` must be >= 2, got 1"),
-        (lambda: ibot_head(6, prototypes=4, patch_prototypes=5), "`patch_prototypes` must be one of None, 4, got 5"),
-        (lambda: dino_head(6, layers=0), "`layers` must be >= 1, got 0"),
-        (lambda: dino_head(6, norm="group"), "`norm` must be one of 'batch', 'layer', None, got 'group'"),
-        (lambda: msn_head(6, 0), "`dims` must be >= 1, got 0"),
+        (lambda: build_head("dino", 6, num_prototypes=1), "`num_prototypes` must be >= 2, got 1. A distribution"),
+        (lambda: build_head("ibot", 6, patch_prototypes=1, shared=False), "`patch_prototypes` must be >= 2, got 1"),
+        (
+            lambda: build_head("ibot", 6, num_prototypes=4, patch_prototypes=5),
+            "`patch_prototypes` must be one of None, 4",
+        ),
+        (lambda: build_head("dino", 6, layers=0), "`layers` must be >= 1, got 0"),
+        (lambda: build_head("dino", 6, norm="group"), "`norm` must be one of 'batch', 'layer', None, got 'group'"),
+        (lambda: build_head("msn", 6, hidden_dim=0), "`dims` must be >= 1, got 0"),
         (lambda: WeightNormLinear(0, 2), "`in_dim` must be >= 1, got 0"),
         (lambda: WeightNormLinear(2, 0), "`out_dim` must be >= 1, got 0"),
     ],

@@ -3,8 +3,10 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_contrast.nn import ema_update
 from tests.tolerances import FORMULA, ROUNDED, f32
@@ -100,3 +102,46 @@ def test_unequal_structures_are_refused_and_nothing_moves(target, words):
     with pytest.raises(ValueError, match=words):
         ema_update(nn.Linear(3, 2), target, 0.5)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+class Launches(TorchDispatchMode):
+    """Count the operators that launch a kernel: all but views and reads of metadata."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and func not in (torch.ops.aten.detach.default, torch.ops.aten.is_same_size.default):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def one_by_one(online, target, momentum, rule):
+    """The update with one copy per buffer."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - momentum)
+        for source, buffer in zip(online.buffers(), target.buffers(), strict=True):
+            if rule == "ema" and buffer.is_floating_point():
+                buffer.lerp_(source, 1.0 - momentum)
+            elif rule == "copy" or not buffer.is_floating_point():
+                buffer.copy_(source)
+
+
+@pytest.mark.parametrize("rule", ["none", "copy", "ema"])
+def test_an_update_launches_at_most_four_kernels_and_gives_the_same_bits(rule):
+    torch.manual_seed(0)
+    online = timm.create_model("resnet50", num_classes=0)
+    target = copy.deepcopy(online).requires_grad_(False)
+    with torch.no_grad():
+        for tensor in online.state_dict().values():
+            tensor += torch.randn_like(tensor) if tensor.is_floating_point() else 3
+    expected = copy.deepcopy(target)
+    one_by_one(online, expected, 0.996, rule)
+    assert sum(not buffer.is_floating_point() for buffer in target.buffers()) == 53
+    with Launches() as launches:
+        ema_update(online, target, 0.996, buffers=rule)
+    assert 1 <= len(launches.names) <= 4, launches.names
+    for name, tensor in target.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name

@@ -27,7 +27,7 @@ def block_of(indices, grid):
 
 
 def published_size(grid, share, scale, aspect):
-    """The size of a block, as the program computes it."""
+    """The size of a block, as the reference computes it."""
     height, width = grid
     area = int(height * width * (scale[0] + share * (scale[1] - scale[0])))
     ratio = aspect[0] + share * (aspect[1] - aspect[0])
@@ -40,7 +40,7 @@ def published_size(grid, share, scale, aspect):
 
 
 @pytest.mark.parametrize("grid", [PAPER, (16, 16), (8, 8), (8, 12)])
-def test_masks_are_those_of_the_programs_rules(grid):
+def test_masks_are_those_of_the_references_rules(grid):
     sampler = JepaMaskSampler(grid)
     for seed in range(20):
         torch.manual_seed(seed)
@@ -110,7 +110,7 @@ def program_masks(grid, batch_size, min_keep):
     return [context[:length] for context in contexts], all_targets, relaxed
 
 
-def test_distribution_is_that_of_the_program():
+def test_distribution_is_that_of_the_reference():
     """How often each patch is seen or predicted, the length of the context, and how often the rule was relaxed."""
     grid, min_keep, batches, batch_size = (8, 8), 16, 500, 4
     sampler = JepaMaskSampler(grid, min_keep=min_keep)
@@ -223,7 +223,7 @@ def test_bad_batch_size():
 
 
 @pytest.mark.parametrize(("width", "side"), [(8, 3), (64, 7), (384, 14)])
-def test_positions_are_the_programs(width, side):
+def test_positions_equal_the_reference(width, side):
     expected = torch.from_numpy(get_2d_sine_cosine_positional_embedding(width, side, cls_token=False))
     torch.testing.assert_close(sincos_positions(width, (side, side)), expected, **f32(FORMULA))
 
@@ -256,7 +256,7 @@ def test_predictor_equals_plain_matrices_for_each_image_and_block():
             torch.testing.assert_close(found[b, t], linear(norm(x[5:], weights, "norm"), weights, "leave"))
 
 
-def test_predictor_starts_as_the_program_does_and_trains_everything():
+def test_predictor_starts_as_the_reference_does_and_trains_everything():
     predictor = JepaPredictor(96, (8, 8), width=64, depth=3, heads=4)
     for name, parameter in predictor.named_parameters():
         if name.endswith("bias"):

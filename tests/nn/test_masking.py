@@ -1,4 +1,4 @@
-"""The mask samplers against the programs' loops on arrays."""
+"""The mask samplers against the references' loops on arrays."""
 
 import math
 import random
@@ -48,7 +48,7 @@ def program_blocks(rng, grid, target, low, largest):
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 4), (2, 2), (6, 10)])
-def test_ibot_equals_the_program(grid):
+def test_ibot_equals_the_reference(grid):
     for seed in range(5):
         rng, expected = same_draws(seed), []
         for _ in range(12):
@@ -61,7 +61,7 @@ def test_ibot_equals_the_program(grid):
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 4), (6, 10)])
-def test_dinov2_equals_the_program(grid):
+def test_dinov2_equals_the_reference(grid):
     patches = grid[0] * grid[1]
     for seed in range(5):
         rng, expected = same_draws(seed), [np.zeros(grid, dtype=bool)] * 6

@@ -7,7 +7,7 @@ from lightning_contrast.nn import MemoryBank
 from tests.tolerances import ROUNDED, f32
 
 
-def test_the_start_is_that_of_the_program():
+def test_the_start_is_that_of_the_reference():
     bank = MemoryBank(20_000, 128)
     bound = 1 / (128 / 3) ** 0.5
     assert bank.features.abs().max() <= bound
@@ -27,7 +27,7 @@ def test_the_start_depends_on_its_seed_alone():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
-def test_rows_move_as_in_the_program(momentum):
+def test_rows_move_as_in_the_reference(momentum):
     bank = MemoryBank(6, 3, momentum)
     before, keys, indices = bank.features.clone().double(), torch.randn(3, 3), torch.tensor([4, 0, 2])
     bank.push(keys, indices)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_contrast.methods.base import require_crops
 from lightning_contrast.nn.multi_crop import forward_by_size
 from tests.methods.cases import TinyBackbone, make
 
@@ -66,7 +65,7 @@ def test_batchnorm_takes_its_statistics_over_the_views_of_one_size():
 @pytest.mark.parametrize("sizes", [(16, 16), (16, 16, 8), (16, 16, 12, 8), (16, 16, 16, 16), (16, 12)])
 def test_what_is_taken(sizes):
     views = crops(*sizes)
-    found = require_crops(make("SwAV"), [views, torch.arange(4)])
+    found = make("SwAV").batch_crops([views, torch.arange(4)])
     assert all(a is b for a, b in zip(found, views, strict=True))
 
 
@@ -82,4 +81,4 @@ def test_what_is_taken(sizes):
 )
 def test_what_is_not(views, message):
     with pytest.raises(ValueError, match=message):
-        require_crops(make("SwAV"), [views, torch.arange(4)])
+        make("SwAV").batch_crops([views, torch.arange(4)])

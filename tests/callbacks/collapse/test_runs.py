@@ -18,7 +18,7 @@ class NoStopGradient(lc.SimSiam):
     """SimSiam without stop-gradient on the target."""
 
     def training_step(self, batch, batch_idx):
-        view_a, view_b = self.views(batch, count=2)
+        view_a, view_b = self.batch_views(batch, count=2)
         features = self.backbone(view_a)
         z_a, z_b = self.projector(features), self.projector(self.backbone(view_b))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
@@ -32,7 +32,7 @@ SMALL = {"hidden_dim": 128, "projection_dim": 128}
 SIMSIAM = {"projection_dim": 128, "predictor_dim": 32, "lr": 0.05} | SGD
 BYOL = {"hidden_dim": 256, "projection_dim": 64, "lr": 0.1} | SGD
 DINO = {
-    "prototypes": 256,
+    "num_prototypes": 256,
     "hidden_dim": 128,
     "bottleneck_dim": 64,
     "head_norm": "batch",

@@ -1,4 +1,4 @@
-"""The authors' programs of DINO, iBOT and DINOv2 in plain float64."""
+"""The authors' reference implementations of DINO, iBOT and DINOv2 in plain float64."""
 
 import math
 
@@ -13,8 +13,8 @@ from tests.plain_transformer import AdamW, plain_head, plain_tokens
 VIT = {"patch": 4, "heads": 2}
 
 
-class TeacherProgram:
-    """The training loop of DINO's program, which iBOT's shares, in plain float64; a subclass has the ``loss``."""
+class TeacherReference:
+    """The training loop of DINO and iBOT in plain float64; a subclass has the ``loss``."""
 
     clip: float
     """Largest norm of each gradient on its own."""
@@ -62,7 +62,7 @@ class TeacherProgram:
             self.centers[i] = (0.9 * self.centers[i] + 0.1 * mean).float().double()
 
 
-class DINOProgram(TeacherProgram):
+class DINOReference(TeacherReference):
     """DINO's: no code of the package beside the networks' forward passes."""
 
     clip = 0.01
@@ -87,7 +87,7 @@ class DINOProgram(TeacherProgram):
         return sum(terms) / len(terms), [torch.cat(teacher).mean(0)]
 
 
-class IBOTProgram(TeacherProgram):
+class IBOTReference(TeacherReference):
     """iBOT's: no module and no loss of the package."""
 
     clip = 0.02

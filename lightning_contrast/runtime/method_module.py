@@ -1,0 +1,55 @@
+"""Lightning integration of the methods: default callbacks, sharding, hyperparameters, resumed schedules."""
+
+import inspect
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, ClassVar
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults
+from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
+from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
+from lightning_contrast.runtime.run_length import EpochScheduledModule
+
+
+class MethodModule(ShardedClippingModule, EpochScheduledModule):
+    """A LightningModule that adds its default callbacks, shards itself, and saves plain hyperparameters."""
+
+    sharded_methods: ClassVar[dict[str, Sequence[str]]] = {}
+    """Methods other than ``forward`` that a step calls, by the name of the submodule that has them."""
+    _default_callbacks: list[L.Callback] | None = None
+
+    def default_callbacks(self) -> list[L.Callback]:
+        """Return new instances of the callbacks that the algorithm needs."""
+        return []
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Add default callbacks that the Trainer lacks."""
+        if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
+            self._default_callbacks = mark_defaults(self.default_callbacks(), self)
+        return missing_defaults(self._default_callbacks, self.trainer.callbacks, self)  # type: ignore[attr-defined]
+
+    def configure_model(self) -> None:
+        """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
+        if self.device_mesh is not None:
+            shard_submodules(self, self.device_mesh, self.sharded_methods)
+
+    def on_fit_start(self) -> None:
+        """Warn once if several ranks keep BatchNorm statistics of their own."""
+        if self.trainer.world_size > 1 and has_local_batchnorm(self):
+            rank_zero_warn("BatchNorm statistics differ between ranks; set `sync_batchnorm=True` on the Trainer.")
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Save the constructor's plain arguments, and dataclasses as dicts; modules would need unsafe unpickling."""
+        frame = frame or caller(inspect.currentframe())
+        ignored = ([ignore] if isinstance(ignore, str) else list(ignore or ())) + unsaved_arguments(frame)
+        super().save_hyperparameters(*args, ignore=ignored, frame=frame, logger=logger)
+        self.hparams.update(settings_as_dicts(frame))

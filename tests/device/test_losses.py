@@ -1,0 +1,119 @@
+"""Every loss on the pretended device, forward and backward: the value and the gradients of the CPU, and no fault."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_contrast import losses
+from tests.device.pretended import OnDevice, PretendedDevice, in_own_process
+
+# How each is called with two batches of rows (B, D) that require a gradient, and labels (B,).
+CALLS = {
+    "alignment": lambda a, b, y: losses.alignment(a, b),
+    "barlow_twins_loss": lambda a, b, y: losses.barlow_twins_loss(a, b, off_diagonal_weight=0.005),
+    "byol_loss": lambda a, b, y: losses.byol_loss(a, b.detach()),
+    "clip_loss": lambda a, b, y: losses.clip_loss(a, b, logit_scale=a.sum().exp(), weighting="hard", groups=y),
+    "debiased_nt_xent": lambda a, b, y: losses.debiased_nt_xent(a, b, temperature=0.5, tau_plus=0.1),
+    "decoupled_nt_xent": lambda a, b, y: losses.decoupled_nt_xent(a, b, temperature=0.1, sigma=0.5),
+    "dino_loss": lambda a, b, y: losses.dino_loss(
+        [a, b, a + b], [a.detach(), b.detach()], a.detach()[0], student_temperature=0.1, teacher_temperature=0.04
+    ),
+    "dino_loss sinkhorn": lambda a, b, y: losses.dino_loss(
+        [b, a], [a.detach()], None, student_temperature=0.1, teacher_temperature=0.04, centering="sinkhorn"
+    ),
+    "hard_negative_nt_xent": lambda a, b, y: losses.hard_negative_nt_xent(a, b, temperature=0.5, tau_plus=0.1, beta=1),
+    "ibot_patch_loss": lambda a, b, y: losses.ibot_patch_loss(
+        a.view(2, 4, 6),
+        b.detach().view(2, 4, 6),
+        a.detach()[0],
+        y.view(2, 4) > 0,
+        student_temperature=0.1,
+        teacher_temperature=0.04,
+    ),
+    "ijepa_loss": lambda a, b, y: losses.ijepa_loss(a, b.detach()),
+    "info_nce": lambda a, b, y: losses.info_nce(a, b, temperature=0.1),
+    "info_nce queue": lambda a, b, y: losses.info_nce(
+        a,
+        b.detach(),
+        b.detach().flip(0),
+        temperature=a.sum().exp(),
+        negatives_mask=y > 0,
+        groups=y,
+        negatives_groups=y,
+        weighting="debiased",
+    ),
+    "koleo_loss": lambda a, b, y: losses.koleo_loss(a),
+    "margin_contrastive_loss": lambda a, b, y: losses.margin_contrastive_loss(a, b, y > 0, margin=1.0),
+    "masked_patch_loss": lambda a, b, y: losses.masked_patch_loss(
+        a, b.detach(), a.detach()[0], y, count=3, student_temperature=0.1, teacher_temperature=0.04
+    ),
+    "mochi_negatives": lambda a, b, y: losses.mochi_negatives(a, b, hardest=4, pair_mixes=3, query_mixes=2),
+    "moco_v3_loss": lambda a, b, y: losses.moco_v3_loss(a, b, a.detach(), b.detach(), temperature=0.2),
+    "msn_loss": lambda a, b, y: losses.msn_loss(
+        torch.cat([a, a]),
+        b.detach(),
+        a[:3],
+        temperature=0.1,
+        target_sharpen_temperature=0.25,
+        me_max_weight=1.0,
+        sinkhorn=True,
+    ),
+    "negative_cosine": lambda a, b, y: losses.negative_cosine(a, b.detach()),
+    "nt_xent": lambda a, b, y: losses.nt_xent(a, b, temperature=0.1),
+    "nt_xent learned": lambda a, b, y: losses.nt_xent(a, b, temperature=a.sum().exp(), groups=y, tile_size=3),
+    "nt_xent hard": lambda a, b, y: losses.nt_xent(a, b, temperature=0.5, weighting="hard"),
+    "nt_xent heated": lambda a, b, y: losses.nt_xent(a, b, temperature=0.5, weighting="heated"),
+    "nt_xent weighted": lambda a, b, y: losses.nt_xent(a, b, temperature=0.5, weighting=losses.Negatives("top_k", k=3)),
+    "siglip_loss": lambda a, b, y: losses.siglip_loss(a, b, logit_scale=a.sum().exp(), logit_bias=b.sum()),
+    "sinkhorn": lambda a, b, y: losses.sinkhorn(a.detach(), epsilon=0.05, iterations=3, mask=y > 0),
+    "spectral_contrastive_loss": lambda a, b, y: losses.spectral_contrastive_loss(a, b, mu=1.0),
+    "sup_con": lambda a, b, y: losses.sup_con(a, b, y, temperature=0.1, base_temperature=0.07),
+    "swav_loss": lambda a, b, y: losses.swav_loss(
+        [a, b, a + b],
+        temperature=0.1,
+        epsilon=0.05,
+        iterations=3,
+        queue_scores=[a.detach(), b.detach()],
+        queue_mask=y > 0,
+    ),
+    "triplet_loss": lambda a, b, y: losses.triplet_loss(a, b, b.flip(0), margin=1.0),
+    "uniformity": lambda a, b, y: losses.uniformity(a),
+    "vicreg_loss": lambda a, b, y: losses.vicreg_loss(a, b),
+}
+
+
+# `masked_patch_loss` takes the masked patches; its special case for all patches selects them by a mask.
+DOCUMENTED = {
+    "ibot_patch_loss": {
+        "losses/distillation.py:ibot_patch_loss": (3, "selects the masked patches"),
+        "_dynamo/eval_frame.py:_fn": (1, "the gradient of that selection"),
+    }
+}
+
+
+def test_every_loss_is_called():
+    assert {name.split()[0] for name in CALLS} == set(losses.__all__) - {"Negatives"}
+
+
+def _run(name, device):
+    generator = torch.Generator().manual_seed(0)
+    rows = [0.3 * torch.randn(8, 6, generator=generator) for _ in range(2)]
+    a, b = (nn.Parameter(row.to(device)) for row in rows)
+    torch.manual_seed(0)
+    value = CALLS[name](a, b, (torch.arange(8) % 3).to(device))
+    if value.requires_grad:
+        value.mean().backward()
+    return value.detach(), a.grad
+
+
+@pytest.mark.parametrize("name", CALLS)
+@in_own_process
+def test_a_loss_reads_nothing_and_gives_the_number_of_the_cpu(name):
+    with PretendedDevice(DOCUMENTED.get(name)) as pretended:
+        value, gradient = _run(name, pretended.device)
+    expected, of_cpu = _run(name, torch.device("cpu"))
+    assert isinstance(value, OnDevice)
+    torch.testing.assert_close(value.host, expected)
+    assert (gradient is None) == (name in ("sinkhorn", "mochi_negatives"))
+    if gradient is not None:
+        torch.testing.assert_close(gradient.host, of_cpu)

@@ -1,0 +1,29 @@
+"""Every view policy on the pretended device."""
+
+import pytest
+import torch
+
+from lightning_contrast import augment
+from tests.device.pretended import OnDevice, PretendedDevice, in_own_process
+
+POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
+
+
+@pytest.mark.parametrize("backend", [None, "accelerator"])
+@pytest.mark.parametrize("name", POLICIES)
+@in_own_process
+def test_a_policy_reads_nothing_and_gives_the_views_of_the_accelerator_form(name, backend):
+    images = torch.randint(0, 256, (5, 3, 40, 36), dtype=torch.uint8)
+    policy = POLICIES[name](size=32, backend=backend, mean=[0.5] * 3, std=[0.2] * 3)
+    for given in (images, images / 255):
+        torch.manual_seed(0)
+        with PretendedDevice() as pretended:
+            there = given.to(pretended.device)
+            views = policy(there)
+            plain = policy.eval_transform(there)
+        torch.manual_seed(0)
+        same = POLICIES[name](size=32, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)(given)
+        for view, other in zip(views, same, strict=True):
+            assert isinstance(view, OnDevice)
+            torch.testing.assert_close(view.host, other)
+        assert isinstance(plain, OnDevice)

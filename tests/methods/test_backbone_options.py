@@ -1,0 +1,105 @@
+"""The arguments of the backbone that every method takes: in Python, in checkpoints and on the command line."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import lightning_contrast as lc
+from lightning_contrast.cli import main
+from tests.methods.cases import CASES
+
+METHODS = [name for name in lc.methods.__all__ if name != "SelfSupervisedModule"]
+VITS = {"IBOT", "DINOv2", "MSN", "IJEPA"}
+
+
+def build(name, **options):
+    method = getattr(lc, name)
+    first = ("small_vit" if name in VITS else "resnet18", *([16] if name == "NPID" else []))
+    with torch.device("meta"):
+        return method(*first, **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_reach_the_backbone(name):
+    if name in VITS:
+        module = build(name, backbone_kwargs={"depth": 1, "embed_dim": 48})
+        assert len(module.backbone.vit.blocks) == 1
+        assert module.feature_dim == 48
+        with pytest.raises(ValueError, match="`small_images` must be False"):
+            build(name, small_images=True)
+        return
+    module = build(name, small_images=True, backbone_kwargs={"in_chans": 1})
+    assert (module.backbone.conv1.kernel_size, module.backbone.conv1.in_channels) == ((3, 3), 1)
+    assert isinstance(module.backbone.maxpool, nn.Identity)
+    assert build(name).backbone.conv1.kernel_size == (7, 7)
+    assert build(name, feature_dim=512).feature_dim == 512
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_unknown_options_are_refused(name):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'small_image'"):
+        build(name, small_image=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hyperparameters_hold_the_given_options(name):
+    options = {"backbone_kwargs": {"drop_path_rate": 0.25}, "feature_dim": 192 if name in VITS else 512}
+    if name not in VITS:
+        options["small_images"] = True
+    module = build(name, **options)
+    assert {key: module.hparams[key] for key in options} == options
+    assert "options" not in module.hparams
+
+
+@pytest.mark.parametrize("name", ["SimCLR", "DINO", "MoCoV3"])
+def test_a_checkpoint_builds_the_same_backbone(name, tmp_path):
+    case = CASES[name]
+    options = {"small_images": True, "backbone_kwargs": {"width": 4}}
+    settings = {"optimizer": "sgd", "lr": 0.1, "warmup_epochs": 0} | case.settings
+    module = case.make("small_convnet", **settings, **options)
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "loops": {}}
+    torch.save(checkpoint | {"pytorch-lightning_version": "2.6.0"}, tmp_path / "last.ckpt")
+    again = case.make.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert again.feature_dim == 32
+    assert all(torch.equal(a, again.state_dict()[key]) for key, a in module.state_dict().items())
+
+
+def command(*arguments):
+    data = ["--data", "EmojiDataModule", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    return main(["--model", "SimCLR", "--model.backbone", "small_convnet", *arguments, *data], run=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_line_takes_them(tmp_path):
+    model = command("--model.small_images", "true", "--model.backbone_kwargs", "{width: 4}").model
+    assert model.feature_dim == 32
+    assert model.backbone.stem[0].stride == (1, 1)
+    file = tmp_path / "model.yaml"
+    options = {"backbone": "small_convnet", "small_images": True, "backbone_kwargs": {"width": 4}}
+    file.write_text(yaml.safe_dump({"model": {"class_path": "SimCLR", "init_args": options}}))
+    model = main(["--config", str(file), "--data", "EmojiDataModule", "--trainer.logger", "false"], run=False).model
+    assert model.backbone.stem[0].stride == (1, 1)
+    assert model.feature_dim == 32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_line_shows_them():
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+        command("--model.small_images", "true", "--print_config")
+    assert yaml.safe_load(output.getvalue())["model"]["init_args"]["small_images"] is True
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+        main(["--model.help", "SimCLR"], run=False)
+    for name in ("small_images {true,false}", "feature_dim FEATURE_DIM", "backbone_kwargs BACKBONE_KWARGS"):
+        assert f"--model.{name}" in output.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_line_refuses_others(capsys):
+    with pytest.raises(SystemExit):
+        command("--model.small_image", "true")
+    assert "'small_image' is not accepted" in capsys.readouterr().err
