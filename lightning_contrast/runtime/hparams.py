@@ -67,8 +67,8 @@ def _described(value: object) -> str:
 def settings_as_dicts(frame: FrameType | None) -> dict[str, dict[str, Any]]:
     """Return the constructor arguments that are dataclasses of plain values, such as `losses.Negatives`, as dicts.
 
-    Constructors that take such a dataclass accept its dict too, so that it can be restored from a checkpoint. Those that
-    a LightningCLI built are left out: the checkpoint holds their configuration.
+    Constructors that take such a dataclass accept its dict too, so that it can be restored from a checkpoint. Those
+    that a LightningCLI built are left out: the checkpoint holds their configuration.
 
     Args:
         frame: The frame of a constructor; arguments of subclass constructors that called it are included.
