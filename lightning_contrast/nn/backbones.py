@@ -16,6 +16,12 @@ _VIT_NAME = re.compile(r"small_vit$|(vit|deit3?)_(tiny|small|medium|base|large|h
 
 
 SMALL_CONVNET = "small_convnet"
+BUILT_AS = "built_as"
+"""Attribute of a built module: its name (None for a module of the user), stem and arguments, for export."""
+ARCHITECTURE = "architecture"
+"""Key of the same in the file of an exported backbone."""
+PREFIX = "needs_load_backbone."
+"""Prefix of exported weights that another network would accept, and compute other features with."""
 _WIDE_NAME = re.compile(r"resnet(18|34|50|101|152)x(\d+)")
 _STAGE_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -83,9 +89,25 @@ def build_backbone(
         feature_dim = read_feature_dim(module)
     if small_images:
         use_small_stem(module)
+    if isinstance(backbone, str) or small_images:
+        name = backbone if isinstance(backbone, str) else None
+        object.__setattr__(
+            module,
+            BUILT_AS,
+            {"name": name, "small_images": small_images, "backbone_kwargs": dict(backbone_kwargs or {})},
+        )
     if isinstance(backbone, str) and not hasattr(module, "patch_embed"):
         module.to(memory_format=torch.channels_last)  # convolutions run faster
     return Backbone(module, feature_dim)
+
+
+def strip_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return exported weights under the names that they have in the network.
+
+    Args:
+        weights: Tensors of any shape by name.
+    """
+    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
 
 
 def read_feature_dim(module: nn.Module) -> int:
