@@ -4,8 +4,8 @@ A loader yields ``images``, ``(images, labels, ...)``, a dict with ``"image"`` a
 fields of those names. ``images`` is a tensor ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1; or any other tensor
 whose first dimension is the batch, such as clips ``(B, C, T, H, W)`` or series ``(B, C, T)``, for a network and a
 policy that take it. After `ViewAugmentation` the same container holds a list of V view tensors ``(B, C, h, w)``
-instead of ``images``. In a dict with other keys, the images are its only 4-D tensor or list of views; callbacks also take the
-place of the images as ``images=``, see `split_batch`.
+instead of ``images``. In a dict with other keys, the images are its only 4-D tensor or list of views; callbacks also
+take the place of the images as ``images=``, see `split_batch`.
 """
 
 import dataclasses
