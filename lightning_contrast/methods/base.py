@@ -47,6 +47,8 @@ class SelfSupervisedModule(ShardedClippingModule, EpochScheduledModule):
     lr_rule: ClassVar[str] = "linear"
     sharded_methods: ClassVar[dict[str, Sequence[str]]] = {}
     """Methods other than ``forward`` that a step calls, by the name of the submodule that has them."""
+    encodes_whole_images: ClassVar[bool] = True
+    """False if the step output ``"features"`` belongs to images of which patches are masked or left out."""
 
     def __init__(
         self,

@@ -189,6 +189,7 @@ class MaskedDistillationModule(DistillationModule):
     backbone: MaskedViT
     momentum_backbone: MaskedViT
     sharded_methods: ClassVar[dict[str, Sequence[str]]] = {"backbone": ["tokens"], "momentum_backbone": ["tokens"]}
+    encodes_whole_images: ClassVar[bool] = False
 
     def __init__(
         self,

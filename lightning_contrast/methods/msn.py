@@ -67,6 +67,7 @@ class MSN(StretchedModule):
     """
 
     base_lr: ClassVar[float] = 0.00025
+    encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",)}
 
     def __init__(

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_positive, fail, require
-from lightning_contrast.callbacks.capture.dataloaders import SEED, LabeledStream
+from lightning_contrast.callbacks.capture.dataloaders import LabeledStream
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
-from lightning_contrast.callbacks.capture.labels import Labels
-from lightning_contrast.callbacks.probes.base import BatchSource, OnlineProbe, Step
-from lightning_contrast.callbacks.probes.linear_head import HeadTrainer, LinearHead, MakeOptimizer, MakeSchedule
+from lightning_contrast.callbacks.capture.labels import Labels, Source, UnreadableBatchError
+from lightning_contrast.callbacks.capture.sampling import SEED
+from lightning_contrast.callbacks.probes.base import MAX_BANK, BatchSource, OnlineProbe, Step
+from lightning_contrast.callbacks.probes.head_trainer import HeadTrainer, MakeOptimizer, MakeSchedule
+from lightning_contrast.callbacks.probes.linear_head import LinearHead
 from lightning_contrast.callbacks.probes.metrics import Scores
 from lightning_contrast.callbacks.probes.tasks import ClassWeights, TaskName, build_task
 from lightning_contrast.seeding import derived_seed, isolated
@@ -87,9 +89,22 @@ class OnlineLinearProbe(OnlineProbe):
         optimizer: MakeOptimizer | None = None,
         schedule: MakeSchedule | None = None,
         every_n_steps: int = 1,
+        images: Source = None,
+        bank: str = "fresh",
+        max_bank: int = MAX_BANK,
     ) -> None:
         self.task = build_task(task, num_classes, class_weights)
-        super().__init__(self.task, features=features, labels=labels, name=name, tokens=tokens)
+        super().__init__(
+            self.task,
+            features=features,
+            labels=labels,
+            images=images,
+            name=name,
+            tokens=tokens,
+            bank=bank,
+            max_bank=max_bank,
+            dataloader=dataloader,
+        )
         if lr is not None:
             check_positive("lr", lr)
             hint = "Set the learning rate of the optimizer"
@@ -175,9 +190,18 @@ class OnlineLinearProbe(OnlineProbe):
         """Make one optimizer step for the layer of the step."""
         self._trainer_of(step.layer).learn(step)
 
+    def judge_with(self, trainer: Any, pl_module: Any) -> None:
+        """Encode the bank and fit the model of each layer to it; without a bank, the last models are used."""
+        if not self.encodes:
+            return
+        self._encode_bank(trainer, pl_module)
+        for layer, bank in self._banks.items():
+            if bank is not None:
+                self._trainer_of(layer).fit(*bank)
+
     def predict(self, features: Tensor, layer: str = "") -> Tensor | None:
-        """Return the logits or numbers ``(B, C)`` for features ``(B, F)`` of a layer, or None before the first step."""
-        return self._trainer_of(layer).predict(features)
+        """Return the logits or numbers ``(B, C)`` for features ``(B, F)`` of a layer, or None before a step."""
+        return self._trainer_of(layer).predict(features, fitted=self.encodes)
 
     def new_scores(self, device: torch.device) -> Scores:
         """Return new metrics of the task."""
@@ -216,8 +240,12 @@ class OnlineLinearProbe(OnlineProbe):
         device = trainer.strategy.root_device
         batch = stream.next(device)
         hooks = list(self._hooks.values())
-        with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED, self._batches), device):
-            features, batch = encode(trainer, pl_module, hooks, batch)
+        try:
+            with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED, self._batches), device):
+                features, batch = encode(trainer, pl_module, hooks, batch, self.images)
+        except UnreadableBatchError as error:
+            self.say_once(f"{error}")
+            return
         targets = self._targets_of(batch, BatchSource.DATALOADER)
         with torch.no_grad():
             for layer, found in zip(self.layers, features, strict=True):

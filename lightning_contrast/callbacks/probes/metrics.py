@@ -68,7 +68,7 @@ class Scores(ABC):
 class ClassScores(Scores):
     """Top-1 and top-5 accuracy and the expected calibration error (15 bins, L1).
 
-    Top-5 is left out for five classes or fewer. The calibration error stores two numbers per image.
+    Top-5 is left out for fewer than five classes. The calibration error stores two numbers per image.
 
     Args:
         num_classes: Number of classes C.
@@ -76,7 +76,7 @@ class ClassScores(Scores):
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.ranks = (1, 5) if num_classes > 5 else (1,)
+        self.ranks = (1, 5) if num_classes >= 5 else (1,)
         self.accuracies = [MaskedAccuracy().to(device) for _ in self.ranks]
         self.calibration = MulticlassCalibrationError(num_classes, CALIBRATION_BINS, validate_args=False).to(device)
 

@@ -86,7 +86,7 @@ def test_the_bank_holds_one_epoch_and_no_more_than_its_size():
     quiet_fit(Frozen(), [probe], labelled(), max_epochs=3)
     assert [len(bank[1]) for bank in probe.banks[::3]] == [48, 48, 48]
     assert torch.equal(probe.banks[0][1], labels)
-    small = Keeps(CLASSES, bank_size=20)
+    small = Keeps(CLASSES, max_bank=20)
     quiet_fit(Frozen(), [small], labelled())
     features, kept = small.banks[0]
     assert torch.equal(kept, labels[-16:])  # whole batches of 8, the newest
@@ -208,11 +208,11 @@ def test_a_bank_is_encoded_at_each_validation(kind):
 
 @pytest.mark.parametrize("size", [20, 47])
 def test_a_small_bank_is_spread_over_the_set(size):
-    probe = Keeps(CLASSES, bank="fresh", bank_size=size)
+    probe = Keeps(CLASSES, bank="fresh", max_bank=size)
     quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
     _, labels = images_and_labels(48)
     assert torch.equal(probe.banks[0][1], labels[[i * 48 // size for i in range(size)]])
-    listed = Keeps(CLASSES, dataloader=list(labelled()), bank_size=size)
+    listed = Keeps(CLASSES, dataloader=list(labelled()), max_bank=size)
     quiet_fit(Frozen(), [listed], labelled(), max_epochs=1)
     assert torch.equal(listed.banks[0][1], labels[:size])
 
@@ -266,11 +266,11 @@ def test_fresh_needs_a_fit():
 @pytest.mark.parametrize("size", [48, 47])
 def test_two_ranks_divide_a_fresh_bank(size):
     def on_rank(rank):
-        probe = Keeps(CLASSES, k=7, bank="fresh", bank_size=size)
+        probe = Keeps(CLASSES, k=7, bank="fresh", max_bank=size)
         run = fit_ranks(Forward(), [probe], Loaders(), "ddp", max_epochs=1)
         return run.callback_metrics["knn/top1"].item(), probe.banks[0][1].bincount().tolist()
 
-    one = Keeps(CLASSES, k=7, bank="fresh", bank_size=size)
+    one = Keeps(CLASSES, k=7, bank="fresh", max_bank=size)
     whole = quiet_fit(Forward(), [one], labelled(), max_epochs=1).callback_metrics["knn/top1"].item()
     for top1, counts in run_processes(on_rank, 2, init=False):
         assert top1 == pytest.approx(whole)
@@ -282,12 +282,12 @@ def test_two_ranks_divide_a_fresh_bank(size):
     [
         ({"k": []}, "`k` must not be empty"),
         ({"k": [5, 0]}, "`k` must be >= 1"),
-        ({"k": [5, 30], "bank_size": 20}, "`bank_size` must be >= 30"),
+        ({"k": [5, 30], "max_bank": 20}, "`max_bank` must be >= 30"),
         ({"bank": "val"}, "`bank` must be one of 'train', 'fresh', got 'val'"),
         ({"bank": "fresh", "dataloader": [1]}, "`bank` must be left out if there is a `dataloader`, got 'fresh'"),
         ({"k": 0}, "`k` must be >= 1"),
         ({"temperature": 0.0}, "`temperature` must be > 0"),
-        ({"bank_size": 3}, "`bank_size` must be >= 20, got 3. Raise `bank_size` to at least `k`"),
+        ({"max_bank": 3}, "`max_bank` must be >= 20, got 3. Raise `max_bank` to at least `k`"),
         ({"num_classes": 0}, "`num_classes` must be >= 2"),
     ],
 )
