@@ -105,8 +105,8 @@ class OnlineProbe(L.Callback):
         check_place("labels", labels)
         check_place("images", images)
         if not isinstance(bank, str):
-            fail("bank", 'be "fresh" or "train"', type(bank).__name__, "Give a loader as `dataloader`", TypeError)
-        check_choice("bank", bank, ("fresh", "train"))
+            fail("bank", 'be "train" or "fresh"', type(bank).__name__, "Give a loader as `dataloader`", TypeError)
+        check_choice("bank", bank, ("train", "fresh"))
         check_at_least("max_bank", max_bank, 1)
         if dataloader is not None:
             check_source("dataloader", dataloader)
