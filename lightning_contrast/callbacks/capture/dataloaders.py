@@ -60,8 +60,8 @@ def training_loader(name: str, data: Any, trainer: Any) -> Any:
         return data.train_dataloader()
 
 
-def run_training_loader(trainer: Any) -> Any:
-    """Return the training loader of the run, or of its DataModule if the Trainer validates or tests without a fit.
+def data_module_loader(trainer: Any) -> Any:
+    """Return the training loader of the run's DataModule, if the Trainer validates or tests without a fit.
 
     Args:
         trainer: The Trainer.
@@ -69,10 +69,9 @@ def run_training_loader(trainer: Any) -> Any:
     Returns:
         The loader, or None if there is none.
     """
-    loader = trainer.train_dataloader
     data = trainer.datamodule
-    if loader is not None or trainer.training or data is None:
-        return loader
+    if trainer.state.fn == "fit" or data is None:
+        return None
     with isolated(derived_seed(SEED), trainer.strategy.root_device):
         data.setup("fit")
         try:

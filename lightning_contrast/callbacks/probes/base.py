@@ -14,7 +14,7 @@ from lightning_contrast._checks import check_at_least, check_choice, check_word,
 from lightning_contrast.callbacks.capture.dataloaders import (
     SamplerPadding,
     check_source,
-    run_training_loader,
+    data_module_loader,
     training_loader,
 )
 from lightning_contrast.callbacks.capture.feature_bank import EncodedRows, LabeledFeatures, encoded, gathered
@@ -124,6 +124,7 @@ class OnlineProbe(L.Callback):
         self._warned = False
         self._said: set[str] = set()
         self._loader: Any = None
+        self._trained_on: Any = None  # which a test after the fit encodes
         self._ready = self._compared = False
         self._banks: dict[str, LabeledFeatures | None] = {}
 
@@ -179,6 +180,7 @@ class OnlineProbe(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Warn of what keeps a bank from being encoded, or from being comparable with validation."""
+        self._trained_on = trainer.train_dataloader
         if self.encodes:
             self._source(trainer)
             given = [c for c in trainer.callbacks if getattr(c, "evaluate", True) is False and hasattr(c, "policy")]
@@ -375,7 +377,9 @@ class OnlineProbe(L.Callback):
         if self._loader is None and self.dataloader is not None:
             self._loader = training_loader("dataloader", self.dataloader, trainer), True
         if self._loader is None:
-            loader = run_training_loader(trainer)
+            loader = self._trained_on if trainer.train_dataloader is None else trainer.train_dataloader
+            equal = loader is None  # a DataModule's, which Lightning has not divided among the ranks
+            loader = data_module_loader(trainer) if equal else loader
             if loader is None:
                 self.say_once(
                     "there is no training set to encode for a bank. Pass the `datamodule` to the Trainer, or give a "
@@ -387,7 +391,7 @@ class OnlineProbe(L.Callback):
                     "bank. Give a loader of labeled images as `dataloader`."
                 )
             else:
-                self._loader = loader, loader is not trainer.train_dataloader
+                self._loader = loader, equal
         return self._loader  # type: ignore[no-any-return]  # a pair
 
     def _encode_bank(self, trainer: Any, pl_module: Any) -> None:

@@ -15,7 +15,7 @@ from lightning_contrast.callbacks.probes.base import MAX_BANK, BatchSource, Onli
 from lightning_contrast.callbacks.probes.head_trainer import HeadTrainer, MakeOptimizer, MakeSchedule
 from lightning_contrast.callbacks.probes.linear_head import LinearHead
 from lightning_contrast.callbacks.probes.metrics import Scores
-from lightning_contrast.callbacks.probes.tasks import ClassWeights, TaskName, build_task
+from lightning_contrast.callbacks.probes.tasks import ClassWeights, TaskName, TaskScores, build_task
 from lightning_contrast.seeding import derived_seed, isolated
 
 
@@ -204,8 +204,8 @@ class OnlineLinearProbe(OnlineProbe):
         return self._trainer_of(layer).predict(features, fitted=self.encodes)
 
     def new_scores(self, device: torch.device) -> Scores:
-        """Return new metrics of the task."""
-        return self.task.scores(device)
+        """Return new metrics of the task, and the validation loss."""
+        return TaskScores(self.task, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return models, statistics and optimizers, on the CPU, and the position in the labeled loader."""

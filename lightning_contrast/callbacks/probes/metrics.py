@@ -65,6 +65,33 @@ class Scores(ABC):
         """Return scalars by name; a collective operation, to be called on every rank."""
 
 
+class MeanLoss(Metric):
+    """Weighted mean of a loss over all batches and ranks."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2), dist_reduce_fx="sum")  # loss, weight
+
+    def update(self, loss: Tensor, weights: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss: Sum over the images, a scalar.
+            weights: Weight of each image in the mean, ``(B,)``.
+        """
+        self.sums += torch.stack([loss.float(), weights.float().sum()])
+
+    def compute(self) -> Tensor:
+        """Return the mean, a scalar, NaN without images."""
+        return self.sums[0] / self.sums[1]
+
+
 class ClassScores(Scores):
     """Top-1 and top-5 accuracy and the expected calibration error (15 bins, L1).
 

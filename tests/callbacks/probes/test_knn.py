@@ -169,7 +169,9 @@ def test_two_ranks_share_one_bank():
 
 
 def test_several_neighbourhoods_and_temperatures_at_once():
-    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank="train", k=[1, 7, 40], temperature=[0.07, 0.5])], labelled(), max_epochs=1)
+    run = quiet_fit(
+        Frozen(), [OnlineKNN(CLASSES, bank="train", k=[1, 7, 40], temperature=[0.07, 0.5])], labelled(), max_epochs=1
+    )
     bank, bank_labels = images_and_labels(48)
     queries, labels = images_and_labels(24, seed=5)
     bank, queries = colours(bank.float() / 255), colours(queries.float() / 255)

@@ -179,7 +179,7 @@ def test_numbers_end_to_end(scale):
         found[2] = float("nan")
         return found
 
-    probe = OnlineLinearProbe(1, task="regression")
+    probe = OnlineLinearProbe(1, task="regression", bank="train")
     val = with_targets(numbers, 40, seed=5)
     run = quiet_fit(Brightness(), [probe], with_targets(numbers), val, max_epochs=8)
     outputs, targets = outputs_and_targets(probe, val)
