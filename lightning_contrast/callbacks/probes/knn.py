@@ -1,4 +1,4 @@
-"""Online k-NN classifier over the features of the training steps, or over a set that is encoded at validation."""
+"""Online k-NN classifier over a set that is encoded at validation, or over the features of the training steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,17 +19,20 @@ from lightning_contrast.metrics.neighbours import search, search_euclidean, vote
 
 
 class OnlineKNN(OnlineProbe):
-    """Classify validation images by their nearest neighbors among training features, and log the accuracy.
+    """Classify validation images by their nearest neighbors among training images, and log the accuracy.
 
     The vote is the published one: the ``k`` most similar features, each weighted by exp(cosine / temperature)
     (https://arxiv.org/abs/1805.01978, sec. 3.4; DINO's ``eval_knn.py``). The bank of features is one of three:
 
-    - ``bank="train"``: the features of the training steps. They belong to augmented images and are up to an epoch old,
-      so this is not the published protocol, but it needs no forward pass. Use it to follow a run.
-    - ``bank="fresh"``: the set of the run's training loader, encoded at each validation in eval mode, on unaugmented
-      images if the Trainer has a `ViewAugmentation`. This is the published protocol; it costs a forward pass per image.
-    - ``dataloader=loader``: labeled batches of another loader, encoded in the same way; the run itself may be
-      unlabeled.
+    - ``bank="fresh"``: the images that the run's training loader draws, encoded at the first validation batch with the
+      weights that validation uses, in eval mode, without augmentation if the Trainer has a `ViewAugmentation`. The
+      accuracy is that of `evaluation.knn_top1` on the same weights and images. It costs one forward pass per image of
+      the bank and validation; probes of the same layers share the passes. A loader without a dataset of known length is
+      not encoded: a warning at the start says so.
+    - ``bank="train"``: the features of the training steps, without a forward pass. It reads lower and may rank epochs
+      differently: its images are augmented, its BatchNorm statistics are those of the batch, and its weights are up to
+      an epoch old, while the queries are none of these. Weights that are loaded empty it.
+    - ``dataloader=loader``: labeled batches of another loader, encoded like "fresh"; the run itself may be unlabeled.
 
     Logged: ``<name>/top1`` at validation (``<name>/test_top1`` at test), also per layer and per loader as by
     `OnlineLinearProbe`. Several ``k`` or temperatures are logged as ``<name>/k<k>_t<temperature>/top1`` each, and the
@@ -37,25 +40,29 @@ class OnlineKNN(OnlineProbe):
     bank "train" fills again, so its values equal those of the uninterrupted run from the end of the first epoch on; the
     other banks are complete at once.
 
-    Memory per layer of width F: ``bank_size`` x F x 2 bytes over all ranks, during training, for the bank "train" only;
-    and ``bank_size`` x F x 4 bytes (x 6 while gathering) on each rank plus 128 MiB of similarities during validation.
+    Memory per layer of width F: ``max_bank`` x F x 8 bytes on each rank plus 128 MiB of similarities during validation;
+    for the bank "train" also ``max_bank`` x F x 2 bytes over all ranks during training.
 
     Args:
         num_classes: Number of classes, >= 2.
         features: As in `OnlineLinearProbe`.
         labels: As in `OnlineLinearProbe`; images with the label -1 are left out.
+        images: As in `OnlineLinearProbe`.
         k: One or several numbers of neighbors that vote, >= 1; all features while the bank has fewer.
         temperature: One or several divisors of the cosine similarities; unitless, > 0.
-        name: Prefix of the log keys; must differ between probes.
-        bank_size: Maximum number of features over all ranks, >= k. "train" keeps the newest; a set that is encoded is
-            sampled evenly.
-        tokens: As in `OnlineLinearProbe`.
-        bank: "train" or "fresh".
+        bank: "fresh" or "train".
+        max_bank: Maximum number of images over all ranks, >= k. A larger set is sampled with a fixed seed, the same
+            images at each validation; "train" keeps the newest features.
         dataloader: A loader of labeled batches, or a LightningDataModule whose training loader is used, as the bank.
+        name: Prefix of the log keys; must differ between probes.
+        tokens: As in `OnlineLinearProbe`.
+        distance: "cosine", or "euclidean": neighbors by Euclidean distance d, each weighted by 1 / (d + 1e-5), without
+            a temperature, as in solo-learn.
+        top_k: Further accuracies: an image also counts for ``top<k>`` if its class is among the k with most votes.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or ``dataloader`` is given with ``bank="fresh"``.
+        ValueError: If an argument is out of range, or ``dataloader`` is given with ``bank="train"``.
     """
 
     def __init__(

@@ -87,6 +87,7 @@ def test_a_train_bank_beside_averaged_weights_is_a_warning():
         quiet_fit(Turning(), callbacks, labelled(), max_epochs=1)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_is_judged_with_its_own_weights(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     probes = [
@@ -95,17 +96,16 @@ def test_a_checkpoint_is_judged_with_its_own_weights(tmp_path):
         OnlineKNN(CLASSES, k=1, bank="train", name="train"),
     ]
     module = Turning()
-    trainer = quiet_fit(
-        module, [*probes, save], clustered(), clustered(24, seed=5), max_epochs=2, enable_checkpointing=True
-    )
+    callbacks, val = [*probes, save], clustered(24, seed=5)
+    trainer = quiet_fit(module, callbacks, clustered(), val, max_epochs=2, enable_checkpointing=True)
     with pytest.warns(UserWarning, match='`train`: the bank "train" is empty'):
-        found = trainer.test(module, clustered(24, seed=5), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)[0]
+        found = trainer.test(module, val, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)[0]
     assert found["knn/test_top1"] > 0.9
     assert found["linear_probe/test_top1"] > 0.9
     assert "train/test_top1" not in found
     fresh = quiet_trainer([OnlineLinearProbe(CLASSES)])
     with pytest.warns(UserWarning, match="`linear_probe`: there is no training set to encode"):
-        again = fresh.test(Turning(), clustered(24, seed=5), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)[0]
+        again = fresh.test(Turning(), val, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)[0]
     assert again["linear_probe/test_top1"] == found["linear_probe/test_top1"]  # the classifier of the checkpoint
 
 
@@ -364,3 +364,55 @@ def test_the_validation_loss_of_a_probe_is_the_mean_cross_entropy():
     with torch.no_grad():
         expected = nn.functional.cross_entropy(probe.predict(module(images.float() / 255)), labels)
     assert run.callback_metrics["linear_probe/loss"].item() == near(expected.item(), NETWORK)
+
+
+class Offline(L.Callback):
+    """Evaluates the features offline at the end of each validation."""
+
+    def __init__(self, data, policy):
+        self.data, self.policy, self.rows = data, policy, []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        x, queries = (evaluation.encode(pl_module, self.data.images(s), self.policy.eval_transform) for s in SPLITS)
+        split = (x, self.data.labels("train"), queries, self.data.labels("val"))
+        keys = ("knn/top1", "linear_probe/top1")
+        offline = evaluation.knn_top1(*split, num_classes=9), evaluation.linear_top1(*split)
+        self.rows.append([*(float(trainer.callback_metrics[key]) for key in keys), *offline])
+
+
+SPLITS = ("train", "val")
+NOISE = 0.01
+"""Six of the 624 validation images."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lc.SimCLR("small_convnet", warmup_epochs=0),
+        lambda: lc.BYOL("small_convnet", warmup_epochs=0, hidden_dim=256, projection_dim=64, lr=0.05, momentum=0.99),
+        lambda: lc.DINO(
+            "small_convnet",
+            warmup_epochs=0,
+            hidden_dim=64,
+            bottleneck_dim=32,
+            num_prototypes=128,
+            lr=1e-3,
+            final_lr=0.0,
+        ),
+    ],
+    ids=["SimCLR", "BYOL", "DINO"],
+)
+def test_the_curves_of_a_run_are_those_of_offline_evaluations(make):
+    data, policy = lc.data.EmojiDataModule(batch_size=128), lc.augment.byol_views(32)
+    torch.manual_seed(0)
+    offline = Offline(data, policy)
+    callbacks = [lc.ViewAugmentation(policy, seed=0), OnlineKNN(9), OnlineLinearProbe(9), offline]
+    quiet_trainer(callbacks, max_epochs=10, limit_train_batches=8).fit(make(), datamodule=data)
+    knn, linear, offline_knn, offline_linear = torch.tensor(offline.rows).T
+    assert len(knn) == 10
+    torch.testing.assert_close(knn, offline_knn, atol=1e-6, rtol=0)
+    assert (linear - offline_linear).abs().max() < 0.03
+    apart = (offline_linear.view(-1, 1) - offline_linear) > NOISE
+    assert apart.any()
+    assert ((linear.view(-1, 1) - linear)[apart] > 0).all()
