@@ -75,6 +75,7 @@ class DINOv2(DistillationModule):
     warms_up_by_step: ClassVar[bool] = True
     backbone: MaskedViT
     momentum_backbone: MaskedViT
+    encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",), "momentum_backbone": ("tokens",)}
     views = staticmethod(dinov2_views)
 

@@ -1,4 +1,4 @@
-"""Look-up and checks of the labels of a batch."""
+"""Look-up and checks of the labels and the images of a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -9,8 +9,60 @@ from torch import Tensor
 from lightning_contrast._checks import fail, require
 from lightning_contrast.contracts import split_batch
 
-Labels: TypeAlias = str | int | Callable[[Any], Tensor] | None
+Source: TypeAlias = str | int | Callable[[Any], Tensor] | None
+"""Where the labels or images of a batch are: the batch contract, a key, an index, or a function of the batch."""
+
+Labels: TypeAlias = Source
 """Where the labels of a batch are, see `find_labels`."""
+
+
+class UnreadableBatchError(TypeError):
+    """A batch does not hold images where they are looked up."""
+
+
+def check_place(name: str, source: Any) -> None:
+    """Check that an argument names a place in a batch.
+
+    Args:
+        name: Name of the argument: ``"labels"`` or ``"images"``.
+        source: Its value, see `Source`.
+
+    Raises:
+        TypeError: If it is neither None, a str, an int nor a callable.
+    """
+    if not (source is None or isinstance(source, str | int) or callable(source)) or isinstance(source, bool):
+        hint = f"Give the key or the index of the {name} in a batch, or a function of the batch"
+        fail(name, "be None, a str, an int or a callable", source, hint, TypeError)
+
+
+def find_images(batch: Any, source: Source = None) -> Tensor:
+    """Look up the images of a batch; of a list of views, the first.
+
+    Args:
+        batch: A batch of the loader, with images or with views.
+        source: None follows the batch contract, a str is the key of a dict batch, an int the index into a tuple or list
+            batch, a callable is applied to the whole batch.
+
+    Returns:
+        ``(B, ...)``.
+
+    Raises:
+        UnreadableBatchError: If there are no images.
+    """
+    try:
+        if source is None:
+            found: Any = split_batch(batch)[0]
+        else:
+            found = source(batch) if callable(source) else batch[source]
+    except (TypeError, KeyError, IndexError) as error:
+        raise UnreadableBatchError(f"{error} Name the place of the images with `images=`.") from error
+    found = found[0] if isinstance(found, list | tuple) and found else found
+    if not isinstance(found, Tensor):
+        what = type(found).__name__
+        fail(
+            "images", "name a tensor in the batch", what, "Give its key, its index or a function", UnreadableBatchError
+        )
+    return found
 
 
 def find_labels(batch: Any, source: Labels, owner: str) -> Any:

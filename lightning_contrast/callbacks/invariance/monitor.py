@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail, require
-from lightning_contrast.callbacks.capture.dataloaders import SEED, check_source, like, training_loader
-from lightning_contrast.callbacks.capture.feature_bank import can_share
+from lightning_contrast.callbacks.capture.dataloaders import check_source, like, training_loader
 from lightning_contrast.callbacks.capture.features import FeatureHook, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
+from lightning_contrast.callbacks.capture.sampling import SEED, drawn_rows, is_map_style
 from lightning_contrast.callbacks.invariance.perturbations import (
     Changes,
     changed,
@@ -280,10 +280,11 @@ class InvarianceMonitor(L.Callback):
         loader = trainer.val_dataloaders if own is None else training_loader("dataloader", own, trainer)
         while isinstance(loader, list | tuple | dict):
             loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
-        if not can_share(loader) or len(loader.dataset) < 2:
+        if not is_map_style(loader) or len(loader.dataset) < 2:
             rule = "be a DataLoader over a dataset of known length with at least two images"
             fail("dataloader", rule, type(loader).__name__, "Give `images=`, a tensor (N, C, H, W)", TypeError)
-        return list(like(loader, _spread(len(loader.dataset), self.samples), drop_last=False))
+        rows = drawn_rows(loader)
+        return list(like(loader, [rows[i] for i in _spread(len(rows), self.samples)], drop_last=False))
 
 
 def _spread(total: int, samples: int) -> list[int]:

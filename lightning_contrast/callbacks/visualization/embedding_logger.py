@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail
 from lightning_contrast.callbacks.capture.dataloaders import check_source, training_loader
-from lightning_contrast.callbacks.capture.feature_bank import encoded
+from lightning_contrast.callbacks.capture.feature_bank import EncodedRows, encoded
 from lightning_contrast.callbacks.capture.features import FeatureHook, count_images, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import complete
-from lightning_contrast.callbacks.capture.labels import Labels, read_labels
+from lightning_contrast.callbacks.capture.labels import Labels, find_images, read_labels
 from lightning_contrast.callbacks.reporting import publish
 from lightning_contrast.callbacks.visualization.images import Display, fit_squares, statistics_of
 from lightning_contrast.callbacks.visualization.neighbours import NeighborHistory
@@ -161,7 +161,7 @@ class EmbeddingLogger(L.Callback):
             return
         with torch.no_grad():
             with trainer.precision_plugin.forward_context():
-                complete(trainer, [self._hook], outputs)
+                complete(trainer, pl_module, [self._hook], outputs, lambda: find_images(batch))
             features = self._hook.read(pl_module, outputs)
             chosen = self._share.choose(len(features))
             if chosen:
@@ -268,12 +268,12 @@ class EmbeddingLogger(L.Callback):
             self._loader = training_loader("dataloader", self.dataloader, trainer)
         parts: list[Part] = []
 
-        def _add_part(features: Tensor, batch: Any, layer: int) -> tuple[Tensor, Tensor]:
+        def _add_part(features: Tensor, batch: Any, layer: int) -> EncodedRows:
             start = sum(len(part.positions) for part in parts)
             positions = torch.arange(start, start + len(features))
             parts.append(self._part(trainer, features, batch, torch.arange(len(features)), positions))
-            return features, positions
+            return EncodedRows(features, positions, torch.ones_like(positions, dtype=torch.bool))
 
         encoded_chunks = encoded(trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples)
-        own = torch.cat([positions for _, positions in encoded_chunks[self._hook.features].batches])
+        own = torch.cat([rows.targets for rows in encoded_chunks[self._hook.features]])
         return [part.select(torch.isin(part.positions, own)) for part in parts]
