@@ -27,7 +27,6 @@ __all__ = [
     "ImageSource",
     "Images",
     "batch_indices",
-    "check_image_source",
     "check_images",
     "check_views",
     "is_views",
@@ -93,18 +92,6 @@ _LAYOUTS = (
     'Yield images, (images, labels), or a dict or dataclass with "image" and "label"; convert other batches in the '
     "collate function"
 )
-
-
-def check_image_source(images: ImageSource) -> None:
-    """Check the argument ``images`` of a callback: a key, an index, a function or None.
-
-    Raises:
-        TypeError: If it is something else.
-    """
-    ok = images is None or callable(images) or (isinstance(images, str | int) and not isinstance(images, bool))
-    if not ok:
-        hint = 'Give for example "pixel_values", 0, or a function of the batch'
-        fail("images", "be a key, an index, a function or None", type(images).__name__, hint, TypeError)
 
 
 def split_batch(batch: Any, images: ImageSource = None) -> tuple[Images, Tensor | None]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.augment.policy import ViewPolicy  # in the signature for configuration files
-from lightning_contrast.contracts import Images, ImageSource, check_image_source, check_images, check_views
+from lightning_contrast.callbacks.capture.labels import check_place
+from lightning_contrast.contracts import Images, ImageSource, check_images, check_views
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
 from lightning_contrast.seeding import derived_seed, seeded
 
@@ -87,7 +88,7 @@ class ViewAugmentation(L.Callback):
             fail("policy", "have a method `eval_transform`", type(policy).__name__, hint, TypeError)
         if seed is not None:
             check_at_least("seed", seed, 0)
-        check_image_source(images)
+        check_place("images", images)
         self.policy, self.seed, self.evaluate, self.images = policy, seed, evaluate, images
         self._trainer: Any = None
         self._checked: set[bool] = set()

@@ -512,7 +512,7 @@ def test_a_dict_of_views_alone_is_one_batch():
 
 @pytest.mark.parametrize("images", [1.5, True, ["a"]])
 def test_a_place_of_the_images_is_checked(images):
-    with pytest.raises(TypeError, match="`images` must be a key, an index, a function or None"):
+    with pytest.raises(TypeError, match="`images` must be None, a str, an int or a callable"):
         ViewAugmentation(Policy(), images=images)
 
 

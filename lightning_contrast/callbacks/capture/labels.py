@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import fail, require
@@ -50,19 +51,44 @@ def find_images(batch: Any, source: Source = None) -> Tensor:
         UnreadableBatchError: If there are no images.
     """
     try:
-        if source is None:
-            found: Any = split_batch(batch)[0]
-        else:
-            found = source(batch) if callable(source) else batch[source]
-    except (TypeError, KeyError, IndexError) as error:
+        found = split_batch(batch, source)[0]
+    except TypeError as error:
         raise UnreadableBatchError(f"{error} Name the place of the images with `images=`.") from error
-    found = found[0] if isinstance(found, list | tuple) and found else found
-    if not isinstance(found, Tensor):
-        what = type(found).__name__
-        fail(
-            "images", "name a tensor in the batch", what, "Give its key, its index or a function", UnreadableBatchError
-        )
-    return found
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def find_pictures(batch: Any, source: Source = None) -> list[Tensor]:
+    """Look up the images or views of a batch that can be shown.
+
+    Args:
+        batch: A batch of the loader, with images or with views.
+        source: As for `find_images`.
+
+    Returns:
+        The images ``(B, C, H, W)`` as the only item, or the views, each ``(B, C, h, w)``.
+
+    Raises:
+        UnreadableBatchError: If there are none.
+    """
+    try:
+        found = split_batch(batch, source)[0]
+    except TypeError as error:
+        raise UnreadableBatchError(f"{error} Name the place of the images with `images=`.") from error
+    for each in [found] if isinstance(found, Tensor) else found:
+        if each.ndim != 4:
+            hint = "Name the place of the images with `images=`"
+            fail("batch", "contain images (B, C, H, W)", tuple(each.shape), hint, UnreadableBatchError)
+    return [found] if isinstance(found, Tensor) else found
+
+
+def warn_unreadable(owner: Any, error: UnreadableBatchError) -> None:
+    """Warn that a callback cannot read a batch and logs nothing from here on.
+
+    Args:
+        owner: The callback.
+        error: What is wrong.
+    """
+    rank_zero_warn(f"{type(owner).__name__} `{owner.name}` logs nothing, because it cannot read a batch: {error}")
 
 
 def find_labels(batch: Any, source: Labels, owner: str) -> Any:
