@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_contrast._checks import fail, require
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.nn.backbones import ARCHITECTURE, BUILT_AS, PREFIX, build_backbone, strip_prefix
+from lightning_contrast.nn.feature_output import FeatureOutput
 
 INPUT_SPEC = "input_spec"
 """Key of the size, mean and std in exported files and in the metadata of ONNX graphs."""
@@ -54,6 +55,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
         backbone.load_state_dict(strip_prefix(saved["state_dict"]))
     except RuntimeError as error:
         fail("backbone", "fit the weights of the file", type(backbone).__name__, str(error).rstrip("."))
+    FeatureOutput.attach(backbone, features.shape[1], architecture["tokens"])
     found = _fixed_features(backbone, saved[INPUT_SPEC])
     if not _agree(found, features):
         hint = "It has the same weights, but another stem or other arguments"
@@ -73,13 +75,13 @@ def pack_weights(backbone: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: If the network does not take images of this size.
     """
-    built = getattr(backbone, BUILT_AS, {"name": None, "small_images": False, "backbone_kwargs": {}})
+    built = getattr(backbone, BUILT_AS, {"name": None, "small_images": False, "backbone_kwargs": {}, "tokens": None})
     arguments = {key: value for key, value in built["backbone_kwargs"].items() if key != "pretrained"}
     architecture = {**built, "backbone_kwargs": arguments}
     try:
         json.dumps(arguments)
     except TypeError:  # a class or a function, which a file for `weights_only=True` cannot hold
-        architecture = {"name": None, "small_images": built["small_images"], "backbone_kwargs": {}}
+        architecture = {**built, "name": None, "backbone_kwargs": {}}
     try:
         features = _fixed_features(backbone, spec)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -99,7 +101,7 @@ def count_channels(network: nn.Module, spec: Mapping[str, Any]) -> int:
 
 
 def _arguments(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("small_images", "backbone_kwargs")
+    names = ("small_images", "backbone_kwargs", "tokens")
     return {"backbone": architecture["name"]} | {name: architecture[name] for name in names}
 
 
@@ -127,7 +129,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 def _misread(built: Mapping[str, Any], backbone: nn.Module, spec: Mapping[str, Any], features: Tensor) -> bool:
     """Return whether the network of the name alone accepts the weights and computes other features."""
-    name, other = built["name"], built["small_images"] or bool(built["backbone_kwargs"])
+    name, other = built["name"], built["small_images"] or built["tokens"] or bool(built["backbone_kwargs"])
     if name is None or not other or name.startswith(_DOWNLOADED):
         return bool(other)
     try:
