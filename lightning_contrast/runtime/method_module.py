@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
 from lightning_contrast.runtime.hparams import caller, check_complete, left_out_arguments, settings_as_dicts
+from lightning_contrast.runtime.last_batch import check_last_batch
 from lightning_contrast.runtime.run_length import EpochScheduledModule
 
 
@@ -44,6 +45,11 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
         """Warn once if several ranks keep BatchNorm statistics of their own."""
         if self.trainer.world_size > 1 and has_local_batchnorm(self):
             rank_zero_warn("BatchNorm statistics differ between ranks; set `sync_batchnorm=True` on the Trainer.")
+
+    def on_train_start(self) -> None:
+        """Check what is known of the last batch of an epoch."""
+        super().on_train_start()
+        check_last_batch(self.trainer)
 
     def save_hyperparameters(
         self,
