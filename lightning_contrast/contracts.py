@@ -1,17 +1,21 @@
 """The interface between batches, methods and callbacks.
 
 A loader yields ``images``, ``(images, labels, ...)``, a dict with ``"image"`` and ``"label"``, or a dataclass with
-fields of those names. ``images`` is a tensor ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1. After
-`ViewAugmentation` the same container holds a list of V view tensors ``(B, C, h, w)`` instead of ``images``.
+fields of those names. ``images`` is a tensor ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1; or any other tensor
+whose first dimension is the batch, such as clips ``(B, C, T, H, W)`` or series ``(B, C, T)``, for a network and a
+policy that take it. After `ViewAugmentation` the same container holds a list of V view tensors ``(B, C, h, w)``
+instead of ``images``. In a dict with other keys, the images are its only 4-D tensor or list of views; callbacks also
+take the place of the images as ``images=``, see `split_batch`.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_contrast._checks import check_batch, fail, require
 
@@ -20,6 +24,7 @@ __all__ = [
     "INDEX_KEY",
     "LABEL_KEY",
     "TOLERANCE",
+    "ImageSource",
     "Images",
     "batch_indices",
     "check_images",
@@ -37,26 +42,31 @@ TOLERANCE = 1e-3
 
 Images: TypeAlias = Tensor | list[Tensor]
 
+ImageSource: TypeAlias = str | int | Callable[[Any], Any] | None
+"""Where the images of a batch are, see `split_batch`."""
+
 IMAGE_KEY, LABEL_KEY, INDEX_KEY = "image", "label", "index"
 
 
 def is_views(value: object) -> bool:
-    """Return whether ``value`` is a non-empty list or tuple of view tensors ``(B, C, h, w)``.
+    """Return whether ``value`` is a non-empty list or tuple of view tensors ``(B, ...)`` of one number of dimensions.
 
     Args:
         value: The images entry of a batch, of any type.
     """
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence) or len(value) == 0:
         return False
-    return all(isinstance(item, Tensor) and item.ndim == 4 for item in value)
+    if not all(isinstance(item, Tensor) and item.ndim >= 2 and item.ndim == value[0].ndim for item in value):
+        return False
+    return value[0].ndim > 2 or all(item.shape == value[0].shape for item in value)  # (B, D): no labels (B, K)
 
 
 def _is_bare_views(batch: Sequence[object]) -> bool:
-    """Return whether a batch is a list of two or more floating 4-D tensors of equal (B, C), not (images, labels)."""
+    """Return whether a batch is a list of two or more floating tensors of equal (B, C), not (images, labels)."""
     if len(batch) < 2 or not is_views(batch):
         return False
     tensors = cast("Sequence[Tensor]", batch)
-    return all(t.is_floating_point() and t.shape[:2] == tensors[0].shape[:2] for t in tensors)
+    return all(t.ndim > 2 and t.is_floating_point() and t.shape[:2] == tensors[0].shape[:2] for t in tensors)
 
 
 def _field(batch: object, key: str) -> str | None:
@@ -84,12 +94,14 @@ _LAYOUTS = (
 )
 
 
-def split_batch(batch: Any) -> tuple[Images, Tensor | None]:
+def split_batch(batch: Any, images: ImageSource = None) -> tuple[Images, Tensor | None]:
     """Split a batch into its images or views and its labels.
 
     Args:
         batch: Images ``(B, C, H, W)``; a list of views ``(B, C, h, w)``; ``(images or views, labels, ...)``; a dict
             with ``"image"`` and optionally ``"label"``; or a dataclass with such fields. A tuple equals a list.
+        images: Where the images are: the key of a dict, the index into a tuple or list, or a function of the batch.
+            None: as above; in a dict without ``"image"``, its only 4-D tensor or list of views.
 
     Returns:
         The images or the list of views, and the labels ``(B,)`` or None.
@@ -97,25 +109,55 @@ def split_batch(batch: Any) -> tuple[Images, Tensor | None]:
     Raises:
         TypeError: If the batch has none of these layouts.
     """
+    if images is None:
+        return _as_images(_images_entry(batch)), _labels_entry(batch)
+    if callable(images):
+        return _as_images(images(batch)), _labels_entry(batch)
+    try:
+        return _as_images(batch[images]), _labels_entry(batch)
+    except (KeyError, IndexError, TypeError):
+        keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        hint = "Name a key of the batch, an index into it, or a function that finds them"
+        fail("images", f"lead to images of the batch ({images!r} does not)", keys, hint, TypeError)
+
+
+def _images_entry(batch: Any) -> Any:
+    """Return the images of a batch as the contract has them."""
     if isinstance(batch, Tensor):
-        return batch, None
+        return batch
     if isinstance(batch, Mapping):
-        if IMAGE_KEY not in batch:
-            fail("batch", f"have the key {IMAGE_KEY!r}", sorted(map(str, batch)), _LAYOUTS, TypeError)
-        labels = batch.get(LABEL_KEY)
-        return _as_images(batch[IMAGE_KEY]), labels if isinstance(labels, Tensor) else None
+        return batch[_image_key(batch)]
     if _is_record(batch):
-        name, label_name = _field(batch, IMAGE_KEY), _field(batch, LABEL_KEY)
+        name = _field(batch, IMAGE_KEY)
         if name is None:
             fail("batch", f"have the field {IMAGE_KEY!r}", type(batch).__name__, _LAYOUTS, TypeError)
-        labels = getattr(batch, label_name) if label_name else None
-        return _as_images(getattr(batch, name)), labels if isinstance(labels, Tensor) else None
+        return getattr(batch, name)
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
-        if _is_bare_views(batch):
-            return list(batch), None
-        labels = batch[1] if len(batch) > 1 else None
-        return _as_images(batch[0]), labels if isinstance(labels, Tensor) else None
+        return batch if _is_bare_views(batch) else batch[0]
     fail("batch", "hold images", type(batch).__name__, _LAYOUTS, TypeError)
+
+
+def _image_key(batch: Mapping[Any, Any]) -> Any:
+    if IMAGE_KEY in batch:
+        return IMAGE_KEY
+    found = [key for key, value in batch.items() if is_views(value) or (isinstance(value, Tensor) and value.ndim == 4)]
+    if len(found) != 1:
+        rule = f"have the key {IMAGE_KEY!r}, or one 4-D tensor or list of views"
+        fail("batch", rule, sorted(map(str, batch)), f"{_LAYOUTS}, or give `images=` to the callback", TypeError)
+    return found[0]
+
+
+def _labels_entry(batch: Any) -> Tensor | None:
+    """Return the labels of a batch as the contract has them, or None."""
+    labels = None
+    if isinstance(batch, Mapping):
+        labels = batch.get(LABEL_KEY)
+    elif _is_record(batch):
+        name = _field(batch, LABEL_KEY)
+        labels = getattr(batch, name) if name else None
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1 and not _is_bare_views(batch):
+        labels = batch[1]
+    return labels if isinstance(labels, Tensor) else None
 
 
 def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
@@ -163,27 +205,48 @@ def batch_indices(batch: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def replace_images(batch: Any, images: Images) -> Any:
+def replace_images(batch: Any, images: Images, source: ImageSource = None) -> Any:
     """Return a copy of the batch with its images replaced; the original batch is not modified.
 
     Args:
         batch: Any batch that `split_batch` takes.
         images: The new images ``(B, C, H, W)``, or a list of views ``(B, C, h, w)``.
+        source: See ``images`` of `split_batch`. What a function returns must be part of the batch.
 
     Returns:
         A batch of the same type.
+
+    Raises:
+        ValueError: If ``source`` is a function whose result is not part of the batch.
     """
-    if isinstance(batch, Tensor) or (isinstance(batch, Sequence) and _is_bare_views(batch)):
+    if callable(source):
+        return _replaced(batch, source(batch), images)
+    if isinstance(batch, Tensor) or (source is None and isinstance(batch, Sequence) and _is_bare_views(batch)):
         return images
     if isinstance(batch, Mapping):
         copied = dict(batch) if type(batch) is dict else cast("Any", batch).copy()
-        copied[IMAGE_KEY] = images
+        copied[_image_key(batch) if source is None else source] = images
         return copied
     if _is_record(batch):
         return dataclasses.replace(batch, **{cast("str", _field(batch, IMAGE_KEY)): images})
+    place = range(len(batch))[int(source or 0)]
     if hasattr(batch, "_replace"):  # a NamedTuple: its constructor takes the fields as arguments
-        return batch._replace(**{batch._fields[0]: images})
-    return type(batch)([images, *batch[1:]])
+        return batch._replace(**{batch._fields[place]: images})
+    return type(batch)([*batch[:place], images, *batch[place + 1 :]])
+
+
+def _replaced(batch: Any, old: Any, new: Images) -> Any:
+    """Return the batch with an object somewhere in it replaced."""
+    found: list[bool] = []
+
+    def swap(item: Any) -> Any:
+        found.append(item is old)
+        return new if item is old else item
+
+    swapped = tree_map(swap, batch, is_leaf=lambda item: item is old)
+    hint = "Return a tensor or a list of views of the batch itself, which the new views replace"
+    require(any(found), "images", "be a function that returns a part of the batch", type(old).__name__, hint)
+    return swapped
 
 
 def check_images(images: Tensor, *, values: bool, evaluating: bool) -> Tensor:
@@ -233,14 +296,15 @@ def check_views(views: Any, images: Tensor) -> list[Tensor]:
     """Return the output of a policy as a list after checking it.
 
     Args:
-        views: Output of ``policy(images)``; must be a sequence of tensors ``(B, C, h, w)``.
-        images: Images that the policy was applied to, ``(B, C, H, W)``.
+        views: Output of ``policy(images)``: a sequence of tensors ``(B, ...)``, or one tensor as the only view.
+        images: Images that the policy was applied to, ``(B, ...)``.
 
     Raises:
-        TypeError: If ``views`` is not a sequence of 4-D tensors.
+        TypeError: If ``views`` is neither.
         ValueError: If a view has another batch size than ``images``.
     """
-    if not is_views(views) or not isinstance(views, Sequence):
+    views = [views] if isinstance(views, Tensor) else views
+    if not isinstance(views, Sequence) or len(views) == 0 or not all(isinstance(v, Tensor) and v.ndim for v in views):
         hint = "Return one tensor (B, C, h, w) for each view"
         fail("policy(images)", "be a list of views", type(views).__name__, hint, TypeError)
     sizes = [len(view) for view in views]

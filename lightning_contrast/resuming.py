@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.methods.base import SelfSupervisedModule
+from lightning_contrast.nn.backbones import ARCHITECTURE, BUILT_AS, strip_prefix
 from lightning_contrast.runtime.default_callbacks import mark_defaults
 from lightning_contrast.runtime.optimizer_steps import has_gradients
 from lightning_contrast.runtime.schedule_position import (
@@ -152,9 +153,9 @@ def from_pretrained_backbone(
 
     Args:
         module: A new method of this package; modified in place. Its heads keep their random initialization.
-        weights: A network such as one of timm; its ``state_dict``; or a file with a ``state_dict`` or with a Lightning
-            checkpoint of a method of this package, whose backbone is used; read with ``weights_only=True``. A
-            classifier ("head", "fc", "classifier") that the backbone lacks is ignored.
+        weights: A network such as one of timm; its ``state_dict``; or a file of `evaluation.export_backbone`, with a
+            ``state_dict``, or with a Lightning checkpoint of a method of this package, whose backbone is used; read
+            with ``weights_only=True``. A classifier ("head", "fc", "classifier") that the backbone lacks is ignored.
         head_warmup_epochs: Number of epochs in which the backbone is frozen, >= 0; see `HeadWarmup`.
         skip: Prefixes of names that keep their random initialization, such as ``["conv1"]`` for the stem of
             ``small_images``.
@@ -170,8 +171,11 @@ def from_pretrained_backbone(
     check_not_negative("head_warmup_epochs", head_warmup_epochs)
     if not isinstance(module, SelfSupervisedModule):
         fail("module", "be a method of this package", type(module).__name__, "Give e.g. lc.DINO(...)", TypeError)
-    given = _state_of(weights)
+    if isinstance(weights, str | Path):
+        weights = load_checkpoint(weights)
     backbone = getattr(module.backbone, "vit", module.backbone)  # the timm network in a `MaskedViT`
+    _check_stem(weights, backbone, skip)
+    given = _state_of(weights)
     given = _fitting(given, backbone.state_dict(), skip)
     backbone.load_state_dict(given, strict=False)  # compared above
     for online, momentum in getattr(module, "momentum_pairs", list)():
@@ -182,13 +186,25 @@ def from_pretrained_backbone(
     return module
 
 
+def _check_stem(weights: Any, backbone: nn.Module, skip: Sequence[str]) -> None:
+    """Check that an exported backbone has the stem of the network: both may have the same shapes."""
+    built = getattr(weights, BUILT_AS, None) if isinstance(weights, nn.Module) else None
+    built = weights.get(ARCHITECTURE) if isinstance(weights, Mapping) else built
+    own = getattr(backbone, BUILT_AS, None)
+    if isinstance(built, Mapping) and own is not None and not skip:
+        hint = "Build the method with the same `small_images`, or list the weights of the stem in `skip`"
+        rule = f"have the stem of the backbone, small_images={own['small_images']}"
+        require(built["small_images"] == own["small_images"], "weights", rule, built["small_images"], hint)
+
+
 def _state_of(weights: Any) -> dict[str, Tensor]:
     """Return the weights as a dict of tensors."""
-    if isinstance(weights, str | Path):
-        weights = load_checkpoint(weights)
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
-    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
+    is_file = isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping)
+    if is_file and "pytorch-lightning_version" not in weights:  # of `export_backbone`, or weights of another package
+        weights = strip_prefix(weights["state_dict"])
+    elif is_file:
         whole = weights["state_dict"]
         weights = {name.removeprefix("backbone."): t for name, t in whole.items() if name.startswith("backbone.")}
         weights = {name.removeprefix("masked.vit."): t for name, t in weights.items() if name != "masked.mask_token"}

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lightning_contrast.contracts import batch_indices, is_views, replace_images, require_views, split_batch
 
@@ -102,10 +103,54 @@ def test_uint8_pairs_are_not_views():
     assert split_batch((images, images))[0] is images
 
 
-@pytest.mark.parametrize("batch", [{"x": IMAGES}, {"image": "a.png"}, "images", 3, [], [3, IMAGES]])
+@pytest.mark.parametrize(
+    "batch", [{"x": IMAGES, "y": IMAGES}, {"x": IMAGES[0]}, {"image": "a.png"}, "images", 3, [], [3, IMAGES]]
+)
 def test_no_images(batch):
     with pytest.raises(TypeError, match=r"`batch` must .* got .*collate"):
         split_batch(batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "source"),
+    [
+        ({"pixel_values": IMAGES, "labels": LABELS}, None),
+        ({"pixel_values": IMAGES, "depth": IMAGES / 2}, "pixel_values"),
+        ([LABELS, IMAGES], 1),
+        ((LABELS, IMAGES), -1),
+        ({"nested": {"pixels": (LABELS, IMAGES)}}, lambda batch: batch["nested"]["pixels"][1]),
+    ],
+)
+def test_images_in_another_place_are_found_and_replaced(batch, source):
+    assert split_batch(batch, source)[0] is IMAGES
+    views = [IMAGES + 1, IMAGES + 2]
+    replaced = replace_images(batch, views, source)
+    assert type(replaced) is type(batch)
+    found = split_batch(replaced, source)[0]
+    assert len(found) == 2
+    assert all(one is other for one, other in zip(found, views, strict=True))
+    assert split_batch(batch, source)[0] is IMAGES
+    assert set(map(id, tree_leaves(batch))) - {id(IMAGES)} <= set(map(id, tree_leaves(replaced)))
+
+
+@pytest.mark.parametrize(("batch", "source"), [({"a": IMAGES}, "b"), ([IMAGES], 1), (IMAGES[0, 0, 0], "a")])
+def test_a_place_without_images_is_named(batch, source):
+    with pytest.raises(TypeError, match=f"`images` must lead to images of the batch .{source!r} does not., got"):
+        split_batch(batch, source)
+
+
+def test_a_function_that_makes_new_images_cannot_say_where_they_go():
+    with pytest.raises(ValueError, match="`images` must be a function that returns a part of the batch, got 'Tensor'"):
+        replace_images({"a": IMAGES}, IMAGES, lambda batch: batch["a"] * 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 8, 8), (4, 3, 16), (4, 7)])
+def test_views_of_any_shape(shape):
+    views = [torch.rand(shape), torch.rand(shape)]
+    assert all(one is other for one, other in zip(split_batch((views, LABELS))[0], views, strict=True))
+    assert len(require_views((views, LABELS), 2)) == 2
+    images, labels = split_batch((torch.rand(4, 3), torch.rand(4, 3)))  # a table and soft labels, not two views
+    assert (images.shape, labels.shape) == ((4, 3), (4, 3))
 
 
 def test_indices():

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_contrast as lc
 from lightning_contrast import distributed
 from lightning_contrast.callbacks.probes.base import Step
-from lightning_contrast.callbacks.probes.linear_head import HeadTrainer, default_lr
+from lightning_contrast.callbacks.probes.head_trainer import HeadTrainer
+from lightning_contrast.callbacks.probes.linear_head import default_lr
 from lightning_contrast.callbacks.probes.tasks import ClassTask
 from lightning_contrast.testing import ChildError, run_processes
 from tests.methods.cases import CASES, fill_queue, make

@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.augment.policy import ViewPolicy  # in the signature for configuration files
-from lightning_contrast.contracts import check_images, check_views
+from lightning_contrast.callbacks.capture.labels import check_place
+from lightning_contrast.contracts import Images, ImageSource, check_images, check_views
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
 from lightning_contrast.seeding import derived_seed, seeded
 
@@ -44,9 +45,13 @@ class ViewAugmentation(L.Callback):
     and prediction ``policy.eval_transform(images)`` replaces them by one tensor, so that all preprocessing is in one
     place. The rest of the batch is unchanged, and the loader's own tensors are not modified. Batches may be a tensor, a
     tuple, list, NamedTuple, dict or dataclass as in `lightning_contrast.contracts`, or collections of them from a
-    `CombinedLoader`. A loader that already yields views is refused: remove one of the two.
+    `CombinedLoader`. If there is one view, it replaces the images as a tensor and not as a list.
 
-    Images are uint8 in 0..255 or float in 0..1. Values are checked in every batch on the CPU, and in the first batch of
+    A loader may also yield a list of views, such as two frames of a video. Each is then augmented by a draw of its own:
+    view i by the i-th view of a policy that creates as many, and all of them by a policy that creates one.
+
+    Images are uint8 in 0..255 or float in 0..1. Clips, series and other tensors ``(B, ...)`` are given to the policy
+    without a check. Values of images are checked in every batch on the CPU, and in the first batch of
     a fit on an accelerator, where each check costs a synchronization.
 
     A checkpoint keeps the policy's ``input_spec`` under the key ``"input_spec"``: the preprocessing that users of the
@@ -58,6 +63,8 @@ class ViewAugmentation(L.Callback):
             None: views are drawn from the global generators, unless a callback of the Trainer, such as `StepSeed`, has
             a ``provides_view_seed``.
         evaluate: False leaves the batches of validation, test and prediction unchanged.
+        images: Where the images are: the key of a dict batch, the index into a tuple or list, or a function that
+            returns a part of the batch. None follows the batch contract. The views replace them in the same place.
 
     Raises:
         TypeError: If the policy cannot be called or lacks a required ``eval_transform``, or ``seed`` is not a whole
@@ -65,7 +72,14 @@ class ViewAugmentation(L.Callback):
         ValueError: If ``seed`` is below 0.
     """
 
-    def __init__(self, policy: Policy | ViewPolicy, seed: int | None = None, evaluate: bool = True) -> None:
+    def __init__(
+        self,
+        policy: Policy | ViewPolicy,
+        seed: int | None = None,
+        evaluate: bool = True,
+        *,
+        images: ImageSource = None,
+    ) -> None:
         if not callable(policy):
             hint = "Give for example `augment.simclr_views(32)`"
             fail("policy", "be callable with a batch of images", type(policy).__name__, hint, TypeError)
@@ -74,7 +88,8 @@ class ViewAugmentation(L.Callback):
             fail("policy", "have a method `eval_transform`", type(policy).__name__, hint, TypeError)
         if seed is not None:
             check_at_least("seed", seed, 0)
-        self.policy, self.seed, self.evaluate = policy, seed, evaluate
+        check_place("images", images)
+        self.policy, self.seed, self.evaluate, self.images = policy, seed, evaluate, images
         self._trainer: Any = None
         self._checked: set[bool] = set()
 
@@ -120,23 +135,38 @@ class ViewAugmentation(L.Callback):
         training = bool(trainer.training)
         if not training and not self.evaluate:
             return batch
-        owner = type(self).__name__
         seed = self._seed_of_batch(trainer) if training else None
         make = self._views if training else self._eval_images
+        views = self._augment_views if training else lambda given: [self._eval_images(view) for view in given]
         loaders = trainer.train_dataloader if training else None
         with torch.no_grad(), seeded(seed, trainer.strategy.root_device):
-            batch = map_batches(batch, lambda one: transform_images(one, make, owner), loaders)
+            batch = map_batches(batch, lambda one: transform_images(one, make, views, self.images), loaders)
         self._checked.add(training)
         return trainer.precision_plugin.convert_input(batch)  # the views are new float tensors
 
-    def _views(self, images: Tensor) -> list[Tensor]:
+    def _views(self, images: Tensor) -> Images:
         images = self._check(images, evaluating=False)
-        return check_views(self.policy(images), images)
+        views = check_views(self.policy(images), images)
+        return views if len(views) > 1 else views[0]
+
+    def _augment_views(self, given: list[Tensor]) -> list[Tensor]:
+        """Augment views that the loader yields, each by its own draw."""
+        augmented = []
+        for place, images in enumerate(given):
+            views = self._views(images)
+            if not isinstance(views, Tensor):
+                hint = "Give a policy of as many views, or of one; or remove ViewAugmentation"
+                require(len(views) == len(given), "policy", f"create {len(given)} views or one", len(views), hint)
+                views = views[place]
+            augmented.append(views)
+        return augmented
 
     def _eval_images(self, images: Tensor) -> Tensor:
         return self.policy.eval_transform(self._check(images, evaluating=True))
 
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
+        if images.ndim != 4:
+            return images  # clips, series: the policy knows their format
         values = images.device.type == "cpu" or (not evaluating) not in self._checked
         return check_images(images, values=values, evaluating=evaluating)
 

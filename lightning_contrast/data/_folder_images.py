@@ -7,6 +7,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -14,6 +15,17 @@ Loader = Callable[[str], Any]
 Unreadable: TypeAlias = Literal["raise", "replace", "leave out"]
 Sample: TypeAlias = tuple[Tensor, int, int]
 _MOST_IN_A_ROW = 100  # unreadable files before an error
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of this EXIF orientation upright, as `PIL.ImageOps.exif_transpose`."""
 
 
 class FolderImages(Dataset[Sample | None]):
@@ -24,7 +36,7 @@ class FolderImages(Dataset[Sample | None]):
         labels: Class index of each file, -1 for none.
         size: Height and width, in pixels.
         resize: "crop", "center" or "squash".
-        loader: Function that reads one file; None reads RGB with Pillow.
+        loader: Function that reads one file.
         indices: Whether batches include the positions.
 
     Attributes:
@@ -40,12 +52,12 @@ class FolderImages(Dataset[Sample | None]):
         labels: Sequence[int],
         size: int,
         resize: str,
-        loader: Loader | None,
+        loader: Loader,
         *,
         indices: bool = False,
     ) -> None:
         self.paths, self.labels, self.size, self.resize = paths, labels, size, resize
-        self.loader, self.indices = loader or read_rgb, indices
+        self.loader, self.indices = loader, indices
         self.unreadable = torch.zeros(len(paths), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         self._on_error: Unreadable = "raise"
 
@@ -143,22 +155,24 @@ class FolderImages(Dataset[Sample | None]):
         return square
 
 
-def read_rgb(path: str) -> Tensor:
+def read_rgb(path: str, *, exif: bool = True) -> Tensor:
     """Read a file with Pillow as RGB, uint8 ``(3, H, W)``.
 
     Args:
         path: The file.
+        exif: Turn the image upright by its EXIF orientation.
 
     Raises:
         ValueError: If its pixels have more than 8 bits.
     """
-    from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     with Image.open(path) as image:
         if image.mode[0] in "IF":  # Pillow would clip such values at 255
             raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode!r}); give a `loader` that scales it.")
-        pixels: Tensor = pil_to_tensor(image.convert("RGB"))
+        rgb = image.convert("RGB")
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1)) if exif else None  # after loading, which turns TIFFs
+        pixels: Tensor = pil_to_tensor(rgb if turn is None else rgb.transpose(turn))
         return pixels
 
 

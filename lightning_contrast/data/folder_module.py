@@ -1,8 +1,8 @@
 """Data module for image folders, decoded and resized by worker processes."""
 
-import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
-from lightning_contrast.data._folder_images import FolderImages, Loader
+from lightning_contrast.data._folder_files import FileId, find_images
+from lightning_contrast.data._folder_images import FolderImages, Loader, read_rgb
 from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader
 
@@ -22,7 +23,10 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     """Data module for folders of images.
 
     Labels are given by ``train_dir/<class>/...``; they are -1 for a folder of images without class folders. Workers
-    decode each image and resize it to ``size``; random augmentation is done by `ViewAugmentation` on the device.
+    decode each image, turn it upright and resize it to ``size``; random augmentation is done by `ViewAugmentation` on
+    the device. Hidden files and folders, whose names begin with a dot, are left out, and an image to which several
+    links lead counts once.
+
     Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``)
     and int64 ``(B,)``; ``indices=True`` adds the position in `paths`, int64 ``(B,)``.
 
@@ -44,6 +48,8 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         loader: Function that reads one file, for formats without Pillow support: ``loader(path)`` returns a tensor or
             array ``(C, H, W)`` or ``(H, W)`` with any number of channels. uint8 is kept, uint16 is divided by 65535,
             floats must lie in 0..1. It must not draw random numbers, for exact resume.
+        exif: Turn photographs upright by their EXIF orientation, as viewers do. False leaves the pixels as they are
+            stored (Pillow turns TIFF files in any case). A ``loader`` decides for itself.
         on_error: Handling of unreadable files. "raise" raises an error with the path. "skip" replaces the image in
             training by the next readable one, with its own label and position, so that batches keep their size and
             resume stays exact; in validation the image is left out; prediction, which has one row for each of `paths`,
@@ -69,6 +75,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         num_workers: int = 4,
         resize: Literal["crop", "center", "squash"] = "crop",
         loader: Loader | None = None,
+        exif: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
         extensions: Sequence[str] | None = None,
         seed: int = 0,
@@ -82,7 +89,8 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         check_choice("resize", resize, ("crop", "center", "squash"))
         check_choice("on_error", on_error, ("raise", "skip"))
         self.dirs = {"train": Path(train_dir)} | ({"val": Path(val_dir)} if val_dir is not None else {})
-        self.size, self.resize, self.loader, self.on_error = size, resize, loader, on_error
+        self.size, self.resize, self.on_error = size, resize, on_error
+        self.loader = partial(read_rgb, exif=exif) if loader is None else loader
         self.extensions = tuple(extensions) if extensions is not None else (EXTENSIONS if loader is None else ("",))
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.indices, self.pin_memory = indices, pin_memory
@@ -123,13 +131,19 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             for split, folder in self.dirs.items()
         }
         self.class_names = found["train"][1] or found.get("val", ([], ()))[1]
+        shared = found["train"][0].keys() & found.get("val", ({}, ()))[0].keys()
+        if shared:
+            warnings.warn(
+                f"{len(shared)} validation images are training images too, so that validation scores are too high.",
+                stacklevel=2,
+            )
         for split, (files, classes) in found.items():
             extra = sorted(set(classes) - set(self.class_names))
             hint = "Use the same class folders in both"
             require(not extra, "val_dir", "have no class that `train_dir` lacks", extra, hint)
             numbers = {name: number for number, name in enumerate(self.class_names)}
-            labels = [numbers[name] if name is not None else -1 for _, name in files]
-            paths = [path for path, _ in files]
+            labels = [numbers[name] if name is not None else -1 for _, name in files.values()]
+            paths = [path for path, _ in files.values()]
             self._sets[split] = FolderImages(paths, labels, self.size, self.resize, self.loader, indices=self.indices)
 
     def teardown(self, stage: str | None = None) -> None:
@@ -189,35 +203,28 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
 
 def _list_images(
     argument: str, folder: Path, extensions: tuple[str, ...]
-) -> tuple[list[tuple[str, str | None]], tuple[str, ...]]:
+) -> tuple[dict[FileId, tuple[str, str | None]], tuple[str, ...]]:
     """Return the sorted files of a folder, each with the name of its class or None, and the class names."""
     if not folder.is_dir():
         fail(argument, "be an existing folder", str(folder), "Set it to the folder of your images", FileNotFoundError)
-    loose = _files(folder, extensions, deep=False)
+    loose = find_images(folder, extensions, deep=False)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     ends = ", ".join(extensions) or "any"
     if not classes:
         hint = f"Expected extensions are {ends}; set `extensions` for others"
         require(bool(loose), argument, "hold images, or class folders with images", str(folder), hint)
-        return [(path, None) for path in loose], ()
+        return {file_id: (path, None) for file_id, path in loose.items()}, ()
     if loose:
-        hint = f"Move images like {loose[0]} into class folders, or remove the folders"
+        hint = f"Move images like {next(iter(loose.values()))} into class folders, or remove the folders"
         fail(argument, "hold class folders or images, not both", str(folder), hint)
-    files: list[tuple[str, str | None]] = []
+    files: dict[FileId, tuple[str, str | None]] = {}
     for name in classes:
-        inside = _files(folder / name, extensions, deep=True)
+        inside = find_images(folder / name, extensions, deep=True)
         hint = f"Remove empty class folders; expected extensions are {ends}"
         require(bool(inside), argument, "hold images in every class folder", str(folder / name), hint)
-        files += [(path, name) for path in inside]
+        for file_id, path in inside.items():
+            if file_id in files:
+                hint = "Links put it into two classes; remove one of them"
+                fail(argument, "hold each image in one class", [files[file_id][0], path], hint)
+            files[file_id] = (path, name)
     return files, tuple(classes)
-
-
-def _files(folder: Path, extensions: tuple[str, ...], *, deep: bool) -> list[str]:
-    found = []
-    for base, _, names in os.walk(folder, followlinks=True):
-        found += [
-            os.path.join(base, name) for name in names if not name.startswith(".") and name.lower().endswith(extensions)
-        ]
-        if not deep:
-            break
-    return sorted(found)

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_contrast._checks import check_at_least, check_choice, fail
+from lightning_contrast.evaluation.exported import INPUT_SPEC, count_channels, pack_weights
 from lightning_contrast.nn import MaskedViT
 from lightning_contrast.sharding import is_fsdp1_shard
 
 ExportFormat: TypeAlias = Literal["state_dict", "onnx"]
 
-INPUT_SPEC = "input_spec"
-"""Key of the size, mean and std in exported files and in the metadata of ONNX graphs."""
 _TOLERANCE = 1e-4
 _FORMATS = ("state_dict", "onnx")
 
@@ -31,13 +30,18 @@ def export_backbone(
     format: ExportFormat = "state_dict",
     input_spec: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Export a backbone to a file, for use without this package.
+    """Export a backbone to a file.
 
-    "state_dict" writes a file for ``torch.load(path, weights_only=True)`` with ``{"state_dict", "input_spec"}``; the
-    weights load strictly into a network with the same name and arguments:
+    "state_dict" writes a file for `load_backbone`, which builds the network again. It can also be read without this
+    package, by ``torch.load(path, weights_only=True)``: a dict with "state_dict", "input_spec", the "architecture" that
+    was built, and "features" by which a loaded network is checked. The weights load strictly into a network with the
+    same name and arguments:
 
         saved = torch.load(path, weights_only=True)
         timm.create_model("resnet50", num_classes=0).load_state_dict(saved["state_dict"])
+
+    If the network of that name would accept the weights and compute other features, as without the stem of
+    ``small_images=True``, the keys begin with ``"needs_load_backbone."``, so that this fails.
 
     "onnx" writes a graph from ``images`` (B, C, size, size), float32 and normalized with the mean and std, to
     ``features`` (B, F), for any B, in eval mode; the ``input_spec`` is JSON in its metadata. The graph is run once in
@@ -59,7 +63,8 @@ def export_backbone(
         The path.
 
     Raises:
-        ValueError: If the format is unknown, ``input_spec`` is missing or incomplete, or the model is sharded.
+        ValueError: If the format is unknown, ``input_spec`` is missing, incomplete or not an input of the backbone, or
+            the model is sharded.
         TypeError: If the model is not a module.
         ModuleNotFoundError: If the extra is not installed.
         RuntimeError: If the features of the graph differ from those of the backbone.
@@ -74,8 +79,7 @@ def export_backbone(
     if format == "onnx":
         _write_onnx(backbone, path, spec)
     else:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-        torch.save({"state_dict": weights, INPUT_SPEC: spec}, path)
+        torch.save(pack_weights(backbone, spec), path)
     return path
 
 
@@ -118,7 +122,7 @@ def _write_onnx(backbone: nn.Module, path: Path, spec: dict[str, Any]) -> None:
         hint = "pip install 'lightning_contrast[export]'"
         raise ModuleNotFoundError(f"ONNX needs onnx, onnxscript and onnxruntime: {hint}.") from error
     network = copy.deepcopy(backbone).cpu().float().eval().to(memory_format=torch.contiguous_format)
-    images = torch.rand(2, _channels(network, spec), spec["size"], spec["size"])
+    images = torch.rand(2, count_channels(network, spec), spec["size"], spec["size"])
     with _silence("torch.onnx", "onnxscript", "onnx_ir"):
         program = torch.onnx.export(
             network,
@@ -141,14 +145,6 @@ def _write_onnx(backbone: nn.Module, path: Path, spec: dict[str, Any]) -> None:
     difference = float((torch.from_numpy(given) - expected).abs().max())
     if given.shape != tuple(expected.shape) or not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
         raise RuntimeError(f"The features of the ONNX graph differ from those of the backbone by up to {difference:g}.")
-
-
-def _channels(network: nn.Module, spec: dict[str, Any]) -> int:
-    """Return the number of channels, from the mean or from the first convolution."""
-    if spec["mean"] is not None and len(spec["mean"]) > 1:
-        return len(spec["mean"])
-    convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-    return 3 if convolution is None else convolution.in_channels
 
 
 @contextmanager

@@ -35,6 +35,8 @@ class SelfSupervisedModule(MethodModule):
     lr_rule: ClassVar[str] = "linear"
     views: ClassVar[Callable[..., ViewPolicy]]
     """The published view policy: ``SimCLR.views(224, mean=..., std=...)``."""
+    encodes_whole_images: ClassVar[bool] = True
+    """False if the step output ``"features"`` belongs to images of which patches are masked or left out."""
 
     def __init__(
         self,

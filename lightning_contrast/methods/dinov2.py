@@ -75,6 +75,7 @@ class DINOv2(DistillationModule):
     warms_up_by_step: ClassVar[bool] = True
     backbone: MaskedViT
     momentum_backbone: MaskedViT
+    encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",), "momentum_backbone": ("tokens",)}
     views = staticmethod(dinov2_views)
 
@@ -144,9 +145,9 @@ class DINOv2(DistillationModule):
         self.mask_settings: dict[str, Any] = {"probability": mask_probability, "ratio": mask_ratio}
         head: dict[str, Any] = {"hidden_dim": hidden_dim, "num_prototypes": num_prototypes, "norm_last_layer": False}
         self.projector = projector or build_head("dino", self.feature_dim, bottleneck_dim=bottleneck_dim, **head)
-        if separate_heads and patch_projector is None:
-            patch_projector = build_head("dino", self.feature_dim, bottleneck_dim=patch_bottleneck_dim, **head)
         self.patch_projector = patch_projector
+        if separate_heads and patch_projector is None:
+            self.patch_projector = build_head("dino", self.feature_dim, bottleneck_dim=patch_bottleneck_dim, **head)
         self.momentum_backbone, self.momentum_projector = teacher_of(self.backbone), teacher_of(self.projector)
         self.momentum_patch_projector = teacher_of(self.patch_projector) if self.patch_projector else None
         self.center, self.patch_center = (Center(num_prototypes, center_momentum) for _ in range(2))

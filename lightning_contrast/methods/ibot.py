@@ -72,6 +72,7 @@ class IBOT(DistillationModule):
 
     backbone: MaskedViT
     momentum_backbone: MaskedViT
+    encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",), "momentum_backbone": ("tokens",)}
     views = staticmethod(partial(dino_views, local_views=10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)))
 

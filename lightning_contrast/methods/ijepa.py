@@ -71,6 +71,7 @@ class IJEPA(StretchedModule):
     """
 
     base_lr: ClassVar[float] = 0.000125
+    encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",), "momentum_backbone": ("tokens",)}
     views = staticmethod(ijepa_views)
 

@@ -65,6 +65,7 @@ class MSN(StretchedModule):
     """
 
     base_lr: ClassVar[float] = 0.00025
+    encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",)}
     views = staticmethod(msn_views)
 

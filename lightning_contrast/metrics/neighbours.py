@@ -10,6 +10,9 @@ from lightning_contrast.precision import full_precision
 CHUNK_ELEMENTS = 1 << 25
 """Similarities in memory at a time if no chunk size is given: 128 MiB in float32. Smaller products are slower."""
 
+EPSILON = 1e-5
+"""Added to Euclidean distances before their inverse is the weight of a vote."""
+
 GROUP = 4
 """Columns per group of the tournament in `top_k`."""
 ROWS = 64
@@ -66,6 +69,28 @@ def search(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int | None = No
         part = slice(start, start + len(chunk))
         similarities[part], indices[part] = top_k(torch.mm(chunk, bank.T, out=buffer[: len(chunk)]), k)
     return similarities, indices
+
+
+def search_euclidean(queries: Tensor, bank: Tensor, k: int, *, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Find the rows of the bank with the smallest Euclidean distance to each query.
+
+    Args:
+        queries: Features ``(Q, F)``, floating.
+        bank: Features ``(N, F)``, floating.
+        k: Number of neighbors per query, 1 to N.
+        chunk_size: Queries per chunk; None chooses it.
+
+    Returns:
+        Similarities 1 / (distance + 1e-5), as in solo-learn's ``WeightedKNNClassifier``, ``(Q, k)`` in float32, and row
+        indices in the bank ``(Q, k)``.
+    """
+    rows = max(1, CHUNK_ELEMENTS // len(bank)) if chunk_size is None else chunk_size
+    found = [
+        torch.cdist(chunk.float(), bank.float(), compute_mode="donot_use_mm_for_euclid_dist").topk(k, largest=False)
+        for chunk in torch.split(queries, rows)
+    ]
+    distances, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return 1 / (distances + EPSILON), indices
 
 
 @full_precision

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast.nn.feature_output import FeatureOutput, TokenPooling
 from lightning_contrast.nn.small_vit import SMALL_VIT, small_vit
 from lightning_contrast.nn.stems import use_small_stem, widen_stem
 
@@ -16,6 +17,12 @@ _VIT_NAME = re.compile(r"small_vit$|(vit|deit3?)_(tiny|small|medium|base|large|h
 
 
 SMALL_CONVNET = "small_convnet"
+BUILT_AS = "built_as"
+"""Attribute of a built module: its name (None for a module of the user), stem and arguments, for export."""
+ARCHITECTURE = "architecture"
+"""Key of the same in the file of an exported backbone."""
+PREFIX = "needs_load_backbone."
+"""Prefix of exported weights that another network would accept, and compute other features with."""
 _WIDE_NAME = re.compile(r"resnet(18|34|50|101|152)x(\d+)")
 _STAGE_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -34,11 +41,13 @@ class BackboneOptions(TypedDict, total=False):
         small_images: Use a stem for small images (3x3, stride 1, no max-pool). Default: False.
         feature_dim: Width F of the features; None (default) reads ``num_features`` of the backbone.
         backbone_kwargs: Further arguments of `timm.create_model`, such as ``{"img_size": 32, "patch_size": 4}``.
+        tokens: Pooling of a backbone that returns tokens: "mean", "cls" or None, see `build_backbone`.
     """
 
     small_images: bool
     feature_dim: int | None
     backbone_kwargs: dict[str, Any] | None
+    tokens: TokenPooling
 
 
 def build_backbone(
@@ -47,6 +56,7 @@ def build_backbone(
     small_images: bool = False,
     feature_dim: int | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
+    tokens: TokenPooling = None,
 ) -> Backbone:
     """Return a backbone that maps images ``(B, C, H, W)`` to features ``(B, feature_dim)``.
 
@@ -58,6 +68,8 @@ def build_backbone(
             pixels keep their resolution (see `use_small_stem`).
         feature_dim: Width of the features; None reads it from the module.
         backbone_kwargs: Further arguments of the constructor that ``backbone`` names, such as ``in_chans``.
+        tokens: Pooling of the tokens ``(B, N, F)`` that some networks return: "mean", or "cls" for the first one. Maps
+            are averaged and outputs of the Transformers library are read without it, see `FeatureOutput`.
 
     Returns:
         The module and the width of its features. A convolutional network built from a name is channels-last, with
@@ -83,9 +95,22 @@ def build_backbone(
         feature_dim = read_feature_dim(module)
     if small_images:
         use_small_stem(module)
+    FeatureOutput.attach(module, feature_dim, tokens)
+    if isinstance(backbone, str) or small_images or tokens is not None:
+        settings = {"small_images": small_images, "backbone_kwargs": dict(backbone_kwargs or {}), "tokens": tokens}
+        object.__setattr__(module, BUILT_AS, {"name": backbone if isinstance(backbone, str) else None, **settings})
     if isinstance(backbone, str) and not hasattr(module, "patch_embed"):
         module.to(memory_format=torch.channels_last)  # convolutions run faster
     return Backbone(module, feature_dim)
+
+
+def strip_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return exported weights under the names that they have in the network.
+
+    Args:
+        weights: Tensors of any shape by name.
+    """
+    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
 
 
 def read_feature_dim(module: nn.Module) -> int:
@@ -108,7 +133,11 @@ def read_feature_dim(module: nn.Module) -> int:
         width = getattr(module, name, None)
         if isinstance(width, int) and width > 0:
             return width
-    hint = "Pass `feature_dim`, the width of the features that it returns"
+    config = getattr(module, "config", None)  # of the Transformers library
+    sizes = getattr(config, "hidden_sizes", None) or [getattr(config, "hidden_size", None)]
+    if isinstance(sizes[-1], int):
+        return sizes[-1]
+    hint = "Pass `feature_dim`, the width of the features that it returns without a classifier"
     fail("backbone", "have the width of its features as `num_features`", type(module).__name__, hint)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import fail
-from lightning_contrast.contracts import IMAGE_KEY, Images, is_views, replace_images, split_batch
+from lightning_contrast._checks import require
+from lightning_contrast.contracts import IMAGE_KEY, Images, ImageSource, is_views, replace_images, split_batch
 
 HOOK = "batch_to_device"
 
@@ -82,26 +82,30 @@ def _is_collection(batch: Any) -> bool:
     """Return whether a value is a collection of batches and not one batch."""
     if isinstance(batch, Mapping):
         items = [item for item in batch.values() if item is not None]
-        return IMAGE_KEY not in batch and all(isinstance(item, Mapping | list | tuple) for item in items)
+        batches = all(isinstance(item, Mapping | list | tuple) and not is_views(item) for item in items)
+        return IMAGE_KEY not in batch and batches
     if not isinstance(batch, list | tuple) or hasattr(batch, "_replace"):
         return False
     first = next((item for item in batch if item is not None), None)
     return isinstance(first, Mapping | list | tuple) and not is_views(first)
 
 
-def transform_images(batch: Any, transform: Callable[[Tensor], Images], owner: str) -> Any:
+def transform_images(
+    batch: Any, transform: Callable[[Tensor], Images], views: Callable[[list[Tensor]], Images], source: ImageSource
+) -> Any:
     """Return a copy of the batch with transformed images.
 
     Args:
-        batch: A batch of the contract with a tensor of images.
+        batch: A batch of the contract.
         transform: Function of the images ``(B, C, H, W)``.
-        owner: Name of the callback, for messages.
+        views: Function of given views ``(B, C, h, w)``.
+        source: See ``images`` of `split_batch`.
 
     Raises:
-        TypeError: If the batch already holds views.
+        ValueError: If images of another shape have not one row per label.
     """
-    images, _ = split_batch(batch)
-    if not isinstance(images, Tensor):
-        hint = f"Remove {owner}, or the transform that makes views in the loader"
-        fail("batch", "hold images (B, C, H, W)", f"a list of {len(images)} views", hint, TypeError)
-    return replace_images(batch, transform(images))
+    images, labels = split_batch(batch, source)
+    if isinstance(images, Tensor) and images.ndim != 4 and labels is not None:
+        agrees = images.shape[:1] == labels.shape[:1]
+        require(agrees, "images", "have the shape (B, C, H, W)", tuple(images.shape), "Yield one row per label")
+    return replace_images(batch, transform(images) if isinstance(images, Tensor) else views(images), source)

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
-from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
+from lightning_contrast.runtime.hparams import caller, check_complete, left_out_arguments, settings_as_dicts
+from lightning_contrast.runtime.last_batch import check_last_batch
 from lightning_contrast.runtime.run_length import EpochScheduledModule
 
 
@@ -20,6 +21,10 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
     sharded_methods: ClassVar[dict[str, Sequence[str]]] = {}
     """Methods other than ``forward`` that a step calls, by the name of the submodule that has them."""
     _default_callbacks: list[L.Callback] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        check_complete(inspect.currentframe())
 
     def default_callbacks(self) -> list[L.Callback]:
         """Return new instances of the callbacks that the algorithm needs."""
@@ -41,6 +46,11 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
         if self.trainer.world_size > 1 and has_local_batchnorm(self):
             rank_zero_warn("BatchNorm statistics differ between ranks; set `sync_batchnorm=True` on the Trainer.")
 
+    def on_train_start(self) -> None:
+        """Check what is known of the last batch of an epoch."""
+        super().on_train_start()
+        check_last_batch(self.trainer)
+
     def save_hyperparameters(
         self,
         *args: Any,
@@ -48,8 +58,13 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Save the constructor's plain arguments, and dataclasses as dicts; modules would need unsafe unpickling."""
+        """Save the constructor's plain arguments, and dataclasses as dicts; modules would need unsafe unpickling.
+
+        Instead of a module or a callable, a note is saved, so that `load_from_checkpoint` asks for the argument.
+        """
         frame = frame or caller(inspect.currentframe())
-        ignored = ([ignore] if isinstance(ignore, str) else list(ignore or ())) + unsaved_arguments(frame)
-        super().save_hyperparameters(*args, ignore=ignored, frame=frame, logger=logger)
-        self.hparams.update(settings_as_dicts(frame))
+        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        left_out, settings = left_out_arguments(frame), settings_as_dicts(frame)
+        super().save_hyperparameters(*args, ignore=[*ignored, *left_out], frame=frame, logger=logger)
+        notes = {name: note for name, note in left_out.items() if note is not None and name not in ignored}
+        self.hparams.update(notes | settings)

@@ -436,15 +436,89 @@ def test_rounding_beyond_one_is_no_error():
     assert module.seen["train"]
 
 
-def test_a_loader_that_yields_views_is_refused():
+class Scaled(Policy):
+    """View i is (i + 1) times the images, plus a draw of its own below 0.01."""
+
+    def __init__(self, views):
+        super().__init__()
+        self.views = views
+
+    def forward(self, images):
+        return [images * (i + 1) + torch.rand(()) / 100 for i in range(self.views)]
+
+
+@pytest.mark.parametrize("made", [1, 2])
+def test_given_views_are_augmented_each_by_its_own_draw(made):
+    frames = [FLOATS, FLOATS.flip(0)]
+    data = DataLoader([(frames, LABELS)], batch_size=None)
+    module = Sees()
+    run_fit(module, [ViewAugmentation(Scaled(made))], data, data)
+    ((first, second), labels) = module.seen["train"][0]
+    noise = first - frames[0], second - frames[1] * made  # view i of two, the only view of one
+    assert all(part.min() >= 0 and part.max() < 0.0101 for part in noise)
+    assert all(part.max() - part.min() < 1e-6 for part in noise)  # one draw per view
+    assert noise[0].mean() != noise[1].mean()
+    assert labels is LABELS or torch.equal(labels, LABELS)
+    evaluated = module.seen["val"][-1][0]
+    assert [torch.equal(view, frame / 2) for view, frame in zip(evaluated, frames, strict=True)] == [True, True]
+
+
+def test_given_views_and_another_number_of_views_are_refused():
     data = DataLoader([([FLOATS, FLOATS], LABELS)], batch_size=None)
-    with pytest.raises(TypeError, match=r"`batch` must hold images .*got 'a list of 2 views'.*Remove ViewAugmentation"):
-        run_fit(Sees(), [ViewAugmentation(Policy())], data)
+    with pytest.raises(ValueError, match="`policy` must create 2 views or one, got 3"):
+        run_fit(Sees(), [ViewAugmentation(Scaled(3))], data)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_the_only_view_of_a_policy_is_a_tensor(bare):
+    class One(Policy):
+        def forward(self, images):
+            return images * 2 if bare else [images * 2]
+
+    module = Sees()
+    run_fit(module, [ViewAugmentation(One())], DataLoader([(FLOATS, LABELS)], batch_size=None))
+    assert torch.equal(module.seen["train"][0][0], FLOATS * 2)
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 5, 4, 4), (8, 3, 16), (8, 7)])
+def test_clips_series_and_tables_reach_the_policy(shape):
+    signal = torch.randn(shape) * 300  # no pixels
+    module = Sees()
+    data = DataLoader([(signal, LABELS)], batch_size=None)
+    run_fit(module, [ViewAugmentation(Scaled(2))], data, data)
+    assert [view.shape for view in module.seen["train"][0][0]] == [shape, shape]
+    assert torch.equal(module.seen["val"][-1][0], signal / 2)
+
+
+@pytest.mark.parametrize("source", ["pixels", lambda batch: batch["pixels"]])
+def test_images_under_another_key(source):
+    batch = {"pixels": IMAGES, "depth": IMAGES // 2, "label": LABELS}
+    data = DataLoader([batch], batch_size=None)
+    module = Sees()
+    run_fit(module, [ViewAugmentation(Policy(), images=source)], data, data)
+    seen = module.seen["train"][0]
+    assert seen.keys() == batch.keys()
+    assert [view.shape for view in seen["pixels"]] == [IMAGES.shape] * 2
+    assert torch.equal(seen["depth"], IMAGES // 2)
+    assert torch.equal(module.seen["val"][-1]["pixels"], IMAGES.float() / 510)
+
+
+def test_a_dict_of_views_alone_is_one_batch():
+    data = DataLoader([{"pixels": [FLOATS, FLOATS]}], batch_size=None)
+    module = Sees()
+    run_fit(module, [ViewAugmentation(Policy())], data, data)
+    assert len(module.seen["train"][0]["pixels"]) == len(module.seen["val"][-1]["pixels"]) == 2
+
+
+@pytest.mark.parametrize("images", [1.5, True, ["a"]])
+def test_a_place_of_the_images_is_checked(images):
+    with pytest.raises(TypeError, match="`images` must be None, a str, an int or a callable"):
+        ViewAugmentation(Policy(), images=images)
 
 
 def test_a_batch_without_images_is_named():
-    data = DataLoader([{"pixels": IMAGES, "label": LABELS}], batch_size=None)
-    with pytest.raises(TypeError, match="have the key 'image'"):
+    data = DataLoader([{"pixels": IMAGES, "depth": IMAGES, "label": LABELS}], batch_size=None)
+    with pytest.raises(TypeError, match=r"have the key 'image', or one 4-D tensor .* give `images=`"):
         run_fit(Sees(), [ViewAugmentation(Policy())], data)
 
 
@@ -460,7 +534,7 @@ def test_dataloader_iter_is_refused():
 @pytest.mark.parametrize(
     ("made", "error", "message"),
     [
-        (lambda x: x.float(), TypeError, r"`policy\(images\)` must be a list of views, got 'Tensor'"),
+        (lambda x: {"view": x}, TypeError, r"`policy\(images\)` must be a list of views, got 'dict'"),
         (lambda x: [x.float(), x.float()[:3]], ValueError, r"hold 8 images in each view, got \[8, 3\]"),
     ],
 )

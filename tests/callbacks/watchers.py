@@ -60,7 +60,7 @@ def at_validation(layer: str, pair: str) -> L.Callback:
 
 
 def probe_bytes(width: int) -> int:
-    return 4 * (2 * CLASSES * (width + 1) + 2 * width)
+    return 4 * (3 * CLASSES * (width + 1) + 4 * width)
 
 
 def collapse_bytes(features: int, projections: int) -> int:
@@ -73,10 +73,10 @@ WATCHERS = {
     "OnlineLinearProbe, labelled loader": Watcher(
         several_layers, "several/train_top1", probe_bytes(F) + probe_bytes(D)
     ),
-    "OnlineKNN": Watcher(lambda layer, pair: OnlineKNN(CLASSES, features=layer, k=[1, 5]), "knn/top1"),
-    "OnlineKNN, fresh": Watcher(
-        lambda layer, pair: OnlineKNN(CLASSES, features=layer, k=5, bank="fresh", name="fresh"), "fresh/top1"
+    "OnlineKNN, train": Watcher(
+        lambda layer, pair: OnlineKNN(CLASSES, features=layer, k=[1, 5], bank="train"), "knn/top1"
     ),
+    "OnlineKNN": Watcher(lambda layer, pair: OnlineKNN(CLASSES, features=layer, k=5, name="fresh"), "fresh/top1"),
     "OnlineKNN, labelled loader": Watcher(other_bank, "other/top1"),
     "CollapseMonitor": Watcher(
         lambda layer, pair: CollapseMonitor(layer, projections=pair, every_n_steps=4),

@@ -34,7 +34,7 @@ def test_weights_are_plain_and_carry_the_input(tmp_path):
     net = convnet().to(memory_format=torch.channels_last)
     path = export_backbone(lc.SupCon(net), tmp_path / "new" / "net.pt", input_spec=SPEC)
     saved = torch.load(path, weights_only=True)
-    assert saved.keys() == {"state_dict", "input_spec"}
+    assert saved.keys() == {"state_dict", "input_spec", "architecture", "features"}
     assert saved["input_spec"] == SPEC
     assert all(tensor.is_contiguous() for tensor in saved["state_dict"].values())
     fresh = convnet()
@@ -78,7 +78,8 @@ def test_the_timm_network_of_a_masked_transformer_is_written(tmp_path):
     settings = {"img_size": 16, "patch_size": 8, "depth": 1}
     model = lc.IBOT("test_vit", backbone_kwargs=settings, num_prototypes=8, hidden_dim=8, bottleneck_dim=4)
     for network in (model, model.momentum_backbone):
-        saved = torch.load(export_backbone(network, tmp_path / "vit.pt", input_spec=SPEC), weights_only=True)
+        spec = SPEC | {"size": 16}
+        saved = torch.load(export_backbone(network, tmp_path / "vit.pt", input_spec=spec), weights_only=True)
         timm.create_model("test_vit", num_classes=0, **settings).load_state_dict(saved["state_dict"], strict=True)
 
 

@@ -4,28 +4,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_contrast._checks import fail, require
+from lightning_contrast.callbacks.capture.sampling import SEED, dealing_sampler, draws_whole_set
 from lightning_contrast.distributed import rank, world_size
 from lightning_contrast.seeding import derived_seed, isolated
 
-# Row i of rank r is position i * ranks + r of an order, which is padded with its first rows. Subclasses may differ.
-_SAMPLERS = (DistributedSampler, DistributedSamplerWrapper)
-
-
-SEED = 7
-"""Seed of a loader that has none: its order must not be drawn from the run's generators."""
+BATCH_SIZE = 64
+"""Images per forward pass where a loader with a sampler of batches does not name its batch size."""
 
 
 def check_source(name: str, data: Any) -> None:
@@ -69,6 +60,26 @@ def training_loader(name: str, data: Any, trainer: Any) -> Any:
         return data.train_dataloader()
 
 
+def data_module_loader(trainer: Any) -> Any:
+    """Return the training loader of the run's DataModule, if the Trainer validates or tests without a fit.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        The loader, or None if there is none.
+    """
+    data = trainer.datamodule
+    if trainer.state.fn == "fit" or data is None:
+        return None
+    with isolated(derived_seed(SEED), trainer.strategy.root_device):
+        data.setup("fit")
+        try:
+            return data.train_dataloader()
+        except (NotImplementedError, MisconfigurationException):
+            return None
+
+
 def rank_share(loader: Any) -> Any:
     """Return the loader of one rank: an ordinary DataLoader is divided among the ranks, as Lightning does it.
 
@@ -87,11 +98,13 @@ def rank_share(loader: Any) -> Any:
 
 def like(loader: Any, sampler: Any, *, drop_last: bool) -> DataLoader[Any]:
     """Return a DataLoader over the same dataset, with the same collation and workers, but another sampler."""
-    settings = ("batch_size", "collate_fn", "num_workers", "timeout", "worker_init_fn", "multiprocessing_context")
+    batch_size = loader.batch_size
+    if batch_size is None and loader.batch_sampler is not None:  # a sampler of batches has replaced the batch size
+        batch_size = int(getattr(loader.batch_sampler, "batch_size", BATCH_SIZE))
+    settings = ("collate_fn", "num_workers", "timeout", "worker_init_fn", "multiprocessing_context")
     given = {name: getattr(loader, name) for name in (*settings, "prefetch_factor", "pin_memory")}
-    return DataLoader(
-        loader.dataset, sampler=sampler, drop_last=drop_last, generator=torch.Generator().manual_seed(SEED), **given
-    )
+    generator = torch.Generator().manual_seed(SEED)
+    return DataLoader(loader.dataset, batch_size, sampler=sampler, drop_last=drop_last, generator=generator, **given)
 
 
 class LabeledStream:
@@ -201,14 +214,8 @@ def _is_data_module(data: Any) -> bool:
 
 
 def _is_ordinary(loader: Any) -> bool:
-    """Return whether a loader reads a dataset of known length with one of torch's default samplers."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    sampler = loader.sampler
-    whole = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-    )
-    return whole and type(loader.batch_sampler) is BatchSampler
+    """Return whether a loader reads a whole dataset in batches, and was not divided among the ranks before."""
+    return draws_whole_set(loader) and type(loader.batch_sampler) is BatchSampler and dealing_sampler(loader) is None
 
 
 class SamplerPadding:
@@ -222,7 +229,7 @@ class SamplerPadding:
     """
 
     def __init__(self, loaders: Any) -> None:
-        self._samplers = [_sampler(loader) for loader in tree_leaves(loaders)]
+        self._samplers = [dealing_sampler(loader) for loader in tree_leaves(loaders)]
         self._rows = [0] * len(self._samplers)
 
     def mask(self, loader: int, rows: int) -> Tensor | None:
@@ -244,11 +251,3 @@ class SamplerPadding:
         if (start + rows - 1) * sampler.num_replicas + sampler.rank < total:
             return None
         return torch.arange(start, start + rows) * sampler.num_replicas + sampler.rank < total
-
-
-def _sampler(loader: Any) -> DistributedSampler[Any] | None:
-    """Return the sampler of a loader if its order of rows is known."""
-    batches = getattr(loader, "batch_sampler", None)
-    sampler = batches.sampler if type(batches) is BatchSampler else None
-    deals_in_turn = type(sampler) in _SAMPLERS or getattr(sampler, "deals_in_turn", False)
-    return sampler if deals_in_turn and isinstance(sampler, DistributedSampler) else None

@@ -1,23 +1,24 @@
 """Feature banks of the online k-NN: the newest training features, or features of a set that is encoded on demand."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from lightning_contrast._checks import require
-from lightning_contrast.callbacks.capture.dataloaders import SEED, like
+from lightning_contrast.callbacks.capture.dataloaders import like
 from lightning_contrast.callbacks.capture.features import FeatureHook
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
+from lightning_contrast.callbacks.capture.labels import Source
+from lightning_contrast.callbacks.capture.sampling import SEED, is_map_style, share_of_rank
 from lightning_contrast.distributed import gather, rank, world_size
 from lightning_contrast.seeding import derived_seed, isolated
 
 LabeledFeatures = tuple[Tensor, Tensor]
-"""Features ``(N, F)``, L2-normalized, and their classes ``(N,)``."""
+"""Features ``(N, F)``, float32, and their targets ``(N, ...)``."""
 
 
 class FeatureBuffer:
@@ -59,35 +60,34 @@ class FeatureBuffer:
         return (F.normalize(features.float(), dim=1), labels) if len(labels) else None
 
 
-class EvenSampler(Sampler[int]):
-    """One rank's share of at most ``limit`` rows of a dataset, evenly spaced, in order.
+class EncodedRows(NamedTuple):
+    """Features and targets of a batch of a set that was encoded, for one layer."""
 
-    All ranks get the same number of rows, so that they make the same number of forward passes; the last row may
-    therefore be padding, which ``rows`` does not count.
+    features: Tensor
+    """``(B, F)``, float32."""
+    targets: Tensor
+    """Targets ``(B, ...)``."""
+    valid: Tensor
+    """``(B,)``, bool; False for rows that are left out of a bank."""
+
+
+ReadRows: TypeAlias = Callable[[Tensor, Any, int], EncodedRows]
+"""Gets the features ``(B, F)`` of a layer, the batch on the device, and the index of the layer."""
+
+
+def gathered(batches: Sequence[EncodedRows], device: torch.device) -> LabeledFeatures | None:
+    """Return the valid features ``(N, F)`` of all ranks and their targets ``(N, ...)``, or None if there are none.
 
     Args:
-        total: Rows of the dataset.
-        limit: Maximum number of rows over all ranks.
+        batches: The batches of this rank.
+        device: Device of the result, on which the process group communicates.
     """
-
-    def __init__(self, total: int, limit: int) -> None:
-        count, processes = min(total, limit), world_size()
-        positions = range(rank(), -(-count // processes) * processes, processes)
-        self.rows = sum(position < count for position in positions)
-        self.indices = [position % count * total // count for position in positions]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-def can_share(loader: Any) -> bool:
-    """Return whether `encoded` can divide a loader among the ranks: a DataLoader over a dataset of known length."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    return type(loader.batch_sampler) is BatchSampler
+    width = max([rows.features.shape[1] for rows in batches], default=0)
+    features = [rows.features[rows.valid] for rows in batches] or [torch.zeros(0, width, device=device)]
+    targets = [rows.targets[rows.valid] for rows in batches] or [torch.zeros(0, dtype=torch.int64, device=device)]
+    own = torch.cat(features).to(device), torch.cat(targets).to(device)
+    found, labels = gather(own[0].contiguous()), gather(own[1].contiguous())
+    return (found, labels) if len(labels) else None
 
 
 def encoded(
@@ -95,35 +95,41 @@ def encoded(
     module: Any,
     hooks: Sequence[FeatureHook],
     loader: Any,
-    read: Callable[[Tensor, Any, int], tuple[Tensor, Tensor]],
+    read: ReadRows,
     *,
     limit: int,
-) -> dict[str, FeatureBuffer]:
-    """Encode the images of a loader with the current weights, for each hooked layer.
+    images: Source = None,
+    equal: bool = True,
+) -> dict[str, list[EncodedRows]]:
+    """Encode the images that a loader draws with the current weights in eval mode, for each hooked layer.
 
-    The dataset of an ordinary DataLoader is read once, in order, divided among the ranks. Any other loader is read in
-    full by each rank, which keeps its share of the rows of each batch.
+    Of a DataLoader over a dataset of known length, the rows that its sampler draws are read once each, in order, at
+    most ``limit`` of them, chosen by a fixed seed. Any other loader is read in full by each rank, which keeps its share
+    of the rows of each batch.
 
     Args:
         trainer: The Trainer.
         module: The LightningModule.
         hooks: The attached hooks of the layers.
         loader: Yields labeled batches.
-        read: Gets the features ``(B, F)`` of a layer, the batch on the device and the index of the layer; returns
-            features and classes, -1 for rows that do not vote.
+        read: Reads features and targets, see `ReadRows`.
         limit: Maximum number of images over all ranks.
+        images: Where the images of a batch are, see `find_images`.
+        equal: Whether all ranks have the same loader, see `share_of_rank`.
 
     Returns:
-        The features of this rank by layer.
+        The batches of this rank by layer.
 
     Raises:
         ValueError: If the loader is empty.
     """
     device = trainer.strategy.root_device
-    sampler = EvenSampler(len(loader.dataset), limit) if can_share(loader) and len(loader.dataset) else None
-    if sampler is not None:
-        loader = like(loader, sampler, drop_last=False)
-    kept = {hook.features: FeatureBuffer() for hook in hooks}
+    share = share_of_rank(loader, limit, equal=equal, device=device) if is_map_style(loader) else None
+    reads_batches = share is not None and loader.batch_size is None and loader.batch_sampler is None
+    if share is not None:
+        loader = like(loader, share.indices, drop_last=False)
+    kept: dict[str, list[EncodedRows]] = {hook.features: [] for hook in hooks}
+    rows = items = 0
     with extra_pass(trainer, module, hooks):
         with isolated(derived_seed(SEED), device):
             batches = iter(loader)
@@ -134,13 +140,17 @@ def encoded(
                     kind = type(loader).__name__
                     require(batch_idx > 0, "dataloader", "yield at least one batch", kind, "Check its dataset")
                     break
-                found, batch = encode(trainer, module, hooks, batch)
-            own = slice(rank(), None, world_size()) if sampler is None else slice(None)
+                found, batch = encode(trainer, module, hooks, batch, images)
+            number = len(found[0])
+            items += 1 if reads_batches else number
+            room = limit - rows
+            if share is not None and items > share.rows:  # repetitions, so that all ranks make as many passes
+                room = 0 if reads_batches else min(room, max(0, share.rows - (items - number)))
+            own = slice(rank(), None, world_size()) if share is None else slice(None)
             for index, (hook, of_layer) in enumerate(zip(hooks, found, strict=True)):
-                features, labels = read(of_layer, batch, index)
-                buffer = kept[hook.features]
-                room = (limit if sampler is None else sampler.rows) - buffer.rows
-                buffer.add(features[own][:room], labels[own][:room])
-            if sampler is None and kept[hooks[0].features].rows * world_size() >= limit:
+                part = EncodedRows(*(value[own][:room] for value in read(of_layer, batch, index)))
+                kept[hook.features].append(part)
+            rows += len(kept[hooks[0].features][-1].valid)
+            if share is None and rows * world_size() >= limit:
                 break
     return kept

@@ -98,24 +98,6 @@ class FeatureHook:
         given = self.features in OUTPUT_NAMES and isinstance(outputs, Mapping) and OUTPUT_KEY in outputs
         return given or self._recorded is not None or self._unusable is not None
 
-    def run(self, features: Tensor) -> None:
-        """Apply the layer, which the step did not call, to features of the images.
-
-        Args:
-            features: Input of the layer, ``(B, ...)``.
-
-        Raises:
-            ValueError: If the layer does not accept them.
-        """
-        if self._layer is None:
-            return
-        try:
-            self._layer(features)
-        except RuntimeError as error:
-            hint = "Call it in the validation step, or name another layer"
-            rule = f"name a layer that the step calls, or that takes the features {tuple(features.shape)}"
-            raise ValueError(f"`features` must {rule}, got {self.features!r}. {hint}.") from error
-
     def read(self, module: nn.Module, outputs: Any) -> Tensor:
         """Return the features of the step that has just ended.
 

@@ -1,6 +1,6 @@
 """Additional forward passes of a callback, which leave the run unchanged."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,13 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from lightning_contrast._checks import fail
 from lightning_contrast.callbacks.capture.features import OUTPUT_KEY, OUTPUT_NAMES, FeatureHook, attached_hooks
-from lightning_contrast.contracts import split_batch
+from lightning_contrast.callbacks.capture.labels import Source, find_images
+
+MOMENTUM = "momentum_"
+"""Prefix of the names of a method's momentum modules."""
+
+ORDER = ("backbone", "projector", "predictor")
+"""Names of a method's modules in the order in which its images pass through them."""
 
 
 @contextmanager
@@ -50,46 +56,149 @@ def extra_pass(trainer: Any, module: nn.Module, hooks: Sequence[FeatureHook]) ->
                 layer.reshard()  # a forward pass without backward leaves the outermost parameters unsharded
 
 
-def encode(trainer: Any, module: Any, hooks: Sequence[FeatureHook], batch: Any) -> tuple[list[Tensor], Any]:
-    """Compute the features of a batch, inside `extra_pass`.
-
-    The images are given to the module's ``forward``. Without one, or if it does not accept images (as in a generator),
-    they are given to the submodule that contains the first hooked layer. A hooked layer that neither calls, such as a
-    projector, is applied to the result.
+def encode(
+    trainer: Any, module: Any, hooks: Sequence[FeatureHook], batch: Any, images: Source = None
+) -> tuple[list[Tensor], Any]:
+    """Compute the features of a batch of a loader, inside `extra_pass`.
 
     Args:
         trainer: The Trainer.
         module: The LightningModule.
         hooks: The attached hooks of the layers.
-        batch: A batch of the contract, as its loader gives it; of a list of views the first is used.
+        batch: A batch as its loader gives it.
+        images: Where its images are, see `find_images`.
 
     Returns:
         Features ``(B, F)``, float32, per hook, and the batch on the device.
     """
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-    images, _ = split_batch(batch)
-    images = images if isinstance(images, Tensor) else images[0]
-    with trainer.precision_plugin.forward_context():
-        output = _call(trainer, module, hooks, images)
-        outputs = {OUTPUT_KEY: output} if isinstance(output, Tensor) else None
-        complete(trainer, hooks, outputs)
-    return [hook.read(module, None if hook.called() else outputs) for hook in hooks], batch
+    return encode_images(trainer, module, hooks, find_images(batch, images)), batch
 
 
-def complete(trainer: Any, hooks: Sequence[FeatureHook], outputs: Any) -> None:
-    """Apply the hooked layers that a step did not call to its output ``"features"``, if there is one.
+def encode_images(trainer: Any, module: Any, hooks: Sequence[FeatureHook], images: Tensor) -> list[Tensor]:
+    """Compute the features of images, inside `extra_pass`.
+
+    The images are given to the module's ``forward``. Without one, or if it does not accept images (as in a generator),
+    they are given to the submodule that contains the first hooked layer. A hooked layer that is not called, such as a
+    projector or a momentum network, is reached as `complete` says.
 
     Args:
         trainer: The Trainer.
-        hooks: The attached hooks of the layers, armed.
-        outputs: The step output.
+        module: The LightningModule.
+        hooks: The attached hooks of the layers.
+        images: ``(B, C, H, W)``, on the device.
+
+    Returns:
+        Features ``(B, F)``, float32, per hook.
     """
-    features = outputs.get(OUTPUT_KEY) if isinstance(outputs, dict) else None
+    for hook in hooks:
+        hook.arm(len(images))
+    outputs: dict[str, Any] | None = None
+    known: dict[str, Any] = {}
+    with trainer.precision_plugin.forward_context():
+        if not all(_of_momentum_network(module, hook.features) for hook in hooks):
+            with _outputs_of_backbone(module, known):
+                output = _call(trainer, module, hooks, images)
+            outputs = {OUTPUT_KEY: output} if isinstance(output, Tensor) else None
+        complete(trainer, module, hooks, outputs, lambda: images, known)
+    return [hook.read(module, None if hook.called() else outputs) for hook in hooks]
+
+
+def complete(
+    trainer: Any,
+    module: Any,
+    hooks: Sequence[FeatureHook],
+    outputs: Any,
+    images: Callable[[], Tensor],
+    known: dict[str, Any] | None = None,
+) -> None:
+    """Reach the hooked layers that a step did not call by the modules before them.
+
+    The input of a layer is known by its name: a projector takes the output of the backbone, a predictor that of the
+    projector, and ``momentum_projector`` that of ``momentum_backbone``, which takes the images. No other layer is
+    called, whatever the width of its input: a layer fits many inputs that are not its own.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        hooks: The attached hooks of the layers, armed.
+        outputs: The step output, whose ``"features"`` are the output of the backbone.
+        images: Returns the images of the step, ``(B, C, H, W)``.
+        known: Outputs of direct submodules by name; None takes the backbone's from ``outputs``.
+
+    Raises:
+        ValueError: If a layer does not accept the output of the module before it.
+    """
     left_out = [hook for hook in hooks if not hook.called(outputs)]
-    if isinstance(features, Tensor) and left_out:
-        with _full_parameters(trainer.strategy.model):
-            for hook in left_out:
-                hook.run(features)
+    if not left_out:
+        return
+    features = outputs.get(OUTPUT_KEY) if isinstance(outputs, dict) else None
+    if known is None:
+        known = {"backbone": features} if isinstance(features, Tensor) and features.ndim == 2 else {}
+    with _full_parameters(trainer.strategy.model):
+        for hook in left_out:
+            _follow(module, hook, images, known)
+
+
+def _follow(module: Any, hook: FeatureHook, images: Callable[[], Tensor], known: dict[str, Any]) -> None:
+    """Call the modules from the images to a layer, as far as their outputs are not known."""
+    path = path_to(module, hook.features)
+    value: Any = None
+    for place, name in enumerate(path):
+        if name in known and place < len(path) - 1:
+            value = known[name]
+            continue
+        given = images() if place == 0 else value
+        try:
+            value = known[name] = getattr(module, name)(given)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            source = "the images" if place == 0 else f"the output of {path[place - 1]!r}"
+            rule = f"name a layer that the step calls, or that takes {source} {tuple(given.shape)}"
+            hint = "Call it in the validation step, or name another layer"
+            raise ValueError(f"`features` must {rule}, got {hook.features!r}. {hint}.") from error
+
+
+def path_to(module: Any, layer: str) -> list[str]:
+    """Return the direct submodules that lead from the images to a layer, by the names that methods give them.
+
+    Args:
+        module: The LightningModule.
+        layer: Name of the layer.
+
+    Returns:
+        Names in the order of their calls, such as ``["momentum_backbone", "momentum_projector"]``; empty if unknown.
+    """
+    top = layer.split(".", maxsplit=1)[0]
+    plain = top.removeprefix(MOMENTUM)
+    prefix = top[: len(top) - len(plain)]
+    if plain not in ORDER:
+        return []
+    path = [prefix + name for name in ORDER[: ORDER.index(plain) + 1]]
+    return path if all(isinstance(getattr(module, name, None), nn.Module) for name in path) else []
+
+
+def _of_momentum_network(module: Any, layer: str) -> bool:
+    return layer.startswith(MOMENTUM) and bool(path_to(module, layer))
+
+
+@contextmanager
+def _outputs_of_backbone(module: Any, known: dict[str, Any]) -> Iterator[None]:
+    """Keep the output of the backbone in a forward pass, for the layers after it."""
+    backbone = getattr(module, ORDER[0], None)
+    if not isinstance(backbone, nn.Module):
+        yield
+        return
+
+    def keep(layer: nn.Module, given: Any, output: Any) -> None:
+        known[ORDER[0]] = output
+
+    handle = backbone.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _full_parameters(root: Any) -> AbstractContextManager[Any]:
@@ -115,16 +224,11 @@ def _call(trainer: Any, module: Any, hooks: Sequence[FeatureHook], images: Tenso
         names = " or ".join(map(repr, OUTPUT_NAMES))
         hint = f"Define `forward(images)` in the module, or name a layer other than {names}"
         fail("features", "be computed by `forward` or a submodule", layer, hint)
-    _arm(hooks, images)
     try:
         return entries[0](images)
     except (RuntimeError, TypeError) as error:
         if len(entries) == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
-        _arm(hooks, images)
+        for hook in hooks:
+            hook.arm(len(images))
         return entries[1](images)
-
-
-def _arm(hooks: Sequence[FeatureHook], images: Tensor) -> None:
-    for hook in hooks:
-        hook.arm(len(images))

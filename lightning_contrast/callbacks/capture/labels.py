@@ -1,16 +1,94 @@
-"""Look-up and checks of the labels of a batch."""
+"""Look-up and checks of the labels and the images of a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import fail, require
 from lightning_contrast.contracts import split_batch
 
-Labels: TypeAlias = str | int | Callable[[Any], Tensor] | None
+Source: TypeAlias = str | int | Callable[[Any], Tensor] | None
+"""Where the labels or images of a batch are: the batch contract, a key, an index, or a function of the batch."""
+
+Labels: TypeAlias = Source
 """Where the labels of a batch are, see `find_labels`."""
+
+
+class UnreadableBatchError(TypeError):
+    """A batch does not hold images where they are looked up."""
+
+
+def check_place(name: str, source: Any) -> None:
+    """Check that an argument names a place in a batch.
+
+    Args:
+        name: Name of the argument: ``"labels"`` or ``"images"``.
+        source: Its value, see `Source`.
+
+    Raises:
+        TypeError: If it is neither None, a str, an int nor a callable.
+    """
+    if not (source is None or isinstance(source, str | int) or callable(source)) or isinstance(source, bool):
+        hint = f"Give the key or the index of the {name} in a batch, or a function of the batch"
+        fail(name, "be None, a str, an int or a callable", source, hint, TypeError)
+
+
+def find_images(batch: Any, source: Source = None) -> Tensor:
+    """Look up the images of a batch; of a list of views, the first.
+
+    Args:
+        batch: A batch of the loader, with images or with views.
+        source: None follows the batch contract, a str is the key of a dict batch, an int the index into a tuple or list
+            batch, a callable is applied to the whole batch.
+
+    Returns:
+        ``(B, ...)``.
+
+    Raises:
+        UnreadableBatchError: If there are no images.
+    """
+    try:
+        found = split_batch(batch, source)[0]
+    except TypeError as error:
+        raise UnreadableBatchError(f"{error} Name the place of the images with `images=`.") from error
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def find_pictures(batch: Any, source: Source = None) -> list[Tensor]:
+    """Look up the images or views of a batch that can be shown.
+
+    Args:
+        batch: A batch of the loader, with images or with views.
+        source: As for `find_images`.
+
+    Returns:
+        The images ``(B, C, H, W)`` as the only item, or the views, each ``(B, C, h, w)``.
+
+    Raises:
+        UnreadableBatchError: If there are none.
+    """
+    try:
+        found = split_batch(batch, source)[0]
+    except TypeError as error:
+        raise UnreadableBatchError(f"{error} Name the place of the images with `images=`.") from error
+    for each in [found] if isinstance(found, Tensor) else found:
+        if each.ndim != 4:
+            hint = "Name the place of the images with `images=`"
+            fail("batch", "contain images (B, C, H, W)", tuple(each.shape), hint, UnreadableBatchError)
+    return [found] if isinstance(found, Tensor) else found
+
+
+def warn_unreadable(owner: Any, error: UnreadableBatchError) -> None:
+    """Warn that a callback cannot read a batch and logs nothing from here on.
+
+    Args:
+        owner: The callback.
+        error: What is wrong.
+    """
+    rank_zero_warn(f"{type(owner).__name__} `{owner.name}` logs nothing, because it cannot read a batch: {error}")
 
 
 def find_labels(batch: Any, source: Labels, owner: str) -> Any:

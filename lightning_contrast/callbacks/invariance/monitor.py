@@ -11,10 +11,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail, require
-from lightning_contrast.callbacks.capture.dataloaders import SEED, check_source, like, training_loader
-from lightning_contrast.callbacks.capture.feature_bank import can_share
+from lightning_contrast.callbacks.capture.dataloaders import check_source, like, training_loader
 from lightning_contrast.callbacks.capture.features import FeatureHook, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
+from lightning_contrast.callbacks.capture.labels import (
+    Source,
+    UnreadableBatchError,
+    check_place,
+    find_pictures,
+    warn_unreadable,
+)
+from lightning_contrast.callbacks.capture.sampling import SEED, drawn_rows, is_map_style
 from lightning_contrast.callbacks.invariance.perturbations import (
     Changes,
     changed,
@@ -24,7 +31,7 @@ from lightning_contrast.callbacks.invariance.perturbations import (
 )
 from lightning_contrast.callbacks.invariance.report import Curves, draw_curves, mean_of, summarize
 from lightning_contrast.callbacks.reporting import log_values, picture_of, publish
-from lightning_contrast.contracts import TOLERANCE, replace_images, split_batch
+from lightning_contrast.contracts import TOLERANCE, replace_images
 from lightning_contrast.seeding import derived_seed, isolated
 
 CHUNK = 256
@@ -55,7 +62,9 @@ class InvarianceMonitor(L.Callback):
 
     Args:
         features: As for `OnlineLinearProbe`.
-        images: Images to use, uint8 or float in 0..1, ``(N, C, H, W)``, N >= 2.
+        images: Images to use, uint8 or float in 0..1, ``(N, C, H, W)``, N >= 2. Or where they are in the batches of a
+            loader: the key of a dict batch, the index into a tuple or list, or a function that returns a part of the
+            batch; None follows the batch contract. If a batch has none, the callback warns once and logs nothing.
         dataloader: Loader over a dataset of known length, or a DataModule whose training loader is used. None, without
             ``images``: the first validation loader.
         changes: Names of perturbations: "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "crop",
@@ -82,7 +91,7 @@ class InvarianceMonitor(L.Callback):
         self,
         features: str = "backbone",
         *,
-        images: Tensor | None = None,
+        images: Tensor | Source = None,
         dataloader: Any = None,
         changes: Changes = None,
         samples: int = 128,
@@ -98,16 +107,16 @@ class InvarianceMonitor(L.Callback):
         require((mean is None) == (std is None), "mean", "be given with `std`", (mean, std), "Give both, or neither")
         require(std is None or min(std) > 0, "std", "be > 0", std, "Give the standard deviation of each channel")
         check_word("name", name)
-        if images is not None and not isinstance(images, Tensor):
-            hint = "Give a loader or DataModule as `dataloader=`"
-            fail("images", "be a tensor", type(images).__name__, hint, TypeError)
-        if images is not None:
+        if not isinstance(images, Tensor):
+            check_place("images", images)
+        else:
             hint = "Stack images of one size"
             require(images.ndim == 4 and len(images) >= 2, "images", "be (N, C, H, W)", tuple(images.shape), hint)
             require(dataloader is None, "images", "be given without `dataloader`", "both", "Give one of them")
         if dataloader is not None:
             check_source("dataloader", dataloader)
         self.images, self.dataloader = images, dataloader
+        self._source: Source = None if isinstance(images, Tensor) else images
         self.samples, self.every_n_epochs = samples, every_n_epochs
         self.changes, self.name, self.png_dir = chosen_changes(changes), name, png_dir
         self.mean, self.std = mean, std
@@ -117,7 +126,7 @@ class InvarianceMonitor(L.Callback):
         self._hook = FeatureHook(features, tokens)
         self._batches: list[Any] | None = None
         self._measured: int | None = None
-        self._warned = False
+        self._warned = self._unreadable = False
 
     @property
     def state_key(self) -> str:
@@ -131,6 +140,7 @@ class InvarianceMonitor(L.Callback):
         self._batches = None
         if stage == "fit":
             self.first, self.curves, self.summary, self._measured, self._warned = {}, {}, "", None, False
+            self._unreadable = False
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach the feature hook; layers exist in their final, wrapped form only from here on."""
@@ -186,7 +196,7 @@ class InvarianceMonitor(L.Callback):
 
     @property
     def _has_images(self) -> bool:
-        return self.images is not None or self.dataloader is not None
+        return isinstance(self.images, Tensor) or self.dataloader is not None
 
     def _close(self) -> None:
         self._hook.detach()
@@ -194,6 +204,8 @@ class InvarianceMonitor(L.Callback):
 
     def _is_due(self, trainer: Any) -> bool:
         epoch = int(trainer.current_epoch)
+        if self._unreadable:
+            return False
         if trainer.state.fn != "fit":
             return True
         last = trainer.max_epochs is not None and epoch + 1 == trainer.max_epochs
@@ -204,11 +216,9 @@ class InvarianceMonitor(L.Callback):
         """Measure and log all perturbations, with equal results on all ranks."""
         device = trainer.strategy.root_device
         with isolated(derived_seed(SEED), device):
-            if self._batches is None:
-                self._batches = self._read(trainer)
-                for batch in self._batches:
-                    self._check_values(batch)
-            channels = _images_of(self._batches[0]).shape[1]
+            if self._batches is None and not self._open(trainer):
+                return
+            channels = self._images_of((self._batches or [])[0]).shape[1]
             changes = fitting_changes(self.changes, channels)
             curves: Curves = {}
             with extra_pass(trainer, pl_module, [self._hook]):
@@ -227,15 +237,28 @@ class InvarianceMonitor(L.Callback):
             values |= {f"{self.name}/{name}/{strength:g}": value for strength, value in curve}
         log_values(trainer, pl_module, values, on_epoch=True)
 
+    def _open(self, trainer: Any) -> bool:
+        """Read and check the images; return False, after a warning, if a batch has none."""
+        try:
+            batches = self._read(trainer)
+            for batch in batches:
+                self._check_values(batch)
+        except UnreadableBatchError as error:
+            self._unreadable = True
+            warn_unreadable(self, error)
+            return False
+        self._batches = batches
+        return True
+
     def _encode(self, trainer: Any, pl_module: Any, change: Any, strength: float) -> Tensor:
         """Return the features of all images, perturbed unless ``change`` is None, ``(N, F)``."""
         found = []
         for batch in self._batches or []:
-            images = _images_of(batch).to(trainer.strategy.root_device)
+            images = self._images_of(batch).to(trainer.strategy.root_device)
             if change is not None:
                 images = self._from_pixels(changed(self._to_pixels(images), change, strength), images)
-            given = images if isinstance(batch, Tensor) else replace_images(batch, images)
-            features, _ = encode(trainer, pl_module, [self._hook], given)
+            given = images if isinstance(batch, Tensor) else replace_images(batch, images, self._source)
+            features, _ = encode(trainer, pl_module, [self._hook], given, self._source)
             found.append(features[0])
         return torch.cat(found)
 
@@ -267,31 +290,32 @@ class InvarianceMonitor(L.Callback):
         return torch.tensor(list(mean), device=device).view(shape), torch.tensor(list(std), device=device).view(shape)
 
     def _check_values(self, batch: Any) -> None:
-        low, high = (float(bound) for bound in torch.aminmax(self._to_pixels(_images_of(batch))))
+        low, high = (float(bound) for bound in torch.aminmax(self._to_pixels(self._images_of(batch))))
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
             hint = "Give the `mean` and `std` used by the loader, or `images=` in 0..1"
             fail("images", "be in 0..1", (low, high), hint)
 
+    def _images_of(self, batch: Any) -> Tensor:
+        return find_pictures(batch, None if isinstance(batch, Tensor) else self._source)[0]
+
     def _read(self, trainer: Any) -> list[Any]:
         """Return batches of the fixed images, equal on all ranks."""
-        if self.images is not None:
+        if isinstance(self.images, Tensor):
             return list(torch.split(self.images[_spread(len(self.images), self.samples)], CHUNK))
         own = self.dataloader
         loader = trainer.val_dataloaders if own is None else training_loader("dataloader", own, trainer)
         while isinstance(loader, list | tuple | dict):
             loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
-        if not can_share(loader) or len(loader.dataset) < 2:
+        if not is_map_style(loader) or len(loader.dataset) < 2:
             rule = "be a DataLoader over a dataset of known length with at least two images"
-            fail("dataloader", rule, type(loader).__name__, "Give `images=`, a tensor (N, C, H, W)", TypeError)
-        return list(like(loader, _spread(len(loader.dataset), self.samples), drop_last=False))
+            fail(
+                "dataloader", rule, type(loader).__name__, "Give `images=`, a tensor (N, C, H, W)", UnreadableBatchError
+            )
+        rows = drawn_rows(loader)
+        return list(like(loader, [rows[i] for i in _spread(len(rows), self.samples)], drop_last=False))
 
 
 def _spread(total: int, samples: int) -> list[int]:
     """Return at most ``samples`` indices, evenly spread over a dataset of ``total`` images."""
     count = min(total, samples)
     return [place * total // count for place in range(count)]
-
-
-def _images_of(batch: Any) -> Tensor:
-    images, _ = split_batch(batch)
-    return images if isinstance(images, Tensor) else images[0]

@@ -7,15 +7,41 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import check_word, fail, require
-from lightning_contrast.callbacks.capture.dataloaders import SamplerPadding
+from lightning_contrast._checks import check_at_least, check_choice, check_word, fail, require
+from lightning_contrast.callbacks.capture.dataloaders import (
+    SamplerPadding,
+    check_source,
+    data_module_loader,
+    training_loader,
+)
+from lightning_contrast.callbacks.capture.feature_bank import EncodedRows, LabeledFeatures, encoded, gathered
 from lightning_contrast.callbacks.capture.features import FeatureHook, warn_of_nan
-from lightning_contrast.callbacks.capture.forward_pass import complete
-from lightning_contrast.callbacks.capture.labels import Labels, find_labels
+from lightning_contrast.callbacks.capture.forward_pass import MOMENTUM, complete, encode_images, extra_pass
+from lightning_contrast.callbacks.capture.labels import (
+    Labels,
+    Source,
+    UnreadableBatchError,
+    check_place,
+    find_images,
+    find_labels,
+)
+from lightning_contrast.callbacks.capture.sampling import SEED, is_map_style
 from lightning_contrast.callbacks.probes.metrics import Scores
-from lightning_contrast.callbacks.probes.tasks import Task
+from lightning_contrast.callbacks.probes.tasks import ClassTask, Task
+from lightning_contrast.contracts import is_views
+from lightning_contrast.seeding import derived_seed, isolated
+
+MAX_BANK = 65_536
+"""Default of ``max_bank``: the whole set of CIFAR-10, a twentieth of ImageNet."""
+
+WHOLE_IMAGES = "encodes_whole_images"
+"""Attribute of a module; False if its step output ``"features"`` belongs to parts of the images."""
+
+TOLERANCE = 0.05
+"""Largest relative difference between the features of a validation step and those of a bank of the same images."""
 
 
 class BatchSource(Enum):
@@ -51,18 +77,40 @@ class OnlineProbe(L.Callback):
         features: One or several names of layers, see `FeatureHook`.
         labels: Where the labels are: None follows the batch contract, a str is the key of a dict batch, an int the
             index into a tuple or list batch, a callable is applied to the whole batch.
+        images: Where the images are, in the same way.
         name: Prefix of the log keys.
         tokens: Pooling of token sequences, see `FeatureHook`.
+        bank: "fresh" compares with images that are encoded at validation, "train" with what the steps gave.
+        max_bank: Maximum number of images of a bank over all ranks, >= 1.
+        dataloader: Source of labeled images instead of the run's training loader, or None.
 
     Raises:
-        TypeError: If ``labels`` or ``features`` have the wrong type.
-        ValueError: If ``name`` is empty, or layers are missing or repeated.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or layers are missing or repeated.
     """
 
-    def __init__(self, task: Task, *, features: str | Sequence[str], labels: Labels, name: str, tokens: str) -> None:
-        if not (labels is None or isinstance(labels, str | int) or callable(labels)) or isinstance(labels, bool):
-            hint = "Give the key or the index of the labels in a batch, or a function of the batch"
-            fail("labels", "be None, a str, an int or a callable", labels, hint, TypeError)
+    def __init__(
+        self,
+        task: Task,
+        *,
+        features: str | Sequence[str],
+        labels: Labels,
+        images: Source,
+        name: str,
+        tokens: str,
+        bank: str,
+        max_bank: int,
+        dataloader: Any,
+    ) -> None:
+        check_place("labels", labels)
+        check_place("images", images)
+        if not isinstance(bank, str):
+            fail("bank", 'be "train" or "fresh"', type(bank).__name__, "Give a loader as `dataloader`", TypeError)
+        check_choice("bank", bank, ("train", "fresh"))
+        check_at_least("max_bank", max_bank, 1)
+        if dataloader is not None:
+            check_source("dataloader", dataloader)
+        self.images, self.bank, self.max_bank, self.dataloader = images, bank, max_bank, dataloader
         check_word("name", name)
         self.task, self.num_classes, self.labels, self.name = task, task.outputs, labels, name
         self.layers = tuple(features) if isinstance(features, list | tuple) else (features,)
@@ -74,6 +122,20 @@ class OnlineProbe(L.Callback):
         self._scores: dict[int, dict[str, Scores]] = {}
         self._padding = SamplerPadding([])
         self._warned = False
+        self._said: set[str] = set()
+        self._loader: Any = None
+        self._trained_on: Any = None  # which a test after the fit encodes
+        self._ready = self._compared = False
+        self._banks: dict[str, LabeledFeatures | None] = {}
+
+    @property
+    def encodes(self) -> bool:
+        """Whether validation compares with a bank of images that is encoded then."""
+        return self.bank == "fresh"
+
+    @abstractmethod
+    def judge_with(self, trainer: Any, pl_module: Any) -> None:
+        """Prepare `predict` for an evaluation, before its first batch and with the weights that its batches see."""
 
     @abstractmethod
     def learn(self, step: Step) -> None:
@@ -95,20 +157,54 @@ class OnlineProbe(L.Callback):
         if any(other.name == self.name for other in others):
             fail("name", "differ between the probes of a Trainer", self.name, 'Give one of them another, `name="..."`')
         self._checked.clear()
-        self._warned = False
+        self._said.clear()
+        self._warned = self._compared = False
+        self._loader = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the layers, which every strategy has created and wrapped by now."""
+        """Hook the layers, which every strategy has created and wrapped by now.
+
+        Raises:
+            ValueError: If ``bank="train"`` would hold features that validation does not have.
+        """
         self._attach(pl_module)
+        self._check_classes(trainer)
+        if not self.encodes and self.dataloader is None:
+            hint = 'Use `bank="fresh"`, which encodes whole images'
+            whole = getattr(pl_module, WHOLE_IMAGES, True)
+            kind = type(pl_module).__name__
+            require(whole, "bank", f'not be "train" for {kind}, whose steps encode parts of images', "train", hint)
+            teacher = [layer for layer in self.layers if layer.startswith(MOMENTUM)]
+            rule = 'name no momentum network with `bank="train"`: its rows in a step may be those of other images'
+            require(not teacher, "features", rule, teacher, 'Use `bank="fresh"`')
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warn of what keeps a bank from being encoded, or from being comparable with validation."""
+        self._trained_on = trainer.train_dataloader
+        if self.encodes:
+            self._source(trainer)
+            given = [c for c in trainer.callbacks if getattr(c, "evaluate", True) is False and hasattr(c, "policy")]
+            if given and self.dataloader is None:
+                self.say_once(
+                    f"`{type(given[0]).__name__}(evaluate=False)` leaves the images of the bank as the training loader "
+                    "yields them; validation images must be prepared in the same way. Else give a `dataloader`."
+                )
+        elif any(base.__name__ == "WeightAveraging" for c in trainer.callbacks for base in type(c).__mro__):
+            self.say_once(
+                'with `bank="train"` it compares features of the training weights with those of the averaged weights '
+                'that validation uses. Use `bank="fresh"`.'
+            )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Read the labels and arm the hooks."""
-        self._expect(batch, BatchSource.TRAINING)
+        self._batch_targets = None
+        if getattr(pl_module, WHOLE_IMAGES, True):
+            self._expect(batch, BatchSource.TRAINING)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Learn from the step, outside autocast and after the optimizer step."""
         with torch.no_grad():
-            for step in self._take(trainer, pl_module, outputs, BatchSource.TRAINING, batch_idx):
+            for step in self._take(trainer, pl_module, outputs, batch, BatchSource.TRAINING, batch_idx):
                 self.learn(step)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -125,19 +221,22 @@ class OnlineProbe(L.Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Read the labels and arm the hooks."""
+        if not trainer.sanity_checking:
+            self._prepare(trainer, pl_module)
         self._expect(batch, BatchSource.VALIDATION)
 
     def on_test_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Read the labels and arm the hooks."""
+        self._prepare(trainer, pl_module)
         self._expect(batch, BatchSource.TEST)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Update the metrics; the sanity check only checks that there are features and labels."""
-        taken = self._take(trainer, pl_module, outputs, BatchSource.VALIDATION, batch_idx)
+        taken = self._take(trainer, pl_module, outputs, batch, BatchSource.VALIDATION, batch_idx)
         if not trainer.sanity_checking:
             self._count(dataloader_idx, taken)
 
@@ -145,7 +244,7 @@ class OnlineProbe(L.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Update the metrics."""
-        self._count(dataloader_idx, self._take(trainer, pl_module, outputs, BatchSource.TEST, batch_idx))
+        self._count(dataloader_idx, self._take(trainer, pl_module, outputs, batch, BatchSource.TEST, batch_idx))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log ``<name>/top1`` and the other metrics, before ModelCheckpoint and EarlyStopping read them."""
@@ -155,6 +254,14 @@ class OnlineProbe(L.Callback):
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log ``<name>/test_top1`` and the other metrics."""
         self._log_scores(pl_module, "test_")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Free the bank."""
+        self._banks = {}
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Free the bank."""
+        self._banks = {}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Remove the hooks."""
@@ -185,19 +292,50 @@ class OnlineProbe(L.Callback):
             self.task.check(targets)
         return targets
 
-    def _take(self, trainer: Any, pl_module: Any, outputs: Any, source: BatchSource, batch_idx: int) -> list[Step]:
+    def _take(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, source: BatchSource, batch_idx: int
+    ) -> list[Step]:
         """Return the features and targets of a step, per layer; empty if the step had no labels."""
         targets, self._batch_targets = self._batch_targets, None
         if targets is None:
             return []
-        hooks = list(self._hooks.values())
-        if source is not BatchSource.TRAINING:
+        hooks = self._hooks
+        if source is BatchSource.TRAINING and self.encodes:  # a layer that the steps do not call is judged by its bank
+            hooks = {layer: hook for layer, hook in hooks.items() if self._learns_in_steps(hook, outputs)}
+        elif source is not BatchSource.TRAINING:
             with trainer.precision_plugin.forward_context(), torch.no_grad():
-                complete(trainer, hooks, outputs)
-        features = [hook.read(pl_module, outputs) for hook in hooks]
-        steps = [self._step(*pair, targets, source, batch_idx) for pair in zip(self.layers, features, strict=True)]
+                complete(trainer, pl_module, list(hooks.values()), outputs, lambda: find_images(batch, self.images))
+        features = {layer: hook.read(pl_module, outputs) for layer, hook in hooks.items()}
+        steps = [self._step(layer, found, targets, source, batch_idx) for layer, found in features.items()]
+        if source is not BatchSource.TRAINING and self.encodes and not self._compared:
+            self._compare(trainer, pl_module, batch, list(features.values()))
         self._checked.add(source)
         return steps
+
+    def _learns_in_steps(self, hook: FeatureHook, outputs: Any) -> bool:
+        return hook.called(outputs) and not hook.features.startswith(MOMENTUM)
+
+    def _compare(self, trainer: Any, pl_module: Any, batch: Any, features: list[Tensor]) -> None:
+        """Check once that the features of an evaluation step are those of the pass that encodes the bank."""
+        self._compared = True
+        hooks, device = list(self._hooks.values()), trainer.strategy.root_device
+        try:
+            images = find_images(batch, self.images)
+        except UnreadableBatchError as error:
+            self.say_once(f"{error}")
+            return
+        with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED), device):
+            again = encode_images(trainer, pl_module, hooks, images)
+        for layer, step, other in zip(self.layers, features, again, strict=True):
+            widths = (step.shape[1], other.shape[1])
+            hint = "Name a layer that `forward` and the validation step both call"
+            require(widths[0] == widths[1], "features", "be as wide at validation as in the bank", widths, hint)
+            if len(step) == 0 or not (step.isfinite().all() and other.isfinite().all()):
+                continue
+            difference = float((step - other).norm() / step.norm().clamp(min=torch.finfo(step.dtype).tiny))
+            rule = f"be the same in the validation step as in `forward`, which encodes the bank ({layer!r})"
+            hint += ', or use `bank="train"`'
+            require(difference < TOLERANCE, "features", rule, f"a relative difference of {difference:.2g}", hint)
 
     def _step(
         self, layer: str, features: Tensor, targets: Tensor, source: BatchSource, batch_idx: int | None = None
@@ -214,10 +352,94 @@ class OnlineProbe(L.Callback):
         features = features.masked_fill(~finite.unsqueeze(1), 0.0)
         return Step(features, targets, valid, finite, layer)
 
+    # The bank of an evaluation.
+
+    def say_once(self, text: str) -> None:
+        """Warn on rank 0, once in a run, with the name of the probe."""
+        if text not in self._said:
+            self._said.add(text)
+            rank_zero_warn(f"`{self.name}`: {text}")
+
+    def _check_classes(self, trainer: Any) -> None:
+        given = getattr(trainer.datamodule, "num_classes", None)
+        own = isinstance(self.task, ClassTask) and self.labels is None and self.dataloader is None
+        if own and isinstance(given, int) and self.num_classes > given:
+            kind = type(trainer.datamodule).__name__
+            self.say_once(f"`num_classes` is {self.num_classes}, and {kind} has {given} classes.")
+
+    def _prepare(self, trainer: Any, pl_module: Any) -> None:
+        if not self._ready:
+            self._ready = True
+            self.judge_with(trainer, pl_module)
+
+    def _source(self, trainer: Any) -> tuple[Any, bool] | None:
+        """Return the loader of the bank and whether all ranks have the same; None, with a warning, if there is none."""
+        if self._loader is None and self.dataloader is not None:
+            self._loader = training_loader("dataloader", self.dataloader, trainer), True
+        if self._loader is None:
+            loader = self._trained_on if trainer.train_dataloader is None else trainer.train_dataloader
+            equal = loader is None  # a DataModule's, which Lightning has not divided among the ranks
+            loader = data_module_loader(trainer) if equal else loader
+            if loader is None:
+                self.say_once(
+                    "there is no training set to encode for a bank. Pass the `datamodule` to the Trainer, or give a "
+                    "loader of labeled images as `dataloader`."
+                )
+            elif not is_map_style(loader):
+                self.say_once(
+                    f"the training loader, a {type(loader).__name__}, has no dataset of known length to encode for a "
+                    "bank. Give a loader of labeled images as `dataloader`."
+                )
+            else:
+                self._loader = loader, equal
+        return self._loader  # type: ignore[no-any-return]  # a pair
+
+    def _encode_bank(self, trainer: Any, pl_module: Any) -> None:
+        """Encode the bank of each layer, unless another probe has just done so, and gather it on all ranks."""
+        self._banks = self._shared_banks(trainer)
+        hooks = [hook for layer, hook in self._hooks.items() if layer not in self._banks]
+        source = self._source(trainer) if hooks else None
+        if source is None:
+            return
+        loader, equal = source
+        self._checked.discard(BatchSource.BANK)
+
+        def read(features: Tensor, batch: Any, layer: int) -> EncodedRows:
+            if is_views(batch[0] if isinstance(batch, list | tuple) and batch else None):
+                self.say_once("the loader of the bank yields views, so the bank holds augmented images.")
+            targets = self._targets_of(batch, BatchSource.BANK)
+            step = self._step(hooks[layer].features, features, targets, BatchSource.BANK)
+            self._checked.add(BatchSource.BANK)
+            return EncodedRows(step.features, step.labels, step.valid)
+
+        try:
+            parts = encoded(
+                trainer, pl_module, hooks, loader, read, limit=self.max_bank, images=self.images, equal=equal
+            )
+        except UnreadableBatchError as error:
+            self.say_once(f"{error}")
+            return
+        self._banks |= {layer: gathered(part, pl_module.device) for layer, part in parts.items()}
+        if not any(self._banks.values()):
+            self.say_once("no image of the bank has a label and finite features.")
+
+    def _shared_banks(self, trainer: Any) -> dict[str, LabeledFeatures | None]:
+        """Return the banks that other probes have encoded for this evaluation from the same images and labels."""
+        found: dict[str, LabeledFeatures | None] = {}
+        for other in trainer.callbacks:
+            if isinstance(other, OnlineProbe) and other is not self and other._bank_key() == self._bank_key():
+                found |= {layer: bank for layer, bank in other._banks.items() if layer in self._hooks}
+        return found
+
+    def _bank_key(self) -> tuple[Any, ...]:
+        place = (self.labels, self.images, id(self.dataloader), self.max_bank, self.encodes)
+        return (*place, type(self.task), self.num_classes, *{hook.tokens for hook in self._hooks.values()})
+
     # Metrics at validation and test.
 
     def _begin(self, pl_module: Any, batches: Sequence[int | float], loaders: Any) -> None:
         """Create new metrics: the states of the last ones may be inference tensors."""
+        self._ready, self._banks = False, {}
         self._padding = SamplerPadding(loaders)
         self._scores = {
             i: {layer: self.new_scores(pl_module.device) for layer in self.layers}
@@ -237,16 +459,22 @@ class OnlineProbe(L.Callback):
 
     def _log_scores(self, pl_module: Any, prefix: str) -> None:
         scores, self._scores = self._scores, {}
-        for place, (index, of_layers) in enumerate(sorted(scores.items())):
-            for layer, score in of_layers.items():
-                for key, value in score.compute().items():
+        many, place = len(scores) > 1, 0
+        for index, of_layers in sorted(scores.items()):
+            values = {layer: score.compute() for layer, score in of_layers.items()}
+            if many and all(value.isnan() for of_layer in values.values() for value in of_layer.values()):
+                self.say_once(f"no image of validation loader {index} has a label; nothing is logged for it.")
+                continue
+            for layer, of_layer in values.items():
+                for key, value in of_layer.items():
                     *folder, word = key.split("/")
                     for log_key in self._log_keys(layer, "/".join([*folder, prefix + word])):
-                        # The first of several loaders has the key without an index, which a run monitors.
+                        # The first of several loaders with labels has the key without an index, which a run monitors.
                         names = [log_key] if place == 0 else []
-                        names += [f"{log_key}/dataloader_idx_{index}"] if len(scores) > 1 else []
+                        names += [f"{log_key}/dataloader_idx_{index}"] if many else []
                         for name in names:
                             pl_module.log(name, value, sync_dist=True, add_dataloader_idx=False)
+            place += 1
 
     def _log_keys(self, layer: str, key: str) -> list[str]:
         """Return the log keys of a layer's value: the first layer has one without the layer's name too."""

@@ -1,28 +1,14 @@
 """The linear model of the online probe: weights, running statistics and optimizer step, equal on every rank."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_contrast._checks import fail, require
-from lightning_contrast.callbacks.probes.base import Step
-from lightning_contrast.callbacks.probes.metrics import MaskedAccuracy
 from lightning_contrast.callbacks.probes.tasks import ClassTask, Task
-from lightning_contrast.distributed import all_reduce_sum, batch_sizes
-
-SGD_MOMENTUM = 0.9
-
-MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
-"""Creates the optimizer of the given parameters."""
-
-MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
-"""Creates the learning rate schedule of an optimizer."""
+from lightning_contrast.distributed import all_reduce_sum
 
 STATISTICS_MOMENTUM = 0.02
 """Share of a batch in the running statistics after 1 / 0.02 = 50 batches; before, all batches weigh the same."""
@@ -30,7 +16,11 @@ STATISTICS_MOMENTUM = 0.02
 CLIP = 10.0
 """Bound of the standardized features, so that a sudden change of the backbone cannot destroy the classifier."""
 
-T = TypeVar("T")
+PENALTY = 10.0
+"""L2 penalty of the model that is fitted to a bank: the inverse of ``c=0.1`` of `evaluation.linear_top1`."""
+
+FIT_STEPS = 100
+"""L-BFGS iterations of that fit at most."""
 
 
 class LinearHead(nn.Module):
@@ -69,6 +59,8 @@ class LinearHead(nn.Module):
         given = getattr(self.task, "weights", None)
         self._weights: Tensor | None = None if given is None else given.to(device)
         self.batches = 0
+        self.loss_weight = torch.zeros((), device=device)
+        """Weight of the last step in a mean over steps, over all ranks: the number of its images with a target."""
 
     @property
     def width(self) -> int:
@@ -110,6 +102,45 @@ class LinearHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self._gradient(features.float(), targets, valid, finite)
 
+    def fit(self, features: Tensor, targets: Tensor, penalty: float = PENALTY) -> None:
+        """Fit the model to all features at once, from zero: statistics, then weights by L-BFGS.
+
+        The result is a function of the features and targets alone. For classes it is the multinomial logistic
+        regression of `evaluation.linear_top1`; for regression it is ridge regression.
+
+        Args:
+            features: ``(N, F)``, finite.
+            targets: Targets of the task, ``(N, ...)``, all known.
+            penalty: Factor of half the squared norm of the weights, added to the loss summed over the images.
+        """
+        with torch.inference_mode(False), torch.autocast(features.device.type, enabled=False):
+            features, targets = features.detach().to(torch.float32, copy=True), targets.detach().clone()
+            with torch.no_grad():
+                self.var.copy_(features.var(dim=0, unbiased=False))
+                self.mean.copy_(features.mean(dim=0))
+                standardized = (features - self.mean) * _bounded_variance(self.mean, self.var).rsqrt()
+                if self.task.standardizes:
+                    self.target_var.copy_(targets.var(dim=0, unbiased=False))
+                    self.target_mean.copy_(targets.mean(dim=0))
+                    scale = _bounded_variance(self.target_mean, self.target_var).rsqrt()
+                    targets = ((targets - self.target_mean) * scale).clamp(-CLIP, CLIP)
+                if self.task.balances:
+                    self.class_counts.copy_(torch.bincount(targets, minlength=self.task.outputs))
+                self.weight.zero_()
+                self.bias.zero_()
+            valid, weights = torch.ones(len(targets), dtype=torch.bool, device=targets.device), self._class_weights()
+            optimizer = torch.optim.LBFGS(self.parameters(), max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
+
+            def objective() -> Tensor:
+                loss, _ = self.task.loss(self._linear(standardized), targets, valid, weights)
+                loss = (loss + 0.5 * penalty * self.weight.square().sum()) / len(targets)
+                self.weight.grad, self.bias.grad = torch.autograd.grad(loss, (self.weight, self.bias))
+                return loss.detach()
+
+            with torch.enable_grad():
+                optimizer.step(objective)  # type: ignore[arg-type]  # a closure may return a tensor
+            self.weight.grad = self.bias.grad = None
+
     def _gradient(self, features: Tensor, targets: Tensor, valid: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
         counts = finite.to(features.dtype).unsqueeze(1)  # (B, 1)
         if self.batches == 0:
@@ -148,6 +179,7 @@ class LinearHead(nn.Module):
         grad, bias, mean_loss = torch.split(means, [part.numel() for part in averaged])
         self.weight.grad, self.bias.grad = grad.view_as(self.weight), bias
         self.batches += 1
+        self.loss_weight = weight
         share = max(1 / self.batches, STATISTICS_MOMENTUM)
         _update(self.mean, self.var, moments[:2], variance, scale, share)
         if self.task.standardizes:
@@ -222,139 +254,3 @@ def default_lr(batch: int, width: int) -> float:
         width: Number of features F: the curvature of the loss is proportional to it.
     """
     return min(0.1, min(math.sqrt(batch), 16.0) / width)
-
-
-def to_cpu(value: T) -> T:
-    """Copy nested dicts and lists, with their tensors on the CPU."""
-    copied: Any = value
-    if isinstance(value, Tensor):
-        copied = value.detach().cpu().clone()
-    elif isinstance(value, dict):
-        copied = {key: to_cpu(item) for key, item in value.items()}
-    elif isinstance(value, list):
-        copied = [to_cpu(item) for item in value]
-    return copied  # type: ignore[no-any-return]  # of the type that it copies
-
-
-class HeadTrainer:
-    """Trains the linear model of one layer.
-
-    Args:
-        owner: Name of the probe and the layer, for messages.
-        task: What the model learns.
-        lr: Learning rate of SGD; None derives it from the batch and the width.
-        optimizer: Creates the optimizer from the parameters; None is SGD with momentum 0.9.
-        schedule: Creates the learning rate schedule from the optimizer, stepped once per step; None is constant.
-    """
-
-    def __init__(
-        self,
-        owner: str,
-        task: Task,
-        *,
-        lr: float | None,
-        optimizer: MakeOptimizer | None,
-        schedule: MakeSchedule | None,
-    ) -> None:
-        self.owner, self.task, self.lr = owner, task, lr
-        self._make_optimizer, self._make_schedule = optimizer, schedule
-        self.head: LinearHead | None = None
-        self.optimizer: Optimizer | None = None
-        self.schedule: LRScheduler | None = None
-        self._pending: dict[str, Any] | None = None
-        self._top1: MaskedAccuracy | None = None
-        self._loss_sum: Tensor | None = None
-        self._steps = 0
-
-    def begin_epoch(self, device: torch.device) -> None:
-        """Reset the training metrics."""
-        self._top1 = MaskedAccuracy().to(device) if isinstance(self.task, ClassTask) else None
-        self._loss_sum, self._steps = torch.zeros((), device=device), 0
-
-    def epoch_values(self) -> dict[str, Tensor]:
-        """Return the training metrics of the epoch by name, scalars; empty without a step."""
-        if self._loss_sum is None or self._steps == 0:
-            return {}
-        values = {} if self._top1 is None else {"train_top1": self._top1.compute()}
-        return values | {"train_loss": self._loss_sum / self._steps}
-
-    def learn(self, step: Step) -> None:
-        """Make one optimizer step."""
-        head, optimizer = self._built(step.features)
-        outputs, loss = head.gradient(step.features, step.labels, step.valid, step.finite)
-        optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
-        if self._top1 is not None:
-            self._top1.update(outputs.argmax(dim=1) == step.labels, step.valid)
-        if self._loss_sum is not None:
-            self._loss_sum += loss
-            self._steps += 1
-
-    def predict(self, features: Tensor) -> Tensor | None:
-        """Return the logits or numbers ``(B, C)`` of features ``(B, F)``, or None before the first step."""
-        if self.head is None and self._pending is None:
-            return None
-        head, _ = self._built(features)
-        return head(features)  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states of the model, its optimizer and its schedule, on the CPU."""
-        if self.head is None or self.optimizer is None:
-            return self._pending or {}
-        state: dict[str, Any] = {
-            "head": self.head.state_dict(),
-            "batches": self.head.batches,
-            "optimizer": self.optimizer.state_dict(),
-        }
-        if self.schedule is not None:
-            state["schedule"] = self.schedule.state_dict()
-        return to_cpu(state)  # sharded checkpoints are loaded without a map_location
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Store a state until the first features determine the device and the width of the model."""
-        if state:
-            self._pending, self.head, self.optimizer, self.schedule = state, None, None, None
-
-    def _built(self, features: Tensor) -> tuple[LinearHead, Optimizer]:
-        """Return the model and its optimizer, created on first use."""
-        width = features.shape[1]
-        if self.head is None or self.optimizer is None or self.head.width != width:
-            with torch.inference_mode(False), torch.no_grad():  # parameters created in inference mode cannot learn
-                self.head = LinearHead(width, self.task.outputs, features.device, self.task)
-                with torch.enable_grad():
-                    self.optimizer = self._optimizer(self.head, self._global_batch(features))
-                    self.schedule = None if self._make_schedule is None else self._make_schedule(self.optimizer)
-                if self._pending is not None:
-                    self._restore(self.head, self.optimizer, self._pending)
-                    self._pending = None
-        return self.head, self.optimizer
-
-    def _global_batch(self, features: Tensor) -> int:
-        """Return the number of images of the first step on all ranks, which may hold different numbers of them."""
-        is_restored = self._pending is not None  # the rate is restored too; at validation some ranks may be absent
-        return len(features) if is_restored else max(1, sum(batch_sizes(len(features), features.device)))
-
-    def _optimizer(self, head: LinearHead, batch: int) -> Optimizer:
-        if self._make_optimizer is None:
-            lr = min(default_lr(batch, head.width), self.task.highest_lr(head.width)) if self.lr is None else self.lr
-            nesterov = self.task.nesterov
-            return torch.optim.SGD(head.parameters(), lr=lr, momentum=SGD_MOMENTUM, nesterov=nesterov, foreach=True)
-        made = self._make_optimizer(list(head.parameters()))
-        if not isinstance(made, Optimizer):
-            hint = "Give for example `lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)`"
-            fail("optimizer", "return an optimizer", type(made).__name__, hint, TypeError)
-        return made
-
-    def _restore(self, head: LinearHead, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        saved, own = tuple(state["head"]["weight"].shape), tuple(head.weight.shape)
-        hint = "Use the `features` and `num_classes` of the checkpoint, or another `name` to start from zero"
-        require(saved == own, self.owner, f"have a classifier of shape {saved}, as the checkpoint has", own, hint)
-        missing = head.state_dict().keys() ^ state["head"].keys()
-        hint = "Use the `task` and `class_weights` of the checkpoint, or another `name` to start from zero"
-        require(not missing, self.owner, "have the statistics that the checkpoint has", sorted(missing), hint)
-        head.load_state_dict(state["head"])
-        head.batches = state["batches"]
-        optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None and "schedule" in state:
-            self.schedule.load_state_dict(state["schedule"])

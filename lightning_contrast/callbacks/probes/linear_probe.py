@@ -1,4 +1,4 @@
-"""Online linear probe: a linear model trained during a run on detached features."""
+"""Online linear probe: a linear model on detached features, fitted at validation and trained during the run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,51 +7,69 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_positive, fail, require
-from lightning_contrast.callbacks.capture.dataloaders import SEED, LabeledStream
+from lightning_contrast.callbacks.capture.dataloaders import LabeledStream
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
-from lightning_contrast.callbacks.capture.labels import Labels
-from lightning_contrast.callbacks.probes.base import BatchSource, OnlineProbe, Step
-from lightning_contrast.callbacks.probes.linear_head import HeadTrainer, LinearHead, MakeOptimizer, MakeSchedule
+from lightning_contrast.callbacks.capture.labels import Labels, Source, UnreadableBatchError
+from lightning_contrast.callbacks.capture.sampling import SEED
+from lightning_contrast.callbacks.probes.base import MAX_BANK, BatchSource, OnlineProbe, Step
+from lightning_contrast.callbacks.probes.head_trainer import HeadTrainer, MakeOptimizer, MakeSchedule
+from lightning_contrast.callbacks.probes.linear_head import LinearHead
 from lightning_contrast.callbacks.probes.metrics import Scores
-from lightning_contrast.callbacks.probes.tasks import ClassWeights, TaskName, build_task
+from lightning_contrast.callbacks.probes.tasks import ClassWeights, TaskName, TaskScores, build_task
 from lightning_contrast.seeding import derived_seed, isolated
 
 
 class OnlineLinearProbe(OnlineProbe):
-    """Train a linear model on detached features during a run, and log its accuracy.
+    """Log the accuracy of a linear model on detached features, fitted at validation and trained during the run.
 
     It works with any LightningModule, under `lightning` and `pytorch_lightning`, with automatic or manual optimization,
     and does not change the run, bit for bit: it has its own optimizer, all-reduces its own gradients, computes in
     float32, draws no random numbers, and adds nothing to the module, its loss or its state_dict.
 
+    Validation values belong to one of two models:
+
+    - ``bank="fresh"``: a model that is fitted to a bank at the first validation batch: the images that the run's
+      training loader draws, or those of ``dataloader``, encoded in eval mode, without augmentation if the Trainer has a
+      `ViewAugmentation`, with the weights that validation uses. The fit is L2-regularized logistic regression on
+      standardized features, from zero (100 iterations of L-BFGS), so the accuracy is that of `evaluation.linear_top1`
+      on the same weights. It costs one forward pass per image of the bank, which probes of the same layers share, and
+      12 F C multiplications per image and iteration. Without a bank the last fitted model is used, that of a
+      checkpoint for example.
+    - ``bank="train"``: the model that is trained in the steps, without a forward pass. It reads lower and may rank
+      epochs differently: it has learned from augmented images, features normalized by the statistics of a batch, and
+      weights that have changed since.
+
     Logged at validation (at test with ``test_`` before the last word):
 
-    - classes: ``<name>/top1``, ``<name>/top5`` for more than five classes, ``<name>/calibration_error`` (15 bins);
+    - classes: ``<name>/top1``, ``<name>/top5`` for five classes or more, ``<name>/calibration_error`` (15 bins);
     - multilabel: ``<name>/map`` and ``<name>/f1``, averaged over the labels;
     - regression: ``<name>/r2`` and ``<name>/mae``;
+    - ``<name>/loss``: the mean cross-entropy without class weights, or the mean squared error;
 
-    and at the end of each epoch ``<name>/train_loss`` and, for classes, ``<name>/train_top1``. Several layers are
-    logged as ``<name>/<layer>/top1`` each, and the first also as ``<name>/top1``. Of several validation loaders the
-    first is logged as ``<name>/top1`` and each as ``<name>/top1/dataloader_idx_<i>``. All values are in
-    ``trainer.callback_metrics``, with or without a logger, before `ModelCheckpoint` and `EarlyStopping` read them. A
-    checkpoint keeps the model, its statistics, its optimizer and the position in ``dataloader``. A second `fit`
-    continues to train the model.
+    and at the end of each epoch, of the model that is trained in the steps, each image before the step that used it:
+    ``<name>/train_loss``, a mean over the images with a label, and, for classes, ``<name>/train_top1``. Modules whose
+    steps encode parts of images (``encodes_whole_images = False``: I-JEPA, iBOT, DINOv2, MSN), and layers that the
+    steps do not call, have no training values. Several layers are logged as ``<name>/<layer>/top1`` each, and the first
+    also as ``<name>/top1``. Of several validation loaders the first with labels is logged as ``<name>/top1`` and each
+    as ``<name>/top1/dataloader_idx_<i>``. All values are in ``trainer.callback_metrics``, with or without a logger,
+    before `ModelCheckpoint` and `EarlyStopping` read them. A checkpoint keeps both models, their statistics, the
+    optimizer and the position in ``dataloader``. A second `fit` continues to train the model.
 
-    Features are standardized by running statistics and the model is trained by SGD with momentum (Nesterov for
-    regression). The online accuracy is close but not equal to that of a linear evaluation after the run: the features
-    change while the model learns, and without ``dataloader`` it sees augmented images.
+    In the steps, features are standardized by running statistics and the model is trained by SGD with momentum
+    (Nesterov for regression).
 
     Args:
         num_classes: Number of classes, labels or numbers C.
         features: One or several names of submodules whose output is classified. "backbone" (the default) is the step
-            output ``"features"`` if the step returns one, else the submodule of that name. A layer that validation
-            does not call, such as a projector, is applied to those features.
+            output ``"features"`` if the step returns one, else the submodule of that name. Of the layers that
+            validation does not call, ``projector``, ``predictor``, ``momentum_backbone`` and ``momentum_projector`` are
+            reached from the images, each through the modules before it; any other is refused.
         labels: None follows the batch contract; a str is the key of a dict batch, an int the index into a tuple or
             list; a callable is applied to the whole batch. Also for batches of ``dataloader`` and of validation.
-        lr: Learning rate on the standardized features, absolute, > 0. None: min(sqrt(B), 16) / F for a global batch B,
-            at most 0.1, and for regression at most 1 / F. The variances of F standardized features sum to F, which
-            bounds the curvature of the loss. On four kinds of frozen features with F from 6 to 2048 and B of 32 and
-            256 this was the best, or close to the best, of fixed rates, other multiples of 1 / F, and Adam.
+        lr: Learning rate in the steps, on the standardized features, absolute, > 0. None: min(sqrt(B), 16) / F for a
+            global batch B, at most 0.1, and for regression at most 1 / F. The variances of F standardized features sum
+            to F, which bounds the curvature of the loss. On four kinds of frozen features with F from 6 to 2048 and B
+            of 32 and 256 this was the best, or close to the best, of fixed rates, other multiples of 1 / F, and Adam.
         dataloader: A loader of labeled batches, or a LightningDataModule whose training loader is used; the run itself
             may then be unlabeled. Features come from an additional forward pass of the module in eval mode, without
             gradient, on unaugmented images if the Trainer has a `ViewAugmentation`. On several ranks an ordinary
@@ -66,6 +84,9 @@ class OnlineLinearProbe(OnlineProbe):
         optimizer: Creates the optimizer from the parameters, instead of SGD.
         schedule: Creates a learning rate schedule from the optimizer, stepped once per step of the probe.
         every_n_steps: Training batches of the run per batch of ``dataloader``, >= 1.
+        images: Where the images of a batch are, in the same way as ``labels``; read by the forward passes of the probe.
+        bank: "fresh" or "train".
+        max_bank: Maximum number of images of the bank over all ranks, >= 1; a larger set is sampled with a fixed seed.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -87,9 +108,22 @@ class OnlineLinearProbe(OnlineProbe):
         optimizer: MakeOptimizer | None = None,
         schedule: MakeSchedule | None = None,
         every_n_steps: int = 1,
+        images: Source = None,
+        bank: str = "fresh",
+        max_bank: int = MAX_BANK,
     ) -> None:
         self.task = build_task(task, num_classes, class_weights)
-        super().__init__(self.task, features=features, labels=labels, name=name, tokens=tokens)
+        super().__init__(
+            self.task,
+            features=features,
+            labels=labels,
+            images=images,
+            name=name,
+            tokens=tokens,
+            bank=bank,
+            max_bank=max_bank,
+            dataloader=dataloader,
+        )
         if lr is not None:
             check_positive("lr", lr)
             hint = "Set the learning rate of the optimizer"
@@ -175,13 +209,22 @@ class OnlineLinearProbe(OnlineProbe):
         """Make one optimizer step for the layer of the step."""
         self._trainer_of(step.layer).learn(step)
 
+    def judge_with(self, trainer: Any, pl_module: Any) -> None:
+        """Encode the bank and fit the model of each layer to it; without a bank, the last models are used."""
+        if not self.encodes:
+            return
+        self._encode_bank(trainer, pl_module)
+        for layer, bank in self._banks.items():
+            if bank is not None:
+                self._trainer_of(layer).fit(*bank)
+
     def predict(self, features: Tensor, layer: str = "") -> Tensor | None:
-        """Return the logits or numbers ``(B, C)`` for features ``(B, F)`` of a layer, or None before the first step."""
-        return self._trainer_of(layer).predict(features)
+        """Return the logits or numbers ``(B, C)`` for features ``(B, F)`` of a layer, or None before a step."""
+        return self._trainer_of(layer).predict(features, fitted=self.encodes)
 
     def new_scores(self, device: torch.device) -> Scores:
-        """Return new metrics of the task."""
-        return self.task.scores(device)
+        """Return new metrics of the task, and the validation loss."""
+        return TaskScores(self.task, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return models, statistics and optimizers, on the CPU, and the position in the labeled loader."""
@@ -216,8 +259,12 @@ class OnlineLinearProbe(OnlineProbe):
         device = trainer.strategy.root_device
         batch = stream.next(device)
         hooks = list(self._hooks.values())
-        with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED, self._batches), device):
-            features, batch = encode(trainer, pl_module, hooks, batch)
+        try:
+            with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED, self._batches), device):
+                features, batch = encode(trainer, pl_module, hooks, batch, self.images)
+        except UnreadableBatchError as error:
+            self.say_once(f"{error}")
+            return
         targets = self._targets_of(batch, BatchSource.DATALOADER)
         with torch.no_grad():
             for layer, found in zip(self.layers, features, strict=True):

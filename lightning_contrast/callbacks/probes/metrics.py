@@ -65,10 +65,37 @@ class Scores(ABC):
         """Return scalars by name; a collective operation, to be called on every rank."""
 
 
+class MeanLoss(Metric):
+    """Weighted mean of a loss over all batches and ranks."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2), dist_reduce_fx="sum")  # loss, weight
+
+    def update(self, loss: Tensor, weights: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss: Sum over the images, a scalar.
+            weights: Weight of each image in the mean, ``(B,)``.
+        """
+        self.sums += torch.stack([loss.float(), weights.float().sum()])
+
+    def compute(self) -> Tensor:
+        """Return the mean, a scalar, NaN without images."""
+        return self.sums[0] / self.sums[1]
+
+
 class ClassScores(Scores):
     """Top-1 and top-5 accuracy and the expected calibration error (15 bins, L1).
 
-    Top-5 is left out for five classes or fewer. The calibration error stores two numbers per image.
+    Top-5 is left out for fewer than five classes. The calibration error stores two numbers per image.
 
     Args:
         num_classes: Number of classes C.
@@ -76,7 +103,7 @@ class ClassScores(Scores):
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.ranks = (1, 5) if num_classes > 5 else (1,)
+        self.ranks = (1, 5) if num_classes >= 5 else (1,)
         self.accuracies = [MaskedAccuracy().to(device) for _ in self.ranks]
         self.calibration = MulticlassCalibrationError(num_classes, CALIBRATION_BINS, validate_args=False).to(device)
 

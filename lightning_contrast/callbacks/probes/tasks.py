@@ -9,7 +9,35 @@ from torch.nn import functional as F
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.callbacks.capture.labels import class_targets
-from lightning_contrast.callbacks.probes.metrics import ClassScores, MultilabelScores, RegressionScores, Scores
+from lightning_contrast.callbacks.probes.metrics import (
+    ClassScores,
+    MeanLoss,
+    MultilabelScores,
+    RegressionScores,
+    Scores,
+)
+
+
+class TaskScores(Scores):
+    """Metrics of a task, and the mean validation loss as ``loss``, without class weights and in the unit of targets.
+
+    Args:
+        task: The task.
+        device: Device of the outputs.
+    """
+
+    def __init__(self, task: "Task", device: torch.device) -> None:
+        self.task, self.scores, self.loss = task, task.scores(device), MeanLoss().to(device)
+
+    def update(self, outputs: Tensor, targets: Tensor, valid: Tensor) -> None:
+        """Add outputs ``(B, C)``, targets ``(B, ...)`` and the mask ``(B,)``."""
+        self.scores.update(outputs, targets, valid)
+        self.loss.update(*self.task.loss(outputs.float(), self.task.masked(targets, valid), valid, None))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics of the task and ``loss``, scalars."""
+        return self.scores.compute() | {"loss": self.loss.compute() * self.task.logged_factor()}
+
 
 IGNORED = -1
 """Label of an image without a label."""

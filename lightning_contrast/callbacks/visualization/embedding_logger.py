@@ -9,12 +9,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_word, fail
+from lightning_contrast._checks import check_at_least, check_word
 from lightning_contrast.callbacks.capture.dataloaders import check_source, training_loader
-from lightning_contrast.callbacks.capture.feature_bank import encoded
+from lightning_contrast.callbacks.capture.feature_bank import EncodedRows, encoded
 from lightning_contrast.callbacks.capture.features import FeatureHook, count_images, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import complete
-from lightning_contrast.callbacks.capture.labels import Labels, read_labels
+from lightning_contrast.callbacks.capture.labels import (
+    Labels,
+    Source,
+    UnreadableBatchError,
+    check_place,
+    find_pictures,
+    read_labels,
+    warn_unreadable,
+)
 from lightning_contrast.callbacks.reporting import publish
 from lightning_contrast.callbacks.visualization.images import Display, fit_squares, statistics_of
 from lightning_contrast.callbacks.visualization.neighbours import NeighborHistory
@@ -69,6 +77,7 @@ class EmbeddingLogger(L.Callback):
         channels: As for `ViewLogger`.
         mean: As for `ViewLogger`.
         std: As for `ViewLogger`.
+        images: As for `ViewLogger`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -94,7 +103,9 @@ class EmbeddingLogger(L.Callback):
         channels: Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        images: Source = None,
     ) -> None:
+        check_place("images", images)
         check_at_least("samples", samples, 3)
         check_at_least("every_n_validations", every_n_validations, 1)
         check_at_least("queries", queries, 0)
@@ -105,13 +116,13 @@ class EmbeddingLogger(L.Callback):
         check_word("name", name, "It is the prefix of the logged names")
         self.dataloader, self.labels, self.class_names, self.samples = dataloader, labels, class_names, samples
         self.every_n_validations, self.projector, self.layout = every_n_validations, projector, layout
-        self.name, self.png_dir = name, png_dir
+        self.name, self.png_dir, self.images = name, png_dir, images
         self._hook = FeatureHook(features, tokens)
         self._display = Display(channels, mean, std)
         self._neighbors = NeighborHistory(queries, neighbours)
         self._loader: Any = None
         self._validations = 0
-        self._warned_of_nan = self._warned_of_queries = False
+        self._warned_of_nan = self._warned_of_queries = self._unreadable = False
         self._share: SampleShare | None = None
         self._parts: list[Part] = []
 
@@ -125,7 +136,8 @@ class EmbeddingLogger(L.Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Reset the state (a checkpoint's is loaded later)."""
         if stage == "fit":
-            self._validations, self._warned_of_nan, self._warned_of_queries = 0, False, False
+            self._validations, self._unreadable = 0, False
+            self._warned_of_nan = self._warned_of_queries = False
             self._neighbors.clear()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -143,7 +155,7 @@ class EmbeddingLogger(L.Callback):
         """Attach the feature hook and start a sample if this validation is logged."""
         self._hook.attach(pl_module)
         self._parts, self._share = [], None
-        if self.dataloader is None and self._is_due(trainer):
+        if self.dataloader is None and not self._unreadable and self._is_due(trainer):
             self._share = SampleShare(self.samples, next(iter(trainer.num_val_batches), 0))
 
     def on_validation_batch_start(
@@ -159,14 +171,19 @@ class EmbeddingLogger(L.Callback):
         """Keep features and thumbnails of the sampled images of a batch."""
         if self._share is None or dataloader_idx != 0:
             return
+        try:
+            images = find_pictures(batch, self.images)[0]
+        except UnreadableBatchError as error:
+            self._warn_unreadable(error)
+            return
         with torch.no_grad():
             with trainer.precision_plugin.forward_context():
-                complete(trainer, [self._hook], outputs)
+                complete(trainer, pl_module, [self._hook], outputs, lambda: images)
             features = self._hook.read(pl_module, outputs)
             chosen = self._share.choose(len(features))
             if chosen:
                 rows, positions = (torch.tensor(numbers) for numbers in zip(*chosen, strict=True))
-                self._parts.append(self._part(trainer, features, batch, rows, positions))
+                self._parts.append(self._part(trainer, features, images, batch, rows, positions))
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the sample, except after the sanity check, which precedes training."""
@@ -209,7 +226,7 @@ class EmbeddingLogger(L.Callback):
         self._validations += 1
         if not due:
             return
-        if self.dataloader is not None:
+        if self.dataloader is not None and not self._unreadable:
             self._parts = self._encode(trainer, pl_module)
         sample = gather_sample(self._parts, self.samples)
         if sample is None:
@@ -242,13 +259,14 @@ class EmbeddingLogger(L.Callback):
                 )
             publish(trainer, f"{self.name}/neighbours", self._neighbors.draw(sample, names), self.png_dir)
 
-    def _part(self, trainer: Any, features: Tensor, batch: Any, rows: Tensor, positions: Tensor) -> Part:
+    def _warn_unreadable(self, error: UnreadableBatchError) -> None:
+        self._parts, self._share, self._unreadable = [], None, True
+        warn_unreadable(self, error)
+
+    def _part(
+        self, trainer: Any, features: Tensor, images: Tensor, batch: Any, rows: Tensor, positions: Tensor
+    ) -> Part:
         """Return features, thumbnails and labels of some rows of a batch."""
-        images, _ = split_batch(batch)
-        images = images if isinstance(images, Tensor) else images[0]
-        if images.ndim != 4:
-            hint = "Remove EmbeddingLogger, or yield a dict with the key `image`"
-            fail("batch", "contain images (B, C, H, W)", tuple(images.shape), hint)
         pixels = self._display.pixels(images[rows], statistics_of(trainer, training=False))
         labels = self._labels_of(batch)
         return Part(
@@ -258,7 +276,7 @@ class EmbeddingLogger(L.Callback):
     def _labels_of(self, batch: Any) -> Tensor | None:
         if self.labels is not None:
             return read_labels(batch, self.labels, type(self).__name__)
-        found = split_batch(batch)[1]
+        found = split_batch(batch, self.images)[1]
         usable = found is not None and found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool
         return found.long() if usable and found is not None else None
 
@@ -268,12 +286,19 @@ class EmbeddingLogger(L.Callback):
             self._loader = training_loader("dataloader", self.dataloader, trainer)
         parts: list[Part] = []
 
-        def _add_part(features: Tensor, batch: Any, layer: int) -> tuple[Tensor, Tensor]:
+        def _add_part(features: Tensor, batch: Any, layer: int) -> EncodedRows:
             start = sum(len(part.positions) for part in parts)
             positions = torch.arange(start, start + len(features))
-            parts.append(self._part(trainer, features, batch, torch.arange(len(features)), positions))
-            return features, positions
+            images = find_pictures(batch, self.images)[0]
+            parts.append(self._part(trainer, features, images, batch, torch.arange(len(features)), positions))
+            return EncodedRows(features, positions, torch.ones_like(positions, dtype=torch.bool))
 
-        encoded_chunks = encoded(trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples)
-        own = torch.cat([positions for _, positions in encoded_chunks[self._hook.features].batches])
+        try:
+            encoded_chunks = encoded(
+                trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples, images=self.images
+            )
+        except UnreadableBatchError as error:
+            self._warn_unreadable(error)
+            return []
+        own = torch.cat([rows.targets for rows in encoded_chunks[self._hook.features]])
         return [part.select(torch.isin(part.positions, own)) for part in parts]

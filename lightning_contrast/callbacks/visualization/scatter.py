@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_contrast._checks import check_choice, require
-from lightning_contrast.callbacks.capture.dataloaders import SEED
+from lightning_contrast.callbacks.capture.sampling import SEED
 from lightning_contrast.callbacks.reporting import picture_of
 from lightning_contrast.callbacks.visualization.sample import Sample
 from lightning_contrast.seeding import derived_seed, isolated

@@ -8,7 +8,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_word, fail
+from lightning_contrast._checks import check_at_least, check_word
+from lightning_contrast.callbacks.capture.labels import (
+    Source,
+    UnreadableBatchError,
+    check_place,
+    find_pictures,
+    warn_unreadable,
+)
 from lightning_contrast.callbacks.reporting import publish
 from lightning_contrast.callbacks.visualization.images import (
     Display,
@@ -20,7 +27,7 @@ from lightning_contrast.callbacks.visualization.images import (
     grid,
     statistics_of,
 )
-from lightning_contrast.contracts import Images, split_batch
+from lightning_contrast.contracts import Images
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches
 
 MAX_EDGE = 224
@@ -43,11 +50,11 @@ class ViewLogger(L.Callback):
     is logged.
 
     Training stays bit-identical: no random number is drawn and nothing is recomputed. A checkpoint stores whether the
-    picture was logged. Overhead: every ``every_n_epochs`` epochs, a copy of ``images`` images and their views to the
+    picture was logged. Overhead: every ``every_n_epochs`` epochs, a copy of ``samples`` images and their views to the
     CPU and the encoding of one picture; see ``docs/pictures.md``.
 
     Args:
-        images: Maximum number of images, >= 1.
+        samples: Maximum number of images, >= 1.
         every_n_epochs: Log at the first batch of every n-th epoch, starting with epoch 0. None: once per run.
         png_dir: Folder for PNG files, in addition to the loggers. None: PNG files only if no logger accepts images, in
             ``pictures`` below the logger's folder, or below ``default_root_dir`` without a logger.
@@ -55,6 +62,8 @@ class ViewLogger(L.Callback):
             three, or the first if there are fewer.
         mean: Mean of each channel, if the loader yields normalized views.
         std: Standard deviation of each channel; given together with ``mean``.
+        images: Where the images are: the key of a dict batch, the index into a tuple or list, or a function of the
+            batch; None follows the batch contract. If a batch has none, the callback warns once and logs nothing.
         name: Name of the picture; must be unique among the `ViewLogger` callbacks of a Trainer.
 
     Raises:
@@ -63,23 +72,26 @@ class ViewLogger(L.Callback):
 
     def __init__(
         self,
-        images: int = 8,
+        samples: int = 8,
         *,
         every_n_epochs: int | None = 1,
         png_dir: str | Path | None = None,
         channels: Sequence[int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        images: Source = None,
         name: str = "views",
     ) -> None:
-        check_at_least("images", images, 1)
+        check_at_least("samples", samples, 1)
+        check_place("images", images)
         if every_n_epochs is not None:
             check_at_least("every_n_epochs", every_n_epochs, 1)
         check_word("name", name, "It is the name of the picture")
-        self.images, self.every_n_epochs, self.png_dir, self.name = images, every_n_epochs, png_dir, name
+        self.samples, self.images, self.every_n_epochs = samples, images, every_n_epochs
+        self.png_dir, self.name = png_dir, name
         self._display = Display(channels, mean, std)
         self._trainer: Any = None
-        self._armed = self._shown = False
+        self._armed = self._shown = self._unreadable = False
         self._originals: Tensor | None = None
 
     @property
@@ -90,6 +102,7 @@ class ViewLogger(L.Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Register a transform before `ViewAugmentation`, and reset the state (a checkpoint's is loaded later)."""
         if stage == "fit":
+            self._unreadable = False
             self._trainer, self._armed, self._shown, self._originals = trainer, False, False, None
             BatchTransforms.add(trainer.strategy, self._keep_originals, first=True)
 
@@ -97,7 +110,7 @@ class ViewLogger(L.Callback):
         """Arm the callback for the first batch of an epoch that is logged."""
         every = self.every_n_epochs
         due = not self._shown if every is None else trainer.current_epoch % every == 0
-        self._armed = due and trainer.is_global_zero
+        self._armed = due and trainer.is_global_zero and not self._unreadable
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Log the batch that is passed to ``training_step``."""
@@ -106,6 +119,8 @@ class ViewLogger(L.Callback):
         originals, self._originals, self._armed = self._originals, None, False
         with torch.no_grad():
             found = self._first(batch)
+            if found is None:
+                return
             columns = self._columns(found, originals, statistics_of(trainer, training=True))
             rows = [Row([Tile(column[i]) for _, column in columns]) for i in range(len(columns[0][1]))]
             picture = grid(rows, [title for title, _ in columns], columns[0][1].shape[-1])
@@ -136,28 +151,29 @@ class ViewLogger(L.Callback):
         """Copy the first images of a batch that will be logged."""
         if self._armed and self._trainer.training:
             found = self._first(batch)
-            self._originals = found[: self.images].clone() if isinstance(found, Tensor) else None
+            self._originals = found[: self.samples].clone() if isinstance(found, Tensor) else None
         return batch
 
-    def _first(self, batch: Any) -> Images:
-        """Return the images or views of the first loader's batch."""
-        found: list[Images] = []
-        map_batches(batch, lambda one: found.append(split_batch(one)[0]), self._trainer.train_dataloader)
-        images = found[0]
-        for each in [images] if isinstance(images, Tensor) else images:
-            if each.ndim != 4:
-                hint = "Remove ViewLogger, or yield a dict with the key `image`"
-                fail("batch", "contain images (B, C, H, W)", tuple(each.shape), hint)
-        return images
+    def _first(self, batch: Any) -> Images | None:
+        """Return the images or views of the first loader's batch; warn once if there are none."""
+        found: list[list[Tensor]] = []
+        read = lambda one: found.append(find_pictures(one, self.images))  # noqa: E731
+        try:
+            map_batches(batch, read, self._trainer.train_dataloader)
+        except UnreadableBatchError as error:
+            self._armed, self._unreadable = False, True
+            warn_unreadable(self, error)
+            return None
+        return found[0] if len(found[0]) > 1 else found[0][0]
 
     def _columns(
         self, found: Images, originals: Tensor | None, of_views: Statistics | None
     ) -> list[tuple[str, Tensor]]:
         """Return a title and pictures, ``(N, 3, edge, edge)``, for each column."""
         if isinstance(found, Tensor):
-            shown = [("image", self._display.pixels(found[: self.images]))]
+            shown = [("image", self._display.pixels(found[: self.samples]))]
         else:
-            views = [self._display.pixels(view[: self.images], of_views) for view in found]
+            views = [self._display.pixels(view[: self.samples], of_views) for view in found]
             shown = [(f"view {number}", view) for number, view in enumerate(views, 1)]
         longest = max(max(view.shape[-2:]) for _, view in shown)
         edge = min(MAX_EDGE, longest * max(1, MIN_EDGE // longest))

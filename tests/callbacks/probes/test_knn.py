@@ -1,5 +1,7 @@
 """The online k-NN: its bank, its vote, its ranks."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -58,7 +60,7 @@ def top1_by_hand(bank, bank_labels, queries, labels, k, temperature):
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, 0.07), (40, 0.5)])
 def test_it_logs_the_published_vote_over_the_features_of_the_last_epoch(k, temperature):
-    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, k=k, temperature=temperature)], labelled())
+    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank="train", k=k, temperature=temperature)], labelled())
     bank, bank_labels = images_and_labels(48)
     queries, labels = images_and_labels(24, seed=5)
     expected = top1_by_hand(
@@ -76,17 +78,17 @@ class Keeps(OnlineKNN):
         self.banks = []
 
     def predict(self, features, layer=""):
-        self.banks.append(self._banks.get("backbone"))
+        self.banks.append(self._votes.get("backbone"))
         return super().predict(features, layer)
 
 
 def test_the_bank_holds_one_epoch_and_no_more_than_its_size():
     images, labels = images_and_labels(48)
-    probe = Keeps(CLASSES)
+    probe = Keeps(CLASSES, bank="train")
     quiet_fit(Frozen(), [probe], labelled(), max_epochs=3)
     assert [len(bank[1]) for bank in probe.banks[::3]] == [48, 48, 48]
     assert torch.equal(probe.banks[0][1], labels)
-    small = Keeps(CLASSES, bank_size=20)
+    small = Keeps(CLASSES, bank="train", max_bank=20)
     quiet_fit(Frozen(), [small], labelled())
     features, kept = small.banks[0]
     assert torch.equal(kept, labels[-16:])  # whole batches of 8, the newest
@@ -95,17 +97,17 @@ def test_the_bank_holds_one_epoch_and_no_more_than_its_size():
 
 
 def test_in_the_middle_of_an_epoch_the_rest_is_an_epoch_old():
-    probe = Keeps(CLASSES)
+    probe = Keeps(CLASSES, bank="train")
     quiet_fit(Frozen(), [probe], labelled(), val_check_interval=2, num_sanity_val_steps=0)
     assert [len(bank[1]) for bank in probe.banks[::3]] == [16, 32, 48, 48, 48, 48]
 
 
 def test_memory_is_half_precision_while_training_and_given_back_after_validation():
-    probe = OnlineKNN(CLASSES)
+    probe = OnlineKNN(CLASSES, bank="train")
     quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
     buffer = probe._buffers["backbone"]
     assert {features.dtype for features, _ in buffer.batches} == {torch.float16}
-    assert not probe._banks
+    assert not probe._votes
     assert buffer.rows == 48
 
 
@@ -120,7 +122,7 @@ def test_images_without_label_and_broken_features_do_not_vote():
             return output
 
     data = DataLoader(list(zip(images.float() / 255, some, strict=True)), batch_size=8)
-    probe = Keeps(CLASSES)
+    probe = Keeps(CLASSES, bank="train")
     with pytest.warns(UserWarning, match="Keeps: the features 'backbone' of 1 of 8 images are NaN or infinite"):
         quiet_fit(Sick(), [probe], data, max_epochs=1)
     features, kept = probe.banks[0]
@@ -129,12 +131,12 @@ def test_images_without_label_and_broken_features_do_not_vote():
 
 
 def test_fewer_features_than_neighbours_vote_all():
-    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, k=200)], labelled(16), max_epochs=1)
+    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank="train", k=200)], labelled(16), max_epochs=1)
     assert "knn/top1" in run.callback_metrics
 
 
 def test_test_and_a_second_fit():
-    probe, module = Keeps(CLASSES), Frozen()
+    probe, module = Keeps(CLASSES, bank="train"), Frozen()
     trainer = quiet_fit(module, [probe], labelled(), max_epochs=1)
     trainer.test(module, labelled(24, seed=5), verbose=False)
     assert trainer.callback_metrics.keys() == {"knn/test_top1"}
@@ -155,11 +157,11 @@ class Loaders(L.LightningDataModule):
 @pytest.mark.dist
 def test_two_ranks_share_one_bank():
     def on_rank(rank):
-        probe = Keeps(CLASSES, k=7)
+        probe = Keeps(CLASSES, bank="train", k=7)
         run = fit_ranks(Frozen(), [probe], Loaders(), "ddp", max_epochs=1)
         return run.callback_metrics["knn/top1"].item(), probe.banks[0][1].bincount().tolist()
 
-    one = Keeps(CLASSES, k=7)
+    one = Keeps(CLASSES, bank="train", k=7)
     whole = quiet_fit(Frozen(), [one], labelled(), max_epochs=1).callback_metrics["knn/top1"].item()
     for top1, counts in run_processes(on_rank, 2, init=False):
         assert top1 == pytest.approx(whole)
@@ -167,7 +169,9 @@ def test_two_ranks_share_one_bank():
 
 
 def test_several_neighbourhoods_and_temperatures_at_once():
-    run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, k=[1, 7, 40], temperature=[0.07, 0.5])], labelled(), max_epochs=1)
+    run = quiet_fit(
+        Frozen(), [OnlineKNN(CLASSES, bank="train", k=[1, 7, 40], temperature=[0.07, 0.5])], labelled(), max_epochs=1
+    )
     bank, bank_labels = images_and_labels(48)
     queries, labels = images_and_labels(24, seed=5)
     bank, queries = colours(bank.float() / 255), colours(queries.float() / 255)
@@ -207,14 +211,20 @@ def test_a_bank_is_encoded_at_each_validation(kind):
 
 
 @pytest.mark.parametrize("size", [20, 47])
-def test_a_small_bank_is_spread_over_the_set(size):
-    probe = Keeps(CLASSES, bank="fresh", bank_size=size)
-    quiet_fit(Frozen(), [probe], labelled(), max_epochs=1)
-    _, labels = images_and_labels(48)
-    assert torch.equal(probe.banks[0][1], labels[[i * 48 // size for i in range(size)]])
-    listed = Keeps(CLASSES, dataloader=list(labelled()), bank_size=size)
-    quiet_fit(Frozen(), [listed], labelled(), max_epochs=1)
-    assert torch.equal(listed.banks[0][1], labels[:size])
+def test_a_small_bank_is_a_fixed_draw_from_the_set(size):
+    probe = Keeps(CLASSES, max_bank=size)
+    quiet_fit(Forward(), [probe], labelled(), max_epochs=2)
+    images, _ = images_and_labels(48)
+    rows = torch.nn.functional.normalize(colours(images.float() / 255), dim=1)
+    first, last = probe.banks[0][0], probe.banks[-1][0]
+    assert torch.equal(first, last)
+    taken = torch.cdist(first, rows).argmin(1).tolist()
+    assert taken == sorted(set(taken))
+    assert len(taken) == size < 48
+    assert taken != list(range(size))
+    listed = Keeps(CLASSES, dataloader=list(labelled()), max_bank=size)
+    quiet_fit(Forward(), [listed], labelled(), max_epochs=1)
+    assert torch.equal(listed.banks[0][0], rows[:size])
 
 
 def test_each_layer_and_each_loader_has_its_own_value():
@@ -238,12 +248,28 @@ def test_a_bank_without_a_label_is_a_warning_and_an_empty_one_an_error():
     images, labels = images_and_labels(16)
     none = DataLoader(list(zip(images.float() / 255, labels * 0 - 1, strict=True)), batch_size=8)
     with pytest.warns(UserWarning, match="`knn`: no image of the bank has a label and finite features"):
-        run = quiet_fit(Frozen(), [OnlineKNN(CLASSES, dataloader=none)], max_epochs=1)
+        run = quiet_fit(Forward(), [OnlineKNN(CLASSES, dataloader=none)], max_epochs=1)
     assert run.callback_metrics == {}
     with pytest.raises(ValueError, match="`dataloader` must yield at least one batch, got 'list'"):
-        quiet_fit(Frozen(), [OnlineKNN(CLASSES, dataloader=[])], max_epochs=1)
-    with pytest.raises(TypeError, match='must be a DataLoader over a set of known length for `bank="fresh"`'):
-        quiet_fit(Frozen(), [OnlineKNN(CLASSES, bank="fresh")], DataLoader(Stream(), batch_size=8), max_epochs=1)
+        quiet_fit(Forward(), [OnlineKNN(CLASSES, dataloader=[])], max_epochs=1)
+
+
+def test_a_stream_that_cannot_be_encoded_is_said_at_the_start():
+    seen = []
+
+    class Start(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append([str(warning.message) for warning in caught if "`knn`" in str(warning.message)])
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stream = DataLoader(Stream(), batch_size=8)
+        run = quiet_trainer([OnlineKNN(CLASSES), Start()], max_epochs=1)
+        run.fit(Forward(), stream, labelled(24, seed=5))
+        seen.append([str(warning.message) for warning in caught if "`knn`" in str(warning.message)])
+    assert len(seen[0]) == len(seen[-1]) == 1
+    assert seen[0][0].startswith("`knn`: the training loader, a DataLoader, has no dataset of known length")
+    assert "knn/top1" not in run.callback_metrics
 
 
 def test_a_bank_of_other_features_is_named():
@@ -255,22 +281,26 @@ def test_a_bank_of_other_features_is_named():
         quiet_fit(Other(), [OnlineKNN(CLASSES, bank="fresh")], max_epochs=1)
 
 
-def test_fresh_needs_a_fit():
-    trainer = quiet_trainer([OnlineKNN(CLASSES, bank="fresh")])
-    with pytest.warns(UserWarning, match='no training set to encode for `bank="fresh"` without a fit'):
-        trainer.validate(Frozen(), labelled(24), verbose=False)
+def test_without_a_training_set_a_warning_says_so_and_a_data_module_gives_one():
+    trainer = quiet_trainer([OnlineKNN(CLASSES)])
+    with pytest.warns(UserWarning, match="`knn`: there is no training set to encode for a bank. Pass the `datamodule`"):
+        trainer.validate(Forward(), labelled(24), verbose=False)
     assert trainer.callback_metrics == {}
+    trainer, module = quiet_trainer([OnlineKNN(CLASSES)]), Forward()
+    trainer.validate(module, datamodule=Loaders(), verbose=False)
+    fitted = quiet_fit(module, [OnlineKNN(CLASSES)], labelled(), max_epochs=1)
+    assert trainer.callback_metrics["knn/top1"] == fitted.callback_metrics["knn/top1"] > 0.4
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("size", [48, 47])
 def test_two_ranks_divide_a_fresh_bank(size):
     def on_rank(rank):
-        probe = Keeps(CLASSES, k=7, bank="fresh", bank_size=size)
+        probe = Keeps(CLASSES, k=7, bank="fresh", max_bank=size)
         run = fit_ranks(Forward(), [probe], Loaders(), "ddp", max_epochs=1)
         return run.callback_metrics["knn/top1"].item(), probe.banks[0][1].bincount().tolist()
 
-    one = Keeps(CLASSES, k=7, bank="fresh", bank_size=size)
+    one = Keeps(CLASSES, k=7, bank="fresh", max_bank=size)
     whole = quiet_fit(Forward(), [one], labelled(), max_epochs=1).callback_metrics["knn/top1"].item()
     for top1, counts in run_processes(on_rank, 2, init=False):
         assert top1 == pytest.approx(whole)
@@ -282,12 +312,12 @@ def test_two_ranks_divide_a_fresh_bank(size):
     [
         ({"k": []}, "`k` must not be empty"),
         ({"k": [5, 0]}, "`k` must be >= 1"),
-        ({"k": [5, 30], "bank_size": 20}, "`bank_size` must be >= 30"),
+        ({"k": [5, 30], "max_bank": 20}, "`max_bank` must be >= 30"),
         ({"bank": "val"}, "`bank` must be one of 'train', 'fresh', got 'val'"),
-        ({"bank": "fresh", "dataloader": [1]}, "`bank` must be left out if there is a `dataloader`, got 'fresh'"),
+        ({"bank": "train", "dataloader": [1]}, "`bank` must be left out if there is a `dataloader`, got 'train'"),
         ({"k": 0}, "`k` must be >= 1"),
         ({"temperature": 0.0}, "`temperature` must be > 0"),
-        ({"bank_size": 3}, "`bank_size` must be >= 20, got 3. Raise `bank_size` to at least `k`"),
+        ({"max_bank": 3}, "`max_bank` must be >= 20, got 3. Raise `max_bank` to at least `k`"),
         ({"num_classes": 0}, "`num_classes` must be >= 2"),
     ],
 )

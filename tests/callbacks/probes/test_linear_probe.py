@@ -1,5 +1,7 @@
 """What the online linear probe learns, logs, keeps and refuses."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -156,7 +158,7 @@ class Colours(classifier()):
 
 
 def test_it_reaches_the_accuracy_that_the_features_allow():
-    run = quiet_fit(Colours(), [OnlineLinearProbe(CLASSES)], max_epochs=5)
+    run = quiet_fit(Colours(), [OnlineLinearProbe(CLASSES, bank="train")], max_epochs=5)
     assert run.callback_metrics["linear_probe/top1"] > 0.95
     assert run.callback_metrics["linear_probe/train_top1"] > 0.95
     assert run.callback_metrics["linear_probe/train_loss"] < 0.3
@@ -196,7 +198,7 @@ def test_no_learning_rate_needs_tuning(width):
 
 
 def test_logged_values_are_those_of_the_steps():
-    probe = Records(CLASSES)
+    probe = Records(CLASSES, bank="train")
     module = classifier()()
     run = quiet_fit(module, [probe], max_epochs=1)
     batches = [(step.features, step.labels) for step in probe.steps]
@@ -257,7 +259,7 @@ def test_state_is_kept_when_it_was_loaded_and_never_used():
 
 
 def test_a_second_fit_goes_on_and_validation_between_two_fits_uses_what_was_learned():
-    probe, module = OnlineLinearProbe(CLASSES), classifier()()
+    probe, module = OnlineLinearProbe(CLASSES, bank="train"), classifier()()
     trainer = quiet_fit(module, [probe], max_epochs=2)
     logged = trainer.callback_metrics["linear_probe/top1"]
     trainer.validate(module, labelled(24, seed=5), verbose=False)
@@ -268,19 +270,25 @@ def test_a_second_fit_goes_on_and_validation_between_two_fits_uses_what_was_lear
     assert probe.head.batches == 24
     assert not torch.equal(probe.head.weight, weight)
     trainer.test(module, labelled(24, seed=5), verbose=False)
-    assert trainer.callback_metrics.keys() == {"linear_probe/test_top1", "linear_probe/test_calibration_error"}
+    assert trainer.callback_metrics.keys() == {
+        f"linear_probe/test_{key}" for key in ("top1", "calibration_error", "loss")
+    }
 
 
-def test_a_probe_that_has_learned_nothing_logs_nothing():
+def test_a_probe_that_has_learned_nothing_logs_nothing_and_says_why():
     trainer = quiet_trainer([OnlineLinearProbe(CLASSES), OnlineKNN(CLASSES)])
-    trainer.validate(classifier()(), labelled(24), verbose=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.validate(classifier()(), labelled(24), verbose=False)
+    said = [str(warning.message) for warning in caught if "there is no training set to encode" in str(warning.message)]
+    assert [text.split(":")[0] for text in said] == ["`linear_probe`", "`knn`"]
     assert trainer.callback_metrics == {}
 
 
 def test_a_classifier_restored_for_validation_can_still_learn(tmp_path):
-    probe, module = OnlineLinearProbe(CLASSES), classifier()()
+    probe, module = OnlineLinearProbe(CLASSES, bank="train"), classifier()()
     quiet_fit(module, [probe], max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
-    restored = OnlineLinearProbe(CLASSES)
+    restored = OnlineLinearProbe(CLASSES, bank="train")
     trainer = quiet_trainer([restored])
     trainer.validate(module, labelled(24), ckpt_path=tmp_path / "a.ckpt", verbose=False)  # in inference mode
     assert equal_states(restored.head.state_dict(), probe.head.state_dict())
@@ -336,7 +344,7 @@ def test_images_labelled_minus_one_are_left_out():
     images, labels = images_and_labels(48)
     some = torch.where(torch.arange(48) % 3 == 0, labels, -1)
     data = DataLoader(list(zip(images.float() / 255, some, strict=True)), batch_size=8)
-    probe = Records(CLASSES)
+    probe = Records(CLASSES, bank="train")
     run = quiet_fit(Colours(), [probe], data, data, max_epochs=8)
     assert sum(int(step.valid.sum()) for step in probe.steps) == 8 * 16
     assert run.callback_metrics["linear_probe/top1"] > 0.8

@@ -193,10 +193,11 @@ def test_several_layers_of_a_method_whose_validation_does_not_call_them():
     for name, first in (("linear_probe", "backbone"), ("second", "projector")):
         assert logged[f"{name}/top1"] == logged[f"{name}/{first}/top1"]
         assert {f"{name}/{layer}/{key}" for layer in widths for key in ("top1", "train_loss")} <= logged.keys()
-    assert seen == [8] * (2 + 4 + 4)  # sanity check, labelled batches, validation: never the training batches
+    # Sanity check, labelled batches, a bank of the probe's own loader and one of the run's, validation
+    assert seen == [8] * (2 + 4 + 4 + 4 + 4)
     model.eval()
     x = plain(images)
-    right = probes[0].heads["projector"](model.projector(model.backbone(x))).argmax(1) == labels
+    right = probes[0].predict(model.projector(model.backbone(x)), "projector").argmax(1) == labels
     assert logged["linear_probe/projector/top1"].item() == near(right.float().mean().item())
 
 
@@ -309,7 +310,7 @@ def test_a_layer_that_does_not_take_the_features_is_named():
     module = Plain()
     module.head = torch.nn.Linear(50, 2)
     probe = OnlineLinearProbe(CLASSES, features=["backbone", "head"], dataloader=labelled(16))
-    with pytest.raises(ValueError, match=r"layer that the step calls, or that takes the features \(8, 3\), got 'head'"):
+    with pytest.raises(ValueError, match=r"`features` must name a layer that is called in each step, got 'head'"):
         quiet_fit(module, [probe], unlabelled(), num_sanity_val_steps=0)
 
 

@@ -189,7 +189,7 @@ def test_large_images_are_made_smaller_and_keep_their_shape(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"images": 0}, ValueError, "`images` must be >= 1"),
+        ({"samples": 0}, ValueError, "`samples` must be >= 1"),
         ({"every_n_epochs": 0}, ValueError, "`every_n_epochs` must be >= 1"),
         ({"name": ""}, ValueError, "`name`"),
         ({"channels": (0, 1)}, ValueError, "`channels` must have one or three entries"),
@@ -209,9 +209,8 @@ def test_wrong_arguments(settings, error, words):
     [
         (torch.rand(4, 3, 8, 8), {"channels": (0, 1, 3)}, "`channels` must be < 3"),
         (torch.rand(4, 3, 8, 8), {"mean": (0.0, 0.0), "std": (1.0, 1.0)}, "`mean` must have 3 numbers"),
-        (torch.rand(4, 12), {}, r"`batch` must contain images \(B, C, H, W\), got \(4, 12\)"),
     ],
-    ids=["channels", "mean", "no images"],
+    ids=["channels", "mean"],
 )
 def test_what_does_not_fit_the_images_is_named(images, settings, words, tmp_path):
     with pytest.raises(ValueError, match=words):

@@ -1,0 +1,141 @@
+"""The file of an exported backbone: weights, architecture, input, and features by which a loaded network is checked."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_contrast._checks import fail, require
+from lightning_contrast.checkpoints import load_checkpoint
+from lightning_contrast.nn.backbones import ARCHITECTURE, BUILT_AS, PREFIX, build_backbone, strip_prefix
+from lightning_contrast.nn.feature_output import FeatureOutput
+
+INPUT_SPEC = "input_spec"
+"""Key of the size, mean and std in exported files and in the metadata of ONNX graphs."""
+_TOLERANCE = 0.01  # of the largest feature: reduced precision passes, another stem does not
+_DOWNLOADED = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Module:
+    """Return the backbone of a file that `export_backbone` wrote, in eval mode.
+
+    The network is built as it was for the run: by name, with its arguments and its stem. Its features of fixed images
+    are compared with those of the exported backbone. ``network.input_spec`` says how images are prepared.
+
+        network = lc.evaluation.load_backbone("backbone.pt")
+        features = network(images)  # (B, F)
+
+    Args:
+        path: Path of the file, read with ``weights_only=True``.
+        backbone: The network to load the weights into, for a backbone that was given to the method as a module, or with
+            arguments that a file cannot hold.
+
+    Returns:
+        The network, on the CPU, from images ``(B, C, size, size)`` to features ``(B, F)``.
+
+    Raises:
+        ValueError: If the file is damaged or not an exported backbone, ``backbone`` is missing, the weights do not fit,
+            or the features differ.
+        FileNotFoundError: If the file does not exist.
+    """
+    saved = load_checkpoint(path)
+    hint = "Give a file that `export_backbone` wrote; its weights alone do not say what was built"
+    if not isinstance(saved, Mapping) or not saved.keys() >= {"state_dict", INPUT_SPEC, ARCHITECTURE, "features"}:
+        fail("path", "be an exported backbone", str(path), hint)
+    architecture, features = saved[ARCHITECTURE], saved["features"]
+    if backbone is None:
+        hint = "The file does not hold how the network was built: give `backbone=`, a network built in the same way"
+        require(architecture["name"] is not None, "backbone", "be given for this file", None, hint)
+        with torch.random.fork_rng(devices=[]):
+            backbone = build_backbone(**_arguments(architecture), feature_dim=features.shape[1]).module
+    try:
+        backbone.load_state_dict(strip_prefix(saved["state_dict"]))
+    except RuntimeError as error:
+        fail("backbone", "fit the weights of the file", type(backbone).__name__, str(error).rstrip("."))
+    FeatureOutput.attach(backbone, features.shape[1], architecture["tokens"])
+    found = _fixed_features(backbone, saved[INPUT_SPEC])
+    if not _agree(found, features):
+        hint = "It has the same weights, but another stem or other arguments"
+        fail("backbone", "compute the features of the exported network", type(backbone).__name__, hint)
+    backbone.eval()
+    object.__setattr__(backbone, INPUT_SPEC, dict(saved[INPUT_SPEC]))
+    return backbone
+
+
+def pack_weights(backbone: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a file for `load_backbone`.
+
+    Args:
+        backbone: The network.
+        spec: Size, mean and std of its images.
+
+    Raises:
+        ValueError: If the network does not take images of this size.
+    """
+    built = getattr(backbone, BUILT_AS, {"name": None, "small_images": False, "backbone_kwargs": {}, "tokens": None})
+    arguments = {key: value for key, value in built["backbone_kwargs"].items() if key != "pretrained"}
+    architecture = {**built, "backbone_kwargs": arguments}
+    try:
+        json.dumps(arguments)
+    except TypeError:  # a class or a function, which a file for `weights_only=True` cannot hold
+        architecture = {**built, "name": None, "backbone_kwargs": {}}
+    try:
+        features = _fixed_features(backbone, spec)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        rule = "be the input of the backbone"
+        fail(INPUT_SPEC, rule, dict(spec), f"The backbone raises {str(error).strip().splitlines()[0].rstrip('.')}")
+    prefix = PREFIX if _misread(built | {"backbone_kwargs": arguments}, backbone, spec, features) else ""
+    weights = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    return {"state_dict": weights, INPUT_SPEC: dict(spec), ARCHITECTURE: architecture, "features": features}
+
+
+def count_channels(network: nn.Module, spec: Mapping[str, Any]) -> int:
+    """Return the number of channels of the images, from the mean or from the first convolution."""
+    if spec["mean"] is not None and len(spec["mean"]) > 1:
+        return len(spec["mean"])
+    convolution = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if convolution is None else convolution.in_channels
+
+
+def _arguments(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("small_images", "backbone_kwargs", "tokens")
+    return {"backbone": architecture["name"]} | {name: architecture[name] for name in names}
+
+
+@torch.no_grad()
+def _fixed_features(network: nn.Module, spec: Mapping[str, Any]) -> Tensor:
+    """Return the features of two fixed images in eval mode, float32 ``(2, F)``, on the CPU; modes are restored."""
+    parameter = next(network.parameters(), torch.zeros(()))
+    shape = (2, count_channels(network, spec), spec["size"], spec["size"])
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+    modes = {module: module.training for module in network.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        features: Tensor = network(images)
+        return features.float().cpu()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    scale = max(float(expected.abs().max()), 1e-6)
+    return found.shape == expected.shape and bool(((found - expected).abs() <= _TOLERANCE * scale).all())
+
+
+def _misread(built: Mapping[str, Any], backbone: nn.Module, spec: Mapping[str, Any], features: Tensor) -> bool:
+    """Return whether the network of the name alone accepts the weights and computes other features."""
+    name, other = built["name"], built["small_images"] or built["tokens"] or bool(built["backbone_kwargs"])
+    if name is None or not other or name.startswith(_DOWNLOADED):
+        return bool(other)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            plain = build_backbone(name).module
+        plain.load_state_dict(backbone.state_dict())
+        return not _agree(_fixed_features(plain, spec), features)
+    except (RuntimeError, AssertionError, ValueError, TypeError):  # it does not take the weights, or these images
+        return False
