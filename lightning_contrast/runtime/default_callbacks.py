@@ -31,6 +31,11 @@ def missing_defaults(defaults: list[Callback], present: list[Callback], pl_modul
     return [c for c in defaults if not any(isinstance(other, type(c)) for other in valid)]
 
 
+def is_default_of(callback: Callback, pl_module: Any) -> bool:
+    """Return whether a callback is a default of this module, not one of the user."""
+    return getattr(callback, _OWNER, None) is pl_module
+
+
 def remove_if_other_module(callback: Callback, trainer: Any, pl_module: Any) -> bool:
     """Remove a default callback of an earlier module from a Trainer that now runs another one.
 

@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
 from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
-from lightning_contrast.runtime.run_length import EpochScheduledModule
+from lightning_contrast.runtime.learning_rate import ScheduledModule
+from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
 
 
-class MethodModule(ShardedClippingModule, EpochScheduledModule):
+class MethodModule(ShardedClippingModule, ScheduledModule):
     """A LightningModule that adds its default callbacks, shards itself, and saves plain hyperparameters."""
 
     sharded_methods: ClassVar[dict[str, Sequence[str]]] = {}
@@ -29,7 +30,24 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
         """Add default callbacks that the Trainer lacks."""
         if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
             self._default_callbacks = mark_defaults(self.default_callbacks(), self)
-        return missing_defaults(self._default_callbacks, self.trainer.callbacks, self)  # type: ignore[attr-defined]
+        present: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        missing = missing_defaults(self._default_callbacks, present, self)
+        remember_callbacks(self.trainer, [*present, *missing])
+        return missing
+
+    def on_train_start(self) -> None:
+        """Restore the callbacks that the algorithm needs, and plan all schedules.
+
+        A `Tuner` removes all callbacks for its trial runs, but without its queue or its EMA update a method is another
+        one.
+        """
+        trainer: Any = self.trainer
+        needed = tuple(type(callback) for callback in self._default_callbacks or ())
+        for callback in remembered_callbacks(trainer):
+            if isinstance(callback, needed) and callback not in trainer.callbacks:
+                trainer.callbacks = [*trainer.callbacks, callback]
+                callback.on_train_start(trainer, self)
+        super().on_train_start()
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
