@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_bat
 from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.runtime.learning_rate import ScheduledModule
 from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
+from lightning_contrast.seeding import isolated, rank_seed
 
 
 class MethodModule(ShardedClippingModule, ScheduledModule):
@@ -21,6 +23,10 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
     sharded_methods: ClassVar[dict[str, Sequence[str]]] = {}
     """Methods other than ``forward`` that a step calls, by the name of the submodule that has them."""
     _default_callbacks: list[L.Callback] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rank_draws = ExitStack()
 
     def default_callbacks(self) -> list[L.Callback]:
         """Return new instances of the callbacks that the algorithm needs."""
@@ -48,6 +54,17 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
                 trainer.callbacks = [*trainer.callbacks, callback]
                 callback.on_train_start(trainer, self)
         super().on_train_start()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw masks, noise and dropout of the step from generators that differ between ranks; see `rank_seed`."""
+        has_seed = any(getattr(c, "provides_view_seed", None) is not None for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        seed = None if has_seed else rank_seed()
+        if seed is not None:
+            self._rank_draws.enter_context(isolated(seed, self.device))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Restore the generators, which are equal on all ranks after ``seed_everything``."""
+        self._rank_draws.close()
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""

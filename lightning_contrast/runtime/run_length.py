@@ -144,8 +144,8 @@ def check_end(trainer: L.Trainer, length: RunLength) -> None:
         hint = 'Set `max_epochs` or `max_steps` on the Trainer, or `lr_schedule = "constant"` on the method'
         fail("max_epochs", "end the run for the schedules", trainer.max_epochs, hint)
     hint = 'Set `max_steps` or `limit_train_batches` on the Trainer, or `lr_schedule = "constant"` on the method'
-    got = f"a loader without a length for `max_epochs={trainer.max_epochs}`"
-    fail("train_dataloader", "have a length for the schedules to end with the last epoch", got, hint)
+    rule = "be replaced by `max_steps` for a training loader without a length"
+    fail("max_epochs", rule, trainer.max_epochs, hint)
 
 
 def warmup_steps(trainer: L.Trainer, length: RunLength, epochs: int, *, is_default: bool, announce: bool) -> int:
