@@ -30,10 +30,10 @@ class MomentumUpdate(Callback):
     ``target <- m * target + (1 - m) * online`` with the weights after the step, as in BYOL
     (https://arxiv.org/abs/2006.07733) and DINO. The first update uses ``m = start``; the "cosine" schedule then
     increases it as ``end - (end - start) * (1 + cos(pi * k / K)) / 2``, with k the previous optimizer steps
-    (``trainer.global_step``, as for all schedules) and K the optimizer steps of the run. There is no update on accumulated micro-batches, on steps that a gradient scaler or
-    `NonFiniteGuard` skipped, or if ``training_step`` returned None. Under manual optimization there is one update per
-    batch in which any optimizer stepped, and the schedule follows the finished share of the run, because the number of
-    steps is unknown.
+    (``trainer.global_step``, as for all schedules) and K those of the run. There is no update on accumulated
+    micro-batches, on steps without gradients, or on steps that a gradient scaler or `NonFiniteGuard` skipped. Under
+    manual optimization there is one update per batch in which any optimizer stepped, and the schedule follows the
+    finished share of the run, because the number of steps is unknown.
 
     Accumulation, gradient scaling, DDP, FSDP1 and FSDP2 are supported (shard both networks of a pair alike; FSDP1
     around the whole module only gathers all weights at each update, which is correct but slow). Momentum networks in

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults
+from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults, of_module
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
 from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.runtime.learning_rate import ScheduledModule
@@ -36,7 +36,7 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
         """Add default callbacks that the Trainer lacks."""
         if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
             self._default_callbacks = mark_defaults(self.default_callbacks(), self)
-        present: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        present = of_module(self.trainer.callbacks, self)  # type: ignore[attr-defined]
         missing = missing_defaults(self._default_callbacks, present, self)
         remember_callbacks(self.trainer, [*present, *missing])
         return missing

@@ -220,6 +220,6 @@ def remembered_callbacks(trainer: L.Trainer) -> list[L.Callback]:
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Return whether this is a trial run of a `Tuner`, for which it has replaced all callbacks of the Trainer."""
-    remembered, present = remembered_callbacks(trainer), trainer.callbacks  # type: ignore[attr-defined]
-    return bool(remembered) and not any(callback in present for callback in remembered)
+    """Return whether this is a trial run of a `Tuner`, for which it has removed the callbacks of the Trainer."""
+    present = trainer.callbacks  # type: ignore[attr-defined]
+    return any(callback not in present for callback in remembered_callbacks(trainer))
