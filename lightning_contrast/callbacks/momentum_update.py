@@ -14,6 +14,7 @@ from lightning_contrast.runtime.default_callbacks import is_default_of, remove_i
 from lightning_contrast.runtime.optimizer_steps import (
     StepDetector,
     batches_done,
+    only_forward,
     step_was_skipped,
     total_steps,
 )
@@ -137,7 +138,7 @@ class MomentumUpdate(Callback):
         """Update after a real optimizer step; no update on accumulated micro-batches or skipped steps."""
         before, self._global_step = self._global_step, trainer.global_step
         stepped = self._detector.stepped()
-        skipped = step_was_skipped(trainer)
+        skipped = step_was_skipped(trainer) or only_forward(trainer)
         if skipped or not stepped:
             if skipped or before != trainer.global_step:
                 for state in _step_states(pl_module):

@@ -13,6 +13,7 @@ from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
 from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.runtime.learning_rate import ScheduledModule
+from lightning_contrast.runtime.optimizer_steps import only_forward
 from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
 from lightning_contrast.seeding import isolated, rank_seed
 
@@ -54,6 +55,15 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
                 trainer.callbacks = [*trainer.callbacks, callback]
                 callback.on_train_start(trainer, self)
         super().on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Drop stale gradients before an epoch that only updates the statistics of BatchNorm.
+
+        Lightning's `StochasticWeightAveraging` skips the backward passes of that epoch but not its optimizer step.
+        """
+        if only_forward(self.trainer):
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw masks, noise and dropout of the step from generators that differ between ranks; see `rank_seed`."""

@@ -55,6 +55,8 @@ def measure_run(trainer: L.Trainer) -> RunLength:
     Args:
         trainer: The Trainer, whose training loader is set up.
     """
+    if trainer.limit_train_batches == 0:  # nothing is trained
+        return RunLength(1, 1, ((0, 1),))
     batches, epochs = float(trainer.num_training_batches), trainer.max_epochs
     accumulation = [(0, trainer.accumulate_grad_batches)]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -73,7 +75,7 @@ def measure_run(trainer: L.Trainer) -> RunLength:
 
 
 def run_length(trainer: L.Trainer) -> RunLength:
-    """Return the length of the run as it was measured at its start, or measure it."""
+    """Return the length of the run as it was measured last, or measure it."""
     length = getattr(trainer, _LENGTH, None)
     return length if isinstance(length, RunLength) else measure_run(trainer)
 
@@ -196,6 +198,8 @@ def global_batch_size(trainer: L.Trainer, length: RunLength) -> int:
         ValueError: If the loader has no batch size, or the accumulation changes during the run.
     """
     loader: Any = trainer.train_dataloader
+    if trainer.limit_train_batches == 0:  # nothing is trained
+        return trainer.world_size
     loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
     batch_size = getattr(loader, "batch_size", None)
     batch_size = batch_size or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)

@@ -16,7 +16,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_contrast as lc
-from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
+from lightning_contrast.callbacks import MomentumUpdate
 from tests.methods.cases import CASES, make
 from tests.runtime.test_schedules_follow_the_run import BATCH, IMAGES, QUIET, Views
 from tests.tolerances import near64
@@ -27,7 +27,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:SWA is currently only supported every epoch",
     "ignore:.*Swapping",
     "ignore:.*shuffling",
-    "ignore:Detected call of",
+    "ignore:You're using the WeightAveraging callback with a model that overrides the configure_model",
+    "ignore:You defined a `validation_step` but have no",
+    "ignore:The provided params to be frozen already exist",  # BatchNorm, which it does not freeze
 )
 METHODS = ("SimCLR", "MoCo", "DINO")
 three = pytest.mark.parametrize("name", METHODS)
@@ -52,7 +54,7 @@ def fit(name, *callbacks, module=None, data=None, **settings):
     """Fit with every onlooker that needs no labels; return the module and what was seen."""
     seen, module = Losses(), module or make(name, warmup_epochs=0)
     trainer = L.Trainer(**(QUIET | {"max_epochs": 3} | settings), callbacks=[seen, *onlookers(), *callbacks])
-    trainer.fit(module, data or Views(name))
+    trainer.fit(module, Views(name) if data is None else data)
     return module, seen
 
 
@@ -78,7 +80,7 @@ def test_short_runs(name, settings, steps):
 
 @three
 def test_fast_dev_run_works_with_a_given_warmup_too(name):
-    module, seen = fit(name, module=make(name, warmup_epochs=7), fast_dev_run=True)
+    module, _ = fit(name, module=make(name, warmup_epochs=7), fast_dev_run=True)
     assert module.trainer.global_step == 1
 
 
@@ -128,17 +130,14 @@ def test_lr_find_measures_the_method(name, tmp_path):
     settings = QUIET | {"default_root_dir": tmp_path}
     module = make(name, warmup_epochs=9)
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    trainer = L.Trainer(**settings, max_epochs=2, callbacks=onlookers())
+    trainer = L.Trainer(**settings, max_epochs=10, callbacks=onlookers())
     tuner = Tuner(trainer)
-    found = tuner.lr_find(module, Views(name), num_training=20, min_lr=1e-8, max_lr=1e-7, early_stop_threshold=None)
+    found = tuner.lr_find(module, Views(name), num_training=20, min_lr=2e-6, max_lr=4e-6, early_stop_threshold=None)
     assert len(found.results["loss"]) == 20
-    _, seen = fit(name, module=make(name, warmup_epochs=0, lr=1e-8), max_epochs=5)
+    _, seen = fit(name, module=make(name, warmup_epochs=0, lr=2e-6), max_epochs=5)
     assert found.results["loss"][-1] == pytest.approx(sum(seen.losses) / 20, rel=0.05)
-    assert 1e-8 <= module.lr <= 1e-7
+    assert 2e-6 <= module.lr <= 4e-6
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-    assert not any(
-        isinstance(c, QueueUpdate | MomentumUpdate) and c not in trainer.callbacks for c in trainer.callbacks
-    )
 
 
 @three
@@ -177,7 +176,7 @@ def test_backbone_finetuning(name, optimizer):
 @three
 def test_stochastic_weight_averaging(name):
     """The additional epoch for BatchNorm moves neither the teacher nor the queue, and does not count for schedules."""
-    seen, states = [], []
+    seen, states, averaged = [], [], []
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -187,11 +186,16 @@ def test_stochastic_weight_averaging(name):
             names = [key for key in pl_module.state_dict() if "queue" in key or "center" in key]
             states.append({key: pl_module.state_dict()[key].clone() for key in names})
 
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 3 and batch_idx == 0:
+                averaged.extend(p.detach().clone() for p in pl_module.parameters())
+
     update = MomentumUpdate()
     module = make(name, norm=True, warmup_epochs=0)
     callbacks = [update] if hasattr(module, "momentum_pairs") else []
     fit(name, Watch(), *callbacks, StochasticWeightAveraging(0.01, 0.5, annealing_epochs=1), module=module)
     assert len(states) == 4
+    assert all(torch.equal(a, b) for a, b in zip(averaged, module.parameters(), strict=True))
     assert len(seen) == 16
     assert update.updates == (12 if callbacks else 0)
     assert all(torch.equal(value, states[2][key]) for key, value in states[3].items())
