@@ -115,7 +115,7 @@ def test_endless_runs_and_loaders_without_length(name):
     words = "`max_epochs` must be replaced by `max_steps` for a training loader without a length, got 2"
     with pytest.raises(ValueError, match=words):
         fit(name, data=loader, max_epochs=2)
-    with pytest.raises(ValueError, match="`max_epochs` must end the run for the schedules, got -1"):
+    with pytest.raises(ValueError, match="`max_epochs` must end the run for the schedules, got -1|in an endless run"):
         fit(name, max_epochs=-1, max_time="00:00:01:00")
     if name != "DINO":  # whose momentum needs the end of the run, too
         module = make(name, warmup_epochs=0)
@@ -132,11 +132,15 @@ def test_lr_find_measures_the_method(name, tmp_path):
     before = {key: value.clone() for key, value in module.state_dict().items()}
     trainer = L.Trainer(**settings, max_epochs=10, callbacks=onlookers())
     tuner = Tuner(trainer)
-    found = tuner.lr_find(module, Views(name), num_training=20, min_lr=2e-6, max_lr=4e-6, early_stop_threshold=None)
+    found = tuner.lr_find(module, Views(name), num_training=20, min_lr=2e-6, max_lr=2.1e-6, early_stop_threshold=None)
     assert len(found.results["loss"]) == 20
     _, seen = fit(name, module=make(name, warmup_epochs=0, lr=2e-6), max_epochs=5)
-    assert found.results["loss"][-1] == pytest.approx(sum(seen.losses) / 20, rel=0.05)
-    assert 2e-6 <= module.lr <= 4e-6
+    average = 0.0
+    for count, loss in enumerate(seen.losses, 1):
+        average = 0.98 * average + 0.02 * loss
+        smoothed = average / (1 - 0.98 ** (count + 1))  # as Lightning does it
+        assert found.results["loss"][count - 1] == pytest.approx(smoothed, rel=0.01)
+    assert 2e-6 <= module.lr <= 2.1e-6
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
@@ -200,7 +204,8 @@ def test_stochastic_weight_averaging(name):
     assert update.updates == (12 if callbacks else 0)
     assert all(torch.equal(value, states[2][key]) for key, value in states[3].items())
     if name == "DINO":
-        assert seen[11] == near64(lc.optim.momentum_schedule(11, 12, module.schedules.momentum), rel=1e-6)
+        expected = lc.optim.momentum_schedule(11, 12, module.schedules.momentum)
+        assert seen[-1] == pytest.approx(expected, rel=1e-6)
 
 
 @three
