@@ -115,7 +115,7 @@ def test_endless_runs_and_loaders_without_length(name):
     words = "`max_epochs` must be replaced by `max_steps` for a training loader without a length, got 2"
     with pytest.raises(ValueError, match=words):
         fit(name, data=loader, max_epochs=2)
-    with pytest.raises(ValueError, match="`max_epochs` must end the run for the schedules, got -1|in an endless run"):
+    with pytest.raises(ValueError, match=r"`max_epochs` must end the run for the schedules, got -1|in an endless run"):
         fit(name, max_epochs=-1, max_time="00:00:01:00")
     if name != "DINO":  # whose momentum needs the end of the run, too
         module = make(name, warmup_epochs=0)
@@ -139,7 +139,7 @@ def test_lr_find_measures_the_method(name, tmp_path):
     for count, loss in enumerate(seen.losses, 1):
         average = 0.98 * average + 0.02 * loss
         smoothed = average / (1 - 0.98 ** (count + 1))  # as Lightning does it
-        assert found.results["loss"][count - 1] == pytest.approx(smoothed, rel=0.01)
+        assert found.results["loss"][count - 1] == pytest.approx(smoothed, rel=0.05)
     assert 2e-6 <= module.lr <= 2.1e-6
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
