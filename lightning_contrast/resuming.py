@@ -14,12 +14,8 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn.backbones import ARCHITECTURE, BUILT_AS, strip_prefix
 from lightning_contrast.runtime.default_callbacks import mark_defaults
 from lightning_contrast.runtime.optimizer_steps import has_gradients
-from lightning_contrast.runtime.schedule_position import (
-    ScheduleExtension,
-    epoch_length_changed,
-    set_extension,
-    steps_per_epoch,
-)
+from lightning_contrast.runtime.run_length import epoch_length_changed, epoch_steps, measure_run
+from lightning_contrast.runtime.schedule_position import ScheduleExtension, set_extension
 
 __all__ = ["ExtendedRun", "HeadWarmup", "extend_training", "from_pretrained_backbone"]
 
@@ -51,12 +47,14 @@ class ExtendedRun(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the run resumed from the checkpoint or from a later one."""
+        measure_run(trainer)
         if trainer.global_step < self.plan.done:
             hint = "Pass `ckpt_path=extension.checkpoint`, or a later checkpoint of the extended run, to `fit`"
             fail("ckpt_path", f"lead to step {self.plan.done} or later", trainer.global_step, hint)
-        steps, before = steps_per_epoch(trainer), self.plan.done / self._epochs
+        steps, before = epoch_steps(trainer, self._epochs), self.plan.done / self._epochs
         if steps is not None and epoch_length_changed(steps, before):  # another number of processes, for example
-            set_extension(trainer, ScheduleExtension(self._epochs * steps, round(self.plan.total / before * steps)))
+            done = round(self._epochs * steps)
+            set_extension(trainer, ScheduleExtension(done, round(self.plan.total / before * steps)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the plan."""

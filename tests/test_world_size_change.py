@@ -82,7 +82,7 @@ class Schedules(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.decays.append(trainer.optimizers[0].param_groups[0]["weight_decay"])
         update = next(c for c in trainer.callbacks if isinstance(c, MomentumUpdate))
-        self.momenta.append(update._momentum(trainer, pl_module, trainer.global_step))
+        self.momenta.append(update._momentum(trainer, pl_module, trainer.global_step - 1))
 
 
 def resumed(tmp_path, steps_before, steps_after, *, extension=None, max_epochs=4):
@@ -95,7 +95,7 @@ def resumed(tmp_path, steps_before, steps_after, *, extension=None, max_epochs=4
     callbacks = [seen] if extension is None else [extension, seen]
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_contrast.runtime.run_length.rank_zero_warn", said.append)
+        patch.setattr("lightning_contrast.runtime.learning_rate.rank_zero_warn", said.append)
         fit(module, [batch] * steps_after, callbacks=callbacks, ckpt_path=path, max_epochs=max_epochs)
     return module, seen, said
 
@@ -134,7 +134,7 @@ def test_a_second_stop_resumes_exactly(tmp_path):
     fit(saving, [batch] * 6, callbacks=callbacks, ckpt_path=tmp_path / "way.ckpt", max_epochs=4)
     seen, said = Schedules(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_contrast.runtime.run_length.rank_zero_warn", said.append)
+        patch.setattr("lightning_contrast.runtime.learning_rate.rank_zero_warn", said.append)
         fit(again, [batch] * 6, callbacks=[seen], ckpt_path=second, max_epochs=4)
     assert not said
     assert (seen.rates, seen.momenta, seen.decays) == (whole.rates[6:], whole.momenta[6:], whole.decays[6:])

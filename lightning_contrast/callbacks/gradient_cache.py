@@ -31,8 +31,11 @@ class GradientCache(Callback):
 
     Args:
         chunk_size: Images per chunk on each rank, >= 1. Smaller batches run unchanged.
-        module: Name of the submodule whose ``forward`` is run in chunks. Its first argument and each tensor of its
-            output have the batch as first dimension; it takes no other tensors.
+        module: Name of the submodule whose ``forward`` is run in chunks, and with it the other methods that a step
+            calls according to the ``sharded_methods`` of the LightningModule, such as ``tokens`` of a `MaskedViT`
+            (iBOT, DINOv2, MSN, I-JEPA). The first argument and each tensor of the output have the batch as first
+            dimension; ``forward`` takes no other tensors, the other methods only such with one row per image, such as
+            masks (B, N).
 
     Raises:
         TypeError: If ``chunk_size`` is not a whole number, or the inputs or outputs of the module do not fit.
@@ -44,11 +47,12 @@ class GradientCache(Callback):
         self.chunk_size, self.module = chunk_size, module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the module's ``forward`` by the chunked one, inside any wrapper of the strategy."""
+        """Replace the module's ``forward`` and its like by chunked ones, inside any wrapper of the strategy."""
         modules = dict(pl_module.named_modules())
         check_choice("module", self.module, [name for name in modules if name])
         module = _inside_fsdp(modules[self.module])
-        module.__dict__["forward"] = ChunkedForward(module, self.chunk_size)
+        for name in self._methods(pl_module):
+            module.__dict__[name] = ChunkedForward(module, self.chunk_size, name)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the module's ``forward``."""
@@ -58,45 +62,53 @@ class GradientCache(Callback):
         """Restore the module's ``forward``: ``teardown`` is not called after an exception."""
         self._undo(pl_module)
 
+    def _methods(self, pl_module: LightningModule) -> tuple[str, ...]:
+        """Return the names of the module's methods that a step calls."""
+        return ("forward", *getattr(pl_module, "sharded_methods", {}).get(self.module, ()))
+
     def _undo(self, pl_module: LightningModule) -> None:
         module = dict(pl_module.named_modules()).get(self.module)
         if module is None:
             return
         module = _inside_fsdp(module)
-        chunked = module.__dict__.get("forward")
-        if isinstance(chunked, ChunkedForward):
-            del module.__dict__["forward"]
-            if chunked.inner is not None:
-                module.__dict__["forward"] = chunked.inner
+        for name in self._methods(pl_module):
+            chunked = module.__dict__.get(name)
+            if isinstance(chunked, ChunkedForward):
+                del module.__dict__[name]
+                if chunked.inner is not None:
+                    module.__dict__[name] = chunked.inner
 
 
 class ChunkedForward:
-    """Replacement of a module's ``forward`` that runs it in chunks; can be copied and pickled with the module.
+    """Replacement of a module's method that runs it in chunks; can be copied and pickled with the module.
 
     Args:
         module: The module whose forward pass is run in chunks.
         chunk_size: Rows per chunk, >= 1.
+        method: Name of the method.
 
     Attributes:
-        inner: A previous ``forward`` of the instance; None if it is that of the class.
+        inner: A previous method of the instance; None if it is that of the class.
     """
 
-    def __init__(self, module: nn.Module, chunk_size: int) -> None:
-        self.module, self.chunk_size = module, chunk_size
-        self.inner = module.__dict__.get("forward")
+    def __init__(self, module: nn.Module, chunk_size: int, method: str = "forward") -> None:
+        self.module, self.chunk_size, self.method = module, chunk_size, method
+        self.inner = module.__dict__.get(method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the module's forward pass.
+        """Return the output of the module's method.
 
         Raises:
-            TypeError: If the module gets no tensor first or another one, or its outputs have not one row per image.
+            TypeError: If the module gets no tensor first, or another one or an output without one row per image.
         """
-        forward = self.inner or type(self.module).forward.__get__(self.module)
+        forward = self.inner or getattr(type(self.module), self.method).__get__(self.module)
         batch = args[0] if args else None
         if not torch.is_grad_enabled() or (isinstance(batch, Tensor) and len(batch) <= self.chunk_size):
             return forward(*args, **kwargs)
-        others, _ = tree_flatten((args[1:], kwargs))
-        if not isinstance(batch, Tensor) or any(isinstance(other, Tensor) for other in others):
+        others, structure = tree_flatten((args[1:], kwargs))
+        tensors = [other for other in others if isinstance(other, Tensor)]
+        rows_only = isinstance(batch, Tensor) and all(other.ndim > 1 and len(other) == len(batch) for other in tensors)
+        if not isinstance(batch, Tensor) or not rows_only or (tensors and self.method == "forward"):
             got = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
             hint = "Name a submodule with one tensor as input, such as the backbone"
             fail("module", "take one tensor, as its first argument, to run in chunks", got, hint, TypeError)
@@ -104,12 +116,14 @@ class ChunkedForward:
         def contexts() -> tuple[Any, Any]:
             return nullcontext(), frozen_running_statistics(self.module)
 
-        chunks = torch.split(batch, self.chunk_size)
-        outputs = [
-            checkpoint(forward, chunk, *args[1:], use_reentrant=False, context_fn=contexts, **kwargs)
-            for chunk in chunks
-        ]
-        return _concatenate(outputs, [len(chunk) for chunk in chunks])
+        outputs, sizes = [], []
+        for start in range(0, len(batch), self.chunk_size):
+            rows = slice(start, start + self.chunk_size)
+            parts = [other[rows] if isinstance(other, Tensor) else other for other in others]
+            more, named = tree_unflatten(parts, structure)
+            outputs.append(checkpoint(forward, batch[rows], *more, use_reentrant=False, context_fn=contexts, **named))
+            sizes.append(len(batch[rows]))
+        return _concatenate(outputs, sizes)
 
 
 def _concatenate(outputs: list[Any], sizes: list[int]) -> Any:

@@ -4,16 +4,17 @@ import math
 from typing import Any, Literal, TypeAlias, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_contrast._checks import check_choice, check_probability, fail
 from lightning_contrast.nn.ema import BUFFER_RULES, BufferRule
 from lightning_contrast.nn.ema_sharded import Averager, Pairs, check_pairs
-from lightning_contrast.runtime.default_callbacks import remove_if_other_module
+from lightning_contrast.runtime.default_callbacks import is_default_of, remove_if_other_module
 from lightning_contrast.runtime.optimizer_steps import (
     StepDetector,
     batches_done,
-    has_gradients,
+    only_forward,
     step_was_skipped,
     total_steps,
 )
@@ -21,6 +22,7 @@ from lightning_contrast.runtime.schedule_position import schedule_position
 
 Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 _SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
+_DEFAULTS: tuple[float, float, Schedule] = (0.996, 1.0, "cosine")  # of a module without a momentum of its own
 
 
 class MomentumUpdate(Callback):
@@ -28,11 +30,11 @@ class MomentumUpdate(Callback):
 
     ``target <- m * target + (1 - m) * online`` with the weights after the step, as in BYOL
     (https://arxiv.org/abs/2006.07733) and DINO. The first update uses ``m = start``; the "cosine" schedule then
-    increases it as ``end - (end - start) * (1 + cos(pi * k / K)) / 2``, with k the number of previous updates and K the
-    optimizer steps of the run. There is no update on accumulated micro-batches, on steps that a gradient scaler or
-    `NonFiniteGuard` skipped, or if ``training_step`` returned None. Under manual optimization there is one update per
-    batch in which any optimizer stepped, and the schedule follows the finished share of the run, because the number of
-    steps is unknown.
+    increases it as ``end - (end - start) * (1 + cos(pi * k / K)) / 2``, with k the previous optimizer steps
+    (``trainer.global_step``, as for all schedules) and K those of the run. There is no update on accumulated
+    micro-batches, on steps without gradients, or on steps that a gradient scaler or `NonFiniteGuard` skipped. Under
+    manual optimization there is one update per batch in which any optimizer stepped, and the schedule follows the
+    finished share of the run, because the number of steps is unknown.
 
     Accumulation, gradient scaling, DDP, FSDP1 and FSDP2 are supported (shard both networks of a pair alike; FSDP1
     around the whole module only gathers all weights at each update, which is correct but slow). Momentum networks in
@@ -44,10 +46,12 @@ class MomentumUpdate(Callback):
     same, one update later.
 
     Args:
-        start: Momentum of the first update, the share of the target that is kept; in [0, 1]. 0.996 is the value of BYOL
-            (1,000 epochs) and DINO.
-        end: Momentum at the end of the run; in [start, 1]. Not used by the constant schedule.
-        schedule: "cosine", "linear", or "constant".
+        start: Momentum of the first update, the share of the target that is kept; in [0, 1]. None: that of the module
+            (the ``momentum`` of a method of this package), or 0.996 as in BYOL (1,000 epochs) and DINO. A number other
+            than the module's takes precedence, with a warning.
+        end: Momentum at the end of the run; in [start, 1]. Not used by the constant schedule. None: that of the module,
+            or 1.
+        schedule: "cosine", "linear", or "constant". None: that of the module, or "cosine".
         buffers: Rule for floating-point buffers such as the running averages of BatchNorm: "none" leaves them to the
             momentum network's own forward passes (MoCo, BYOL, DINO), "copy" copies those of the online network, "ema"
             averages them. Integer buffers are always copied.
@@ -60,21 +64,18 @@ class MomentumUpdate(Callback):
 
     def __init__(
         self,
-        start: float = 0.996,
-        end: float = 1.0,
-        schedule: Schedule = "cosine",
+        start: float | None = None,
+        end: float | None = None,
+        schedule: Schedule | None = None,
         buffers: BufferRule = "none",
     ) -> None:
-        check_probability("start", start)
-        check_probability("end", end)
-        check_choice("schedule", schedule, _SCHEDULES)
         check_choice("buffers", buffers, BUFFER_RULES)
-        if schedule != "constant" and end < start:
-            fail("end", f"be at least `start` ({start})", end, 'Swap them, or set schedule="constant"')
-        self.start, self.end, self.schedule = start, end, schedule
+        self._given = (start, end, schedule)
+        self._use(_DEFAULTS)
+        self._warned = False
         self._averager = Averager(buffers)
         self._detector = StepDetector()
-        self._updates = 0  # in state_dict: trainer.global_step also counts skipped steps
+        self._updates = 0  # in state_dict
         self._total = math.inf
         self._global_step = 0
 
@@ -108,6 +109,7 @@ class MomentumUpdate(Callback):
         if not hasattr(pl_module, "momentum_pairs") and not hasattr(pl_module, "step_states"):
             hint = "Return [(online_module, momentum_module), ...] from it, or leave `MomentumUpdate` out"
             fail("pl_module", "have a method `momentum_pairs`", type(pl_module).__name__, hint, TypeError)
+        self._resolve(pl_module)
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
             self._check_end(math.inf)
 
@@ -136,10 +138,7 @@ class MomentumUpdate(Callback):
         """Update after a real optimizer step; no update on accumulated micro-batches or skipped steps."""
         before, self._global_step = self._global_step, trainer.global_step
         stepped = self._detector.stepped()
-        if stepped and not outputs and pl_module.automatic_optimization:
-            # After a training_step that returned None the optimizer steps too, with the gradients that are left.
-            stepped = has_gradients(trainer.optimizers)
-        skipped = step_was_skipped(trainer)
+        skipped = step_was_skipped(trainer) or only_forward(trainer)
         if skipped or not stepped:
             if skipped or before != trainer.global_step:
                 for state in _step_states(pl_module):
@@ -174,11 +173,34 @@ class MomentumUpdate(Callback):
     def _momentum(self, trainer: Trainer, pl_module: LightningModule, global_step: int) -> float:
         """Return the momentum of the current update."""
         if pl_module.automatic_optimization:
-            return self.momentum_at(*schedule_position(trainer, self._updates, self._total))
+            return self.momentum_at(*schedule_position(trainer, global_step, self._total))
         shares = [batches_done(trainer) / self._total]
         if trainer.max_steps > 0:
             shares.append(global_step / trainer.max_steps)
         return self.momentum_at(max(shares), 1.0)
+
+    def _use(self, defaults: tuple[float, float, Schedule]) -> None:
+        """Set start, end and schedule: the given ones, else the defaults."""
+        start, end, schedule = self._given
+        self.start = defaults[0] if start is None else start
+        self.end = defaults[1] if end is None else end
+        self.schedule = defaults[2] if schedule is None else schedule
+        check_probability("start", self.start)
+        check_probability("end", self.end)
+        check_choice("schedule", self.schedule, _SCHEDULES)
+        if self.schedule != "constant" and self.end < self.start:
+            fail("end", f"be at least `start` ({self.start})", self.end, 'Swap them, or set schedule="constant"')
+
+    def _resolve(self, pl_module: LightningModule) -> None:
+        """Use what the module says for what was not given; warn once about a difference."""
+        own = None if is_default_of(self, pl_module) else _own_values(pl_module)
+        self._use(own or _DEFAULTS)
+        pairs = zip(("start", "end", "schedule"), self._given, own or self._given, strict=True)
+        different = [f"{name}={value!r} (not {of!r})" for name, value, of in pairs if value not in (None, of)]
+        if different and not self._warned:
+            self._warned = True
+            given, owner = ", ".join(different), type(pl_module).__name__
+            rank_zero_warn(f"`MomentumUpdate` was given {given}, which takes precedence over the momentum of {owner}.")
 
     def _check_end(self, total: float) -> None:
         """Refuse a schedule for an endless run."""
@@ -194,6 +216,15 @@ def _root(trainer: Trainer, pl_module: LightningModule) -> nn.Module:
 def _pairs(pl_module: LightningModule) -> Pairs:
     """Return the current pairs: strategies may have wrapped or replaced modules."""
     return cast("Pairs", getattr(pl_module, "momentum_pairs", list)())
+
+
+def _own_values(pl_module: LightningModule) -> tuple[float, float, Schedule] | None:
+    """Return start, end and schedule of the module's own default callback, or its ``momentum``, if it has one."""
+    for callback in getattr(pl_module, "default_callbacks", list)():
+        if isinstance(callback, MomentumUpdate):
+            return callback.start, callback.end, callback.schedule
+    momentum = getattr(pl_module, "momentum", None)
+    return (momentum, 1.0, "cosine") if isinstance(momentum, float) else None
 
 
 def _step_states(pl_module: LightningModule) -> list[Any]:

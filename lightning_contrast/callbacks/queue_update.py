@@ -10,7 +10,7 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import fail
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.runtime.default_callbacks import remove_if_other_module
-from lightning_contrast.runtime.optimizer_steps import step_was_skipped
+from lightning_contrast.runtime.optimizer_steps import only_forward, step_was_skipped
 
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
@@ -24,7 +24,8 @@ class QueueUpdate(Callback):
     queue stores labels; ``"indices"`` (B,) if it is a `MemoryBank`. Queues must exist before the fit: create them in
     ``__init__``. A module with several keys per image gives their number as ``keys_per_image``.
 
-    A training step that returned nothing, or that `NonFiniteGuard` skipped, pushes nothing. The keys of a step that a
+    A training step that returned nothing, that `NonFiniteGuard` skipped, or that is only run forward, as at the end of
+    Lightning's `StochasticWeightAveraging`, pushes nothing. The keys of a step that a
     gradient scaler skipped are pushed, because they are valid embeddings; the queue masks keys that are not finite.
 
     Raises:
@@ -61,7 +62,7 @@ class QueueUpdate(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Push the keys of all ranks."""
-        if not outputs or step_was_skipped(trainer):
+        if not outputs or step_was_skipped(trainer) or only_forward(trainer):
             return
         for name, queue in _queues(pl_module).items():
             keys = distributed.gather(_output(outputs, name))

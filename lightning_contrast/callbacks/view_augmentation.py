@@ -12,7 +12,7 @@ from lightning_contrast.augment.policy import ViewPolicy  # in the signature for
 from lightning_contrast.callbacks.capture.labels import check_place
 from lightning_contrast.contracts import Images, ImageSource, check_images, check_views
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
-from lightning_contrast.seeding import derived_seed, seeded
+from lightning_contrast.seeding import derived_seed, rank_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
 """Checkpoint key of the size, mean and std of the policy."""
@@ -60,8 +60,8 @@ class ViewAugmentation(L.Callback):
     Args:
         policy: Creates the views, for example ``augment.simclr_views(224)``. A module is moved to the device.
         seed: Makes views a function of (seed, epoch, batch, rank) alone, >= 0, without changing the global generators.
-            None: views are drawn from the global generators, unless a callback of the Trainer, such as `StepSeed`, has
-            a ``provides_view_seed``.
+            None: views are drawn from the global generators, and differ between ranks even after ``seed_everything``,
+            unless a callback of the Trainer, such as `StepSeed`, has a ``provides_view_seed``.
         evaluate: False leaves the batches of validation, test and prediction unchanged.
         images: Where the images are: the key of a dict batch, the index into a tuple or list, or a function that
             returns a part of the batch. None follows the batch contract. The views replace them in the same place.
@@ -176,6 +176,6 @@ class ViewAugmentation(L.Callback):
             given = (getattr(callback, "provides_view_seed", None) for callback in trainer.callbacks)
             seed = next((value for value in given if value is not None), None)
         if seed is None:
-            return None
+            return rank_seed()
         batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # incremented after the transfer
         return derived_seed(seed, trainer.current_epoch, batch_idx, trainer.global_rank)

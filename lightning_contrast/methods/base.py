@@ -1,11 +1,11 @@
 """Base class of the methods."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_contrast import distributed, optim
 from lightning_contrast._checks import check_not_negative, check_positive, require
@@ -14,8 +14,17 @@ from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.nn import Backbone, BackboneOptions, build_backbone, check_image_size
 from lightning_contrast.nn.multi_crop import count_crops
 from lightning_contrast.runtime.fsdp import initialize_optimizer_state, strategy_module
+from lightning_contrast.runtime.learning_rate import StepSchedule, factor_at
 from lightning_contrast.runtime.method_module import MethodModule
-from lightning_contrast.runtime.run_length import global_batch_size, planned_steps, rate_factor
+from lightning_contrast.runtime.run_length import (
+    check_end,
+    global_batch_size,
+    measure_run,
+    run_length,
+    set_up_again_on_resume,
+    set_up_training_data,
+    warmup_steps,
+)
 
 
 class SelfSupervisedModule(MethodModule):
@@ -26,13 +35,16 @@ class SelfSupervisedModule(MethodModule):
         optimizer: "sgd", "adamw", "lars", "lamb", or a callable that takes the parameter groups and ``lr``.
         lr: Learning rate after the warm-up, absolute. None: ``base_lr`` scaled with the global batch (``lr_rule``).
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs in which the learning rate rises linearly from 0.
+        warmup_epochs: Epochs in which the learning rate rises linearly from 0. The default of a method is cut to a
+            tenth of the run if the run is not longer.
         **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float]
     """The paper's learning rate for a global batch of 256."""
     lr_rule: ClassVar[str] = "linear"
+    lr_schedule: str | None = None
+    """Set to "constant" to keep the learning rate at its peak after the warm-up; other values keep the method's."""
     views: ClassVar[Callable[..., ViewPolicy]]
     """The published view policy: ``SimCLR.views(224, mean=..., std=...)``."""
     encodes_whole_images: ClassVar[bool] = True
@@ -100,15 +112,39 @@ class SelfSupervisedModule(MethodModule):
         """Return the learning rate at an optimizer step as a share of its peak: linear warm-up, then cosine to 0."""
         return optim.warmup_cosine(step, warmup_steps, total_steps)
 
+    def plan_warmup(self, *, announce: bool = False) -> int:
+        """Return the optimizer steps of the warm-up for the run as it was measured last."""
+        length, epochs = run_length(self.trainer), self.warmup_epochs
+        signatures = (inspect.signature(owner.__init__).parameters for owner in type(self).__mro__)
+        default = next((found["warmup_epochs"].default for found in signatures if "warmup_epochs" in found), None)
+        given = self.hparams.get("warmup_epochs", epochs)
+        is_default = given == default and given in (None, epochs)
+        return warmup_steps(self.trainer, length, epochs, is_default=is_default, announce=announce)
+
+    def rate_factor(self, step: int) -> float:
+        """Return the share of the peak learning rate at an optimizer step of the run."""
+        if self.lr_schedule == "constant":
+            return min(1.0, step / self._warmup_steps) if self._warmup_steps else 1.0
+        return factor_at(self.trainer, self.lr_factor, self._warmup_steps, run_length(self.trainer).total_steps, step)
+
     def configure_optimizers(self) -> Any:
         """Build the optimizer and a schedule that is updated every optimizer step."""
-        warmup_steps, total_steps = planned_steps(self.trainer, self.warmup_epochs)
-        lr = self.lr
+        trainer, lr = self.trainer, self.lr
+        set_up_training_data(trainer)
+        length = measure_run(trainer)
+        if self.lr_schedule != "constant":
+            check_end(trainer, length)
+        self._warmup_steps = self.plan_warmup(announce=True)
+        self._planned_batch = None
+        if trainer.ckpt_path is None:  # what `load_from_checkpoint` has read belongs to another run
+            self._saved_batch = None
         if lr is None:
-            global_batch = global_batch_size(self.trainer)
-            lr = optim.scaled_lr(self.base_lr, global_batch, rule=self.lr_rule)
-            rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for a global batch of {global_batch} images.")
+            self._planned_batch = global_batch_size(trainer, length)
+            lr = optim.scaled_lr(self.base_lr, self._planned_batch, rule=self.lr_rule)
+            rank_zero_info(
+                f"{type(self).__name__}: learning rate {lr:g} for a global batch of {self._planned_batch} images."
+            )
+        set_up_again_on_resume(trainer)
         optimizer = initialize_optimizer_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
-        factor = rate_factor(self.trainer, self.lr_factor, warmup_steps, total_steps)
-        factors = [optim.constant if group.get("fixed_lr", False) else factor for group in optimizer.param_groups]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
+        schedule = StepSchedule(optimizer, self.rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -15,6 +15,7 @@ from lightning_contrast.nn import Backbone, MaskedViT
 from lightning_contrast.optim.distillation import Schedules
 from lightning_contrast.optim.schedules import warmed_up
 from lightning_contrast.runtime.gradient_scaling import check_unscaled
+from lightning_contrast.runtime.run_length import run_length
 from lightning_contrast.runtime.schedule_position import schedule_position
 from lightning_contrast.runtime.temperature import warmup_steps_of
 
@@ -83,6 +84,11 @@ class DistillationModule(SelfSupervisedModule):
         self._final_factor = final_lr / peak  # read from step 1 on; a schedule starts at 0 or at its peak
         return configured
 
+    def scale_lr(self, ratio: float) -> None:
+        """Multiply all peak learning rates by a ratio; the schedule still ends at ``final_lr``."""
+        self._final_factor = min(1.0, self._final_factor / ratio)
+        super().scale_lr(ratio)
+
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the share of the peak rate: the warm-up reaches it one step early, the cosine ends at ``final_lr``."""
         if step < warmup_steps:
@@ -96,9 +102,8 @@ class DistillationModule(SelfSupervisedModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Set the weight decay of this step."""
         trainer = self.trainer
-        decay = self.weight_decay_at(
-            *schedule_position(trainer, trainer.global_step, int(trainer.estimated_stepping_batches))
-        )
+        position = schedule_position(trainer, trainer.global_step, run_length(trainer).total_steps)
+        decay = self.weight_decay_at(*position)
         for group in optimizer.param_groups:
             if group.get(_SCHEDULED):
                 group["weight_decay"] = decay

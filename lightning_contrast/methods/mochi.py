@@ -106,12 +106,13 @@ class MoCHi(SelfSupervisedModule):
         query = self.projector(features)  # (B, D)
         keys = self._keys(view_k)  # (B, D)
         mixtures = self._mixtures(query) if self.current_epoch >= self.start_epoch else None  # (B, s + s', D)
+        empty = self.queue.is_empty and len(query) > 1  # in the first step, whose negatives are the other keys
         loss = info_nce(
             query,
             keys,
-            self.queue.features,
+            None if empty else self.queue.features,
             temperature=current_temperature(self),
-            negatives_mask=self.queue.mask,
+            negatives_mask=None if empty else self.queue.mask,
             extra_negatives=mixtures,
         )
         self.log("train/loss", loss, batch_size=len(view_q))

@@ -3,8 +3,9 @@
 Papers: https://arxiv.org/abs/1911.05722 (v1), https://arxiv.org/abs/2003.04297 (v2).
 Reference implementation: facebookresearch/moco; its CIFAR-10 demo for the symmetric loss and split BatchNorm.
 Differs from it: the EMA update follows the optimizer step instead of preceding the next keys, with the same result; the
-queue starts empty instead of random; no weight decay on norms and biases; the cosine is updated every step instead
-of every epoch; v1's learning rate drops at 60 % and 80 % of any run instead of epochs 120 and 160.
+queue starts empty instead of random, and the first step uses the other keys of the batch; no weight decay on norms and
+biases; the cosine is updated every step instead of every epoch; v1's learning rate drops at 60 % and 80 % of any run
+instead of epochs 120 and 160.
 """
 
 import copy
@@ -167,7 +168,9 @@ class MoCo(SelfSupervisedModule):
         return self.shuffle and (self.batchnorm_splits > 1 or distributed.is_distributed())
 
     def _loss(self, query: Tensor, keys: Tensor, temperature: float | Tensor, groups: Tensor | None) -> Tensor:
-        """Return the loss of queries (B, D) with their keys (B, D) and the queue."""
+        """Return the loss of queries (B, D) with their keys (B, D) and the queue; an empty one with the other keys."""
+        if self.queue.is_empty and len(query) > 1:
+            return info_nce(query, keys, temperature=temperature, weighting=self.weighting, groups=groups)
         return info_nce(
             query,
             keys,

@@ -128,6 +128,7 @@ class SwAV(SelfSupervisedModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Normalize the prototypes before each forward pass, as in the reference implementation."""
+        super().on_train_batch_start(batch, batch_idx)
         with full_weights(self, self.prototypes):
             self.prototypes.normalize()
 

@@ -61,6 +61,7 @@ class FeatureQueue(nn.Module):
         name = str(dtype).removeprefix("torch.")
         check_choice("dtype", name, _DTYPES)
         self.size, self.dim, self.dtype = size, dim, _DTYPES[name]
+        self._is_empty: bool | None = True  # None: unknown, as after a checkpoint was loaded
         self.register_buffer("bits", torch.zeros(size, dim, dtype=_BITS[self.dtype]))
         self.register_buffer("mask", torch.zeros(size, dtype=torch.bool))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -78,6 +79,13 @@ class FeatureQueue(nn.Module):
             return self.bits.float() * self.scale_bits.view(torch.float32)[:, None]
         return self.bits.view(self.dtype).float()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was pushed yet; known on the host, except once after a checkpoint was loaded."""
+        if self._is_empty is None:
+            self._is_empty = not bool(self.mask.any())
+        return self._is_empty
+
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor | None = None) -> None:
         """Overwrite the oldest rows with embeddings.
@@ -91,6 +99,7 @@ class FeatureQueue(nn.Module):
             ValueError: If the shapes do not fit, there are more keys than rows, or labels are missing or superfluous.
         """
         self._check(keys, labels)
+        self._is_empty = False
         rows = keys.detach().to(self.bits.device, torch.float32)
         is_finite = rows.isfinite().all(dim=1)
         rows = torch.where(is_finite[:, None], rows, 0.0)
@@ -122,6 +131,7 @@ class FeatureQueue(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Refuse rows of another dtype, whose bits represent other numbers."""
+        self._is_empty = None
         saved = state_dict.get(prefix + "bits")
         if saved is not None and saved.dtype != self.bits.dtype:
             kept_in = next(name for name, dtype in _DTYPES.items() if _BITS[dtype] == saved.dtype)

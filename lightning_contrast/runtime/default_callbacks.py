@@ -27,8 +27,17 @@ def missing_defaults(defaults: list[Callback], present: list[Callback], pl_modul
         present: The Trainer's callbacks; defaults of other modules do not count.
         pl_module: The module that the Trainer runs now.
     """
-    valid = [other for other in present if not _belongs_to_other_module(other, pl_module)]
-    return [c for c in defaults if not any(isinstance(other, type(c)) for other in valid)]
+    return [c for c in defaults if not any(isinstance(other, type(c)) for other in of_module(present, pl_module))]
+
+
+def of_module(callbacks: list[Callback], pl_module: Any) -> list[Callback]:
+    """Return the callbacks without the defaults of other modules."""
+    return [callback for callback in callbacks if not _belongs_to_other_module(callback, pl_module)]
+
+
+def is_default_of(callback: Callback, pl_module: Any) -> bool:
+    """Return whether a callback is a default of this module, not one of the user."""
+    return getattr(callback, _OWNER, None) is pl_module
 
 
 def remove_if_other_module(callback: Callback, trainer: Any, pl_module: Any) -> bool:

@@ -2,20 +2,24 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults
+from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults, of_module
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
 from lightning_contrast.runtime.hparams import caller, check_complete, left_out_arguments, settings_as_dicts
 from lightning_contrast.runtime.last_batch import check_last_batch
-from lightning_contrast.runtime.run_length import EpochScheduledModule
+from lightning_contrast.runtime.learning_rate import ScheduledModule
+from lightning_contrast.runtime.optimizer_steps import only_forward
+from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
+from lightning_contrast.seeding import isolated, rank_seed
 
 
-class MethodModule(ShardedClippingModule, EpochScheduledModule):
+class MethodModule(ShardedClippingModule, ScheduledModule):
     """A LightningModule that adds its default callbacks, shards itself, and saves plain hyperparameters."""
 
     sharded_methods: ClassVar[dict[str, Sequence[str]]] = {}
@@ -25,6 +29,7 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
     def __init__(self) -> None:
         super().__init__()
         check_complete(inspect.currentframe())
+        self._rank_draws = ExitStack()
 
     def default_callbacks(self) -> list[L.Callback]:
         """Return new instances of the callbacks that the algorithm needs."""
@@ -34,7 +39,45 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
         """Add default callbacks that the Trainer lacks."""
         if self._default_callbacks is None:  # kept, since a new instance at a second fit would lose its state
             self._default_callbacks = mark_defaults(self.default_callbacks(), self)
-        return missing_defaults(self._default_callbacks, self.trainer.callbacks, self)  # type: ignore[attr-defined]
+        present = of_module(self.trainer.callbacks, self)  # type: ignore[attr-defined]
+        missing = missing_defaults(self._default_callbacks, present, self)
+        remember_callbacks(self.trainer, [*present, *missing])
+        return missing
+
+    def on_train_start(self) -> None:
+        """Check the length of the last batch, restore the callbacks that the algorithm needs, and plan all schedules.
+
+        A `Tuner` removes all callbacks for its trial runs, but without its queue or its EMA update a method is another
+        one.
+        """
+        trainer: Any = self.trainer
+        check_last_batch(trainer)
+        needed = tuple(type(callback) for callback in self._default_callbacks or ())
+        for callback in remembered_callbacks(trainer):
+            if isinstance(callback, needed) and callback not in trainer.callbacks:
+                trainer.callbacks = [*trainer.callbacks, callback]
+                callback.on_train_start(trainer, self)
+        super().on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Drop stale gradients before an epoch that only updates the statistics of BatchNorm.
+
+        Lightning's `StochasticWeightAveraging` skips the backward passes of that epoch but not its optimizer step.
+        """
+        if only_forward(self.trainer):
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw masks, noise and dropout of the step from generators that differ between ranks; see `rank_seed`."""
+        has_seed = any(getattr(c, "provides_view_seed", None) is not None for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        seed = None if has_seed else rank_seed()
+        if seed is not None:
+            self._rank_draws.enter_context(isolated(seed, self.device))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Restore the generators, which are equal on all ranks after ``seed_everything``."""
+        self._rank_draws.close()
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
@@ -45,11 +88,6 @@ class MethodModule(ShardedClippingModule, EpochScheduledModule):
         """Warn once if several ranks keep BatchNorm statistics of their own."""
         if self.trainer.world_size > 1 and has_local_batchnorm(self):
             rank_zero_warn("BatchNorm statistics differ between ranks; set `sync_batchnorm=True` on the Trainer.")
-
-    def on_train_start(self) -> None:
-        """Check what is known of the last batch of an epoch."""
-        super().on_train_start()
-        check_last_batch(self.trainer)
 
     def save_hyperparameters(
         self,

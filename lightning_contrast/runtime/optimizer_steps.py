@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_contrast._checks import fail
+from lightning_contrast.runtime.run_length import measure_run
 
 _SKIPPED = "_lightning_contrast_skipped_batch"  # attribute of a Trainer: the batch at whose end a step was skipped
 
@@ -17,7 +18,9 @@ class StepDetector:
     """Detects whether an optimizer really stepped since the last query.
 
     ``trainer.global_step`` also counts steps that a gradient scaler skipped. A post-step hook of the optimizer is not
-    called for those, except by fused optimizers, which skip inside their step and set ``found_inf``.
+    called for those, except by fused optimizers, which skip inside their step and set ``found_inf``. A step without
+    any gradient changes nothing: after a ``training_step`` that returned None, or in the passes over the training data
+    in which `StochasticWeightAveraging` updates the statistics of BatchNorm.
     """
 
     def __init__(self) -> None:
@@ -51,7 +54,7 @@ class StepDetector:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler during the step of a fused optimizer
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
-        self._has_stepped = self._has_stepped or not skipped
+        self._has_stepped = self._has_stepped or (not skipped and has_gradients([optimizer]))
 
     def __reduce__(self) -> tuple[type["StepDetector"], tuple[()]]:
         """Copy and pickle without hooks, which belong to the optimizers of this process."""
@@ -69,12 +72,19 @@ def total_steps(trainer: Trainer, pl_module: LightningModule) -> float:
 
     Under manual optimization, where the number of steps is unknown, it is the number of batches; see `batches_done`.
     """
+    length = measure_run(trainer)
     if pl_module.automatic_optimization:
-        total = float(trainer.estimated_stepping_batches)
-    else:
-        epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
-        total = math.inf if epochs < 0 else float(trainer.num_training_batches) * epochs
-    return total if total >= 0 else math.inf  # Lightning returns -1 for a loader of unknown length
+        return length.total_steps
+    epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+    return math.inf if epochs < 0 else length.batches * epochs
+
+
+def only_forward(trainer: Trainer) -> bool:
+    """Return whether the current batch is only run forward, without an optimizer step.
+
+    `StochasticWeightAveraging` passes over the training data so to update the statistics of BatchNorm.
+    """
+    return bool(trainer.fit_loop._skip_backward)
 
 
 def batches_done(trainer: Trainer) -> int:

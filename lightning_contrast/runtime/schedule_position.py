@@ -1,11 +1,9 @@
 """Schedule position for extended runs and changed epoch lengths."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 _EXTENSION, _OFFSET = "_lightning_contrast_extension", "_lightning_contrast_offset"  # attributes of a Trainer
-_TOLERANCE = 0.1  # relative; a smaller difference of epoch lengths is due to skipped steps
 RAMP_SHARE = 0.1
 """Share of the added steps in which the schedules of a finished run move back from their end."""
 
@@ -68,29 +66,6 @@ def schedule_position(trainer: Any, step: float, total: float) -> tuple[float, f
     """
     extension, step = extension_of(trainer), step + schedule_offset(trainer)
     return (step, total) if extension is None else (extension.at(step, total), extension.total)
-
-
-def steps_per_epoch(trainer: Any) -> int | None:
-    """Return the optimizer steps per epoch, or None if the run is not measured in epochs.
-
-    Args:
-        trainer: The Trainer, after the start of a fit.
-    """
-    counts = trainer.max_epochs not in (None, -1) and trainer.max_steps == -1
-    if not counts or not math.isfinite(trainer.num_training_batches):
-        return None
-    steps: int = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    return steps
-
-
-def epoch_length_changed(steps: int, before: float) -> bool:
-    """Return whether epochs are longer or shorter than before, by more than a few skipped steps.
-
-    Args:
-        steps: Optimizer steps per epoch, >= 1.
-        before: Mean number of steps of the epochs before.
-    """
-    return abs(before - steps) > _TOLERANCE * steps
 
 
 def schedule_offset(trainer: Any) -> int:

@@ -7,6 +7,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_contrast.nn.temperature import ScheduledTemperature, Temperature
+from lightning_contrast.runtime.run_length import run_length
 from lightning_contrast.runtime.schedule_position import schedule_offset, schedule_position
 
 
@@ -32,7 +33,7 @@ def current_temperature(module: L.LightningModule) -> float | Tensor:
         step: float = module.global_step
         total: float | None = None
         if temperature.steps is None:
-            step, total = schedule_position(module.trainer, step, module.trainer.estimated_stepping_batches)
+            step, total = schedule_position(module.trainer, step, run_length(module.trainer).total_steps)
         value = temperature(step, total)
     else:
         value = temperature(module.global_step)
@@ -51,8 +52,7 @@ def warmup_steps_of(module: L.LightningModule, epochs: int) -> tuple[int, int]:
     """
     if module._trainer is None:
         return 0, epochs
-    batches = module.trainer.num_training_batches
-    if not math.isfinite(batches):
+    warmup = run_length(module.trainer).steps_of(epochs)
+    if not math.isfinite(warmup):
         return module.current_epoch, epochs
-    step = module.global_step + schedule_offset(module.trainer)
-    return step, epochs * math.ceil(batches / module.trainer.accumulate_grad_batches)
+    return module.global_step + schedule_offset(module.trainer), int(warmup)

@@ -13,6 +13,8 @@ from lightning_contrast.callbacks.gradient_cache import ChunkedForward
 from tests.callbacks.step_modules import QUIET, fit, loader
 from tests.callbacks.strategies import STRATEGIES, fit_ranks, sharded
 from tests.launch import run_processes
+from tests.methods.cases import CASES, make
+from tests.methods.test_contract import run_step, step_batch
 from tests.tolerances import FORMULA, NETWORK, bound, f32
 
 
@@ -288,3 +290,27 @@ def test_every_strategy_trains_as_without_it(name):
         assert max(rows) == 3
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, **f32(FORMULA, size=0.1))
+
+
+@pytest.mark.parametrize("name", ["DINO", "IBOT", "DINOv2", "MSN", "IJEPA"])
+def test_no_method_runs_more_than_a_chunk_with_gradient(name):
+    """Masked vision transformers are called by `tokens`, with masks or kept patches; the gradient stays the same."""
+
+    def step(cached):
+        module, batch, most = make(name, norm=False).double(), step_batch(CASES[name], torch.float64), [0]
+        first = next(m for m in module.backbone.modules() if isinstance(m, nn.Conv2d))
+        first.register_forward_hook(lambda m, args, out: most.append(len(out) if torch.is_grad_enabled() else 0))
+        cache = GradientCache(3)
+        if cached:
+            cache.on_fit_start(None, module)
+        torch.manual_seed(0)
+        run_step(module, batch)["loss"].backward()
+        cache.teardown(None, module, "fit")
+        assert not {"forward", "tokens"} & set(vars(module.backbone))
+        return max(most), {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
+
+    (whole, expected), (most, found) = step(False), step(True)
+    assert most <= 3 < whole
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,232 @@
+"""What Lightning users do with a Trainer: each works with three methods, or is refused at the start in one sentence."""
+
+import logging
+import math
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader, IterableDataset
+
+import lightning_contrast as lc
+from lightning_contrast.callbacks import MomentumUpdate
+from tests.methods.cases import CASES, make
+from tests.runtime.test_schedules_follow_the_run import BATCH, IMAGES, QUIET, Views
+from tests.tolerances import near64
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*Consider setting",
+    "ignore:SWA is currently only supported every epoch",
+    "ignore:.*Swapping",
+    "ignore:.*shuffling",
+    "ignore:You're using the WeightAveraging callback with a model that overrides the configure_model",
+    "ignore:You defined a `validation_step` but have no",
+    "ignore:The provided params to be frozen already exist",  # BatchNorm, which it does not freeze
+)
+METHODS = ("SimCLR", "MoCo", "DINO")
+three = pytest.mark.parametrize("name", METHODS)
+
+
+class Losses(L.Callback):
+    """Records losses, and the number of EMA updates and queue pushes that each epoch made."""
+
+    def __init__(self):
+        self.losses, self.rates = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def onlookers():
+    return [lc.callbacks.CollapseMonitor()]
+
+
+def fit(name, *callbacks, module=None, data=None, **settings):
+    """Fit with every onlooker that needs no labels; return the module and what was seen."""
+    seen, module = Losses(), module or make(name, warmup_epochs=0)
+    trainer = L.Trainer(**(QUIET | {"max_epochs": 3} | settings), callbacks=[seen, *onlookers(), *callbacks])
+    trainer.fit(module, Views(name) if data is None else data)
+    return module, seen
+
+
+@three
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"fast_dev_run": True}, 1),
+        ({"fast_dev_run": 3}, 3),
+        ({"overfit_batches": 2}, 6),
+        ({"limit_train_batches": 0.5}, 6),
+        ({"limit_train_batches": 1, "max_epochs": 5}, 5),
+        ({"limit_train_batches": 0}, 0),
+        ({"max_time": "00:01:00:00"}, 12),
+    ],
+)
+def test_short_runs(name, settings, steps):
+    module, seen = fit(name, **settings)
+    assert len(seen.losses) == module.trainer.global_step == steps
+    assert all(map(math.isfinite, seen.losses))
+    assert not steps or seen.losses[0] > 0.01
+
+
+@three
+def test_fast_dev_run_works_with_a_given_warmup_too(name):
+    module, _ = fit(name, module=make(name, warmup_epochs=7), fast_dev_run=True)
+    assert module.trainer.global_step == 1
+
+
+def test_a_default_warmup_is_cut_and_a_given_one_is_refused(caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    logging.getLogger("lightning.pytorch").propagate = True
+    module = lc.SimCLR(CASES["SimCLR"].backbone(False), optimizer="sgd", lr=1.0)  # 10 epochs
+    rates = []
+
+    class Rates(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    fit("SimCLR", Rates(), module=module, max_epochs=5)
+    assert rates == near64([lc.optim.warmup_cosine(step, 2, 20) for step in range(20)])
+    (line,) = [r.getMessage() for r in caplog.records if "warm-up" in r.getMessage()]
+    assert "The warm-up of 10 epochs (40 steps) does not fit into the 20 steps of the run and is cut to 2 steps" in line
+    words = r"`warmup_epochs` must fit into the 20 steps of the run, got '9 epochs of 4 steps'"
+    with pytest.raises(ValueError, match=words):
+        fit("SimCLR", module=make("SimCLR", warmup_epochs=9), max_epochs=5)
+
+
+@three
+def test_endless_runs_and_loaders_without_length(name):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from Views(name).items
+
+    loader = DataLoader(Stream(), batch_size=BATCH)
+    _, seen = fit(name, data=loader, max_steps=3, max_epochs=-1)
+    assert len(seen.losses) == 3
+    words = "`max_epochs` must be replaced by `max_steps` for a training loader without a length, got 2"
+    with pytest.raises(ValueError, match=words):
+        fit(name, data=loader, max_epochs=2)
+    with pytest.raises(ValueError, match=r"`max_epochs` must end the run for the schedules, got -1|in an endless run"):
+        fit(name, max_epochs=-1, max_time="00:00:01:00")
+    if name != "DINO":  # whose momentum needs the end of the run, too
+        module = make(name, warmup_epochs=0)
+        module.lr_schedule = "constant"
+        _, seen = fit(name, module=module, data=loader, max_epochs=2)
+        assert seen.rates == [0.05] * 2 * (IMAGES // BATCH)
+
+
+@three
+def test_lr_find_measures_the_method(name, tmp_path):
+    """With the learning rate at 0 the losses are those of a fit; a queue that stays empty would give others."""
+    settings = QUIET | {"default_root_dir": tmp_path}
+    module = make(name, warmup_epochs=9)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    trainer = L.Trainer(**settings, max_epochs=10, callbacks=onlookers())
+    tuner = Tuner(trainer)
+    found = tuner.lr_find(module, Views(name), num_training=20, min_lr=2e-6, max_lr=2.1e-6, early_stop_threshold=None)
+    assert len(found.results["loss"]) == 20
+    _, seen = fit(name, module=make(name, warmup_epochs=0, lr=2e-6), max_epochs=5)
+    average = 0.0
+    for count, loss in enumerate(seen.losses, 1):
+        average = 0.98 * average + 0.02 * loss
+        smoothed = average / (1 - 0.98 ** (count + 1))  # as Lightning does it
+        assert found.results["loss"][count - 1] == pytest.approx(smoothed, rel=0.05)
+    assert 2e-6 <= module.lr <= 2.1e-6
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@three
+def test_scale_batch_size(name, tmp_path):
+    module, data = make(name, lr=None, warmup_epochs=1), Views(name, batch_size=4)
+    trainer = L.Trainer(**QUIET, max_epochs=2, default_root_dir=tmp_path)
+    Tuner(trainer).scale_batch_size(module, datamodule=data, init_val=4, max_trials=2, steps_per_trial=1)
+    assert data.batch_size == 8
+    trainer.fit(module, data)
+    assert trainer.optimizers[0].param_groups[0]["initial_lr"] == near64(lc.optim.scaled_lr(module.base_lr, 8))
+
+
+@three
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+def test_backbone_finetuning(name, optimizer):
+    tune = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.02, lambda_func=lambda epoch: 1.0)
+    module = make(name, warmup_epochs=0, optimizer=optimizer)
+    before = next(module.backbone.parameters()).detach().clone()
+    seen = []
+
+    class Rates(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append([group["lr"] for group in optimizer.param_groups])
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            moved = not torch.equal(next(pl_module.backbone.parameters()), before)
+            assert moved == (trainer.current_epoch >= 1)
+
+    fit(name, Rates(), tune, module=module)
+    factor = [rates[0] for rates in seen]
+    assert [len(rates) for rates in seen] == [2] * 4 + [3] * 8
+    added = [rates[2] for rates in seen[4:8]]
+    assert added == near64([0.02 * now / factor[4] for now in factor[4:8]])  # in proportion to the others
+
+
+@three
+def test_stochastic_weight_averaging(name):
+    """The additional epoch for BatchNorm moves neither the teacher nor the queue, and does not count for schedules."""
+    seen, states, averaged = [], [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(float(trainer.callback_metrics.get("train/momentum", 0)))
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            names = [key for key in pl_module.state_dict() if "queue" in key or "center" in key]
+            states.append({key: pl_module.state_dict()[key].clone() for key in names})
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 3 and batch_idx == 0:
+                averaged.extend(p.detach().clone() for p in pl_module.parameters())
+
+    update = MomentumUpdate()
+    module = make(name, norm=True, warmup_epochs=0)
+    callbacks = [update] if hasattr(module, "momentum_pairs") else []
+    fit(name, Watch(), *callbacks, StochasticWeightAveraging(0.01, 0.5, annealing_epochs=1), module=module)
+    assert len(states) == 4
+    assert all(torch.equal(a, b) for a, b in zip(averaged, module.parameters(), strict=True))
+    assert len(seen) == 16
+    assert update.updates == (12 if callbacks else 0)
+    assert all(torch.equal(value, states[2][key]) for key, value in states[3].items())
+    if name == "DINO":
+        expected = lc.optim.momentum_schedule(11, 12, module.schedules.momentum)
+        assert seen[-1] == pytest.approx(expected, rel=1e-6)
+
+
+@three
+def test_ema_weight_averaging(name):
+    _, plain = fit(name)
+    _, averaged = fit(name, EMAWeightAveraging(decay=0.5))
+    assert averaged.losses == plain.losses
+
+
+def test_a_changing_accumulation_needs_an_absolute_rate():
+    with pytest.raises(ValueError, match="`lr` must be given if the gradient accumulation changes between epochs"):
+        fit("MoCo", GradientAccumulationScheduler({0: 1, 1: 2}), module=make("MoCo", lr=None))
+
+
+def test_momentum_update_by_hand_takes_the_modules_momentum():
+    for name, expected in (("BYOL", 0.5), ("MoCo", 0.5), ("DINO", 0.5), ("MSN", 0.5)):
+        module, update = make(name, momentum=0.5), MomentumUpdate()
+        own = next(c for c in module.default_callbacks() if isinstance(c, MomentumUpdate))
+        fit(name, update, module=module, max_epochs=1)
+        assert (update.start, update.end, update.schedule) == (own.start, own.end, own.schedule)
+        assert update.start == expected
+    with pytest.warns(UserWarning, match=r"given start=0\.9 \(not 0\.5\), which takes precedence .* of BYOL") as said:
+        fit("BYOL", MomentumUpdate(0.9), module=make("BYOL", momentum=0.5), max_epochs=1)
+    assert len([w for w in said if "precedence" in str(w.message)]) == 1
