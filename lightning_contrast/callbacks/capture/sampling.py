@@ -87,7 +87,7 @@ def share_of_rank(loader: Any, limit: int, *, equal: bool, device: torch.device)
         device: Device on which the process group communicates.
     """
     rows, processes = drawn_rows(loader), world_size()
-    if equal or dealing_sampler(loader) is not None or processes == 1:
+    if equal or _is_divided(loader) or processes == 1:
         rows = _chosen(rows, limit)
         own, longest = rows[rank() :: processes], -(-len(rows) // processes)
     else:
@@ -109,6 +109,12 @@ def _inner_sampler(loader: Any) -> Any:
     """Return the sampler of a loader, or the one that Lightning's wrapper divides among the ranks."""
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler.sampler
     return getattr(sampler.dataset, "_sampler", sampler) if isinstance(sampler, DistributedSamplerWrapper) else sampler
+
+
+def _is_divided(loader: Any) -> bool:
+    """Return whether the sampler of a loader divides the rows among the ranks."""
+    source = loader if loader.batch_sampler is None else loader.batch_sampler
+    return isinstance(getattr(source, "sampler", None), DistributedSampler)
 
 
 def _is_whole(sampler: Any, total: int) -> bool:

@@ -324,8 +324,12 @@ class OnlineProbe(L.Callback):
         except UnreadableBatchError as error:
             self.say_once(f"{error}")
             return
-        with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED), device):
-            again = encode_images(trainer, pl_module, hooks, images)
+        try:
+            with extra_pass(trainer, pl_module, hooks), isolated(derived_seed(SEED), device):
+                again = encode_images(trainer, pl_module, hooks, images)
+        except RuntimeError as error:  # the step converts its images, to another dtype for example
+            self.say_once(f"`forward` does not take the images of the validation batch, only its step does: {error}")
+            return
         for layer, step, other in zip(self.layers, features, again, strict=True):
             widths = (step.shape[1], other.shape[1])
             hint = "Name a layer that `forward` and the validation step both call"
