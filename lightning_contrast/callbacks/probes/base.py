@@ -396,7 +396,7 @@ class OnlineProbe(L.Callback):
                 )
             else:
                 self._loader = loader, equal
-        return self._loader  # type: ignore[no-any-return]  # a pair
+        return self._loader
 
     def _encode_bank(self, trainer: Any, pl_module: Any) -> None:
         """Encode the bank of each layer, unless another probe has just done so, and gather it on all ranks."""

@@ -142,7 +142,7 @@ class LinearHead(nn.Module):
                 return loss.detach()
 
             with torch.enable_grad():
-                optimizer.step(objective)  # type: ignore[arg-type]  # a closure may return a tensor
+                optimizer.step(objective)  # type: ignore[no-untyped-call]  # LBFGS has no annotations
             self.weight.copy_(weight)
             self.bias.copy_(bias)
 
