@@ -274,6 +274,8 @@ class EmbeddingLogger(L.Callback):
             parts.append(self._part(trainer, features, batch, torch.arange(len(features)), positions))
             return EncodedRows(features, positions, torch.ones_like(positions, dtype=torch.bool))
 
-        encoded_chunks = encoded(trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples)
+        encoded_chunks = encoded(
+            trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples, evenly=True
+        )
         own = torch.cat([rows.targets for rows in encoded_chunks[self._hook.features]])
         return [part.select(torch.isin(part.positions, own)) for part in parts]
