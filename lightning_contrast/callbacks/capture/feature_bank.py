@@ -105,8 +105,8 @@ def encoded(
     """Encode the images that a loader draws with the current weights in eval mode, for each hooked layer.
 
     Of a DataLoader over a dataset of known length, the rows that its sampler draws are read once each, in order, at
-    most ``limit`` of them, chosen by `share_of_rank`. Any other loader is read in full by each rank, which keeps its share
-    of the rows of each batch.
+    most ``limit`` of them, as `share_of_rank` chooses. Any other loader is read in full by each rank, which keeps its
+    share of the rows of each batch.
 
     Args:
         trainer: The Trainer.
