@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_contrast as lc
 from lightning_contrast import distributed
-from lightning_contrast.callbacks.probes.base import Step
+from lightning_contrast.callbacks.probes.bank import Step
 from lightning_contrast.callbacks.probes.head_trainer import HeadTrainer
 from lightning_contrast.callbacks.probes.linear_head import default_lr
 from lightning_contrast.callbacks.probes.tasks import ClassTask

@@ -100,12 +100,13 @@ def encoded(
     limit: int,
     images: Source = None,
     equal: bool = True,
+    evenly: bool = False,
 ) -> dict[str, list[EncodedRows]]:
     """Encode the images that a loader draws with the current weights in eval mode, for each hooked layer.
 
     Of a DataLoader over a dataset of known length, the rows that its sampler draws are read once each, in order, at
-    most ``limit`` of them, chosen by a fixed seed. Any other loader is read in full by each rank, which keeps its share
-    of the rows of each batch.
+    most ``limit`` of them, as `share_of_rank` chooses. Any other loader is read in full by each rank, which keeps its
+    share of the rows of each batch.
 
     Args:
         trainer: The Trainer.
@@ -116,6 +117,7 @@ def encoded(
         limit: Maximum number of images over all ranks.
         images: Where the images of a batch are, see `find_images`.
         equal: Whether all ranks have the same loader, see `share_of_rank`.
+        evenly: Choose rows at equal distances instead of by a fixed seed.
 
     Returns:
         The batches of this rank by layer.
@@ -124,7 +126,7 @@ def encoded(
         ValueError: If the loader is empty.
     """
     device = trainer.strategy.root_device
-    share = share_of_rank(loader, limit, equal=equal, device=device) if is_map_style(loader) else None
+    share = share_of_rank(loader, limit, equal=equal, device=device, evenly=evenly) if is_map_style(loader) else None
     reads_batches = share is not None and loader.batch_size is None and loader.batch_sampler is None
     if share is not None:
         loader = like(loader, share.indices, drop_last=False)

@@ -76,7 +76,7 @@ class Share(NamedTuple):
     """Number of indices that are no repetitions."""
 
 
-def share_of_rank(loader: Any, limit: int, *, equal: bool, device: torch.device) -> Share:
+def share_of_rank(loader: Any, limit: int, *, equal: bool, device: torch.device, evenly: bool = False) -> Share:
     """Return this rank's share of at most ``limit`` of the rows that a loader draws, chosen by a fixed seed.
 
     Args:
@@ -85,22 +85,25 @@ def share_of_rank(loader: Any, limit: int, *, equal: bool, device: torch.device)
         equal: Whether all ranks have the same loader, whose rows are divided. Otherwise a loader that no
             DistributedSampler divides holds the rows of its rank only.
         device: Device on which the process group communicates.
+        evenly: Choose rows at equal distances instead.
     """
     rows, processes = drawn_rows(loader), world_size()
-    if equal or dealing_sampler(loader) is not None or processes == 1:
-        rows = _chosen(rows, limit)
+    if equal or _is_divided(loader) or processes == 1:
+        rows = _chosen(rows, limit, evenly)
         own, longest = rows[rank() :: processes], -(-len(rows) // processes)
     else:
-        own = _chosen(rows, max(1, limit // processes))
+        own = _chosen(rows, max(1, limit // processes), evenly)
         longest = max(batch_sizes(len(own), device))
     filler = own or rows[:1] or list(range(len(loader.dataset)))[:1]
     repeated = [filler[i % len(filler)] for i in range(longest - len(own))] if filler else []
     return Share(own + repeated, len(own))
 
 
-def _chosen(rows: list[int], limit: int) -> list[int]:
+def _chosen(rows: list[int], limit: int, evenly: bool) -> list[int]:
     if len(rows) <= limit:
         return rows
+    if evenly:
+        return [rows[i * len(rows) // limit] for i in range(limit)]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(derived_seed(SEED)))
     return sorted(rows[i] for i in order[:limit].tolist())
 
@@ -109,6 +112,12 @@ def _inner_sampler(loader: Any) -> Any:
     """Return the sampler of a loader, or the one that Lightning's wrapper divides among the ranks."""
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler.sampler
     return getattr(sampler.dataset, "_sampler", sampler) if isinstance(sampler, DistributedSamplerWrapper) else sampler
+
+
+def _is_divided(loader: Any) -> bool:
+    """Return whether the sampler of a loader divides the rows among the ranks."""
+    source = loader if loader.batch_sampler is None else loader.batch_sampler
+    return isinstance(getattr(source, "sampler", None), DistributedSampler)
 
 
 def _is_whole(sampler: Any, total: int) -> bool:

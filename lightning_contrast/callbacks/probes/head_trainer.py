@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_contrast._checks import fail, require
-from lightning_contrast.callbacks.probes.base import Step
+from lightning_contrast.callbacks.probes.bank import Step
 from lightning_contrast.callbacks.probes.linear_head import LinearHead, default_lr
 from lightning_contrast.callbacks.probes.metrics import MaskedAccuracy
 from lightning_contrast.callbacks.probes.tasks import ClassTask, Task

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, require
 from lightning_contrast.callbacks.capture.feature_bank import FeatureBuffer, LabeledFeatures
 from lightning_contrast.callbacks.capture.labels import Labels, Source
-from lightning_contrast.callbacks.probes.base import MAX_BANK, OnlineProbe, Step
+from lightning_contrast.callbacks.probes.bank import MAX_BANK, Step
+from lightning_contrast.callbacks.probes.base import OnlineProbe
 from lightning_contrast.callbacks.probes.metrics import MaskedAccuracy, Scores
 from lightning_contrast.callbacks.probes.tasks import ClassTask
 from lightning_contrast.distributed import world_size

@@ -113,33 +113,38 @@ class LinearHead(nn.Module):
             targets: Targets of the task, ``(N, ...)``, all known.
             penalty: Factor of half the squared norm of the weights, added to the loss summed over the images.
         """
-        with torch.inference_mode(False), torch.autocast(features.device.type, enabled=False):
-            features, targets = features.detach().to(torch.float32, copy=True), targets.detach().clone()
-            with torch.no_grad():
-                self.var.copy_(features.var(dim=0, unbiased=False))
-                self.mean.copy_(features.mean(dim=0))
-                standardized = (features - self.mean) * _bounded_variance(self.mean, self.var).rsqrt()
-                if self.task.standardizes:
-                    self.target_var.copy_(targets.var(dim=0, unbiased=False))
-                    self.target_mean.copy_(targets.mean(dim=0))
-                    scale = _bounded_variance(self.target_mean, self.target_var).rsqrt()
-                    targets = ((targets - self.target_mean) * scale).clamp(-CLIP, CLIP)
-                if self.task.balances:
-                    self.class_counts.copy_(torch.bincount(targets, minlength=self.task.outputs))
-                self.weight.zero_()
-                self.bias.zero_()
+        # In float64, the order of the rows, which depends on the number of ranks, does not show in the result. Many
+        # accelerators are slow there.
+        dtype = torch.float64 if features.device.type == "cpu" else torch.float32
+        with torch.inference_mode(False), torch.autocast(features.device.type, enabled=False), torch.no_grad():
+            features, targets = features.detach().to(dtype, copy=True), targets.detach().clone()
+            var, mean = torch.var_mean(features, dim=0, correction=0)
+            self.var.copy_(var)
+            self.mean.copy_(mean)
+            standardized = ((features - mean) * _bounded_variance(mean, var).rsqrt()).clamp(-CLIP, CLIP)
+            if self.task.standardizes:
+                target_var, target_mean = torch.var_mean(targets.to(dtype), dim=0, correction=0)
+                self.target_var.copy_(target_var)
+                self.target_mean.copy_(target_mean)
+                scale = _bounded_variance(target_mean, target_var).rsqrt()
+                targets = ((targets - target_mean) * scale).clamp(-CLIP, CLIP)
+            if self.task.balances:
+                self.class_counts.copy_(torch.bincount(targets, minlength=self.task.outputs))
             valid, weights = torch.ones(len(targets), dtype=torch.bool, device=targets.device), self._class_weights()
-            optimizer = torch.optim.LBFGS(self.parameters(), max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
+            weights = None if weights is None else weights.to(dtype)
+            weight, bias = (torch.zeros_like(part, dtype=dtype, requires_grad=True) for part in self.parameters())
+            optimizer = torch.optim.LBFGS([weight, bias], max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
 
             def objective() -> Tensor:
-                loss, _ = self.task.loss(self._linear(standardized), targets, valid, weights)
-                loss = (loss + 0.5 * penalty * self.weight.square().sum()) / len(targets)
-                self.weight.grad, self.bias.grad = torch.autograd.grad(loss, (self.weight, self.bias))
+                loss, _ = self.task.loss(F.linear(standardized, weight, bias), targets, valid, weights)
+                loss = (loss + 0.5 * penalty * weight.square().sum()) / len(targets)
+                weight.grad, bias.grad = torch.autograd.grad(loss, (weight, bias))
                 return loss.detach()
 
             with torch.enable_grad():
-                optimizer.step(objective)  # type: ignore[arg-type]  # a closure may return a tensor
-            self.weight.grad = self.bias.grad = None
+                optimizer.step(objective)  # type: ignore[no-untyped-call]  # LBFGS has no annotations
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
 
     def _gradient(self, features: Tensor, targets: Tensor, valid: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
         counts = finite.to(features.dtype).unsqueeze(1)  # (B, 1)

@@ -11,7 +11,8 @@ from lightning_contrast.callbacks.capture.dataloaders import LabeledStream
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
 from lightning_contrast.callbacks.capture.labels import Labels, Source, UnreadableBatchError
 from lightning_contrast.callbacks.capture.sampling import SEED
-from lightning_contrast.callbacks.probes.base import MAX_BANK, BatchSource, OnlineProbe, Step
+from lightning_contrast.callbacks.probes.bank import MAX_BANK, BatchSource, Step
+from lightning_contrast.callbacks.probes.base import OnlineProbe
 from lightning_contrast.callbacks.probes.head_trainer import HeadTrainer, MakeOptimizer, MakeSchedule
 from lightning_contrast.callbacks.probes.linear_head import LinearHead
 from lightning_contrast.callbacks.probes.metrics import Scores

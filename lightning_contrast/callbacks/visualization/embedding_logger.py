@@ -295,7 +295,14 @@ class EmbeddingLogger(L.Callback):
 
         try:
             encoded_chunks = encoded(
-                trainer, pl_module, [self._hook], self._loader, _add_part, limit=self.samples, images=self.images
+                trainer,
+                pl_module,
+                [self._hook],
+                self._loader,
+                _add_part,
+                limit=self.samples,
+                images=self.images,
+                evenly=True,
             )
         except UnreadableBatchError as error:
             self._warn_unreadable(error)

@@ -392,13 +392,7 @@ NOISE = 0.01
         lambda: lc.SimCLR("small_convnet", warmup_epochs=0),
         lambda: lc.BYOL("small_convnet", warmup_epochs=0, hidden_dim=256, projection_dim=64, lr=0.05, momentum=0.99),
         lambda: lc.DINO(
-            "small_convnet",
-            warmup_epochs=0,
-            hidden_dim=64,
-            bottleneck_dim=32,
-            num_prototypes=128,
-            lr=1e-3,
-            final_lr=0.0,
+            "small_convnet", warmup_epochs=0, hidden_dim=64, bottleneck_dim=32, prototypes=64, lr=1e-3, final_lr=0.0
         ),
     ],
     ids=["SimCLR", "BYOL", "DINO"],

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_contrast.callbacks import OnlineKNN, OnlineLinearProbe
-from lightning_contrast.callbacks.probes.base import Step
+from lightning_contrast.callbacks.probes.bank import Step
 from lightning_contrast.callbacks.probes.linear_head import CLIP, STATISTICS_MOMENTUM, LinearHead, default_lr
 from tests.callbacks.probe_modules import (
     CLASSES,
