@@ -191,7 +191,7 @@ def naive_sup_con(z_a: Tensor, z_b: Tensor, labels: Tensor, *, temperature: Scal
     Args:
         z_a: Embeddings of the first view, ``(N, D)``.
         z_b: Embeddings of the second view, ``(N, D)``.
-        labels: Class of each image, ``(N,)`` integers.
+        labels: Class of each image, ``(N,)`` integers >= 0.
         temperature: Divisor of the cosine similarities, > 0.
     """
     z, labels = F.normalize(torch.cat([z_a, z_b]), dim=1), labels.repeat(2)

@@ -84,6 +84,11 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor
         partial(redundancy.naive_vicreg_loss, variance_weight=20.0, covariance_weight=3.0),
         [A, B],
     ),
+    "vicreg, epsilon": (
+        partial(losses.vicreg_loss, epsilon=0.3),
+        partial(redundancy.naive_vicreg_loss, epsilon=0.3),
+        [0.1 * A, 0.1 * B],
+    ),
     "vicreg, wide": (losses.vicreg_loss, redundancy.naive_vicreg_loss, [A[:4], B[:4]]),
 }
 
@@ -172,3 +177,21 @@ def test_normalization_of_the_tiled_losses_equals_torch(size: float) -> None:
     expected = value_and_gradients(lambda x: (F.normalize(x, dim=1) * weights).sum(), [x])
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_sup_con_takes_views_in_one_tensor_and_labels_by_name() -> None:
+    views = [A, B, A + B]
+    expected = losses.sup_con(*views, LABELS, temperature=0.1)
+    torch.testing.assert_close(losses.sup_con(torch.stack(views, dim=1), LABELS, temperature=0.1), expected)
+    torch.testing.assert_close(losses.sup_con(*views, labels=LABELS, temperature=0.1), expected)
+    with pytest.raises(TypeError, match=r"`labels` must be given, got 'None'\. Pass the class of each image"):
+        losses.sup_con(A, temperature=0.1)
+    with pytest.raises(ValueError, match="`embeddings` must have at least one view, got 0"):
+        losses.sup_con(labels=LABELS, temperature=0.1)
+    with pytest.raises(TypeError, match="`labels` must be an integer tensor"):
+        losses.sup_con(A, B, temperature=0.1)
+
+
+def test_epsilon_of_vicreg_is_checked() -> None:
+    with pytest.raises(ValueError, match="`epsilon` must be > 0, got 0"):
+        losses.vicreg_loss(A, B, epsilon=0.0)
