@@ -113,7 +113,8 @@ class SelfSupervisedModule(MethodModule):
     def plan_warmup(self, *, announce: bool = False) -> int:
         """Return the optimizer steps of the warm-up for the run as it was measured last."""
         length, epochs = run_length(self.trainer), self.warmup_epochs
-        signatures = (inspect.signature(owner.__init__).parameters for owner in type(self).__mro__)
+        own = (vars(owner)["__init__"] for owner in type(self).__mro__ if "__init__" in vars(owner))
+        signatures = (inspect.signature(init).parameters for init in own)
         default = next((found["warmup_epochs"].default for found in signatures if "warmup_epochs" in found), None)
         given = self.hparams.get("warmup_epochs", epochs)
         is_default = given == default and given in (None, epochs)

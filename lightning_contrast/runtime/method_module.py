@@ -14,8 +14,9 @@ from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_bat
 from lightning_contrast.runtime.hparams import caller, settings_as_dicts, unsaved_arguments
 from lightning_contrast.runtime.learning_rate import ScheduledModule
 from lightning_contrast.runtime.optimizer_steps import only_forward
+from lightning_contrast.runtime.rank_draws import rank_seed
 from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
-from lightning_contrast.seeding import isolated, rank_seed
+from lightning_contrast.seeding import isolated
 
 
 class MethodModule(ShardedClippingModule, ScheduledModule):
