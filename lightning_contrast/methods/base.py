@@ -1,6 +1,5 @@
 """Base class of the methods."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
@@ -14,16 +13,14 @@ from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.nn import Backbone, BackboneOptions, build_backbone, check_image_size
 from lightning_contrast.nn.multi_crop import count_crops
 from lightning_contrast.runtime.fsdp import initialize_optimizer_state, strategy_module
-from lightning_contrast.runtime.learning_rate import StepSchedule, factor_at
+from lightning_contrast.runtime.learning_rate import StepSchedule
 from lightning_contrast.runtime.method_module import MethodModule
 from lightning_contrast.runtime.run_length import (
     check_end,
     global_batch_size,
     measure_run,
-    run_length,
     set_up_again_on_resume,
     set_up_training_data,
-    warmup_steps,
 )
 
 
@@ -109,22 +106,6 @@ class SelfSupervisedModule(MethodModule):
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the learning rate at an optimizer step as a share of its peak: linear warm-up, then cosine to 0."""
         return optim.warmup_cosine(step, warmup_steps, total_steps)
-
-    def plan_warmup(self, *, announce: bool = False) -> int:
-        """Return the optimizer steps of the warm-up for the run as it was measured last."""
-        length, epochs = run_length(self.trainer), self.warmup_epochs
-        own = (vars(owner)["__init__"] for owner in type(self).__mro__ if "__init__" in vars(owner))
-        signatures = (inspect.signature(init).parameters for init in own)
-        default = next((found["warmup_epochs"].default for found in signatures if "warmup_epochs" in found), None)
-        given = self.hparams.get("warmup_epochs", epochs)
-        is_default = given == default and given in (None, epochs)
-        return warmup_steps(self.trainer, length, epochs, is_default=is_default, announce=announce)
-
-    def rate_factor(self, step: int) -> float:
-        """Return the share of the peak learning rate at an optimizer step of the run."""
-        if self.lr_schedule == "constant":
-            return min(1.0, step / self._warmup_steps) if self._warmup_steps else 1.0
-        return factor_at(self.trainer, self.lr_factor, self._warmup_steps, run_length(self.trainer).total_steps, step)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and a schedule that is updated every optimizer step."""
