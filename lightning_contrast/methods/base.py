@@ -32,8 +32,7 @@ class SelfSupervisedModule(MethodModule):
         optimizer: "sgd", "adamw", "lars", "lamb", or a callable that takes the parameter groups and ``lr``.
         lr: Learning rate after the warm-up, absolute. None: ``base_lr`` scaled with the global batch (``lr_rule``).
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs in which the learning rate rises linearly from 0. The default of a method is cut to a
-            tenth of the run if the run is not longer.
+        warmup_epochs: Epochs of linear warm-up from 0. A default that is not shorter than the run is cut to a tenth.
         **options: See `BackboneOptions`.
     """
 
@@ -121,9 +120,7 @@ class SelfSupervisedModule(MethodModule):
         if lr is None:
             self._planned_batch = global_batch_size(trainer, length)
             lr = optim.scaled_lr(self.base_lr, self._planned_batch, rule=self.lr_rule)
-            rank_zero_info(
-                f"{type(self).__name__}: learning rate {lr:g} for a global batch of {self._planned_batch} images."
-            )
+            rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for {self._planned_batch} images per step.")
         set_up_again_on_resume(trainer)
         optimizer = initialize_optimizer_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
         schedule = StepSchedule(optimizer, self.rate_factor)
