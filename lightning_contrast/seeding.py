@@ -8,9 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from lightning_contrast import distributed
-
-__all__ = ["derived_seed", "isolated", "rank_seed", "seed_everything", "seeded"]
+__all__ = ["derived_seed", "isolated", "seed_everything", "seeded"]
 
 
 def derived_seed(*parts: int) -> int:
@@ -21,18 +19,6 @@ def derived_seed(*parts: int) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # torch and NumPy take signed seeds
-
-
-def rank_seed() -> int | None:
-    """Return a seed that differs between ranks, drawn from torch's global CPU generator; None on a single rank.
-
-    Views, masks and noise have to differ between ranks. After ``seed_everything`` the global generators of all ranks
-    are equal, and a sampler may rely on that, so they stay as they are and the draws of a step have generators of their
-    own. A single rank draws from the global generators.
-    """
-    if not distributed.is_distributed():
-        return None
-    return derived_seed(int(torch.randint(2**62, ())), distributed.rank())
 
 
 @contextmanager

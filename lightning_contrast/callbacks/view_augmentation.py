@@ -12,7 +12,8 @@ from lightning_contrast.augment.policy import ViewPolicy  # in the signature for
 from lightning_contrast.callbacks.capture.labels import check_place
 from lightning_contrast.contracts import Images, ImageSource, check_images, check_views
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
-from lightning_contrast.seeding import derived_seed, rank_seed, seeded
+from lightning_contrast.runtime.rank_draws import rank_seed
+from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
 """Checkpoint key of the size, mean and std of the policy."""

@@ -1,6 +1,5 @@
 """Base class of the methods."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
@@ -14,16 +13,14 @@ from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.nn import Backbone, BackboneOptions, build_backbone, check_image_size
 from lightning_contrast.nn.multi_crop import count_crops
 from lightning_contrast.runtime.fsdp import initialize_optimizer_state, strategy_module
-from lightning_contrast.runtime.learning_rate import StepSchedule, factor_at
+from lightning_contrast.runtime.learning_rate import StepSchedule
 from lightning_contrast.runtime.method_module import MethodModule
 from lightning_contrast.runtime.run_length import (
     check_end,
     global_batch_size,
     measure_run,
-    run_length,
     set_up_again_on_resume,
     set_up_training_data,
-    warmup_steps,
 )
 
 
@@ -35,8 +32,7 @@ class SelfSupervisedModule(MethodModule):
         optimizer: "sgd", "adamw", "lars", "lamb", or a callable that takes the parameter groups and ``lr``.
         lr: Learning rate after the warm-up, absolute. None: ``base_lr`` scaled with the global batch (``lr_rule``).
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs in which the learning rate rises linearly from 0. The default of a method is cut to a
-            tenth of the run if the run is not longer.
+        warmup_epochs: Epochs of linear warm-up from 0. A default that is not shorter than the run is cut to a tenth.
         **options: See `BackboneOptions`.
     """
 
@@ -112,21 +108,6 @@ class SelfSupervisedModule(MethodModule):
         """Return the learning rate at an optimizer step as a share of its peak: linear warm-up, then cosine to 0."""
         return optim.warmup_cosine(step, warmup_steps, total_steps)
 
-    def plan_warmup(self, *, announce: bool = False) -> int:
-        """Return the optimizer steps of the warm-up for the run as it was measured last."""
-        length, epochs = run_length(self.trainer), self.warmup_epochs
-        signatures = (inspect.signature(owner.__init__).parameters for owner in type(self).__mro__)
-        default = next((found["warmup_epochs"].default for found in signatures if "warmup_epochs" in found), None)
-        given = self.hparams.get("warmup_epochs", epochs)
-        is_default = given == default and given in (None, epochs)
-        return warmup_steps(self.trainer, length, epochs, is_default=is_default, announce=announce)
-
-    def rate_factor(self, step: int) -> float:
-        """Return the share of the peak learning rate at an optimizer step of the run."""
-        if self.lr_schedule == "constant":
-            return min(1.0, step / self._warmup_steps) if self._warmup_steps else 1.0
-        return factor_at(self.trainer, self.lr_factor, self._warmup_steps, run_length(self.trainer).total_steps, step)
-
     def configure_optimizers(self) -> Any:
         """Build the optimizer and a schedule that is updated every optimizer step."""
         trainer, lr = self.trainer, self.lr
@@ -141,9 +122,7 @@ class SelfSupervisedModule(MethodModule):
         if lr is None:
             self._planned_batch = global_batch_size(trainer, length)
             lr = optim.scaled_lr(self.base_lr, self._planned_batch, rule=self.lr_rule)
-            rank_zero_info(
-                f"{type(self).__name__}: learning rate {lr:g} for a global batch of {self._planned_batch} images."
-            )
+            rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for {self._planned_batch} images per step.")
         set_up_again_on_resume(trainer)
         optimizer = initialize_optimizer_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
         schedule = StepSchedule(optimizer, self.rate_factor)

@@ -1,5 +1,6 @@
 """Learning rates as a function of the optimizer step, planned at the start of each fit."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from lightning_contrast.runtime.run_length import (
     global_batch_size,
     measure_run,
     run_length,
+    warmup_steps,
 )
 from lightning_contrast.runtime.schedule_position import schedule_position, set_schedule_offset
 
@@ -79,6 +81,9 @@ class ScheduledModule(L.LightningModule):
     """
 
     lr: float | None
+    lr_schedule: str | None
+    warmup_epochs: int
+    lr_factor: Callable[..., float]
     lr_rule: ClassVar[str]
     _schedule_offset: int = 0  # of the checkpoint or of the run
     _planned_batch: int | None = None  # global batch that the optimizer's peak rates were scaled with
@@ -87,11 +92,19 @@ class ScheduledModule(L.LightningModule):
 
     def plan_warmup(self, *, announce: bool = False) -> int:
         """Return the optimizer steps of the warm-up for the run as it was measured last."""
-        raise NotImplementedError
+        length, epochs = run_length(self.trainer), self.warmup_epochs
+        own = (vars(owner)["__init__"] for owner in type(self).__mro__ if "__init__" in vars(owner))
+        signatures = (inspect.signature(init).parameters for init in own)
+        default = next((found["warmup_epochs"].default for found in signatures if "warmup_epochs" in found), None)
+        given = self.hparams.get("warmup_epochs", epochs)
+        is_default = given == default and given in (None, epochs)
+        return warmup_steps(self.trainer, length, epochs, is_default=is_default, announce=announce)
 
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak learning rate at an optimizer step of the run."""
-        raise NotImplementedError
+        if self.lr_schedule == "constant":
+            return min(1.0, step / self._warmup_steps) if self._warmup_steps else 1.0
+        return factor_at(self.trainer, self.lr_factor, self._warmup_steps, run_length(self.trainer).total_steps, step)
 
     def scale_lr(self, ratio: float) -> None:
         """Multiply all peak learning rates by a ratio; subclasses adapt what depends on the peak."""

@@ -15,8 +15,9 @@ from lightning_contrast.runtime.hparams import caller, check_complete, left_out_
 from lightning_contrast.runtime.last_batch import check_last_batch
 from lightning_contrast.runtime.learning_rate import ScheduledModule
 from lightning_contrast.runtime.optimizer_steps import only_forward
+from lightning_contrast.runtime.rank_draws import rank_seed
 from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
-from lightning_contrast.seeding import isolated, rank_seed
+from lightning_contrast.seeding import isolated
 
 
 class MethodModule(ShardedClippingModule, ScheduledModule):

@@ -62,9 +62,9 @@ def measure_run(trainer: L.Trainer) -> RunLength:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             accumulation = sorted(callback.scheduling.items())
-        averaging = isinstance(callback, StochasticWeightAveraging) and getattr(callback, "_max_epochs", -1)
-        if averaging and averaging > 0 and epochs == averaging + 1 and callback._model_contains_batch_norm:  # type: ignore[attr-defined]
-            epochs = averaging
+        if isinstance(callback, StochasticWeightAveraging) and getattr(callback, "_model_contains_batch_norm", False):
+            planned = callback._max_epochs  # the Trainer's, before it was increased
+            epochs = planned if planned > 0 and epochs == planned + 1 else epochs
     length = RunLength(math.inf, batches, tuple(accumulation))
     total = math.inf if epochs in (None, -1) else length.steps_of(max(int(epochs or 0), 1))
     if trainer.max_steps != -1:
@@ -206,7 +206,7 @@ def global_batch_size(trainer: L.Trainer, length: RunLength) -> int:
     if not isinstance(batch_size, int):
         fail("lr", "be given if the loader has no batch size", None, "Pass an absolute `lr`")
     epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-    accumulated = {batches for first, batches in length.accumulation if first < epochs}  # type: ignore[operator]
+    accumulated = {batches for first, batches in length.accumulation if first < epochs}
     if len(accumulated) > 1:
         hint = "Pass an absolute `lr`: it is scaled with the global batch, which would change during the run"
         fail("lr", "be given if the gradient accumulation changes between epochs", None, hint)
