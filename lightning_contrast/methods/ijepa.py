@@ -24,6 +24,7 @@ from lightning_contrast.nn import (
     select_patches,
     sincos_positions,
 )
+from lightning_contrast.nn.jepa_masking import repeat_rows
 from lightning_contrast.nn.small_vit import SMALL_VIT
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
@@ -120,7 +121,6 @@ class IJEPA(StretchedModule):
         vit = self.backbone.vit
         _check_patches_only(vit)
         grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
-        self.contexts = contexts
         self.mask_sampler = JepaMaskSampler(
             grid,
             targets=targets,
@@ -146,13 +146,13 @@ class IJEPA(StretchedModule):
         (images,) = self.batch_views(batch, count=1)  # (B, C, h, w)
         self._check_grid(images)
         masks = self.mask_sampler(len(images)).to(images.device)
-        count = self.contexts
+        count = self.mask_sampler.contexts
         kept = masks.context.reshape(count * len(images), -1)  # (C B, N_c): C contexts of an image are C images
-        context = self.backbone.tokens(_repeat(images, count), keep=kept)  # features (C B, F), patches (C B, N_c, F)
-        prediction = self.predictor(context.patches, kept, _repeat(masks.targets, count))  # (C B, T, N_t, F)
+        context = self.backbone.tokens(repeat_rows(images, count), keep=kept)  # (C B, F) and (C B, N_c, F)
+        prediction = self.predictor(context.patches, kept, repeat_rows(masks.targets, count))  # (C B, T, N_t, F)
         with torch.no_grad():
             patches = self.momentum_backbone.tokens(images).patches  # (B, N, F)
-            target = _repeat(select_patches(patches, masks.targets), count)  # (C B, T, N_t, F)
+            target = repeat_rows(select_patches(patches, masks.targets), count)  # (C B, T, N_t, F)
         loss = ijepa_loss(prediction, target)
         self.log("train/loss", loss, batch_size=len(images))
         self._log_statistics(prediction, target, batch_size=len(images))
@@ -165,9 +165,8 @@ class IJEPA(StretchedModule):
         """Log collapse indicators of predictions and targets, (B, T, N_t, F)."""
         normalized = F.layer_norm(target.float(), target.shape[-1:])
         self.log("train/target_std", normalized.flatten(0, -2).std(0).mean(), batch_size=batch_size)
-        self.log(
-            "train/agreement", F.cosine_similarity(prediction.float(), normalized, dim=-1).mean(), batch_size=batch_size
-        )
+        agreement = F.cosine_similarity(prediction.float(), normalized, dim=-1).mean()
+        self.log("train/agreement", agreement, batch_size=batch_size)
 
     def _check_grid(self, images: Tensor) -> None:
         grid, size = self.mask_sampler.grid, tuple(images.shape[-2:])
@@ -189,11 +188,6 @@ def _patches_only(backbone: str | nn.Module, options: BackboneOptions) -> Backbo
     return {**options, "backbone_kwargs": _PATCHES_ONLY | (options.get("backbone_kwargs") or {})}
 
 
-def _repeat(rows: Tensor, count: int) -> Tensor:
-    """Repeat each row ``(B, ...)`` ``count`` times in place, ``(count B, ...)``."""
-    return rows if count == 1 else rows.repeat_interleave(count, 0)
-
-
 def _check_predictor(dim: int, depth: int, heads: int) -> None:
     """Check the sizes of the predictor under the names of the method's arguments."""
     check_at_least("predictor_depth", depth, 1)
@@ -204,8 +198,9 @@ def _check_predictor(dim: int, depth: int, heads: int) -> None:
 
 def _check_patches_only(vit: Any) -> None:
     """Refuse a network whose features are not the mean of its patches, since parts of it would not be trained."""
-    parts = [part for part in (vit.fc_norm, vit.attn_pool) if isinstance(part, nn.Module)]
-    unused = any(True for part in parts for _ in part.parameters())
+    unused = any(
+        True for part in (vit.fc_norm, vit.attn_pool) if isinstance(part, nn.Module) for _ in part.parameters()
+    )
     plain = vit.num_prefix_tokens == 0 and vit.global_pool == "avg" and not unused
     rule = "average its patches, without class or register tokens and without a norm after the mean"
     found = f"{type(vit).__name__} with {vit.num_prefix_tokens} such tokens and global_pool={vit.global_pool!r}"

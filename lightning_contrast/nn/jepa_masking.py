@@ -193,3 +193,8 @@ def _send(indices: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return indices
     return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)
+
+
+def repeat_rows(rows: Tensor, count: int) -> Tensor:
+    """Repeat each row ``(B, ...)`` ``count`` times in place, ``(count B, ...)``."""
+    return rows if count == 1 else rows.repeat_interleave(count, 0)

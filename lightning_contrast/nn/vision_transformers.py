@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import fail, require
 from lightning_contrast.nn.backbones import Backbone, build_backbone
+from lightning_contrast.nn.feature_output import TokenPooling
 from lightning_contrast.nn.small_vit import SMALL_VIT
 
 _TIMM_MODULES = ["vision_transformer", "deit"]  # whose models are a `VisionTransformer`, but for two families
@@ -122,6 +123,7 @@ def build_masked_backbone(
     small_images: bool = False,
     feature_dim: int | None = None,
     backbone_kwargs: Mapping[str, Any] | None = None,
+    tokens: TokenPooling = None,
     defaults: Mapping[str, Any] | None = None,
     mask_token: bool = True,
 ) -> Backbone:
@@ -134,13 +136,16 @@ def build_masked_backbone(
         feature_dim: Width of the features; None reads it from the module.
         backbone_kwargs: Further arguments of the timm model. ``dynamic_img_size`` is True unless given, so that views
             may differ in size.
+        tokens: Must be None: the network itself says how its tokens become features.
         defaults: The same, from the method; ``backbone_kwargs`` take precedence.
         mask_token: See `MaskedViT`.
 
     Raises:
-        ValueError: If the name is not that of a network that can mask.
+        ValueError: If the name is not that of a network that can mask, or ``tokens`` is given.
         TypeError: If the module is not such a network.
     """
+    hint = 'Pass `backbone_kwargs=dict(global_pool="avg")` or "token"'
+    require(tokens is None, "tokens", "be None for a backbone that masks patches", tokens, hint)
     if isinstance(backbone, str):
         settings = {"dynamic_img_size": True} | dict(defaults or {}) if _can_mask(backbone) else {}
         backbone_kwargs = settings | dict(backbone_kwargs or {})
