@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_contrast import distributed, optim
@@ -15,13 +14,6 @@ from lightning_contrast.nn.multi_crop import count_crops
 from lightning_contrast.runtime.fsdp import initialize_optimizer_state, strategy_module
 from lightning_contrast.runtime.learning_rate import StepSchedule
 from lightning_contrast.runtime.method_module import MethodModule
-from lightning_contrast.runtime.run_length import (
-    check_end,
-    global_batch_size,
-    measure_run,
-    set_up_again_on_resume,
-    set_up_training_data,
-)
 
 
 class SelfSupervisedModule(MethodModule):
@@ -110,20 +102,7 @@ class SelfSupervisedModule(MethodModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and a schedule that is updated every optimizer step."""
-        trainer, lr = self.trainer, self.lr
-        set_up_training_data(trainer)
-        length = measure_run(trainer)
-        if self.lr_schedule != "constant":
-            check_end(trainer, length)
-        self._warmup_steps = self.plan_warmup(announce=True)
-        self._planned_batch = None
-        if trainer.ckpt_path is None:  # what `load_from_checkpoint` has read belongs to another run
-            self._saved_batch = None
-        if lr is None:
-            self._planned_batch = global_batch_size(trainer, length)
-            lr = optim.scaled_lr(self.base_lr, self._planned_batch, rule=self.lr_rule)
-            rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for {self._planned_batch} images per step.")
-        set_up_again_on_resume(trainer)
+        lr = self.plan_learning_rate()
         optimizer = initialize_optimizer_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
         schedule = StepSchedule(optimizer, self.rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -146,7 +146,7 @@ class IJEPA(StretchedModule):
         (images,) = self.batch_views(batch, count=1)  # (B, C, h, w)
         self._check_grid(images)
         masks = self.mask_sampler(len(images)).to(images.device)
-        count = self.mask_sampler.contexts
+        count = masks.context.shape[1] if masks.context.ndim == 3 else 1  # C contexts per image
         kept = masks.context.reshape(count * len(images), -1)  # (C B, N_c): C contexts of an image are C images
         context = self.backbone.tokens(repeat_rows(images, count), keep=kept)  # (C B, F) and (C B, N_c, F)
         prediction = self.predictor(context.patches, kept, repeat_rows(masks.targets, count))  # (C B, T, N_t, F)

@@ -12,11 +12,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_contrast.optim import constant, scaled_lr
 from lightning_contrast.runtime.run_length import (
+    check_end,
     epoch_length_changed,
     epoch_steps,
     global_batch_size,
     measure_run,
     run_length,
+    set_up_again_on_resume,
+    set_up_training_data,
     warmup_steps,
 )
 from lightning_contrast.runtime.schedule_position import schedule_position, set_schedule_offset
@@ -84,6 +87,7 @@ class ScheduledModule(L.LightningModule):
     lr_schedule: str | None
     warmup_epochs: int
     lr_factor: Callable[..., float]
+    base_lr: ClassVar[float]
     lr_rule: ClassVar[str]
     _schedule_offset: int = 0  # of the checkpoint or of the run
     _planned_batch: int | None = None  # global batch that the optimizer's peak rates were scaled with
@@ -99,6 +103,25 @@ class ScheduledModule(L.LightningModule):
         given = self.hparams.get("warmup_epochs", epochs)
         is_default = given == default and given in (None, epochs)
         return warmup_steps(self.trainer, length, epochs, is_default=is_default, announce=announce)
+
+    def plan_learning_rate(self) -> float:
+        """Measure the run, plan its warm-up, and return the peak learning rate for its global batch."""
+        trainer = self.trainer
+        set_up_training_data(trainer)
+        length = measure_run(trainer)
+        if self.lr_schedule != "constant":
+            check_end(trainer, length)
+        self._warmup_steps = self.plan_warmup(announce=True)
+        self._planned_batch = None
+        if trainer.ckpt_path is None:  # what `load_from_checkpoint` has read belongs to another run
+            self._saved_batch = None
+        lr = self.lr
+        if lr is None:
+            self._planned_batch = global_batch_size(trainer, length)
+            lr = scaled_lr(self.base_lr, self._planned_batch, rule=self.lr_rule)
+            rank_zero_info(f"{type(self).__name__}: learning rate {lr:g} for {self._planned_batch} images per step.")
+        set_up_again_on_resume(trainer)
+        return lr
 
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak learning rate at an optimizer step of the run."""
