@@ -164,7 +164,7 @@ def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
     """Return the views of a training batch after checking their number and sizes.
 
     Args:
-        batch: A batch whose images are a list of views, each ``(B, C, h, w)``.
+        batch: A batch whose images are a list of views, each ``(B, C, h, w)``; a single view may be a tensor.
         count: Number of views that the method takes.
         minimum: Smallest batch size, >= 1; use 1 if the batches of all ranks are joined.
 
@@ -176,9 +176,12 @@ def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
             sizes, or fewer than ``minimum`` images.
     """
     images, _ = split_batch(batch)
+    if isinstance(images, Tensor) and count == 1 and images.is_floating_point():
+        images = [images]
     if isinstance(images, Tensor):
         hint = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or yield a list of views from the loader"
-        fail("batch", f"hold a list of {count} views", f"one tensor of shape {tuple(images.shape)}", hint)
+        what = f"one {str(images.dtype).removeprefix('torch.')} tensor of shape {tuple(images.shape)}"
+        fail("batch", f"hold a list of {count} views", what, hint)
     require(
         len(images) == count, "batch", f"hold {count} views", len(images), f"Give a policy that makes {count} views"
     )

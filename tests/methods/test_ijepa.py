@@ -266,9 +266,12 @@ def test_bad_views(sizes, message):
         run_step(make("IJEPA"), [make_views(sizes, dtype=torch.float32), None])
 
 
-def test_one_tensor_names_the_callback():
+def test_one_view_may_be_a_tensor_and_raw_images_name_the_callback():
+    (view,), labels = step_batch(CASE)
+    losses = [run_step(make("IJEPA"), [images, labels])["loss"] for images in (view, [view])]
+    assert torch.equal(*losses)
     with pytest.raises(ValueError, match=r"Add `ViewAugmentation"):
-        run_step(make("IJEPA"), step_batch(CASE)[0][0])
+        run_step(make("IJEPA"), [(255 * view).to(torch.uint8), labels])
 
 
 def test_several_contexts_are_the_mean_over_each_alone():
