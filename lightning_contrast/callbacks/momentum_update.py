@@ -14,6 +14,7 @@ from lightning_contrast.runtime.default_callbacks import is_default_of, remove_i
 from lightning_contrast.runtime.optimizer_steps import (
     StepDetector,
     batches_done,
+    has_gradients,
     only_forward,
     step_was_skipped,
     total_steps,
@@ -138,6 +139,10 @@ class MomentumUpdate(Callback):
         """Update after a real optimizer step; no update on accumulated micro-batches or skipped steps."""
         before, self._global_step = self._global_step, trainer.global_step
         stepped = self._detector.stepped()
+        if stepped and not outputs and pl_module.automatic_optimization:
+            # After a training_step that returned None the optimizer steps too, with the gradients that are left. Shards
+            # of one rank may have none, so gradients say nothing about the other steps.
+            stepped = has_gradients(trainer.optimizers)
         skipped = step_was_skipped(trainer) or only_forward(trainer)
         if skipped or not stepped:
             if skipped or before != trainer.global_step:

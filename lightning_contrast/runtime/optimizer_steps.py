@@ -18,9 +18,7 @@ class StepDetector:
     """Detects whether an optimizer really stepped since the last query.
 
     ``trainer.global_step`` also counts steps that a gradient scaler skipped. A post-step hook of the optimizer is not
-    called for those, except by fused optimizers, which skip inside their step and set ``found_inf``. A step without
-    any gradient changes nothing: after a ``training_step`` that returned None, or in the passes over the training data
-    in which `StochasticWeightAveraging` updates the statistics of BatchNorm.
+    called for those, except by fused optimizers, which skip inside their step and set ``found_inf``.
     """
 
     def __init__(self) -> None:
@@ -54,7 +52,7 @@ class StepDetector:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler during the step of a fused optimizer
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
-        self._has_stepped = self._has_stepped or (not skipped and has_gradients([optimizer]))
+        self._has_stepped = self._has_stepped or not skipped
 
     def __reduce__(self) -> tuple[type["StepDetector"], tuple[()]]:
         """Copy and pickle without hooks, which belong to the optimizers of this process."""
