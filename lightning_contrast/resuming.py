@@ -199,11 +199,13 @@ def _state_of(weights: Any) -> dict[str, Tensor]:
     """Return the weights as a dict of tensors."""
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
-    is_file = isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping)
-    if is_file and "pytorch-lightning_version" not in weights:  # of `export_backbone`, or weights of another package
-        weights = strip_prefix(weights["state_dict"])
-    elif is_file:
-        whole = weights["state_dict"]
+    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
+        whole, exported = weights["state_dict"], ARCHITECTURE in weights
+        of_method = not exported and any(name.startswith("backbone.") for name in whole)
+        weights = whole if of_method else strip_prefix(whole)
+    else:
+        whole, of_method = {}, False
+    if of_method:
         weights = {name.removeprefix("backbone."): t for name, t in whole.items() if name.startswith("backbone.")}
         weights = {name.removeprefix("masked.vit."): t for name, t in weights.items() if name != "masked.mask_token"}
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):

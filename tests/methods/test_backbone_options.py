@@ -102,4 +102,4 @@ def test_the_command_line_shows_them():
 def test_the_command_line_refuses_others(capsys):
     with pytest.raises(SystemExit):
         command("--model.small_image", "true")
-    assert "'small_image' is not accepted" in capsys.readouterr().err
+    assert "SimCLR has no argument `small_image`. Did you mean small_images" in capsys.readouterr().err

@@ -104,7 +104,9 @@ def test_optimizer_may_be_a_class_or_a_function(tmp_path):
         fit = trainer(tmp_path, CASE, epochs=1, limit_val_batches=0)
         fit.fit(module, Data(BATCH))
         fit.save_checkpoint(tmp_path / "callable.ckpt")
-        assert "optimizer" not in torch.load(tmp_path / "callable.ckpt", weights_only=True)["hyper_parameters"]
+        saved = torch.load(tmp_path / "callable.ckpt", weights_only=True)["hyper_parameters"]["optimizer"]
+        with pytest.raises(ValueError, match="optimizer="):  # a note in place of the callable
+            make("SimCLR", optimizer=saved)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def fit_without_end(tmp_path, **kwargs):
 
 
 def test_endless_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`max_epochs` must end the run, got -1.*max_steps"):
+    with pytest.raises(ValueError, match=r"`max_epochs` must end the run for the schedules, got -1.*max_steps"):
         fit_without_end(tmp_path)
 
 
@@ -177,7 +179,9 @@ def test_endless_epochs_with_max_steps_are_a_run(tmp_path):
 
 
 def test_warmup_longer_than_the_run_names_both(tmp_path):
-    with pytest.raises(ValueError, match=rf"{BATCHES} steps of the run, got {2 * BATCHES}"):
+    with pytest.raises(
+        ValueError, match=rf"fit into the {BATCHES} steps of the run, got '2 epochs of {BATCHES} steps'"
+    ):
         trainer(tmp_path, CASE, epochs=1).fit(make("SimCLR", warmup_epochs=2), Data(BATCH))
 
 

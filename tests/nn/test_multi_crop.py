@@ -76,7 +76,7 @@ def test_what_is_taken(sizes):
         (crops(16, 16, 16, 8), "`views` must begin with 2 global views, got '3 of one size"),
         ([crops(16)[0], crops(16, batch=3)[0]], r"`views` must have equal batch sizes, got \[4, 3\]"),
         (crops(16, 16, batch=1), "`views` must have a batch of at least 2, got 1"),
-        (crops(16)[0], "`batch` must hold a list of 2 views, got 'one tensor .*Add `ViewAugmentation"),
+        (crops(16)[0], "`batch` must hold a list of 2 views, got 'one float32 tensor .*Add `ViewAugmentation"),
     ],
 )
 def test_what_is_not(views, message):
