@@ -200,14 +200,12 @@ def _state_of(weights: Any) -> dict[str, Tensor]:
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
     if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
-        whole, exported = weights["state_dict"], ARCHITECTURE in weights
-        of_method = not exported and any(name.startswith("backbone.") for name in whole)
-        weights = whole if of_method else strip_prefix(whole)
-    else:
-        whole, of_method = {}, False
-    if of_method:
-        weights = {name.removeprefix("backbone."): t for name, t in whole.items() if name.startswith("backbone.")}
-        weights = {name.removeprefix("masked.vit."): t for name, t in weights.items() if name != "masked.mask_token"}
+        whole = weights["state_dict"]
+        of_method = ARCHITECTURE not in weights and any(name.startswith("backbone.") for name in whole)
+        weights = strip_prefix(whole)
+        if of_method:
+            own = {name.removeprefix("backbone."): t for name, t in whole.items() if name.startswith("backbone.")}
+            weights = {name.removeprefix("masked.vit."): t for name, t in own.items() if name != "masked.mask_token"}
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         hint = "Give a network, its `state_dict()`, or a file with one"
         fail("weights", "be the weights of a network", type(weights).__name__, hint, TypeError)
