@@ -1,5 +1,6 @@
 """What every test starts from, whichever test ran before: random numbers, autograd, and torch's global settings."""
 
+import os
 import random
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def pytest_runtest_setup(item):
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # of seed_everything; ranks that a test starts inherit them
+        os.environ.pop(name, None)
     item.stash[SETTINGS] = global_settings()
 
 

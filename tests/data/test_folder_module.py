@@ -99,9 +99,11 @@ def _starts(loader, epoch):
 
 
 def test_training_crops_come_from_the_whole_image(tmp_path):
-    _ramps(tmp_path)
-    settings = {"size": 8, "batch_size": 5, "indices": True}
-    data, other = (ImageFolderDataModule(tmp_path, tmp_path, num_workers=0, seed=s, **settings) for s in (0, 1))
+    train, val = tmp_path / "train", tmp_path / "val"
+    for folder in (train, val):
+        _ramps(folder)
+    settings = {"size": 8, "batch_size": 5, "indices": True, "num_workers": 0}
+    data, other = (ImageFolderDataModule(train, val, seed=seed, **settings) for seed in (0, 1))
     starts = [_starts(data.train_dataloader(), epoch) for epoch in range(20)]
     share = torch.tensor(starts).flatten().bincount(minlength=17) / 600
     assert share.numel() == 17
