@@ -37,6 +37,8 @@ class SelfSupervisedModule(MethodModule):
     """The published view policy: ``SimCLR.views(224, mean=..., std=...)``."""
     encodes_whole_images: ClassVar[bool] = True
     """False if the step output ``"features"`` belongs to images of which patches are masked or left out."""
+    forward_gives_features: ClassVar[bool] = True
+    """Whether `forward` returns what the evaluation steps output as ``"features"``."""
 
     def __init__(
         self,

@@ -30,8 +30,8 @@ class LearnedTemperature(nn.Module):
         init: Temperature at the start, in [minimum, maximum].
         minimum: Lower bound, > 0.
         maximum: Upper bound.
-        lr: Peak learning rate of the logarithm, > 0; it follows the schedule of the run. With "adamw" it is the largest
-            relative change per step; with "sgd" and "lars" it multiplies the gradient.
+        lr: Peak learning rate of the logarithm, > 0; it follows the schedule of the run, but not the global batch. With
+            "adamw" it is the largest relative change per step; with "sgd" and "lars" it multiplies the gradient.
 
     Raises:
         ValueError: If a bound or ``lr`` is not above 0, or ``init`` lies outside the bounds.

@@ -13,6 +13,8 @@ from lightning_contrast.sharding import local
 
 OptimizerLike: TypeAlias = str | Callable[..., Optimizer]
 OPTIMIZERS = ("sgd", "adamw", "lars", "lamb")
+OWN_RATE = "own_lr"
+"""Key of a parameter group; True if its peak rate is its own, which does not follow the global batch."""
 
 
 def check_optimizer(optimizer: OptimizerLike) -> None:
@@ -41,8 +43,8 @@ def build_optimizer(
         optimizer: ``"sgd"``, ``"adamw"``, ``"lars"`` or ``"lamb"`` (timm's); or a callable, such as an optimizer
             class, that takes the groups and optionally ``lr``.
         groups: Parameter groups with their weight decay, as `parameter_groups` returns them. A group may have an ``lr``
-            of its own, and ``bounds``, the smallest and largest value of its parameters, which are clamped after every
-            step.
+            of its own, which is then marked with ``own_lr``, and ``bounds``, the smallest and largest value of its
+            parameters, which are clamped after every step.
         lr: Learning rate of the groups without one, >= 0.
         sgd_momentum: Momentum of ``"sgd"`` and ``"lars"``, in [0, 1).
         options: Further arguments of the optimizer, such as ``betas`` or ``trust_coefficient``.
@@ -53,7 +55,8 @@ def build_optimizer(
     """
     check_not_negative("lr", lr)
     check_optimizer(optimizer)
-    groups = [dict(group) for group in groups]  # torch writes its defaults into the dicts
+    # Copies, since torch writes its defaults into the dicts
+    groups = [group | {OWN_RATE: True} if "lr" in group else dict(group) for group in groups]
     built = _build(optimizer, groups, lr, sgd_momentum, options)
     if any("bounds" in group for group in built.param_groups):
         built.register_step_post_hook(_clamp)

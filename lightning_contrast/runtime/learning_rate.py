@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_contrast.optim import constant, scaled_lr
+from lightning_contrast.optim.build import OWN_RATE
 from lightning_contrast.runtime.run_length import (
     check_end,
     epoch_length_changed,
@@ -31,9 +32,9 @@ _BATCH_KEY = "lightning_contrast_global_batch"  # in a checkpoint
 class StepSchedule(LambdaLR):
     """Learning rate of every parameter group as a function of the optimizer step.
 
-    Groups with ``"fixed_lr"`` keep their rate. The rate of a group that was added during the run, as by Lightning's
-    ``BackboneFinetuning``, changes in proportion to the others, from the rate that it was added with or was given
-    since.
+    Groups with ``"fixed_lr"`` keep their rate, and groups with ``"own_lr"`` their peak rate. The rate of a group that
+    was added during the run, as by Lightning's ``BackboneFinetuning``, changes in proportion to the others, from the
+    rate that it was added with or was given since.
 
     Args:
         optimizer: The optimizer.
@@ -42,6 +43,7 @@ class StepSchedule(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         groups = optimizer.param_groups
+        self.own_rates = [bool(group.get(OWN_RATE, False)) for group in groups]
         super().__init__(optimizer, [constant if group.get("fixed_lr", False) else factor for group in groups])
 
     def get_lr(self) -> list[float | Tensor]:
@@ -56,14 +58,15 @@ class StepSchedule(LambdaLR):
         return rates
 
     def replan(self, step: int, ratio: float) -> None:
-        """Continue from an optimizer step, with all peak rates multiplied by a ratio.
+        """Continue from an optimizer step, with the peak rates multiplied by a ratio, except groups' own.
 
         Args:
             step: Optimizer steps done, >= 0.
             ratio: Factor of the peak rates, > 0.
         """
         self.last_epoch = step
-        self.base_lrs = [base * ratio for base in self.base_lrs]
+        pairs = zip(self.base_lrs, self.own_rates, strict=True)
+        self.base_lrs = [base if own else base * ratio for base, own in pairs]
         for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=False):
             rate = base * factor(step)
             group["initial_lr"] = base
@@ -72,6 +75,11 @@ class StepSchedule(LambdaLR):
             else:
                 group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def peak(self) -> float:
+        """Return the largest peak rate of the groups that have none of their own."""
+        pairs = zip(self.base_lrs, self.own_rates, strict=True)
+        return max((float(base) for base, own in pairs if not own), default=0.0)
 
 
 class ScheduledModule(L.LightningModule):
@@ -130,7 +138,7 @@ class ScheduledModule(L.LightningModule):
         return factor_at(self.trainer, self.lr_factor, self._warmup_steps, run_length(self.trainer).total_steps, step)
 
     def scale_lr(self, ratio: float) -> None:
-        """Multiply all peak learning rates by a ratio; subclasses adapt what depends on the peak."""
+        """Multiply the peak learning rates by a ratio, but not groups' own; subclasses adapt what depends on them."""
         for schedule in self._schedules():
             schedule.replan(schedule.last_epoch, ratio)
 
@@ -154,7 +162,7 @@ class ScheduledModule(L.LightningModule):
         """Scale the learning rate with the global batch, if it has changed since it was scaled last; return a note."""
         planned, self._saved_batch = self._saved_batch or self._planned_batch, None
         schedules = self._schedules()
-        peak = max((base for schedule in schedules for base in schedule.base_lrs), default=0.0)
+        peak = max((schedule.peak() for schedule in schedules), default=0.0)
         if self.lr is not None or planned is None or not schedules:
             return f"the peak learning rate remains the checkpoint's {peak:g}, which was chosen for its global batch."
         now = global_batch_size(self.trainer, run_length(self.trainer))

@@ -16,7 +16,7 @@ from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.optim import LARS
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
-from tests.methods.test_contract import BATCH, Data, as_is, gradients, run_step, step_batch, trainer
+from tests.methods.test_contract import BATCH, BATCHES, Data, as_is, gradients, run_step, step_batch, trainer
 from tests.nn.test_multi_crop import crops
 from tests.tolerances import CANCELLING, FORMULA, NETWORK, ROUNDED, TRAINING, bound, f32, f64, near
 
@@ -148,12 +148,21 @@ def test_frozen_prototypes_stay_and_the_optimizer_knows_nothing_of_them(optimize
     assert record.known == [False, False, True]
 
 
-def test_prototypes_have_length_one_before_each_step():
-    module = small()
+def test_prototypes_have_length_one_before_each_step(tmp_path):
+    module, lengths = make("SwAV", lr=0.5, freeze_prototypes_epochs=0), []
     with torch.no_grad():
         module.prototypes.weight.mul_(3.0)
-    module.on_train_batch_start([], 0)
-    torch.testing.assert_close(module.prototypes.weight.norm(dim=1), torch.ones(12, dtype=torch.float64))
+
+    class Lengths(L.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            lengths.append(pl_module.prototypes.weight.detach().norm(dim=1))
+
+    trainer(tmp_path, CASE, callbacks=[Lengths()], limit_val_batches=0).fit(module, Data(BATCH))
+    assert len(lengths) == 2 * BATCHES
+    for length in lengths:
+        torch.testing.assert_close(length, torch.ones(12), **f32(ROUNDED))
+    after = module.prototypes.weight.detach().norm(dim=1)  # the last step's have moved
+    assert (after - 1).abs().max() > bound(FORMULA)
 
 
 def test_paper_defaults(tmp_path):

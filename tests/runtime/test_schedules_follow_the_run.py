@@ -87,7 +87,7 @@ def module_of(name, lr=None):
 
 def check(module, seen, *, total, warmup, batch, first=0, lr=None, steps_of=None):
     """Compare the recorded steps ``first``, ... with the formulas of a run of ``total`` steps."""
-    peak = scaled_lr(module.base_lr, batch, module.lr_rule) if lr is None else lr
+    main = scaled_lr(module.base_lr, batch, module.lr_rule) if lr is None else lr
     updates = [c for c in module.default_callbacks() if isinstance(c, MomentumUpdate)]
     groups = module.trainer.optimizers[0].param_groups
     assert len(seen.rates) == total - first
@@ -95,6 +95,7 @@ def check(module, seen, *, total, warmup, batch, first=0, lr=None, steps_of=None
         step = first + index
         factor = module.lr_factor(step, warmup, total)
         for group, rate, decay in zip(groups, rates, decays, strict=True):
+            peak = module.temperature.lr if "bounds" in group else main  # a learned temperature has a rate of its own
             expected = 1 if group.get("fixed_lr") else factor * group.get("lr_multiplier", 1)
             assert rate == near64(peak * expected), step
             if group.get("scheduled_decay"):

@@ -15,6 +15,9 @@ from lightning_contrast.callbacks.capture.labels import Source, find_images
 MOMENTUM = "momentum_"
 """Prefix of the names of a method's momentum modules."""
 
+FORWARD_FEATURES = "forward_gives_features"
+"""Attribute of a module; True if ``forward`` returns the step output ``"features"``, whatever the backbone's is."""
+
 ORDER = ("backbone", "projector", "predictor")
 """Names of a method's modules in the order in which its images pass through them."""
 
@@ -80,7 +83,8 @@ def encode_images(trainer: Any, module: Any, hooks: Sequence[FeatureHook], image
 
     The images are given to the module's ``forward``. Without one, or if it does not accept images (as in a generator),
     they are given to the submodule that contains the first hooked layer. A hooked layer that is not called, such as a
-    projector or a momentum network, is reached as `complete` says.
+    projector or a momentum network, is reached as `complete` says. In a module with ``forward_gives_features`` the
+    output of ``forward`` is the step output ``"features"``, which takes precedence over the backbone's.
 
     Args:
         trainer: The Trainer.
@@ -95,13 +99,16 @@ def encode_images(trainer: Any, module: Any, hooks: Sequence[FeatureHook], image
         hook.arm(len(images))
     outputs: dict[str, Any] | None = None
     known: dict[str, Any] = {}
+    gives_features = getattr(module, FORWARD_FEATURES, False)
     with trainer.precision_plugin.forward_context():
         if not all(_of_momentum_network(module, hook.features) for hook in hooks):
             with _outputs_of_backbone(module, known):
                 output = _call(trainer, module, hooks, images)
             outputs = {OUTPUT_KEY: output} if isinstance(output, Tensor) else None
+            if gives_features:
+                known[ORDER[0]] = output  # what the projector takes
         complete(trainer, module, hooks, outputs, lambda: images, known)
-    return [hook.read(module, None if hook.called() else outputs) for hook in hooks]
+    return [hook.read(module, outputs if gives_features or not hook.called() else None) for hook in hooks]
 
 
 def complete(
