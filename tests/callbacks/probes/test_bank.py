@@ -307,9 +307,12 @@ class Keyed(Turning):
         self(batch["pixel_values"])
 
 
-def keyed():
+def keyed(*more):
     images, labels = images_and_labels(48)
-    rows = [{"pixel_values": image, "y": y} for image, y in zip(images.float() / 255, labels, strict=True)]
+    rows = [
+        {"pixel_values": image, "y": y} | dict.fromkeys(more, image)
+        for image, y in zip(images.float() / 255, labels, strict=True)
+    ]
     return DataLoader(rows, batch_size=8)
 
 
@@ -321,7 +324,8 @@ def test_images_of_other_keys_are_found_by_name_and_else_a_warning():
     assert run.callback_metrics["linear_probe/top1"] > 0.9
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = quiet_fit(Keyed(), [OnlineKNN(CLASSES, labels="y")], keyed(), keyed(), max_epochs=2)
+        two = [keyed("depth"), keyed("depth")]  # of two kinds of images neither is the only one
+        run = quiet_fit(Keyed(), [OnlineKNN(CLASSES, labels="y")], *two, max_epochs=2)
     said = [str(warning.message) for warning in caught if "`images=`" in str(warning.message)]
     assert len(said) == 1
     assert run.callback_metrics == {}
