@@ -55,15 +55,27 @@ CALLBACKS = {
     "OnlineLinearProbe": {
         "probes/linear_probe.py:on_train_batch_start": (2, "the first batch: the range of the labels"),
         "probes/linear_probe.py:on_train_batch_end": (3, "the first batch: a warning of NaN, the range of the labels"),
-        "probes/base.py:on_validation_batch_start": (2, "the first batch: the range of the labels"),
-        "probes/base.py:on_validation_batch_end": (26, "a mask of valid rows, two for each layer; a warning of NaN"),
+        "probes/linear_head.py:fit": (2400, "two fits of each of two layers: L-BFGS, six in each of 100 iterations"),
+        "probes/base.py:on_validation_batch_start": (
+            32,
+            "twice, of two layers: masks of the bank's valid rows, two for each batch; labels and NaN as in a step",
+        ),
+        "probes/base.py:on_validation_batch_end": (
+            32,
+            "a mask of valid rows, two for each layer; once, whether the bank has the features of the step, three each",
+        ),
     },
     "OnlineKNN": {
         "probes/knn.py:on_train_batch_start": (2, "the first batch: the range of the labels"),
         "probes/base.py:on_train_batch_end": (1, "the first batch: a warning of NaN"),
-        "probes/knn.py:on_validation_start": (10, "twice, from all ranks: the bank without its empty rows"),
-        "probes/base.py:on_validation_batch_start": (2, "the first batch: the range of the labels"),
-        "probes/base.py:on_validation_batch_end": (1, "the first batch: a warning of NaN"),
+        "probes/base.py:on_validation_batch_start": (
+            20,
+            "twice: masks of the bank's valid rows, two for each batch; labels and NaN as in a step",
+        ),
+        "probes/base.py:on_validation_batch_end": (
+            4,
+            "the first batch: a warning of NaN, and whether the bank has the features of the step",
+        ),
     },
     "InvarianceMonitor": {
         "invariance/monitor.py:on_validation_epoch_end": (296, "twice: four for each of 37 strengths of the changes"),
