@@ -45,8 +45,7 @@ trainer = L.Trainer(
 
 def features(network: torch.nn.Module) -> list[torch.Tensor]:
     """Return the features of the training images and of the validation images by each artist."""
-    groups = (data.images("train"), *data.artists("val"))
-    return [evaluation.encode(network, group, policy.eval_transform) for group in groups]
+    return [evaluation.encode(network, x, policy.eval_transform) for x in (data.images("train"), *data.artists("val"))]
 
 
 def score(train: torch.Tensor, noto: torch.Tensor, fluent: torch.Tensor) -> dict[str, float]:
@@ -75,7 +74,7 @@ torch.save(model.backbone.state_dict(), options.output / "backbone.pt")
 results |= {"seconds": round(time.perf_counter() - start, 1), "seed": options.seed}
 (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 print(f"\nfeatures      k-NN            linear          recall@1     (figures and weights in {options.output})")
-for name in spaces:  # with 95 % intervals; the two drawings of an emoji count as one sample
+for name in spaces:  # the two drawings of an emoji count as one sample
     cells = [f"{p:7.3f} ± {1.96 * (p * (1 - p) / len(noto)) ** 0.5:.3f}" for p in results[name].values()]
     print(f"{name:10}", *cells)
 print(f"{results['seconds']:.0f} s, seed {options.seed}; ± is the 95 % interval of a sample of {len(noto)} emoji")
