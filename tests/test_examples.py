@@ -36,6 +36,8 @@ def test_quickstart(tmp_path):
         assert set(results[name]) == {"knn", "linear", "recall@1"}
         assert all(0 <= value <= 1 for value in results[name].values())
     assert results["pixels"]["knn"] == pytest.approx(0.569, abs=0.002)  # no training in it: the same everywhere
+    share = results["pixels"]["knn"]
+    assert f"{share:.3f} ± {1.96 * (share * (1 - share) / 312) ** 0.5:.3f}" in out
     for picture in ("views.png", "neighbours.png", "map.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     import torch

@@ -101,7 +101,7 @@ def linear_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tens
     from threadpoolctl import threadpool_limits
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
-    with threadpool_limits(1):  # BLAS threads wait for torch's on each of the many small products: 10 times slower
+    with threadpool_limits(1):  # its threads and torch's slow each other down in many small products
         classifier.fit(bank.numpy(), bank_labels.numpy())
         return float(classifier.score(queries.numpy(), labels.numpy()))
 
