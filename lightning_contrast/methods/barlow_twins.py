@@ -17,7 +17,7 @@ from lightning_contrast.augment import barlow_twins_views
 from lightning_contrast.losses import barlow_twins_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
-from lightning_contrast.nn.multi_crop import forward_each, mean_over_pairs, view_pairs
+from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.layer_decay import RATE_MULTIPLIER, apply_rates
 
@@ -83,11 +83,10 @@ class BarlowTwins(SelfSupervisedModule):
         """Return the scaled mean Barlow Twins loss of pairs of views, and features (B, F)."""
         views = self.batch_crops(batch)  # V x (B, C, h, w)
         features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
-
-        def pair_loss(i: int, j: int) -> Tensor:
-            return barlow_twins_loss(projections[i], projections[j], off_diagonal_weight=self.off_diagonal_weight)
-
-        loss = mean_over_pairs(view_pairs(views, both_ways=False), pair_loss) * self.loss_scale
+        loss = self.loss_scale * mean_loss(
+            barlow_twins_loss(projections[i], projections[j], off_diagonal_weight=self.off_diagonal_weight)
+            for i, j in view_pairs(views, both_ways=False)
+        )
         self.log("train/loss", loss, batch_size=len(views[0]))
         return {"loss": loss, "features": features[0].detach()}
 

@@ -19,7 +19,7 @@ from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import byol_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
-from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_over_pairs, view_pairs
+from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -84,8 +84,8 @@ class BYOL(SelfSupervisedModule):
         with torch.no_grad():
             global_views = views[: count_global_views(views)]
             _, targets = forward_each(global_views, self.momentum_backbone, self.momentum_projector)  # G x (B, D)
-        pairs = view_pairs(views, both_ways=True)  # the sum of both directions of two views
-        loss = 2 * mean_over_pairs(pairs, lambda i, j: byol_loss(predictions[i], targets[j]))
+        pairs = view_pairs(views, both_ways=True)
+        loss = 2 * mean_loss(byol_loss(predictions[i], targets[j]) for i, j in pairs)  # both directions of two views
         self.log("train/loss", loss, batch_size=len(views[0]))
         # MomentumUpdate moves the target network after the optimizer step.
         return {"loss": loss, "features": features[0].detach()}

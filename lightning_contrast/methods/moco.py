@@ -25,7 +25,7 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, FeatureQueue, build_head, convert_split_batchnorm
 from lightning_contrast.nn.feature_queue import QueueDtype
-from lightning_contrast.nn.multi_crop import count_global_views, mean_over_pairs
+from lightning_contrast.nn.multi_crop import count_global_views, mean_loss
 from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
@@ -132,7 +132,7 @@ class MoCo(SelfSupervisedModule):
         ids = sample_ids(batch, self.mask_same, "MoCo")  # (B,) or None
         temperature = current_temperature(self)
         pairs = [(i, j) for i in queries for j in keys if i != j]
-        loss = mean_over_pairs(pairs, lambda i, j: self._loss(queries[i], keys[j], temperature, ids))
+        loss = mean_loss(self._loss(queries[i], keys[j], temperature, ids) for i, j in pairs)
         loss = loss * (1 + self.symmetric)  # the sum of both directions of two views
         self.log("train/loss", loss, batch_size=len(views[0]))
         rows = torch.stack(list(keys.values()), dim=1).flatten(0, 1)  # ordered by image as on several ranks

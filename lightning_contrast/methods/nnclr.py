@@ -18,7 +18,7 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.metrics.neighbours import nearest_row
 from lightning_contrast.nn import BackboneOptions, FeatureQueue, Norm, build_head
 from lightning_contrast.nn.feature_queue import QueueDtype
-from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_over_pairs, view_pairs
+from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_loss, view_pairs
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
@@ -92,13 +92,10 @@ class NNCLR(SelfSupervisedModule):
         views = self.batch_crops(batch)  # V x (B, C, h, w)
         features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
         predictions = [self.predictor(projection) for projection in projections]  # V x (B, D)
-        neighbors = [  # G x (B, D), no gradient
-            nearest_row(projection, self.queue.features, self.queue.mask)
-            for projection in projections[: count_global_views(views)]
-        ]
-        temperature = current_temperature(self)
-        pairs = view_pairs(views, both_ways=True)
-        loss = mean_over_pairs(pairs, lambda i, j: info_nce(neighbors[j], predictions[i], temperature=temperature))
+        keys = projections[: count_global_views(views)]
+        neighbors = [nearest_row(key, self.queue.features, self.queue.mask) for key in keys]  # G x (B, D), no gradient
+        temperature, pairs = current_temperature(self), view_pairs(views, both_ways=True)
+        loss = mean_loss(info_nce(neighbors[j], predictions[i], temperature=temperature) for i, j in pairs)
         self.log("train/loss", loss, batch_size=len(views[0]))
         # QueueUpdate pushes "keys" into the queue after the batch.
         return {"loss": loss, "features": features[0].detach(), "keys": unit_rows(projections[0].detach())}

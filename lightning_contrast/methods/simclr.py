@@ -19,7 +19,7 @@ from lightning_contrast.losses.negatives import as_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, Norm, build_head, hidden_layers
-from lightning_contrast.nn.multi_crop import forward_by_size, mean_over_pairs, view_pairs
+from lightning_contrast.nn.multi_crop import forward_by_size, mean_loss, view_pairs
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.runtime.temperature import current_temperature
@@ -28,9 +28,8 @@ from lightning_contrast.runtime.temperature import current_temperature
 class SimCLR(SelfSupervisedModule):
     """Contrast the two views of each image with all other images.
 
-    A batch holds two or more global views (B, C, h, w) of one size and any number of smaller local views after them;
-    `forward` gives features (B, F). The loss is the mean over all pairs of views of an image of which at least one is
-    global.
+    A batch holds two or more global views (B, C, h, w) and any number of smaller local views after them; the loss is
+    the mean over all pairs of views of an image with at least one global view. `forward` gives features (B, F).
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -102,13 +101,9 @@ class SimCLR(SelfSupervisedModule):
         views = self.batch_crops(batch)  # V x (B, C, h, w)
         features = forward_by_size(self, views)  # V x (B, F): BatchNorm sees both views, as in the reference
         projections = self.projector(torch.cat(features)).chunk(len(views))  # V x (B, D)
-        temperature = current_temperature(self)
-        ids = sample_ids(batch, self.mask_same, "SimCLR")  # (B,) or None
-
-        def pair_loss(i: int, j: int) -> Tensor:
-            a, b = projections[i], projections[j]
-            return nt_xent(a, b, temperature=temperature, weighting=self.weighting, groups=ids)
-
-        loss = mean_over_pairs(view_pairs(views, both_ways=False), pair_loss)
+        temperature, ids = current_temperature(self), sample_ids(batch, self.mask_same, "SimCLR")  # ids (B,) or None
+        options: dict[str, Any] = {"temperature": temperature, "weighting": self.weighting, "groups": ids}
+        pairs = view_pairs(views, both_ways=False)
+        loss = mean_loss(nt_xent(projections[i], projections[j], **options) for i, j in pairs)
         self.log("train/loss", loss, batch_size=len(views[0]))
         return {"loss": loss, "features": features[0].detach()}

@@ -16,7 +16,7 @@ from lightning_contrast.augment import simsiam_views
 from lightning_contrast.losses import negative_cosine
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
-from lightning_contrast.nn.multi_crop import forward_each, mean_over_pairs, view_pairs
+from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
 
 
 class SimSiam(SelfSupervisedModule):
@@ -81,7 +81,7 @@ class SimSiam(SelfSupervisedModule):
         features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
         predictions = [self.predictor(projection) for projection in projections]  # V x (B, D)
         pairs = view_pairs(views, both_ways=True)
-        loss = mean_over_pairs(pairs, lambda i, j: negative_cosine(predictions[i], projections[j]))
+        loss = mean_loss(negative_cosine(predictions[i], projections[j]) for i, j in pairs)
         self.log("train/loss", loss, batch_size=len(views[0]))
         self.log("train/projection_std", _spread(projections[0]), batch_size=len(views[0]))
         return {"loss": loss, "features": features[0].detach()}

@@ -15,7 +15,7 @@ from lightning_contrast.augment import vicreg_views
 from lightning_contrast.losses import vicreg_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
-from lightning_contrast.nn.multi_crop import forward_each, mean_over_pairs, view_pairs
+from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -82,18 +82,15 @@ class VICReg(SelfSupervisedModule):
         """Return the weighted sum of the three terms, a mean over pairs of views, and features (B, F)."""
         views = self.batch_crops(batch)  # V x (B, C, h, w)
         features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
-
-        def pair_loss(i: int, j: int) -> Tensor:
-            return vicreg_loss(
-                projections[i],
-                projections[j],
-                invariance_weight=self.invariance_weight,
-                variance_weight=self.variance_weight,
-                covariance_weight=self.covariance_weight,
-                epsilon=self.epsilon,
-            )
-
-        loss = mean_over_pairs(view_pairs(views, both_ways=False), pair_loss)
+        weights = {
+            "invariance_weight": self.invariance_weight,
+            "variance_weight": self.variance_weight,
+            "covariance_weight": self.covariance_weight,
+            "epsilon": self.epsilon,
+        }
+        loss = mean_loss(
+            vicreg_loss(projections[i], projections[j], **weights) for i, j in view_pairs(views, both_ways=False)
+        )
         self.log("train/loss", loss, batch_size=len(views[0]))
         return {"loss": loss, "features": features[0].detach()}
 

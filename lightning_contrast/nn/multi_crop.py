@@ -1,6 +1,6 @@
 """Multi-crop batches: global views, then local views of other sizes, one forward pass per size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -72,14 +72,13 @@ def view_pairs(views: Sequence[Tensor], *, both_ways: bool) -> list[tuple[int, i
     return [(i, j) for i in range(count) for j in range(i + 1, len(views))]
 
 
-def mean_over_pairs(pairs: Sequence[tuple[int, int]], loss: Callable[[int, int], Tensor]) -> Tensor:
-    """Return the mean of a loss over pairs of views, a scalar.
+def mean_loss(losses: Iterable[Tensor]) -> Tensor:
+    """Return the mean of losses, such as those of all `view_pairs`, a scalar.
 
     Args:
-        pairs: Indices of views, see `view_pairs`.
-        loss: Function of the indices of two views that returns a scalar.
+        losses: Scalars, at least one.
     """
-    return torch.stack([loss(i, j) for i, j in pairs]).mean()
+    return torch.stack(list(losses)).mean()
 
 
 def forward_each(views: Sequence[Tensor], *networks: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:

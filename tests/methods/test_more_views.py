@@ -1,19 +1,25 @@
 """More than two views: which pairs count, that two views give what they gave before, and that two ranks equal one."""
 
 import itertools
+import sys
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
 from lightning_contrast import losses
+from lightning_contrast.cli import main
+from lightning_contrast.losses.contrastive import naive_info_nce, naive_nt_xent
 from lightning_contrast.nn.multi_crop import count_crops, count_global_views, view_pairs
+from tests.callbacks.step_modules import QUIET
 from tests.launch import run_processes
 from tests.methods.cases import CASES, fill_queue, make
-from tests.methods.test_contract import BATCH, rows_of, run_step, step_batch
+from tests.methods.test_contract import BATCH, as_is, rows_of, run_step, step_batch
 from tests.tolerances import CANCELLING, FORMULA, NETWORK, f64, near, near64
 
 METHODS = ["SimCLR", "BYOL", "MoCo", "MoCo symmetric", "NNCLR", "BarlowTwins", "VICReg", "SimSiam", "SupCon"]
@@ -67,9 +73,9 @@ def expected_loss(name, module, batch):
     features = [module.backbone(view) for view in views]
     z = [module.projector(f) for f in features]
     if name == "SupCon":
-        return losses.naive_sup_con_of(z, labels)
+        return sup_con_in_loops(z, labels)
     if name == "SimCLR":
-        return sum(losses.naive_nt_xent(z[i], z[j], temperature=0.1) for i, j in PAIRS) / len(PAIRS)
+        return sum(naive_nt_xent(z[i], z[j], temperature=0.1) for i, j in PAIRS) / len(PAIRS)
     if name == "BarlowTwins":
         return sum(losses.barlow_twins_loss(z[i], z[j], off_diagonal_weight=0.0051) for i, j in PAIRS) / len(PAIRS)
     if name == "VICReg":
@@ -86,7 +92,7 @@ def expected_loss(name, module, batch):
     else:
         queue = F.normalize(module.queue.features[module.queue.mask].double(), dim=1)
         near_ = [queue[(F.normalize(one, dim=1) @ queue.T).argmax(1)] for one in z[:GLOBAL]]
-        terms = [losses.naive_info_nce(near_[j], p[i], temperature=0.1) for i, j in BOTH_WAYS]
+        terms = [naive_info_nce(near_[j], p[i], temperature=0.1) for i, j in BOTH_WAYS]
     return sum(terms) / len(BOTH_WAYS)
 
 
@@ -98,7 +104,7 @@ def moco_loss(name, module, views, z):
     if module.symmetric:
         settings = {"temperature": module.temperature, "weighting": module.weighting}
         return 2 * sum(losses.info_nce(z[i], keys[j], queue, **settings) for i, j in pairs) / len(pairs)
-    return sum(losses.naive_info_nce(z[i], keys[j], queue, temperature=0.2) for i, j in pairs) / len(pairs)
+    return sum(naive_info_nce(z[i], keys[j], queue, temperature=0.2) for i, j in pairs) / len(pairs)
 
 
 def sup_con_in_loops(z, labels, temperature=0.1, base_temperature=0.07):
@@ -114,19 +120,12 @@ def sup_con_in_loops(z, labels, temperature=0.1, base_temperature=0.07):
     return total / len(rows) * temperature / base_temperature
 
 
-losses_sup_con = sup_con_in_loops
-
-
 @methods
 def test_loss_is_the_mean_over_pairs_with_a_global_view(name):
     module, batch = tiny(name), crops(name)
     with torch.no_grad():
         out = run_step(module, batch)
-        if name == "SupCon":
-            z = [module.projector(module.backbone(view)) for view in batch[0]]
-            expected = sup_con_in_loops(z, batch[1])
-        else:
-            expected = expected_loss(name, module, batch)
+        expected = expected_loss(name, module, batch)
         assert out["loss"].item() == near64(expected.item())
         torch.testing.assert_close(out["features"], module.backbone(batch[0][0]), **f64(FORMULA))
 
@@ -227,15 +226,36 @@ def test_local_views_of_the_published_policy(name):
         make_views(32, local_views=-1)
 
 
-def test_configuration_file(tmp_path):
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_configuration_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
     policy = {"class_path": "simclr_views", "init_args": {"size": 32, "local_views": 2, "local_scale": [0.05, 0.3]}}
     config = {
+        "seed_everything": 0,
         "model": {"class_path": "SimCLR", "init_args": {"backbone": "resnet10t"}},
         "data": {"class_path": "EmojiDataModule", "init_args": {"batch_size": 16}},
         "trainer": {"callbacks": [{"class_path": "ViewAugmentation", "init_args": {"policy": policy}}]},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    cli = lc.cli.main(["--config", str(tmp_path / "run.yaml")], run=False)
+    cli = main(["--config", str(tmp_path / "run.yaml")], run=False)
     found = next(c for c in cli.trainer.callbacks if isinstance(c, lc.ViewAugmentation)).policy
     views = found(torch.rand(2, 3, 32, 32))
     assert [view.shape[-1] for view in views] == [32, 32, 12, 12]
+
+
+@pytest.mark.parametrize("name", ["SimCLR", "BYOL", "MoCo symmetric"])
+@pytest.mark.filterwarnings("ignore")
+def test_gradient_cache_gives_the_same_weights(name):
+    """Chunks of three images of each view, and of all views of a size in one pass (SimCLR)."""
+
+    def weights(callbacks):
+        module = tiny(name)
+        settings = QUIET | {"max_steps": 2, "precision": "64-true"}
+        trainer = L.Trainer(**settings, callbacks=callbacks)
+        trainer.fit(module, DataLoader([crops(name), crops(name, seed=6)], batch_size=None, collate_fn=as_is))
+        assert trainer.global_step == 2
+        return dict(module.named_parameters())
+
+    whole, chunked = weights([]), weights([lc.GradientCache(3)])
+    for key, value in whole.items():
+        torch.testing.assert_close(chunked[key], value, **f64(CANCELLING))
