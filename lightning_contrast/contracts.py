@@ -11,9 +11,11 @@ take the place of the images as ``images=``, see `split_batch`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -26,6 +28,7 @@ __all__ = [
     "TOLERANCE",
     "ImageSource",
     "Images",
+    "WholeImages",
     "batch_indices",
     "check_images",
     "check_views",
@@ -41,6 +44,23 @@ TOLERANCE = 1e-3
 """How far float images may lie outside 0..1; allows for rounding in a lower precision."""
 
 Images: TypeAlias = Tensor | list[Tensor]
+
+
+class WholeImages(NamedTuple):
+    """Images of different shapes, each resized to one square as a whole, in place of the images of a batch.
+
+    `ViewAugmentation` lets view policies crop at the images' own shapes and replaces it by the views. For all others
+    the images of the batch are its pixels.
+
+    Attributes:
+        pixels: ``(B, C, S, S)``, uint8 or float; both sides of each image are resized, so its content is stretched.
+        sizes: Height and width of each image before the resizing, in pixels, ``(B, 2)`` int64; on the host, where the
+            crops are drawn.
+    """
+
+    pixels: Tensor
+    sizes: NDArray[np.int64]
+
 
 ImageSource: TypeAlias = str | int | Callable[[Any], Any] | None
 """Where the images of a batch are, see `split_batch`."""
@@ -80,7 +100,9 @@ def _is_record(batch: object) -> bool:
 
 
 def _as_images(value: object) -> Images:
-    """Return a tensor unchanged and a sequence of view tensors as a list."""
+    """Return a tensor unchanged, the pixels of `WholeImages`, and a sequence of view tensors as a list."""
+    if isinstance(value, WholeImages):
+        return value.pixels
     if isinstance(value, Tensor):
         return value
     if is_views(value):
@@ -109,12 +131,28 @@ def split_batch(batch: Any, images: ImageSource = None) -> tuple[Images, Tensor 
     Raises:
         TypeError: If the batch has none of these layouts.
     """
+    return _as_images(_find_images(batch, images)), _labels_entry(batch)
+
+
+def whole_images(batch: Any, images: ImageSource = None) -> WholeImages | None:
+    """Return the `WholeImages` of a batch, pixels ``(B, C, S, S)`` with sizes, or None if its images are others.
+
+    Args:
+        batch: See `split_batch`.
+        images: See `split_batch`.
+    """
+    found = _find_images(batch, images)
+    return found if isinstance(found, WholeImages) else None
+
+
+def _find_images(batch: Any, images: ImageSource) -> Any:
+    """Return the images of a batch as they are in it."""
     if images is None:
-        return _as_images(_images_entry(batch)), _labels_entry(batch)
+        return _images_entry(batch)
     if callable(images):
-        return _as_images(images(batch)), _labels_entry(batch)
+        return images(batch)
     try:
-        return _as_images(batch[images]), _labels_entry(batch)
+        return batch[images]
     except (KeyError, IndexError, TypeError):
         keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         hint = "Name a key of the batch, an index into it, or a function that finds them"

@@ -5,8 +5,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_choice, require
@@ -14,6 +16,7 @@ from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import as_float, check_policy_input, statistics
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
+from lightning_contrast.contracts import WholeImages
 from lightning_contrast.precision import full_precision
 
 _RGB = 3
@@ -62,24 +65,29 @@ class ViewPolicy(nn.Module):
         return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
 
     @torch.no_grad()
-    @full_precision  # under autocast the matrix products of the resampling would round pixels to 8 bits of mantissa
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor | WholeImages) -> list[Tensor]:
         """Return the random views of a batch.
 
         All random numbers come from torch's global CPU generator.
 
         Args:
-            images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1, at least one pixel.
+            images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1, at least one pixel. Of `WholeImages` fused views
+                are crops at the shapes of the images; other views, as with ``fused=False``, are made of the pixels.
 
         Returns:
             One float32 tensor ``(B, C, h, w)`` per view.
         """
+        pixels, sizes = images if isinstance(images, WholeImages) else (images, None)
+        return self._make_views(pixels, sizes)
+
+    @full_precision  # under autocast the matrix products of the resampling would round pixels to 8 bits of mantissa
+    def _make_views(self, images: Tensor, sizes: NDArray[np.int64] | None) -> list[Tensor]:
         images = check_policy_input(images, self.channels)
         views: list[Tensor] = []
         for view, same in itertools.groupby(self.views):  # equal views are one module
             count = len(list(same))
             if isinstance(view, FusedView):
-                views += view.make_views(images, count)
+                views += view.make_views(images, count, sizes)
             else:
                 views += [view(images) for _ in range(count)]
         return views

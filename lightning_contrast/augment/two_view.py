@@ -1,14 +1,34 @@
-"""Published policies with two views of one size."""
+"""Published policies with two views of one size, to which local views can be added."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Unpack, cast
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_probability
+from lightning_contrast.augment.multi_crop import local_size_of
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
 
 Statistics = Sequence[float] | None
+
+
+class TwoViewOptions(ViewOptions, total=False):
+    """Keyword arguments of the policies of this module: `ViewOptions`, and local views after the two published ones.
+
+    SimCLR, MoCo, BYOL, SimSiam, NNCLR, SupCon, Barlow Twins and VICReg take local views. Their colors are those of the
+    first view with a blur at 0.5 at most and no solarization, as DINO has them; no paper of these methods has any.
+
+    Attributes:
+        local_views: Number of local views, >= 0; 0 by default.
+        local_size: Edge of the local views in pixels; None scales 96 at 224 in proportion, to a multiple of 4. At the
+            size of the global views, which are told apart by it, they count as global ones.
+        local_scale: Range of a local crop's share of the image area; SwAV's (0.05, 0.14) by default.
+    """
+
+    local_views: int
+    local_size: int | None
+    local_scale: tuple[float, float]
+
 
 _SIMCLR_JITTER = (0.8, 0.8, 0.8, 0.2)
 _WEAK_JITTER = (0.4, 0.4, 0.4, 0.1)
@@ -20,6 +40,21 @@ def _tenth(size: int) -> int:
     return size // 10 // 2 * 2 + 1
 
 
+def _with_local_views(
+    first: ViewSpec, second: ViewSpec, mean: Statistics, std: Statistics, options: TwoViewOptions
+) -> ViewPolicy:
+    """Return the policy of two views and the local views of the options."""
+    count, size = options.get("local_views", 0), local_size_of(first.size, options.get("local_size"))
+    check_at_least("local_views", count, 0)
+    kernel = None if first.blur_kernel is None else _tenth(size)
+    scale = options.get("local_scale", (0.05, 0.14))
+    blur = min(first.blur_p, 0.5)
+    local = replace(first, size=size, scale=scale, blur_p=blur, blur_kernel=kernel, solarize_p=0.0)
+    of_views = TwoViewOptions.__annotations__.keys() - ViewOptions.__annotations__.keys()
+    others = cast("ViewOptions", {key: value for key, value in options.items() if key not in of_views})
+    return make_policy([first, second] + [local] * count, mean=mean, std=std, **others)
+
+
 def simclr_views(
     size: int = 224,
     *,
@@ -27,7 +62,7 @@ def simclr_views(
     std: Statistics = None,
     strength: float = 1.0,
     blur: float = 0.5,
-    **options: Unpack[ViewOptions],
+    **options: Unpack[TwoViewOptions],
 ) -> ViewPolicy:
     """Return SimCLR's two views for ImageNet.
 
@@ -44,7 +79,7 @@ def simclr_views(
         std: One number per channel, divided by at the end.
         strength: Factor of the jitter's strengths, 0..2.5 (at which the hue reaches 0.5).
         blur: Probability of the blur.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     check_at_least("size", size, 1)
     check_not_negative("strength", strength)
@@ -58,11 +93,11 @@ def simclr_views(
         blur_kernel=_tenth(size),
         bicubic=True,
     )
-    return make_policy([spec, spec], mean=mean, std=std, **options)
+    return _with_local_views(spec, spec, mean, std, options)
 
 
 def simclr_cifar_views(
-    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return SimCLR's two views for CIFAR: half the color strength, no blur.
 
@@ -74,13 +109,13 @@ def simclr_cifar_views(
         size: Edge of the views in pixels, >= 1.
         mean: As in `simclr_views`.
         std: As in `simclr_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     return simclr_views(size, mean=mean, std=std, strength=0.5, blur=0.0, **options)
 
 
 def moco_v1_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of NPID and MoCo v1.
 
@@ -92,14 +127,14 @@ def moco_v1_views(
         size: Edge of the views in pixels, >= 1; may exceed that of the images.
         mean: One number per channel, subtracted at the end; None leaves the views in 0..1. The paper uses ImageNet's.
         std: One number per channel, divided by at the end.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     spec = ViewSpec(size, (0.2, 1.0), (0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True)
-    return make_policy([spec, spec], mean=mean, std=std, **options)
+    return _with_local_views(spec, spec, mean, std, options)
 
 
 def moco_v2_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of MoCo v2.
 
@@ -112,10 +147,10 @@ def moco_v2_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     spec = ViewSpec(size, (0.2, 1.0), _WEAK_JITTER, blur_p=0.5)
-    return make_policy([spec, spec], mean=mean, std=std, **options)
+    return _with_local_views(spec, spec, mean, std, options)
 
 
 def moco_v3_views(
@@ -124,7 +159,7 @@ def moco_v3_views(
     mean: Statistics = None,
     std: Statistics = None,
     vit: bool = False,
-    **options: Unpack[ViewOptions],
+    **options: Unpack[TwoViewOptions],
 ) -> ViewPolicy:
     """Return MoCo v3's asymmetric pair of views.
 
@@ -138,15 +173,15 @@ def moco_v3_views(
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
         vit: Use the crop range of the ViT models.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     first = ViewSpec(size, (0.08 if vit else 0.2, 1.0), _BYOL_JITTER, blur_p=1.0)
     second = replace(first, blur_p=0.1, solarize_p=0.2)
-    return make_policy([first, second], mean=mean, std=std, **options)
+    return _with_local_views(first, second, mean, std, options)
 
 
 def byol_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return BYOL's asymmetric pair of views.
 
@@ -160,7 +195,7 @@ def byol_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     check_at_least("size", size, 1)
     first = ViewSpec(
@@ -174,11 +209,11 @@ def byol_views(
         clamp=True,
     )
     second = replace(first, blur_p=0.1, solarize_p=0.2)
-    return make_policy([first, second], mean=mean, std=std, **options)
+    return _with_local_views(first, second, mean, std, options)
 
 
 def barlow_twins_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return Barlow Twins' asymmetric pair of views.
 
@@ -191,15 +226,15 @@ def barlow_twins_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     first = ViewSpec(size, (0.08, 1.0), _BYOL_JITTER, blur_p=1.0, bicubic=True)
     second = replace(first, blur_p=0.1, solarize_p=0.2)
-    return make_policy([first, second], mean=mean, std=std, **options)
+    return _with_local_views(first, second, mean, std, options)
 
 
 def vicreg_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return VICReg's two views, which equal those of Barlow Twins.
 
@@ -209,13 +244,13 @@ def vicreg_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     return barlow_twins_views(size, mean=mean, std=std, **options)
 
 
 def simsiam_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return SimSiam's two views, which equal those of MoCo v2.
 
@@ -225,13 +260,13 @@ def simsiam_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     return moco_v2_views(size, mean=mean, std=std, **options)
 
 
 def align_uniform_views(
-    size: int = 64, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 64, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of alignment and uniformity on STL-10.
 
@@ -243,14 +278,14 @@ def align_uniform_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     spec = ViewSpec(size, (0.08, 1.0), (0.4, 0.4, 0.4, 0.4), jitter_p=1.0)
-    return make_policy([spec, spec], mean=mean, std=std, **options)
+    return _with_local_views(spec, spec, mean, std, options)
 
 
 def supcon_views(
-    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[ViewOptions]
+    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of supervised contrastive learning on CIFAR.
 
@@ -262,7 +297,7 @@ def supcon_views(
         size: As in `moco_v1_views`.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
-        **options: See `ViewOptions`.
+        **options: See `TwoViewOptions`.
     """
     spec = ViewSpec(size, (0.2, 1.0), _WEAK_JITTER)
-    return make_policy([spec, spec], mean=mean, std=std, **options)
+    return _with_local_views(spec, spec, mean, std, options)

@@ -1,6 +1,6 @@
 """Views created on the device of the batch, for any DataModule, Trainer and strategy."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -8,9 +8,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast.augment.images import center_squares
 from lightning_contrast.augment.policy import ViewPolicy  # in the signature for configuration files
 from lightning_contrast.callbacks.capture.labels import check_place
-from lightning_contrast.contracts import Images, ImageSource, check_images, check_views
+from lightning_contrast.contracts import Images, ImageSource, WholeImages, check_images, check_views
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
 from lightning_contrast.runtime.rank_draws import rank_seed
 from lightning_contrast.seeding import derived_seed, seeded
@@ -51,9 +52,10 @@ class ViewAugmentation(L.Callback):
     A loader may also yield a list of views, such as two frames of a video. Each is then augmented by a draw of its own:
     view i by the i-th view of a policy that creates as many, and all of them by a policy that creates one.
 
-    Images are uint8 in 0..255 or float in 0..1. Clips, series and other tensors ``(B, ...)`` are given to the policy
-    without a check. Values of images are checked in every batch on the CPU, and in the first batch of
-    a fit on an accelerator, where each check costs a synchronization.
+    Images are uint8 in 0..255 or float in 0..1. Of `contracts.WholeImages` a `ViewPolicy` crops views at the shapes
+    that the images have; other policies get the square pixels. Clips, series and other tensors ``(B, ...)`` are given
+    to the policy without a check. Values of images are checked in every batch on the CPU, and in the first batch of a
+    fit on an accelerator, where each check costs a synchronization.
 
     A checkpoint keeps the policy's ``input_spec`` under the key ``"input_spec"``: the preprocessing that users of the
     backbone have to apply.
@@ -72,6 +74,9 @@ class ViewAugmentation(L.Callback):
             number.
         ValueError: If ``seed`` is below 0.
     """
+
+    takes_whole_images: ClassVar[bool] = True
+    """Read by data modules that can yield `contracts.WholeImages`."""
 
     def __init__(
         self,
@@ -145,9 +150,12 @@ class ViewAugmentation(L.Callback):
         self._checked.add(training)
         return trainer.precision_plugin.convert_input(batch)  # the views are new float tensors
 
-    def _views(self, images: Tensor) -> Images:
-        images = self._check(images, evaluating=False)
-        views = check_views(self.policy(images), images)
+    def _views(self, images: Tensor | WholeImages) -> Images:
+        pixels = self._check(images.pixels if isinstance(images, WholeImages) else images, evaluating=False)
+        if isinstance(images, WholeImages) and isinstance(self.policy, ViewPolicy):
+            views = check_views(self.policy(WholeImages(pixels, images.sizes)), pixels)
+        else:
+            views = check_views(self.policy(pixels), pixels)
         return views if len(views) > 1 else views[0]
 
     def _augment_views(self, given: list[Tensor]) -> list[Tensor]:
@@ -162,7 +170,8 @@ class ViewAugmentation(L.Callback):
             augmented.append(views)
         return augmented
 
-    def _eval_images(self, images: Tensor) -> Tensor:
+    def _eval_images(self, images: Tensor | WholeImages) -> Tensor:
+        images = center_squares(images) if isinstance(images, WholeImages) else images
         return self.policy.eval_transform(self._check(images, evaluating=True))
 
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:

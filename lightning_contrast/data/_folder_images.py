@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from lightning_contrast.contracts import WholeImages
+
 Loader = Callable[[str], Any]
 Unreadable: TypeAlias = Literal["raise", "replace", "leave out"]
-Sample: TypeAlias = tuple[Tensor, int, int]
+Sample: TypeAlias = tuple[Tensor | WholeImages, int, int]
 _MOST_IN_A_ROW = 100  # unreadable files before an error
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
@@ -35,7 +37,7 @@ class FolderImages(Dataset[Sample | None]):
         paths: The files.
         labels: Class index of each file, -1 for none.
         size: Height and width, in pixels.
-        resize: "crop", "center" or "squash".
+        resize: "whole", "crop", "center" or "squash".
         loader: Function that reads one file.
         indices: Whether batches include the positions.
 
@@ -44,7 +46,7 @@ class FolderImages(Dataset[Sample | None]):
     """
 
     takes_seeds = True
-    """The training order gives `SeededIndex`es; all other loaders give plain indices and get center crops."""
+    """The training order gives `SeededIndex`es; all other loaders give plain indices and get central squares."""
 
     def __init__(
         self,
@@ -77,6 +79,8 @@ class FolderImages(Dataset[Sample | None]):
     def __getitem__(self, index: int) -> Sample | None:
         """Return the image ``(C, size, size)``, its label and its position, or None if it is left out.
 
+        With ``resize="whole"`` the image of a training index is a `WholeImages` with the size ``(2,)``.
+
         Raises:
             RuntimeError: If the file cannot be read; the message names it.
         """
@@ -104,7 +108,7 @@ class FolderImages(Dataset[Sample | None]):
         tried = min(len(self), _MOST_IN_A_ROW)
         raise RuntimeError(f"None of {tried} consecutive images can be read, the last one is {path}. Check the folder.")
 
-    def collate(self, samples: Sequence[Sample | None]) -> list[Tensor]:
+    def collate(self, samples: Sequence[Sample | None]) -> list[Any]:
         """Return the images ``(B, C, size, size)``, labels ``(B,)`` and, with ``indices``, positions ``(B,)``.
 
         Raises:
@@ -114,14 +118,18 @@ class FolderImages(Dataset[Sample | None]):
         found = [sample for sample in samples if sample is not None]
         if not found:
             raise RuntimeError(f"None of {len(samples)} images of a batch can be read. {self.listed()}")
-        first, _, position = found[0]
-        for image, _, other in found:
+        sizes = [image.sizes for image, _, _ in found if isinstance(image, WholeImages)]
+        rows = [(_pixels(image), label, position) for image, label, position in found]
+        first, _, position = rows[0]
+        for image, _, other in rows:
             if image.shape != first.shape or image.dtype != first.dtype:
                 raise ValueError(
                     f"All images must have the same channels and type, got {_kind(first)} in {self.paths[position]} "
                     f"and {_kind(image)} in {self.paths[other]}. Give a `loader` that converts them."
                 )
-        batch: list[Tensor] = default_collate(found)
+        batch: list[Any] = default_collate(rows)
+        if sizes:
+            batch[0] = WholeImages(batch[0], np.stack(sizes))
         return batch if self.indices else batch[:2]
 
     def skipped(self) -> list[str]:
@@ -142,12 +150,15 @@ class FolderImages(Dataset[Sample | None]):
             what = f"Cannot read the image {self.paths[position]}: {error}"
             warnings.warn(f"{what} It is skipped, as are further ones, without another warning.", stacklevel=2)
 
-    def _resized(self, image: Tensor, seed: int | None) -> Tensor:
-        """Return the square ``(C, size, size)``; with a seed at a random place along the longer side."""
+    def _resized(self, image: Tensor, seed: int | None) -> Tensor | WholeImages:
+        """Return the square ``(C, size, size)``; with a seed the whole image, or a random place of the longer side."""
         from torchvision.transforms.v2 import functional as F
 
         shape = [self.size, self.size]
-        resized: Tensor = F.resize(image, shape if self.resize == "squash" else [self.size], antialias=True)
+        whole = self.resize == "whole" and seed is not None
+        resized: Tensor = F.resize(image, shape if whole or self.resize == "squash" else [self.size], antialias=True)
+        if whole:
+            return WholeImages(resized, np.array(image.shape[-2:]))
         if self.resize == "crop" and seed is not None:
             top, left = (seed % (edge - self.size + 1) for edge in resized.shape[-2:])
             resized = resized[..., top : top + self.size, left : left + self.size]
@@ -191,6 +202,10 @@ def _as_image(value: Any) -> Tensor:
     if not bool(((image >= 0) & (image <= 1)).all()):
         _refuse("return floats in 0..1", (image.min().item(), image.max().item()), "Divide by the largest value")
     return image.to(torch.float32)
+
+
+def _pixels(image: Tensor | WholeImages) -> Tensor:
+    return image.pixels if isinstance(image, WholeImages) else image
 
 
 def _refuse(rule: str, value: object, hint: str) -> NoReturn:

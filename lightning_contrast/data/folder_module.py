@@ -1,5 +1,6 @@
 """Data module for image folders, decoded and resized by worker processes."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -27,8 +28,9 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     the device. Hidden files and folders, whose names begin with a dot, are left out, and an image to which several
     links lead counts once.
 
-    Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``)
-    and int64 ``(B,)``; ``indices=True`` adds the position in `paths`, int64 ``(B,)``.
+    Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``), in training as
+    the pixels of a `contracts.WholeImages` (see ``resize``), and int64 ``(B,)``; ``indices=True`` adds the position in
+    `paths`, int64 ``(B,)``.
 
     The order is a function of (seed, epoch), the images are split between ranks, and runs resume exactly within an
     epoch. An unreadable image raises an error with its path, unless ``on_error="skip"``.
@@ -39,12 +41,16 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         size: Height and width of the images, in pixels, >= 1. Use more than the size of the views, for detail in crops.
         batch_size: Images per batch on each rank, >= 1. In training a short last batch is dropped.
         num_workers: Worker processes on each rank, >= 0.
-        resize: How an image becomes a square, which keeps batches rectangular. "crop" resizes the shorter side to
-            ``size`` and cuts a square: in training at a place along the longer side that is drawn for each image and
-            epoch, so that views show all parts of an image (those of one step come from the same square); in
-            evaluation, and in the feature bank of a k-NN probe, at the center. "center" always cuts the center:
-            views never show the sides. "squash" resizes both sides: each view is cut from the whole image, and the
-            aspect ratios of the crops scale with the image's, as in SimCLR's reference implementation.
+        resize: How an image becomes a square, which keeps batches rectangular. "whole", "crop" and "center" resize the
+            shorter side to ``size`` and cut the central square in evaluation and in the feature bank of a k-NN probe;
+            they differ in training. "whole" resizes both sides and yields `contracts.WholeImages`, which remembers the
+            shape of each image: `ViewAugmentation` cuts each view from the whole image, with the areas and aspect
+            ratios that torchvision's ``RandomResizedCrop`` draws of the file, to the pixel of the square; a Trainer
+            without `ViewAugmentation` gets "crop" instead. "crop" yields tensors: a square at a place along the longer
+            side that is drawn for each image and epoch; all views of a step come from it. "center" yields the central
+            square: views never show the sides. "squash" resizes both sides, also in evaluation: each view is cut from
+            the whole image, and the aspect ratios of the crops scale with the image's, as in SimCLR's reference
+            implementation.
         loader: Function that reads one file, for formats without Pillow support: ``loader(path)`` returns a tensor or
             array ``(C, H, W)`` or ``(H, W)`` with any number of channels. uint8 is kept, uint16 is divided by 65535,
             floats must lie in 0..1. It must not draw random numbers, for exact resume.
@@ -73,7 +79,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         size: int = 256,
         batch_size: int = 256,
         num_workers: int = 4,
-        resize: Literal["crop", "center", "squash"] = "crop",
+        resize: Literal["whole", "crop", "center", "squash"] = "whole",
         loader: Loader | None = None,
         exif: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
@@ -86,7 +92,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         check_loading(batch_size, seed)
         check_at_least("size", size, 1)
         check_at_least("num_workers", num_workers, 0)
-        check_choice("resize", resize, ("crop", "center", "squash"))
+        check_choice("resize", resize, ("whole", "crop", "center", "squash"))
         check_choice("on_error", on_error, ("raise", "skip"))
         self.dirs = {"train": Path(train_dir)} | ({"val": Path(val_dir)} if val_dir is not None else {})
         self.size, self.resize, self.on_error = size, resize, on_error
@@ -186,6 +192,11 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
 
     def _loader(self, split: str, *, train: bool) -> ResumableLoader:
         dataset = self._set(split)
+        callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]  # of a Trainer
+        takes_whole = self.trainer is None or any(getattr(c, "takes_whole_images", False) for c in callbacks)
+        if train and self.resize == "whole" and not takes_whole:
+            dataset = copy.copy(dataset)
+            dataset.resize = "crop"
         if self.on_error == "skip":
             dataset = dataset.reading("replace" if train else "leave out")
         return make_loader(

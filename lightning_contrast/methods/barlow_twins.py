@@ -17,6 +17,7 @@ from lightning_contrast.augment import barlow_twins_views
 from lightning_contrast.losses import barlow_twins_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.layer_decay import RATE_MULTIPLIER, apply_rates
 
@@ -24,8 +25,9 @@ from lightning_contrast.optim.layer_decay import RATE_MULTIPLIER, apply_rates
 class BarlowTwins(SelfSupervisedModule):
     """Correlate each dimension of the projections with itself across views, and decorrelate it from all others.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F). Statistics cover the images
-    of all ranks.
+    A batch holds two or more global views (B, C, h, w) of one size and any number of smaller local views after them;
+    `forward` gives features (B, F). The loss is the mean over all pairs of views of which at least one is global.
+    Statistics cover the images of all ranks.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -78,15 +80,15 @@ class BarlowTwins(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the scaled Barlow Twins loss of two views, and features (B, F)."""
-        view_a, view_b = self.batch_views(batch, count=2)
-        features = self.backbone(view_a)  # (B, F)
-        projection_a = self.projector(features)  # (B, D)
-        projection_b = self.projector(self.backbone(view_b))  # (B, D)
-        loss = barlow_twins_loss(projection_a, projection_b, off_diagonal_weight=self.off_diagonal_weight)
-        loss = loss * self.loss_scale
-        self.log("train/loss", loss, batch_size=len(view_a))
-        return {"loss": loss, "features": features.detach()}
+        """Return the scaled mean Barlow Twins loss of pairs of views, and features (B, F)."""
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
+        loss = self.loss_scale * mean_loss(
+            barlow_twins_loss(projections[i], projections[j], off_diagonal_weight=self.off_diagonal_weight)
+            for i, j in view_pairs(views, both_ways=False)
+        )
+        self.log("train/loss", loss, batch_size=len(views[0]))
+        return {"loss": loss, "features": features[0].detach()}
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule; with LARS, norms and biases have their own learning rate."""

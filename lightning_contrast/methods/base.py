@@ -71,8 +71,8 @@ class SelfSupervisedModule(MethodModule):
             check_image_size(self.backbone, view)
         return views
 
-    def batch_crops(self, batch: Any, global_views: int = 2) -> list[Tensor]:
-        """Return ``global_views`` global and then any local views of a training batch, each (B, C, h, w)."""
+    def batch_crops(self, batch: Any, global_views: int | None = None) -> list[Tensor]:
+        """Return the global (None: two or more) and then any local views of a training batch, each (B, C, h, w)."""
         return self.batch_views(batch, count_crops(batch, global_views))
 
     def images(self, batch: Any) -> Tensor:

@@ -19,13 +19,16 @@ from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import byol_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
 
 
 class BYOL(SelfSupervisedModule):
     """Predict each view's target projection from the other view.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F).
+    A batch holds two or more global views (B, C, h, w) of one size and any number of smaller local views after them;
+    `forward` gives features (B, F). Predictions of all views, global and local, are compared with the targets of
+    the other global views; the target network sees no local views. The loss is twice the mean over these pairs.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -75,18 +78,17 @@ class BYOL(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the sum of both directions' squared distances, in [0, 8], and features (B, F)."""
-        view_a, view_b = self.batch_views(batch, count=2)
-        features = self.backbone(view_a)  # (B, F)
-        prediction_a = self.predictor(self.projector(features))  # (B, D)
-        prediction_b = self.predictor(self.projector(self.backbone(view_b)))  # (B, D)
+        """Return twice the mean squared distance of prediction and target, in [0, 8], and features (B, F)."""
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        features, _, predictions = forward_each(views, self.backbone, self.projector, self.predictor)  # V x (B, F or D)
         with torch.no_grad():
-            target_a = self.momentum_projector(self.momentum_backbone(view_a))  # (B, D)
-            target_b = self.momentum_projector(self.momentum_backbone(view_b))  # (B, D)
-        loss = byol_loss(prediction_a, target_b) + byol_loss(prediction_b, target_a)
-        self.log("train/loss", loss, batch_size=len(view_a))
+            global_views = views[: count_global_views(views)]
+            _, targets = forward_each(global_views, self.momentum_backbone, self.momentum_projector)  # G x (B, D)
+        pairs = view_pairs(views, both_ways=True)
+        loss = 2 * mean_loss(byol_loss(predictions[i], targets[j]) for i, j in pairs)  # both directions of two views
+        self.log("train/loss", loss, batch_size=len(views[0]))
         # MomentumUpdate moves the target network after the optimizer step.
-        return {"loss": loss, "features": features.detach()}
+        return {"loss": loss, "features": features[0].detach()}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (online, target) modules; the predictor has no target."""

@@ -155,7 +155,7 @@ class DINOv2(DistillationModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the sum of class-token, masked-patch and KoLeo losses, and features (B, F)."""
-        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        views = self.batch_crops(batch, global_views=2)  # V x (B, C, h, w)
         global_views, size = join_globals(views), len(views[0])  # (2B, C, h, w)
         mask, masked_index, images = draw_masks(  # (2B, N), (M,), (M,)
             dinov2_masks, self.backbone, global_views, **self.mask_settings

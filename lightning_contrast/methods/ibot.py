@@ -151,7 +151,7 @@ class IBOT(DistillationModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the sum of class-token and masked-patch cross-entropies, and features (B, F)."""
-        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        views = self.batch_crops(batch, global_views=2)  # V x (B, C, h, w)
         global_views, size = join_globals(views), len(views[0])  # (2B, C, h, w)
         mask, masked_index, images = draw_masks(  # (2B, N), (M,), (M,)
             ibot_masks, self.backbone, global_views, **self.mask_settings

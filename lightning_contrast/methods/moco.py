@@ -25,6 +25,7 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, FeatureQueue, build_head, convert_split_batchnorm
 from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.nn.multi_crop import count_global_views, mean_loss
 from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
@@ -35,7 +36,10 @@ from lightning_contrast.runtime.temperature import current_temperature
 class MoCo(SelfSupervisedModule):
     """Contrast a query with its key and a queue of past keys.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F).
+    A batch holds two or more global views (B, C, h, w) of one size and any number of smaller local views after them;
+    `forward` gives features (B, F). The second view is the key, and all other views are its queries. With
+    ``symmetric`` every global view is a key, and all other views, global and local, are its queries. Local views are
+    never keys. The loss is the mean over these pairs, with ``symmetric`` twice the mean.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -50,7 +54,8 @@ class MoCo(SelfSupervisedModule):
         weighting: Weighting of the negatives: a `losses.Negatives`, or the name of one.
         mask_same: Do not use keys of images with the same "label" or "index" as negatives; None uses all keys. A label
             below 0 is unknown.
-        symmetric: Use both views as queries and keys; the losses are added, and both keys enter the queue.
+        symmetric: Use all global views as queries and keys; the losses of two views are added, and all keys enter the
+            queue.
         shuffle: Shuffle images between ranks before computing keys, so that queries and keys do not share BatchNorm
             statistics. In a single process it only has an effect with ``batchnorm_splits``.
         batchnorm_splits: Number of splits of a batch with separate BatchNorm statistics; 8 in the demo.
@@ -114,21 +119,26 @@ class MoCo(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the InfoNCE loss of two views, features (B, F), and keys (B, D) for the queue."""
-        view_q, view_k = self.batch_views(batch, count=2)
-        features = self.backbone(view_q)  # (B, F)
-        keys = self._keys(view_k)  # (B, D)
+        """Return the InfoNCE loss of queries and keys, features (B, F), and keys (B, D) for the queue."""
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        others = range(2, count_global_views(views))
+        features = self.backbone(views[0])  # (B, F)
+        keys = {1: self._keys(views[1])}  # (B, D) each, by view
+        queries = {0: self.projector(features)}  # (B, D) each, by view
+        if self.symmetric:
+            keys |= {view: self._keys(views[view]) for view in (0, *others)}
+        asking = range(1 if self.symmetric else 2, len(views))
+        queries |= {view: self.projector(self.backbone(views[view])) for view in asking}
         ids = sample_ids(batch, self.mask_same, "MoCo")  # (B,) or None
         temperature = current_temperature(self)
-        loss = self._loss(self.projector(features), keys, temperature, ids)
-        if self.symmetric:
-            other_keys = self._keys(view_q)  # (B, D)
-            loss = loss + self._loss(self.projector(self.backbone(view_k)), other_keys, temperature, ids)
-            keys = torch.stack([keys, other_keys], dim=1).flatten(0, 1)  # (2B, D), ordered by image as on several ranks
-        self.log("train/loss", loss, batch_size=len(view_q))
-        outputs = {"loss": loss, "features": features.detach(), "keys": keys}
+        pairs = [(i, j) for i in queries for j in keys if i != j]
+        loss = mean_loss(self._loss(queries[i], keys[j], temperature, ids) for i, j in pairs)
+        loss = loss * (1 + self.symmetric)  # the sum of both directions of two views
+        self.log("train/loss", loss, batch_size=len(views[0]))
+        rows = torch.stack(list(keys.values()), dim=1).flatten(0, 1)  # ordered by image as on several ranks
+        outputs = {"loss": loss, "features": features.detach(), "keys": rows}
         if ids is not None:
-            outputs["keys_labels"] = ids.repeat_interleave(self.keys_per_image)
+            outputs["keys_labels"] = ids.repeat_interleave(len(keys))
         # MomentumUpdate moves the key encoder after the optimizer step; QueueUpdate pushes "keys" after the batch.
         return outputs
 

@@ -18,6 +18,7 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.metrics.neighbours import nearest_row
 from lightning_contrast.nn import BackboneOptions, FeatureQueue, Norm, build_head
 from lightning_contrast.nn.feature_queue import QueueDtype
+from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_loss, view_pairs
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
@@ -27,7 +28,9 @@ from lightning_contrast.runtime.temperature import current_temperature
 class NNCLR(SelfSupervisedModule):
     """Contrast the nearest neighbors of one view's projections with the other view's predictions.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F).
+    A batch holds two or more global views (B, C, h, w) of one size and any number of smaller local views after them;
+    `forward` gives features (B, F). Predictions of all views, global and local, are contrasted with the neighbors
+    of the other global views; the loss is the mean over these pairs. The queue gets the projections of the first view.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -85,21 +88,17 @@ class NNCLR(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean of both directions' InfoNCE losses, features (B, F), and keys (B, D) for the queue."""
-        view_a, view_b = self.batch_views(batch, count=2)
-        features = self.backbone(view_a)  # (B, F)
-        projection_a = self.projector(features)  # (B, D)
-        projection_b = self.projector(self.backbone(view_b))  # (B, D)
-        prediction_a, prediction_b = self.predictor(projection_a), self.predictor(projection_b)  # (B, D) each
-        neighbor_a = nearest_row(projection_a, self.queue.features, self.queue.mask)  # (B, D), no gradient
-        neighbor_b = nearest_row(projection_b, self.queue.features, self.queue.mask)
-        temperature = current_temperature(self)
-        loss_a = info_nce(neighbor_a, prediction_b, temperature=temperature)
-        loss_b = info_nce(neighbor_b, prediction_a, temperature=temperature)
-        loss = (loss_a + loss_b) / 2
-        self.log("train/loss", loss, batch_size=len(view_a))
+        """Return the mean InfoNCE loss of pairs of views, features (B, F), and keys (B, D) for the queue."""
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
+        predictions = [self.predictor(projection) for projection in projections]  # V x (B, D)
+        keys = projections[: count_global_views(views)]
+        neighbors = [nearest_row(key, self.queue.features, self.queue.mask) for key in keys]  # G x (B, D), no gradient
+        temperature, pairs = current_temperature(self), view_pairs(views, both_ways=True)
+        loss = mean_loss(info_nce(neighbors[j], predictions[i], temperature=temperature) for i, j in pairs)
+        self.log("train/loss", loss, batch_size=len(views[0]))
         # QueueUpdate pushes "keys" into the queue after the batch.
-        return {"loss": loss, "features": features.detach(), "keys": unit_rows(projection_a.detach())}
+        return {"loss": loss, "features": features[0].detach(), "keys": unit_rows(projections[0].detach())}
 
     def queues(self) -> dict[str, nn.Module]:
         """Return the queue of past projections."""

@@ -19,6 +19,7 @@ from lightning_contrast.losses.negatives import as_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, Norm, build_head, hidden_layers
+from lightning_contrast.nn.multi_crop import forward_by_size, mean_loss, view_pairs
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.runtime.temperature import current_temperature
@@ -27,7 +28,8 @@ from lightning_contrast.runtime.temperature import current_temperature
 class SimCLR(SelfSupervisedModule):
     """Contrast the two views of each image with all other images.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F).
+    A batch holds two or more global views (B, C, h, w) and any number of smaller local views after them; the loss is
+    the mean over all pairs of views of an image with at least one global view. `forward` gives features (B, F).
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -95,16 +97,13 @@ class SimCLR(SelfSupervisedModule):
         return self.head_layer(self.backbone(images))  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the NT-Xent loss of two views, and features (B, F)."""
-        view_a, view_b = self.batch_views(batch, count=2)
-        features = self(torch.cat([view_a, view_b]))  # (2B, F): BatchNorm sees both views, as in the reference
-        projection_a, projection_b = self.projector(features).chunk(2)  # (B, D) each
-        loss = nt_xent(
-            projection_a,
-            projection_b,
-            temperature=current_temperature(self),
-            weighting=self.weighting,
-            groups=sample_ids(batch, self.mask_same, "SimCLR"),  # (B,)
-        )
-        self.log("train/loss", loss, batch_size=len(view_a))
-        return {"loss": loss, "features": features[: len(view_a)].detach()}
+        """Return the mean NT-Xent loss of pairs of views, and features (B, F)."""
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        features = forward_by_size(self, views)  # V x (B, F): BatchNorm sees both views, as in the reference
+        projections = self.projector(torch.cat(features)).chunk(len(views))  # V x (B, D)
+        temperature, ids = current_temperature(self), sample_ids(batch, self.mask_same, "SimCLR")  # ids (B,) or None
+        options: dict[str, Any] = {"temperature": temperature, "weighting": self.weighting, "groups": ids}
+        pairs = view_pairs(views, both_ways=False)
+        loss = mean_loss(nt_xent(projections[i], projections[j], **options) for i, j in pairs)
+        self.log("train/loss", loss, batch_size=len(views[0]))
+        return {"loss": loss, "features": features[0].detach()}

@@ -16,13 +16,16 @@ from lightning_contrast.augment import simsiam_views
 from lightning_contrast.losses import negative_cosine
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
 
 
 class SimSiam(SelfSupervisedModule):
     """Predict the projection of one view from the other, with a stop-gradient.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F). Logs ``train/projection_std``, the mean
-    standard deviation of the normalized projection's dimensions times sqrt(D): about 1, or 0 in a collapse.
+    A batch holds two or more global views (B, C, h, w) of one size and any number of smaller local views after them;
+    `forward` gives features (B, F). Predictions of all views, global and local, are compared with the projections
+    of the other global views; the loss is the mean over these pairs. Logs ``train/projection_std``, the mean standard
+    deviation of the normalized projection's dimensions times sqrt(D): about 1, or 0 in a collapse.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -74,15 +77,14 @@ class SimSiam(SelfSupervisedModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the negative mean cosine similarity, in [-1, 1], and features (B, F)."""
-        view_a, view_b = self.batch_views(batch, count=2)
-        features = self.backbone(view_a)  # (B, F)
-        projection_a = self.projector(features)  # (B, D)
-        projection_b = self.projector(self.backbone(view_b))  # (B, D)
-        prediction_a, prediction_b = self.predictor(projection_a), self.predictor(projection_b)  # (B, D) each
-        loss = (negative_cosine(prediction_a, projection_b) + negative_cosine(prediction_b, projection_a)) / 2
-        self.log("train/loss", loss, batch_size=len(view_a))
-        self.log("train/projection_std", _spread(projection_a), batch_size=len(view_a))
-        return {"loss": loss, "features": features.detach()}
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
+        predictions = [self.predictor(projection) for projection in projections]  # V x (B, D)
+        pairs = view_pairs(views, both_ways=True)
+        loss = mean_loss(negative_cosine(predictions[i], projections[j]) for i, j in pairs)
+        self.log("train/loss", loss, batch_size=len(views[0]))
+        self.log("train/projection_std", _spread(projections[0]), batch_size=len(views[0]))
+        return {"loss": loss, "features": features[0].detach()}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the encoder's groups and the predictor's, whose learning rate is constant."""

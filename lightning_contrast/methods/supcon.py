@@ -17,6 +17,7 @@ from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import sup_con
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, build_head
+from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.temperature import Temperature, check_temperature, with_constant_factor
 from lightning_contrast.optim import OptimizerLike, warmup_cosine
 from lightning_contrast.runtime.temperature import current_temperature
@@ -25,7 +26,9 @@ from lightning_contrast.runtime.temperature import current_temperature
 class SupCon(SelfSupervisedModule):
     """Contrast the images of each class with those of all other classes.
 
-    A batch holds two views (B, C, h, w) and labels (B,); `forward` gives features (B, F).
+    A batch holds labels (B,), two or more global views (B, C, h, w) of one size, and any number of smaller local views
+    after them; `forward` gives features (B, F). As in Eq. 2, every view is an anchor, and all other views of its image
+    and of all images of its class are its positives, local or not; the loss is the mean over all views of all images.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -69,17 +72,17 @@ class SupCon(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the supervised contrastive loss of two views with labels, and features (B, F)."""
-        view_a, view_b = self.batch_views(batch, count=2)
+        """Return the supervised contrastive loss of all views with labels, and features (B, F)."""
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
         labels = require_labels(batch, "SupCon")  # (B,)
-        features = self.backbone(torch.cat([view_a, view_b]))  # (2B, F): BatchNorm sees both views, as in the reference
-        projection_a, projection_b = self.projector(features).chunk(2)  # (B, D) each
+        features = forward_by_size(self.backbone, views)  # V x (B, F): BatchNorm sees both views, as in the reference
+        projections = self.projector(torch.cat(features)).chunk(len(views))  # V x (B, D)
         temperature, base = current_temperature(self), self.base_temperature
-        loss = sup_con(projection_a, projection_b, labels, temperature=temperature, base_temperature=base)
+        loss = sup_con(*projections, labels=labels, temperature=temperature, base_temperature=base)
         if base is not None:
             loss = with_constant_factor(loss, temperature)
-        self.log("train/loss", loss, batch_size=len(view_a))
-        return {"loss": loss, "features": features[: len(view_a)].detach()}
+        self.log("train/loss", loss, batch_size=len(views[0]))
+        return {"loss": loss, "features": features[0].detach()}
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the factor: linear warm-up from 2 %, then a cosine to 0.1 %."""

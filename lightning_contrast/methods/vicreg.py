@@ -15,14 +15,16 @@ from lightning_contrast.augment import vicreg_views
 from lightning_contrast.losses import vicreg_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
 
 
 class VICReg(SelfSupervisedModule):
     """Regularize invariance, variance and covariance of the embeddings of two views.
 
-    A batch holds two views (B, C, h, w); `forward` gives features (B, F). Variance and covariance cover the
-    images of all ranks.
+    A batch holds two or more global views (B, C, h, w) of one size and any number of smaller local views after them;
+    `forward` gives features (B, F). The loss is the mean over all pairs of views of which at least one is global.
+    Variance and covariance cover the images of all ranks.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -77,19 +79,20 @@ class VICReg(SelfSupervisedModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the weighted sum of the three terms, and features (B, F)."""
-        view_a, view_b = self.batch_views(batch, count=2)
-        features = self.backbone(view_a)  # (B, F)
-        loss = vicreg_loss(
-            self.projector(features),  # (B, D)
-            self.projector(self.backbone(view_b)),  # (B, D)
-            invariance_weight=self.invariance_weight,
-            variance_weight=self.variance_weight,
-            covariance_weight=self.covariance_weight,
-            epsilon=self.epsilon,
+        """Return the weighted sum of the three terms, a mean over pairs of views, and features (B, F)."""
+        views = self.batch_crops(batch)  # V x (B, C, h, w)
+        features, projections = forward_each(views, self.backbone, self.projector)  # V x (B, F), V x (B, D)
+        weights = {
+            "invariance_weight": self.invariance_weight,
+            "variance_weight": self.variance_weight,
+            "covariance_weight": self.covariance_weight,
+            "epsilon": self.epsilon,
+        }
+        loss = mean_loss(
+            vicreg_loss(projections[i], projections[j], **weights) for i, j in view_pairs(views, both_ways=False)
         )
-        self.log("train/loss", loss, batch_size=len(view_a))
-        return {"loss": loss, "features": features.detach()}
+        self.log("train/loss", loss, batch_size=len(views[0]))
+        return {"loss": loss, "features": features[0].detach()}
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the factor: linear warm-up from 0, then a cosine to 0.001."""

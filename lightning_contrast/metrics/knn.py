@@ -9,11 +9,18 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, require
-from lightning_contrast.metrics.neighbours import check_class_labels, check_features, knn_predict
+from lightning_contrast.metrics.neighbours import (
+    check_class_labels,
+    check_features,
+    knn_scores,
+    largest_shares,
+    search_euclidean,
+    sum_votes,
+)
 
 
 class KNNAccuracy(Metric):
-    """Top-1 accuracy of the weighted k-NN vote over a bank of labeled features.
+    """Top-k accuracy of the weighted k-NN vote over a bank of labeled features.
 
     The weight of a neighbor is exp(cosine / temperature) (https://arxiv.org/abs/1805.01978, sec. 3.4). Bank and
     queries can be added in any order, in batches of any size, on any rank: both are gathered, and every rank computes
@@ -23,6 +30,10 @@ class KNNAccuracy(Metric):
         num_classes: Number of classes, >= 2.
         k: Number of neighbors that vote, >= 1.
         temperature: Divisor of the cosine similarities; unitless, > 0.
+        top_k: A query is correct if its class is among the ``top_k`` with the largest shares of the vote, of equal
+            shares the smallest class; 1 to ``num_classes``.
+        distance: "cosine", or "euclidean": neighbors by Euclidean distance d, each weighted by 1 / (d + 1e-5), without
+            a temperature, as in solo-learn.
         dtype: Dtype of the stored features: ``torch.float32``, or ``torch.float16`` for half the memory.
         chunk_size: Queries per chunk; None chooses it.
         kwargs: Arguments of `torchmetrics.Metric`.
@@ -51,6 +62,8 @@ class KNNAccuracy(Metric):
         k: int = 20,
         temperature: float = 0.07,
         *,
+        top_k: int = 1,
+        distance: str = "cosine",
         dtype: torch.dtype = torch.float32,
         chunk_size: int | None = None,
         **kwargs: Any,
@@ -59,10 +72,14 @@ class KNNAccuracy(Metric):
         check_at_least("num_classes", num_classes, 2)
         check_at_least("k", k, 1)
         check_positive("temperature", temperature)
+        check_at_least("top_k", top_k, 1)
+        require(top_k <= num_classes, "top_k", f"be <= {num_classes}, the number of classes", top_k, "Decrease `top_k`")
+        check_choice("distance", distance, ("cosine", "euclidean"))
         check_choice("dtype", dtype, (torch.float32, torch.float16))
         if chunk_size is not None:
             check_at_least("chunk_size", chunk_size, 1)
         self.num_classes, self.k, self.temperature = num_classes, k, temperature
+        self.top_k, self.distance = top_k, distance
         self.storage_dtype, self.chunk_size = dtype, chunk_size
         for name in ("bank", "bank_labels", "queries", "query_labels"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
@@ -71,7 +88,7 @@ class KNNAccuracy(Metric):
         """Add labeled features to the bank.
 
         Args:
-            features: ``(B, F)``, floating; L2-normalized here.
+            features: ``(B, F)``, floating; L2-normalized here for ``distance="cosine"``.
             labels: Classes ``(B,)``, integers in 0..num_classes - 1.
 
         Raises:
@@ -80,14 +97,14 @@ class KNNAccuracy(Metric):
         check_features("features", features)
         check_class_labels("labels", labels, len(features), self.num_classes)
         self._computed = None  # an earlier result does not include these
-        self.bank.append(F.normalize(features.detach().float(), dim=1).to(self.storage_dtype))
+        self.bank.append(self._stored(features))
         self.bank_labels.append(labels.detach())
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Update with features to classify.
 
         Args:
-            features: ``(B, F)``, floating; L2-normalized here.
+            features: ``(B, F)``, floating; L2-normalized here for ``distance="cosine"``.
             labels: True classes ``(B,)``, integers in 0..num_classes - 1.
 
         Raises:
@@ -95,7 +112,7 @@ class KNNAccuracy(Metric):
         """
         check_features("features", features)
         check_class_labels("labels", labels, len(features), self.num_classes)
-        self.queries.append(F.normalize(features.detach().float(), dim=1).to(self.storage_dtype))
+        self.queries.append(self._stored(features))
         self.query_labels.append(labels.detach())
 
     def compute(self) -> Tensor:
@@ -108,13 +125,24 @@ class KNNAccuracy(Metric):
         hint = "Call `update_bank` and `update` before `compute`"
         require(len(bank) > 0 and len(queries) > 0, "KNNAccuracy", "have a bank and queries", len(bank), hint)
         labels = dim_zero_cat(self.query_labels)
-        predictions = knn_predict(
-            dim_zero_cat(queries),
-            dim_zero_cat(bank),
-            dim_zero_cat(self.bank_labels),
-            num_classes=self.num_classes,
-            k=self.k,
-            temperature=self.temperature,
-            chunk_size=self.chunk_size,
-        )
-        return (predictions == labels).float().mean()
+        scores = self._scores(dim_zero_cat(queries), dim_zero_cat(bank), dim_zero_cat(self.bank_labels))  # (Q, C)
+        predictions = largest_shares(scores, self.top_k)  # (Q, top_k)
+        return (predictions == labels.unsqueeze(1)).any(dim=1).float().mean()
+
+    def _stored(self, features: Tensor) -> Tensor:
+        """Return features (B, F) as they are kept."""
+        rows = features.detach().float()
+        rows = F.normalize(rows, dim=1) if self.distance == "cosine" else rows
+        return rows.to(self.storage_dtype)
+
+    def _scores(self, queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+        """Return the votes (Q, C) of the nearest rows of the bank (N, F)."""
+        if self.distance == "cosine":
+            settings: dict[str, Any] = {"num_classes": self.num_classes, "k": self.k, "temperature": self.temperature}
+            return knn_scores(queries, bank, labels, chunk_size=self.chunk_size, **settings)
+        widths = (queries.shape[1], bank.shape[1])
+        require(widths[0] == widths[1], "queries", "be as wide as the bank", widths, "Use features of the same layer")
+        hint = "Decrease `k` or add rows"
+        require(self.k <= len(bank), "k", f"be <= {len(bank)}, the number of rows in the bank", self.k, hint)
+        weights, indices = search_euclidean(queries, bank, self.k, chunk_size=self.chunk_size)
+        return sum_votes(weights, labels.long()[indices], self.num_classes)

@@ -199,8 +199,36 @@ def vote(similarities: Tensor, labels: Tensor, *, num_classes: int, temperature:
     Returns:
         Scores ``(Q, C)``; each row sums to 1.
     """
-    votes = torch.softmax(similarities / temperature, dim=1)
-    return votes.new_zeros((len(votes), num_classes)).scatter_add_(1, labels, votes)
+    return sum_votes(torch.softmax(similarities / temperature, dim=1), labels, num_classes)
+
+
+def sum_votes(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Add the weights of the neighbors of each class.
+
+    Args:
+        weights: ``(Q, k)``.
+        labels: Classes of the neighbors ``(Q, k)``, int64, in 0..num_classes - 1.
+        num_classes: Number of classes C.
+
+    Returns:
+        Sums ``(Q, C)``.
+    """
+    return weights.new_zeros((len(weights), num_classes)).scatter_add_(1, labels, weights)
+
+
+def largest_shares(shares: Tensor, number: int) -> Tensor:
+    """Return the classes with the largest shares of a vote, largest first, of equal shares the smallest class.
+
+    Args:
+        shares: ``(Q, C)``.
+        number: Number of classes K per query, 1 to C.
+
+    Returns:
+        Classes ``(Q, K)``, int64.
+    """
+    if number == 1:
+        return shares.argmax(dim=1, keepdim=True)
+    return shares.sort(dim=1, descending=True, stable=True).indices[:, :number]
 
 
 def knn_predict(

@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def _data(folder, **kwargs):
-    settings = {"size": 6, "batch_size": 2, "num_workers": 0} | kwargs
+    settings = {"size": 6, "batch_size": 2, "num_workers": 0, "resize": "crop"} | kwargs
     return ImageFolderDataModule(folder / "train", folder / "val", **settings)
 
 
@@ -98,11 +98,11 @@ def _starts(loader, epoch):
     return images[:, 0].flatten(1).amin(1)[positions.argsort()].tolist()
 
 
-def test_training_crops_come_from_the_whole_image(tmp_path):
+def test_training_squares_come_from_the_whole_image(tmp_path):
     train, val = tmp_path / "train", tmp_path / "val"
     for folder in (train, val):
         _ramps(folder)
-    settings = {"size": 8, "batch_size": 5, "indices": True, "num_workers": 0}
+    settings = {"size": 8, "batch_size": 5, "indices": True, "num_workers": 0, "resize": "crop"}
     data, other = (ImageFolderDataModule(train, val, seed=seed, **settings) for seed in (0, 1))
     starts = [_starts(data.train_dataloader(), epoch) for epoch in range(20)]
     share = torch.tensor(starts).flatten().bincount(minlength=17) / 600
@@ -119,7 +119,7 @@ def test_training_crops_come_from_the_whole_image(tmp_path):
 @pytest.mark.slow
 def test_places_of_crops_do_not_depend_on_workers_and_resume(tmp_path):
     _ramps(tmp_path)
-    settings = {"size": 8, "batch_size": 5, "indices": True}
+    settings = {"size": 8, "batch_size": 5, "indices": True, "resize": "crop"}
     alone, workers = (ImageFolderDataModule(tmp_path, num_workers=n, **settings) for n in (0, 2))
     assert _starts(workers.train_dataloader(), 2) == _starts(alone.train_dataloader(), 2)
     whole, resumed = alone.train_dataloader(), alone.train_dataloader()
@@ -156,6 +156,7 @@ def test_views_show_the_sides(tmp_path):
     assert shown("center") < 0.05
     assert shown("crop") > 0.45 * _red(theirs)  # the views of a step share a square, so that they see one side at most
     assert shown("squash") > 0.9 * _red(theirs)
+    assert shown("whole") == pytest.approx(_red(theirs), abs=0.13)  # of 160 views each: three standard errors are 0.16
 
 
 def _red(views):
@@ -167,7 +168,9 @@ def test_shrinking_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64), dtype=np.uint8)
     stripes[:, 3::8] = stripes[:, 4::8] = 255
     Image.fromarray(stripes).save(tmp_path / "a.png")
-    image = next(iter(ImageFolderDataModule(tmp_path, size=8, batch_size=1, num_workers=0).train_dataloader()))[0]
+    image = next(iter(ImageFolderDataModule(tmp_path, size=8, batch_size=1, num_workers=0).train_dataloader()))[
+        0
+    ].pixels
     assert image.shape == (1, 3, 8, 8)  # grey files come as RGB
     assert ((image >= 50) & (image <= 75)).all()  # a quarter of the area is white
 
@@ -200,7 +203,7 @@ def test_sixteen_bit_images_need_a_loader(tmp_path):
     def read(path):
         return np.asarray(Image.open(path)).astype(np.uint16)
 
-    image = next(iter(ImageFolderDataModule(tmp_path, loader=read, **kwargs).train_dataloader()))[0]
+    image = next(iter(ImageFolderDataModule(tmp_path, loader=read, **kwargs).train_dataloader()))[0].pixels
     assert image.dtype == torch.float32
     assert image.flatten().tolist() == pytest.approx([0, 1, 32768 / 65535, 256 / 65535])
 
@@ -211,7 +214,7 @@ def test_many_bands(tmp_path):
         bands[place] = np.random.default_rng(place).random((7, 5, 5)).astype(np.float32)
         np.save(tmp_path / f"{place}.npy", bands[place])
     data = ImageFolderDataModule(tmp_path, size=5, batch_size=3, num_workers=0, loader=np.load, indices=True)
-    images, _, indices = next(iter(data.train_dataloader()))
+    (images, _), _, indices = next(iter(data.train_dataloader()))
     assert images.shape == (3, 7, 5, 5)
     for image, place in zip(images, indices.tolist(), strict=True):
         assert np.allclose(image.numpy(), bands[place])
@@ -362,7 +365,7 @@ def test_classes_of_validation_must_be_known(folder):
         ({"batch_size": 0}, r"`batch_size` must be >= 1, got 0"),
         ({"size": 0}, r"`size` must be >= 1, got 0"),
         ({"num_workers": -1}, r"`num_workers` must be >= 0, got -1"),
-        ({"resize": "pad"}, r"`resize` must be one of 'crop', 'center', 'squash', got 'pad'"),
+        ({"resize": "pad"}, r"`resize` must be one of 'whole', 'crop', 'center', 'squash', got 'pad'"),
         ({"seed": -1}, r"`seed` must be >= 0, got -1"),
     ],
 )

@@ -100,9 +100,3 @@ def test_batch_too_small_to_correlate():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         lc.BarlowTwins(TinyBackbone(), hidden_dim=8, projection_dim=8, **arguments)
-
-
-def test_more_views_than_two():
-    views = [torch.rand(4, 3, 16, 16)] * 3
-    with pytest.raises(ValueError, match="`batch` must hold 2 views, got 3"):
-        run_step(make("BarlowTwins"), [views, torch.arange(4)])

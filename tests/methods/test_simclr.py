@@ -144,7 +144,7 @@ def test_wrong_type_of_optimizer():
     ("batch", "message"),
     [
         ([torch.rand(4, 3, 16, 16), torch.arange(4)], "ViewAugmentation"),
-        ([[torch.rand(4, 3, 16, 16)], torch.arange(4)], "hold 2 views, got 1"),
+        ([[torch.rand(4, 3, 16, 16)], torch.arange(4)], "hold at least 2 views, got 1"),
         ([[torch.rand(4, 3, 16, 16), torch.rand(3, 3, 16, 16)], torch.arange(4)], "equal batch sizes"),
         ([[torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)], torch.arange(1)], "at least 2, got 1"),
     ],

@@ -184,3 +184,42 @@ def test_the_metric_names_what_is_wrong():
         pytest.warns(UserWarning, match="before the ``update`` method"),
     ):
         KNNAccuracy(4).compute()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_accuracy_of_the_first_classes_of_the_vote(top_k, distance):
+    """Compare with the vote by hand; every query counts once all classes are allowed."""
+    queries, bank, labels = sample()
+    targets = torch.arange(len(queries)) % 4
+    metric = KNNAccuracy(4, k=7, temperature=0.2, top_k=top_k, distance=distance, chunk_size=6)
+    for start in range(0, len(bank), 25):
+        metric.update_bank(bank[start : start + 25], labels[start : start + 25])
+    metric.update(queries, targets)
+    scores = scores_by_hand(queries, bank, labels, 4, 7, 0.2) if distance == "cosine" else torch.zeros(len(queries), 4)
+    if distance == "euclidean":
+        for row, query in enumerate(queries):
+            distances = [float((query - other).norm()) for other in bank]
+            for i in sorted(range(len(bank)), key=lambda i: distances[i])[:7]:
+                scores[row, labels[i]] += 1 / (distances[i] + 1e-5)
+    correct = [
+        int(t) in row.argsort(descending=True, stable=True)[:top_k] for row, t in zip(scores, targets, strict=True)
+    ]
+    assert metric.compute().item() == near(sum(correct) / len(correct))
+    if top_k == 4:
+        assert metric.compute() == 1
+    if top_k == 1:
+        assert 0 < metric.compute() < 1
+
+
+def test_top_k_and_distance_are_checked():
+    for number in (0, 3):
+        with pytest.raises(ValueError, match="`top_k` must be"):
+            KNNAccuracy(2, top_k=number)
+    with pytest.raises(ValueError, match="`distance` must be"):
+        KNNAccuracy(2, distance="l1")
+    metric = KNNAccuracy(2, k=3, distance="euclidean")
+    metric.update_bank(torch.eye(2), torch.tensor([0, 1]))
+    metric.update(torch.eye(2), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="`k` must be <= 2"):
+        metric.compute()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from kornia.augmentation import GeometricAugmentationBase2D
 from kornia.constants import Resample
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
@@ -70,23 +71,46 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         self.interpolation, self.antialias, self.fit, self.backend = interpolation, antialias, fit, backend
         self.flags = {"size": (size, size), "resample": Resample.get(interpolation), "antialias": antialias}
 
-    def draw(self, batch: int, height: int, width: int) -> Draw:
-        """Draw ``box`` ``(B, 4)``, which holds top, left, height and width in pixels, and ``flip`` ``(B,)``."""
+    def draw(self, batch: int, height: int, width: int, *, sizes: NDArray[np.int64] | None = None) -> Draw:
+        """Draw ``box`` ``(B, 4)``, which holds top, left, height and width in pixels, and ``flip`` ``(B,)``.
+
+        Args:
+            batch: Number of images.
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+            sizes: Height and width of each image before it was stretched to ``height x width``, ``(B, 2)``. The box is
+                drawn in that image; its edges are then rounded to pixels of the stretched one.
+        """
+        wanted = np.broadcast_to(np.array([height, width]), (batch, 2)) if sizes is None else sizes
+        box, flip = self._draw_boxes(wanted[:, :1], wanted[:, 1:])
+        if sizes is not None:
+            shape = np.array([height, width])
+            start, length = box[:, :2] * (shape / sizes), box[:, 2:] * (shape / sizes)
+            first = np.minimum(np.rint(start), shape - 1)
+            box = np.concatenate([first, np.maximum(np.rint(start + length) - first, 1)], axis=1)
+        return {"box": box.astype(np.float32), "flip": flip}
+
+    def _draw_boxes(
+        self, height: NDArray[np.int64], width: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Draw a box ``(B, 4)`` and a flip ``(B,)`` for images of heights ``(B, 1)`` and widths ``(B, 1)``."""
+        batch = len(height)
         tries = _TRIES if self.fit == "retry" else 1
         numbers = uniform(batch, 2 * tries + 3).astype(np.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * numbers[:, :tries])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         aspect = np.exp(low + (high - low) * numbers[:, tries : 2 * tries])
         box_h, box_w = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+        allowed = (box_h >= 1) & (box_h <= height) & (box_w >= 1) & (box_w <= width)
+        fallback_h, fallback_w = self._largest(height[:, 0], width[:, 0])
+        height, width = height[:, 0], width[:, 0]
         if self.fit == "clamp":
             h, w = np.clip(box_h[:, 0], 1, height), np.clip(box_w[:, 0], 1, width)
             fits = np.ones(batch, dtype=bool)
         else:
-            allowed = (box_h >= 1) & (box_h <= height) & (box_w >= 1) & (box_w <= width)
             first = allowed.argmax(1)
             chosen = np.arange(batch)
             fits = allowed[chosen, first]
-            fallback_h, fallback_w = self._largest(height, width)
             h = np.where(fits, box_h[chosen, first], fallback_h)
             w = np.where(fits, box_w[chosen, first], fallback_w)
         # a number just below 1 times (room + 1) may round up to room + 1
@@ -94,16 +118,16 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         left = np.minimum(np.floor(numbers[:, -2] * (width - w + 1)), width - w)
         top = np.where(fits, top, (height - h) // 2)
         left = np.where(fits, left, (width - w) // 2)
-        box = np.stack([top, left, h, w], axis=1).astype(np.float32)
-        return {"box": box, "flip": numbers[:, -1] < self.flip}
+        return np.stack([top, left, h, w], axis=1), numbers[:, -1] < self.flip
 
-    def _largest(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the largest box of an allowed aspect ratio."""
-        if width / height < self.ratio[0]:
-            return max(1, min(height, round(width / self.ratio[0]))), width
-        if width / height > self.ratio[1]:
-            return height, max(1, min(width, round(height * self.ratio[1])))
-        return height, width
+    def _largest(
+        self, height: NDArray[np.int64], width: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return heights and widths ``(B,)`` of the largest boxes of an allowed aspect ratio."""
+        narrow, wide = width / height < self.ratio[0], width / height > self.ratio[1]
+        shorter_h = np.clip(np.rint(width / self.ratio[0]), 1, height)
+        shorter_w = np.clip(np.rint(height * self.ratio[1]), 1, width)
+        return np.where(narrow, shorter_h, height), np.where(wide, shorter_w, width)
 
     def prepare(self, draw: Draw) -> Plan:
         """Return the draw and a copy of it as Python values, by which the CPU backend slices."""

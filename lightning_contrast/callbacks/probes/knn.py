@@ -16,7 +16,7 @@ from lightning_contrast.callbacks.probes.base import OnlineProbe
 from lightning_contrast.callbacks.probes.metrics import MaskedAccuracy, Scores
 from lightning_contrast.callbacks.probes.tasks import ClassTask
 from lightning_contrast.distributed import world_size
-from lightning_contrast.metrics.neighbours import search, search_euclidean, vote
+from lightning_contrast.metrics.neighbours import largest_shares, search, search_euclidean, sum_votes, vote
 
 
 class OnlineKNN(OnlineProbe):
@@ -215,8 +215,8 @@ class OnlineKNN(OnlineProbe):
                 if self.distance == "cosine":
                     shares = vote(near, classes, num_classes=self.num_classes, temperature=temperature)
                 else:
-                    shares = near.new_zeros((len(near), self.num_classes)).scatter_add_(1, classes, near)
-                best.append(shares.argmax(dim=1, keepdim=True) if ranks == 1 else _largest(shares, ranks))
+                    shares = sum_votes(near, classes, self.num_classes)
+                best.append(largest_shares(shares, ranks))
         return torch.stack(best, dim=1)
 
     def new_scores(self, device: torch.device) -> Scores:
@@ -254,11 +254,6 @@ class VoteScores(Scores):
         if len(found) == 1:
             return first
         return first | {f"{name}/{key}": value for name, of in found.items() for key, value in of.items()}
-
-
-def _largest(shares: Tensor, number: int) -> Tensor:
-    """Return the classes with the largest shares ``(B, K)``, of equal ones the smallest class, of ``(B, C)``."""
-    return shares.sort(dim=1, descending=True, stable=True).indices[:, :number]
 
 
 def _several(value: Any) -> tuple[Any, ...]:
