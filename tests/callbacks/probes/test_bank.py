@@ -23,7 +23,15 @@ from lightning_contrast import evaluation
 from lightning_contrast.callbacks import OnlineKNN, OnlineLinearProbe
 from lightning_contrast.callbacks.capture.labels import UnreadableBatchError, find_images
 from lightning_contrast.callbacks.capture.sampling import drawn_rows, draws_whole_set
-from tests.callbacks.probe_modules import CLASSES, images_and_labels, labelled, quiet_fit, quiet_trainer
+from tests.callbacks.probe_modules import (
+    CLASSES,
+    equal_states,
+    images_and_labels,
+    labelled,
+    quiet_fit,
+    quiet_trainer,
+)
+from tests.methods.cases import make
 from tests.tolerances import NETWORK, ROUNDED, f32, near
 
 
@@ -226,22 +234,30 @@ def test_a_layer_gets_its_own_input(make, layer, right):
     assert {"knn/top1", "linear_probe/top1"} <= run.callback_metrics.keys()
 
 
-def test_a_teacher_and_whole_images_of_a_method_that_leaves_patches_out():
-    def run(**kwargs):
-        torch.manual_seed(0)
-        small = {"predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 1, "min_keep": 2}
-        vit = {"embed_dim": 32, "depth": 1, "num_heads": 1}
-        module = lc.IJEPA("small_vit", warmup_epochs=0, lr=1e-3, final_lr=0.0, backbone_kwargs=vit, **small)
-        images, labels = images_and_labels(32)
-        data = DataLoader(TensorDataset(images.repeat_interleave(4, 2).repeat_interleave(4, 3), labels), 16)
-        probes = [OnlineKNN(CLASSES, k=1, **kwargs), OnlineLinearProbe(CLASSES, **kwargs)]
-        return quiet_fit(module, [lc.ViewAugmentation(lc.augment.ijepa_views(32)), *probes], data, data, max_epochs=1)
+@pytest.mark.parametrize("name", ["IBOT", "DINOv2", "MSN", "IJEPA"])
+def test_a_teacher_and_whole_images_of_a_method_that_leaves_patches_out(name):
+    images, labels = images_and_labels(72)
+    images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    train, val = ((images[:48], labels[:48]), (images[48:], labels[48:]))
+    loaders = [DataLoader(TensorDataset(*split), 16) for split in (train, val)]
+    policy = lc.augment.ijepa_views(16) if name == "IJEPA" else lc.augment.byol_views(16)
 
-    found = run(features=["backbone", "momentum_backbone"]).callback_metrics
-    assert found["knn/top1"] == found["knn/momentum_backbone/top1"] == 1.0  # each image is in the bank
-    assert "linear_probe/momentum_backbone/top1" in found
+    def run(**kwargs):
+        module = make(name, momentum=0.5)
+        probes = [OnlineKNN(CLASSES, k=5, **kwargs), OnlineLinearProbe(CLASSES, **kwargs)]
+        return module, quiet_fit(module, [lc.ViewAugmentation(policy), *probes], *loaders, max_epochs=1)
+
+    module, trainer = run(features=["backbone", "momentum_backbone"])
+    found = trainer.callback_metrics
+    for layer in ("backbone", "momentum_backbone"):
+        network = getattr(module, layer)
+        bank, asked = (evaluation.encode(network, x, policy.eval_transform) for x, _ in (train, val))
+        split = bank, train[1], asked, val[1]
+        assert found[f"knn/{layer}/top1"].item() == near(evaluation.knn_top1(*split, num_classes=CLASSES, k=5))
+        assert found[f"linear_probe/{layer}/top1"].item() == near(evaluation.linear_top1(*split))
+    assert not equal_states(module.backbone.state_dict(), module.momentum_backbone.state_dict())
     assert "linear_probe/train_top1" not in found  # its steps encode parts of images
-    with pytest.raises(ValueError, match='`bank` must not be "train" for IJEPA, whose steps encode parts of images'):
+    with pytest.raises(ValueError, match=r'`bank` must not be "train" for .*, whose steps encode parts of images'):
         run(bank="train")
 
 
