@@ -160,7 +160,7 @@ class ViewLogger(L.Callback):
         read = lambda one: found.append(find_pictures(one, self.images))  # noqa: E731
         try:
             map_batches(batch, read, self._trainer.train_dataloader)
-        except ZeroDivisionError as error:
+        except UnreadableBatchError as error:
             self._armed, self._unreadable = False, True
             warn_unreadable(self, error)
             return None
