@@ -356,18 +356,23 @@ def keyed(*more):
 
 
 def test_images_of_other_keys_are_found_by_name_and_else_a_warning():
-    probes = [OnlineKNN(CLASSES, k=1, labels="y", images="pixel_values")]
-    learns = OnlineLinearProbe(CLASSES, labels="y", images="pixel_values", dataloader=keyed())
-    run = quiet_fit(Keyed(), [*probes, learns], keyed(), keyed(), max_epochs=1)
-    assert run.callback_metrics["knn/top1"] == 1
-    assert run.callback_metrics["linear_probe/top1"] > 0.9
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    def run(probes, epochs):
         two = [keyed("depth"), keyed("depth")]  # of two kinds of images neither is the only one
-        run = quiet_fit(Keyed(), [OnlineKNN(CLASSES, labels="y")], *two, max_epochs=2)
-    said = [str(warning.message) for warning in caught if "`images=`" in str(warning.message)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            metrics = quiet_fit(Keyed(), probes, *two, max_epochs=epochs).callback_metrics
+        return metrics, [str(warning.message) for warning in caught if "`images=`" in str(warning.message)]
+
+    place = {"labels": "y", "images": "pixel_values"}
+    learns = OnlineLinearProbe(CLASSES, dataloader=keyed("depth"), **place)
+    metrics, said = run([OnlineKNN(CLASSES, k=1, **place), learns], 1)
+    assert said == []
+    assert metrics["knn/top1"] == 1
+    assert metrics["linear_probe/top1"] > 0.9
+    assert metrics["linear_probe/train_loss"] > 0
+    metrics, said = run([OnlineKNN(CLASSES, labels="y")], 2)
     assert len(said) == 1
-    assert run.callback_metrics == {}
+    assert metrics == {}
 
 
 @pytest.mark.parametrize("source", ["missing", 7, lambda batch: batch["y"], None])
