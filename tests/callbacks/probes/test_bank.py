@@ -339,6 +339,12 @@ def test_the_training_loss_is_a_mean_over_labelled_images():
 
 
 class Keyed(Turning):
+    """Images under a key of their own, and a momentum network, which the probes call themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.momentum_backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 16, bias=False)).requires_grad_(False)
+
     def training_step(self, batch, batch_idx):
         return self(batch["pixel_values"]).square().mean() * 0
 
@@ -365,9 +371,10 @@ def test_images_of_other_keys_are_found_by_name_and_else_a_warning():
 
     place = {"labels": "y", "images": "pixel_values"}
     learns = OnlineLinearProbe(CLASSES, dataloader=keyed("depth"), **place)
-    metrics, said = run([OnlineKNN(CLASSES, k=1, **place), learns], 1)
+    layers = ["backbone", "momentum_backbone"]
+    metrics, said = run([OnlineKNN(CLASSES, k=1, features=layers, **place), learns], 1)
     assert said == []
-    assert metrics["knn/top1"] == 1
+    assert metrics["knn/top1"] == metrics["knn/momentum_backbone/top1"] == 1  # each image is in the bank
     assert metrics["linear_probe/top1"] > 0.9
     assert metrics["linear_probe/train_loss"] > 0
     metrics, said = run([OnlineKNN(CLASSES, labels="y")], 2)
