@@ -1,4 +1,4 @@
-"""Callbacks for any LightningModule and Trainer."""
+"""Callbacks of the methods, and probes, monitors and loggers that need no module of this package."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Views created on the device of the batch, for any DataModule, Trainer and strategy."""
+"""Views created on the device of the batch, for every loader whose batches follow the contract."""
 
 from typing import Any, ClassVar, Protocol, runtime_checkable
 

@@ -28,9 +28,9 @@ _UNLOGGED = ("width", "rows", "possible")
 class CollapseMonitor(L.Callback):
     """Measure features and projections every ``every_n_steps`` training batches; warn of a collapse and its cause.
 
-    Works with any LightningModule of `lightning` or `pytorch_lightning`, automatic or manual optimization, and every
-    strategy; training stays bit-identical: feature hooks copy what the step computes, without an extra forward pass,
-    random numbers or additions to the module.
+    Needs no module of this package; for `lightning` and `pytorch_lightning`, automatic or manual optimization, DDP,
+    FSDP1 and FSDP2; training stays bit-identical: feature hooks copy what the step computes, without an extra forward
+    pass, random numbers or additions to the module.
 
     A measurement uses the last 8 batches, ``samples`` images over all ranks; the hooks are idle in all other batches.
     The first measurement follows after 8 batches and is the reference of some alarms. Logged: ``collapse/<key>`` for

@@ -52,7 +52,7 @@ class InvarianceMonitor(L.Callback):
     end of a fit, the curves of the first and the last measurement are drawn (requires matplotlib) and a summary of the
     last one is printed. For the interpretation, see ``docs/invariance.md``.
 
-    Works with any LightningModule of `lightning` or `pytorch_lightning` and every strategy; training stays
+    Needs no module of this package; for `lightning` and `pytorch_lightning`, DDP, FSDP1 and FSDP2; training stays
     bit-identical: features are computed in eval mode without drawing from a global random generator. Each rank encodes
     all images. Images pass through the batch transfer of the Trainer, so the evaluation transform of a
     `ViewAugmentation` applies as in validation. Images with non-finite features are excluded with a warning.

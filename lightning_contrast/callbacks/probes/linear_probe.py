@@ -23,19 +23,19 @@ from lightning_contrast.seeding import derived_seed, isolated
 class OnlineLinearProbe(OnlineProbe):
     """Log the accuracy of a linear model on detached features, fitted at validation and trained during the run.
 
-    It works with any LightningModule, under `lightning` and `pytorch_lightning`, with automatic or manual optimization,
-    and does not change the run, bit for bit: it has its own optimizer, all-reduces its own gradients, computes in
-    float32, draws no random numbers, and adds nothing to the module, its loss or its state_dict.
+    It needs no module of this package, works under `lightning` and `pytorch_lightning`, with automatic or manual
+    optimization, and does not change the run, bit for bit: it has its own optimizer, all-reduces its own gradients,
+    computes in float32, draws no random numbers, and adds nothing to the module, its loss or its state_dict.
 
     Validation values belong to one of two models:
 
     - ``bank="fresh"``: a model that is fitted to a bank at the first validation batch: the images that the run's
       training loader draws, or those of ``dataloader``, encoded in eval mode, without augmentation if the Trainer has a
       `ViewAugmentation`, with the weights that validation uses. The fit is L2-regularized logistic regression on
-      standardized features, from zero (100 iterations of L-BFGS), so the accuracy is that of `evaluation.linear_top1`
-      on the same weights. It costs one forward pass per image of the bank, which probes of the same layers share, and
-      12 F C multiplications per image and iteration. Without a bank the last fitted model is used, that of a
-      checkpoint for example.
+      standardized features, from zero (100 iterations of L-BFGS). The accuracy is close to that of
+      `evaluation.linear_top1` on the same weights: within 0.005 on the emoji, see ``docs/numbers.md``. It costs one
+      forward pass per image of the bank, which probes of the same layers share, and 12 F C multiplications per image
+      and iteration. Without a bank the last fitted model is used, that of a checkpoint for example.
     - ``bank="train"``: the model that is trained in the steps, without a forward pass. It reads lower and may rank
       epochs differently: it has learned from augmented images, features normalized by the statistics of a batch, and
       weights that have changed since.

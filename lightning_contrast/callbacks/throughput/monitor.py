@@ -25,8 +25,8 @@ from lightning_contrast.runtime.batch_transfer import HOOK, BatchTransforms
 class TrainingCostMonitor(L.Callback):
     """Log throughput and step-time shares; print advice after fit.
 
-    Works with any LightningModule of `lightning` or `pytorch_lightning`, automatic or manual optimization, gradient
-    accumulation, and every strategy; training stays bit-identical. The callback reads the events that a Trainer sends
+    Needs no module of this package; for `lightning` and `pytorch_lightning`, automatic or manual optimization, gradient
+    accumulation, DDP, FSDP1 and FSDP2; training stays bit-identical. The callback reads the events that a Trainer sends
     to its profiler, whichever is in use, and assigns the time of training to six categories:
 
     - ``data``: waiting for the loader, and the transfer to the device;

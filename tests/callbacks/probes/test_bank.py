@@ -23,7 +23,15 @@ from lightning_contrast import evaluation
 from lightning_contrast.callbacks import OnlineKNN, OnlineLinearProbe
 from lightning_contrast.callbacks.capture.labels import UnreadableBatchError, find_images
 from lightning_contrast.callbacks.capture.sampling import drawn_rows, draws_whole_set
-from tests.callbacks.probe_modules import CLASSES, images_and_labels, labelled, quiet_fit, quiet_trainer
+from tests.callbacks.probe_modules import (
+    CLASSES,
+    equal_states,
+    images_and_labels,
+    labelled,
+    quiet_fit,
+    quiet_trainer,
+)
+from tests.methods.cases import make
 from tests.tolerances import NETWORK, ROUNDED, f32, near
 
 
@@ -155,6 +163,28 @@ def test_images_that_the_sampler_leaves_out_do_not_vote(own):
     assert run.callback_metrics["knn/top1"] < 0.6  # 1.0 if the images of validation vote for themselves
 
 
+class Counting(Turning):
+    """Counts the images of its forward passes without gradient."""
+
+    encoded = 0
+
+    def forward(self, images):
+        self.encoded += 0 if torch.is_grad_enabled() else len(images)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(("max_bank", "bank"), [(65_536, 48), (20, 20)])
+def test_a_validation_encodes_the_bank_once_for_all_probes(max_bank, bank):
+    def encoded(epochs):
+        module = Counting()
+        probes = [OnlineKNN(CLASSES, k=1, max_bank=max_bank), OnlineLinearProbe(CLASSES, max_bank=max_bank)]
+        quiet_fit(module, probes, clustered(), clustered(24, seed=5), max_epochs=epochs, num_sanity_val_steps=0)
+        return module.encoded
+
+    assert encoded(3) - encoded(2) == bank + 24
+    assert encoded(1) == bank + 24 + 2 * 8  # once in a run each probe encodes a validation batch again, to compare
+
+
 # Which mode and transform: the figures of an offline evaluation of the same weights.
 
 
@@ -226,22 +256,31 @@ def test_a_layer_gets_its_own_input(make, layer, right):
     assert {"knn/top1", "linear_probe/top1"} <= run.callback_metrics.keys()
 
 
-def test_a_teacher_and_whole_images_of_a_method_that_leaves_patches_out():
-    def run(**kwargs):
-        torch.manual_seed(0)
-        small = {"predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 1, "min_keep": 2}
-        vit = {"embed_dim": 32, "depth": 1, "num_heads": 1}
-        module = lc.IJEPA("small_vit", warmup_epochs=0, lr=1e-3, final_lr=0.0, backbone_kwargs=vit, **small)
-        images, labels = images_and_labels(32)
-        data = DataLoader(TensorDataset(images.repeat_interleave(4, 2).repeat_interleave(4, 3), labels), 16)
-        probes = [OnlineKNN(CLASSES, k=1, **kwargs), OnlineLinearProbe(CLASSES, **kwargs)]
-        return quiet_fit(module, [lc.ViewAugmentation(lc.augment.ijepa_views(32)), *probes], data, data, max_epochs=1)
+@pytest.mark.parametrize("name", ["IBOT", "DINOv2", "MSN", "IJEPA"])
+def test_a_teacher_and_whole_images_of_a_method_that_leaves_patches_out(name):
+    images, labels = images_and_labels(72)
+    images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    train, val = ((images[:48], labels[:48]), (images[48:], labels[48:]))
+    loaders = [DataLoader(TensorDataset(*split), 16) for split in (train, val)]
+    policy = lc.augment.ijepa_views(16) if name == "IJEPA" else lc.augment.byol_views(16)
 
-    found = run(features=["backbone", "momentum_backbone"]).callback_metrics
-    assert found["knn/top1"] == found["knn/momentum_backbone/top1"] == 1.0  # each image is in the bank
-    assert "linear_probe/momentum_backbone/top1" in found
+    def run(**kwargs):
+        module = make(name, momentum=0.5)
+        probes = [OnlineKNN(CLASSES, k=5, **kwargs), OnlineLinearProbe(CLASSES, **kwargs)]
+        return module, quiet_fit(module, [lc.ViewAugmentation(policy), *probes], *loaders, max_epochs=1)
+
+    module, trainer = run(features=["backbone", "momentum_backbone"])
+    found = trainer.callback_metrics
+    for layer in ("backbone", "momentum_backbone"):
+        network = getattr(module, layer)
+        bank, asked = (evaluation.encode(network, x, policy.eval_transform) for x, _ in (train, val))
+        split = bank, train[1], asked, val[1]
+        assert found[f"knn/{layer}/top1"].item() == near(evaluation.knn_top1(*split, num_classes=CLASSES, k=5))
+        linear = found[f"linear_probe/{layer}/top1"].item()
+        assert linear == pytest.approx(evaluation.linear_top1(*split), abs=1.5 / 24)  # one image: another solver
+    assert not equal_states(module.backbone.state_dict(), module.momentum_backbone.state_dict())
     assert "linear_probe/train_top1" not in found  # its steps encode parts of images
-    with pytest.raises(ValueError, match='`bank` must not be "train" for IJEPA, whose steps encode parts of images'):
+    with pytest.raises(ValueError, match=r'`bank` must not be "train" for .*, whose steps encode parts of images'):
         run(bank="train")
 
 
@@ -300,6 +339,12 @@ def test_the_training_loss_is_a_mean_over_labelled_images():
 
 
 class Keyed(Turning):
+    """Images under a key of their own, and a momentum network, which the probes call themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.momentum_backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 16, bias=False)).requires_grad_(False)
+
     def training_step(self, batch, batch_idx):
         return self(batch["pixel_values"]).square().mean() * 0
 
@@ -317,18 +362,24 @@ def keyed(*more):
 
 
 def test_images_of_other_keys_are_found_by_name_and_else_a_warning():
-    probes = [OnlineKNN(CLASSES, k=1, labels="y", images="pixel_values")]
-    learns = OnlineLinearProbe(CLASSES, labels="y", images="pixel_values", dataloader=keyed())
-    run = quiet_fit(Keyed(), [*probes, learns], keyed(), keyed(), max_epochs=1)
-    assert run.callback_metrics["knn/top1"] == 1
-    assert run.callback_metrics["linear_probe/top1"] > 0.9
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    def run(probes, epochs):
         two = [keyed("depth"), keyed("depth")]  # of two kinds of images neither is the only one
-        run = quiet_fit(Keyed(), [OnlineKNN(CLASSES, labels="y")], *two, max_epochs=2)
-    said = [str(warning.message) for warning in caught if "`images=`" in str(warning.message)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            metrics = quiet_fit(Keyed(), probes, *two, max_epochs=epochs).callback_metrics
+        return metrics, [str(warning.message) for warning in caught if "`images=`" in str(warning.message)]
+
+    place = {"labels": "y", "images": "pixel_values"}
+    learns = OnlineLinearProbe(CLASSES, dataloader=keyed("depth"), **place)
+    layers = ["backbone", "momentum_backbone"]
+    metrics, said = run([OnlineKNN(CLASSES, k=1, features=layers, **place), learns], 1)
+    assert said == []
+    assert metrics["knn/top1"] == metrics["knn/momentum_backbone/top1"] == 1  # each image is in the bank
+    assert metrics["linear_probe/top1"] > 0.9
+    assert metrics["linear_probe/train_loss"] > 0
+    metrics, said = run([OnlineKNN(CLASSES, labels="y")], 2)
     assert len(said) == 1
-    assert run.callback_metrics == {}
+    assert metrics == {}
 
 
 @pytest.mark.parametrize("source", ["missing", 7, lambda batch: batch["y"], None])
