@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate
 from tests.methods.cases import CASES, make
-from tests.runtime.test_schedules_follow_the_run import BATCH, IMAGES, QUIET, Views
+from tests.runtime.test_schedules_follow_the_run import BATCH, IMAGES, NAMES, QUIET, Views
 from tests.tolerances import ROUNDED, near, near64
 
 pytestmark = pytest.mark.filterwarnings(
@@ -103,6 +103,39 @@ def test_a_default_warmup_is_cut_and_a_given_one_is_refused(caplog):
         fit("SimCLR", module=make("SimCLR", warmup_epochs=9), max_epochs=5)
 
 
+def test_the_defaults_number_is_refused_if_it_is_given():
+    """A default is known by not being given: not by its value, nor by the value in a checkpoint or a configuration."""
+    words = r"`warmup_epochs` must fit into the 20 steps of the run, got '10 epochs of 4 steps'"
+    given, default = make("SimCLR", warmup_epochs=10), make("SimCLR", warmup_epochs=None)
+    assert given.warmup_epochs == default.warmup_epochs == 10
+    again, other = (
+        lc.SimCLR(**(dict(m.hparams) | {"backbone": CASES["SimCLR"].backbone(True)})) for m in (given, default)
+    )
+    later = make("SimCLR", warmup_epochs=None)
+    later.warmup_epochs = 10
+    for module in (given, again, later):
+        with pytest.raises(ValueError, match=words):
+            fit("SimCLR", module=module, max_epochs=5)
+    for module in (default, other):
+        fit("SimCLR", module=module, max_epochs=5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_constant_rate_is_an_argument_of_every_method(name):
+    """After its warm-up, also in a run without an end; None is the method's schedule."""
+    module = make(name, warmup_epochs=1, lr_schedule="constant")
+    assert module.hparams.lr_schedule == module.lr_schedule == "constant"
+    loader = DataLoader(Views(name).items, batch_size=BATCH)
+    _, seen = fit(name, module=module, data=loader, max_epochs=3)
+    peak = module.lr
+    assert seen.rates[3:] == near64([peak] * 9)
+    assert seen.rates[0] < peak
+    usual = make(name, warmup_epochs=1)
+    assert fit(name, module=usual, data=loader, max_epochs=3)[1].rates[-1] < peak / 2
+    with pytest.raises(ValueError, match=r"`lr_schedule` must be one of .*, got 'linear'"):
+        make(name, lr_schedule="linear")
+
+
 @three
 def test_endless_runs_and_loaders_without_length(name):
     class Stream(IterableDataset):
@@ -118,8 +151,7 @@ def test_endless_runs_and_loaders_without_length(name):
     with pytest.raises(ValueError, match=r"`max_epochs` must end the run for the schedules, got -1|in an endless run"):
         fit(name, max_epochs=-1, max_time="00:00:01:00")
     if name != "DINO":  # whose momentum needs the end of the run, too
-        module = make(name, warmup_epochs=0)
-        module.lr_schedule = "constant"
+        module = make(name, warmup_epochs=0, lr_schedule="constant")
         _, seen = fit(name, module=module, data=loader, max_epochs=2)
         assert seen.rates == [0.05] * 2 * (IMAGES // BATCH)
 
@@ -136,8 +168,7 @@ def test_lr_find_measures_the_method(name, tmp_path):
     sweep = {"min_lr": lowest, "max_lr": highest, "num_training": 20, "early_stop_threshold": None}
     found = tuner.lr_find(module, Views(name), **sweep)
     assert len(found.results["loss"]) == 20
-    alike = make(name, warmup_epochs=0, lr=lowest)
-    alike.lr_schedule = "constant"
+    alike = make(name, warmup_epochs=0, lr=lowest, lr_schedule="constant")
     _, seen = fit(name, module=alike, max_epochs=5)
     average = 0.0
     for count, loss in enumerate(seen.losses, 1):
