@@ -11,6 +11,7 @@ from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.nn import Backbone, BackboneOptions, build_backbone, check_image_size
 from lightning_contrast.nn.multi_crop import count_crops
+from lightning_contrast.optim.groups import split_added_groups
 from lightning_contrast.runtime.fsdp import initialize_optimizer_state, strategy_module
 from lightning_contrast.runtime.learning_rate import StepSchedule
 from lightning_contrast.runtime.method_module import MethodModule
@@ -112,5 +113,6 @@ class SelfSupervisedModule(MethodModule):
         """Build the optimizer and a schedule that is updated every optimizer step."""
         lr = self.plan_learning_rate()
         optimizer = initialize_optimizer_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
+        split_added_groups(optimizer, self.parameter_groups)
         schedule = StepSchedule(optimizer, self.rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -40,8 +40,7 @@ class NNCLR(SelfSupervisedModule):
         predictor: A module (B, D) -> (B, D) that replaces the predictor.
         queue_size: Number K of past projections, at least those of one step on all ranks.
         queue_dtype: "float32", "float16" or "int8".
-        temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
-            `nn.ScheduledTemperature`, or a function of the optimizer step.
+        temperature: Divisor of the cosine similarities, > 0; a number, or as the ``temperature`` of `SimCLR`.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.

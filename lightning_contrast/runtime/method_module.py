@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_contrast.optim.groups import follow_rates
 from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults, of_module
+from lightning_contrast.runtime.finetuning import prepare_finetuning
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
 from lightning_contrast.runtime.hparams import caller, check_complete, left_out_arguments, settings_as_dicts
 from lightning_contrast.runtime.last_batch import check_last_batch
@@ -53,6 +55,7 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
         """
         trainer: Any = self.trainer
         check_last_batch(trainer)
+        prepare_finetuning(trainer)
         needed = tuple(type(callback) for callback in self._default_callbacks or ())
         for callback in remembered_callbacks(trainer):
             if isinstance(callback, needed) and callback not in trainer.callbacks:
@@ -61,10 +64,13 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Drop stale gradients before an epoch that only updates the statistics of BatchNorm.
+        """Give all parts of a group that was added to the optimizer the learning rate that a callback has set.
 
-        Lightning's `StochasticWeightAveraging` skips the backward passes of that epoch but not its optimizer step.
+        Gradients are dropped before an epoch that only updates the statistics of BatchNorm: Lightning's
+        `StochasticWeightAveraging` skips the backward passes of that epoch but not its optimizer step.
         """
+        for optimizer in self.trainer.optimizers:
+            follow_rates(optimizer)
         if only_forward(self.trainer):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
