@@ -17,7 +17,7 @@ from lightning_contrast.runtime.hparams import caller, check_complete, left_out_
 from lightning_contrast.runtime.last_batch import check_last_batch
 from lightning_contrast.runtime.learning_rate import ScheduledModule
 from lightning_contrast.runtime.optimizer_steps import only_forward
-from lightning_contrast.runtime.rank_draws import rank_seed
+from lightning_contrast.runtime.rank_draws import RestoreDraws, rank_seed
 from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
 from lightning_contrast.seeding import isolated
 
@@ -32,7 +32,7 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
     def __init__(self) -> None:
         super().__init__()
         check_complete(inspect.currentframe())
-        self._rank_draws = ExitStack()
+        self.rank_draws = ExitStack()
 
     def default_callbacks(self) -> list[L.Callback]:
         """Return new instances of the callbacks that the algorithm needs."""
@@ -44,6 +44,8 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
             self._default_callbacks = mark_defaults(self.default_callbacks(), self)
         present = of_module(self.trainer.callbacks, self)  # type: ignore[attr-defined]
         missing = missing_defaults(self._default_callbacks, present, self)
+        if self.trainer.world_size > 1:
+            missing += missing_defaults(mark_defaults([RestoreDraws()], self), present, self)
         remember_callbacks(self.trainer, [*present, *missing])
         return missing
 
@@ -77,14 +79,15 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw masks, noise and dropout of the step from generators that differ between ranks; see `rank_seed`."""
+        self.rank_draws.close()  # a subclass may have overridden `on_train_batch_end`
         has_seed = any(getattr(c, "provides_view_seed", None) is not None for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         seed = None if has_seed else rank_seed()
         if seed is not None:
-            self._rank_draws.enter_context(isolated(seed, self.device))
+            self.rank_draws.enter_context(isolated(seed, self.device))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Restore the generators, which are equal on all ranks after ``seed_everything``."""
-        self._rank_draws.close()
+        self.rank_draws.close()
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
