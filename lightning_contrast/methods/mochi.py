@@ -107,7 +107,7 @@ class MoCHi(SelfSupervisedModule):
         query = self.projector(features)  # (B, D)
         keys = self._keys(view_k)  # (B, D)
         mixtures = self._mixtures(query) if self.current_epoch >= self.start_epoch else None  # (B, s + s', D)
-        empty = self.queue.is_empty and len(query) > 1  # in the first step, whose negatives are the other keys
+        empty = self.queue.is_empty  # in the first step, whose negatives are the other keys of all ranks
         loss = info_nce(
             query,
             keys,

@@ -174,7 +174,7 @@ class MoCo(SelfSupervisedModule):
 
     def _loss(self, query: Tensor, keys: Tensor, temperature: float | Tensor, groups: Tensor | None) -> Tensor:
         """Return the loss of queries (B, D) with their keys (B, D) and the queue; an empty one with the other keys."""
-        if self.queue.is_empty and len(query) > 1:
+        if self.queue.is_empty:  # on all ranks alike; some may have one image
             return info_nce(query, keys, temperature=temperature, weighting=self.weighting, groups=groups)
         return info_nce(
             query,
