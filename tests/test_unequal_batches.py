@@ -46,6 +46,32 @@ def test_every_method_gives_the_gradient_of_one_process():
                 )
 
 
+def test_an_empty_queue_gives_the_gradient_of_one_process():
+    """The first step's negatives are the other keys of all ranks, also where a rank has one image."""
+    names = [name for name in CASES if name.startswith(("MoCo", "MoCHi", "NNCLR")) and hasattr(make(name), "queue")]
+    assert len(names) >= 5
+    rows = shares([7, 1])
+
+    def work(rank):
+        found = {}
+        for name in names:
+            found[name] = gradients(
+                make(name, norm=False).double(), rows_of(step_batch(CASES[name], torch.float64), rows[rank])
+            )
+            found[name] = {key: distributed.all_reduce_mean(value) for key, value in found[name].items()}
+        return found
+
+    ranks = run_processes(work, 2)
+    for name in names:
+        alone = gradients(make(name, norm=False).double(), step_batch(CASES[name], torch.float64))
+        assert any(bool(value.abs().max() > 0) for value in alone.values()), name
+        for found in ranks:
+            for key, expected in alone.items():
+                torch.testing.assert_close(
+                    found[name][key], expected, **f64(CANCELLING), msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
 def batches_of(name, rank=None):
     """Two whole batches and a last one of five images, of which rank 0 gets four and rank 1 one."""
     rows = (slice(None), slice(3, 8)) if rank is None else (shares([4, 4])[rank], (slice(3, 7), slice(7, 8))[rank])

@@ -15,8 +15,9 @@ from lightning_contrast._checks import check_not_negative, check_positive
 from lightning_contrast.augment import align_uniform_views
 from lightning_contrast.losses import alignment, uniformity
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, build_head
+from lightning_contrast.nn import build_head
 from lightning_contrast.optim import OptimizerLike, step_decay
+from lightning_contrast.runtime.method_options import MethodOptions
 
 _MILESTONES = (0.775, 0.85, 0.925)
 
@@ -39,7 +40,7 @@ class AlignUniform(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is the reference's 0.12 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the reference has none.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.12
@@ -59,7 +60,7 @@ class AlignUniform(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

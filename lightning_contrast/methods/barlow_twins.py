@@ -16,10 +16,11 @@ from lightning_contrast._checks import check_not_negative, check_positive
 from lightning_contrast.augment import barlow_twins_views
 from lightning_contrast.losses import barlow_twins_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn import Norm, build_head
 from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.layer_decay import RATE_MULTIPLIER, apply_rates
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class BarlowTwins(SelfSupervisedModule):
@@ -43,8 +44,8 @@ class BarlowTwins(SelfSupervisedModule):
         vector_lr: Learning rate of norms and biases as a share of ``lr``, > 0. Only for LARS, which adapts the
             rate of the weights but not theirs; the paper has 0.0048 and 0.2.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up before the cosine to 0.001 of the peak.
-        **options: See `BackboneOptions`.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0.001 of the peak; None is 10, fewer in short runs.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.2
@@ -64,8 +65,8 @@ class BarlowTwins(SelfSupervisedModule):
         lr: float | None = None,
         vector_lr: float = 0.024,
         weight_decay: float = 1e-6,
-        warmup_epochs: int = 10,
-        **options: Unpack[BackboneOptions],
+        warmup_epochs: int | None = None,
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Unpack
 from torch import Tensor, nn
 
 from lightning_contrast import distributed, optim
-from lightning_contrast._checks import check_not_negative, check_positive, require
+from lightning_contrast._checks import check_choice, check_not_negative, check_positive, require
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.contracts import require_views, split_batch
 from lightning_contrast.nn import Backbone, BackboneOptions, build_backbone, check_image_size
 from lightning_contrast.nn.multi_crop import count_crops
+from lightning_contrast.optim.groups import split_added_groups
 from lightning_contrast.runtime.fsdp import initialize_optimizer_state, strategy_module
 from lightning_contrast.runtime.learning_rate import StepSchedule
 from lightning_contrast.runtime.method_module import MethodModule
@@ -24,15 +25,17 @@ class SelfSupervisedModule(MethodModule):
         optimizer: "sgd", "adamw", "lars", "lamb", or a callable that takes the parameter groups and ``lr``.
         lr: Learning rate after the warm-up, absolute. None: ``base_lr`` scaled with the global batch (``lr_rule``).
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up from 0. A default that is not shorter than the run is cut to a tenth.
+        warmup_epochs: Epochs of linear warm-up. None is ``default_warmup_epochs``, cut to a tenth of a run that is not
+            longer; a number that does not fit into the run is refused.
+        lr_schedule: See `MethodOptions`.
         **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float]
     """The paper's learning rate for a global batch of 256."""
     lr_rule: ClassVar[str] = "linear"
-    lr_schedule: str | None = None
-    """Set to "constant" to keep the learning rate at its peak after the warm-up; other values keep the method's."""
+    lr_schedules: ClassVar[tuple[str | None, ...]] = (None, "constant")
+    """The choices of ``lr_schedule``."""
     views: ClassVar[Callable[..., ViewPolicy]]
     """The published view policy: ``SimCLR.views(224, mean=..., std=...)``."""
     encodes_whole_images: ClassVar[bool] = True
@@ -47,18 +50,22 @@ class SelfSupervisedModule(MethodModule):
         optimizer: optim.OptimizerLike,
         lr: float | None,
         weight_decay: float,
-        warmup_epochs: int,
+        warmup_epochs: int | None,
+        lr_schedule: str | None = None,
         **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__()
         if lr is not None:
             check_positive("lr", lr)
         check_not_negative("weight_decay", weight_decay)
-        check_not_negative("warmup_epochs", warmup_epochs)
+        if warmup_epochs is not None:
+            check_not_negative("warmup_epochs", warmup_epochs)
+        check_choice("lr_schedule", lr_schedule, self.lr_schedules)
         optim.check_optimizer(optimizer)
         built = backbone if isinstance(backbone, Backbone) else build_backbone(backbone, **options)
         self.backbone, self.feature_dim = built
-        self.optimizer, self.lr, self.weight_decay, self.warmup_epochs = optimizer, lr, weight_decay, warmup_epochs
+        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.warmup_epochs, self.lr_schedule = warmup_epochs, lr_schedule
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (B, F) of images (B, C, H, W) for downstream use."""
@@ -106,5 +113,6 @@ class SelfSupervisedModule(MethodModule):
         """Build the optimizer and a schedule that is updated every optimizer step."""
         lr = self.plan_learning_rate()
         optimizer = initialize_optimizer_state(optim.build_optimizer(self.optimizer, self.parameter_groups(), lr=lr))
+        split_added_groups(optimizer, self.parameter_groups)
         schedule = StepSchedule(optimizer, self.rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

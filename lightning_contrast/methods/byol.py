@@ -18,9 +18,10 @@ from lightning_contrast.augment import byol_views
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import byol_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn import Norm, build_head
 from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_loss, view_pairs
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class BYOL(SelfSupervisedModule):
@@ -42,8 +43,8 @@ class BYOL(SelfSupervisedModule):
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.2 x global batch / 256, for 1,000 epochs.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0; None is 10, fewer in short runs.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.2
@@ -62,8 +63,8 @@ class BYOL(SelfSupervisedModule):
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1.5e-6,
-        warmup_epochs: int = 10,
-        **options: Unpack[BackboneOptions],
+        warmup_epochs: int | None = None,
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

@@ -17,12 +17,13 @@ from lightning_contrast.augment import dino_views
 from lightning_contrast.losses import dino_loss
 from lightning_contrast.methods.distillation import DistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
-from lightning_contrast.nn import BackboneOptions, Center, Norm, build_head
+from lightning_contrast.nn import Center, Norm, build_head
 from lightning_contrast.nn.backbones import with_vit_defaults
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class DINO(DistillationModule):
@@ -58,11 +59,11 @@ class DINO(DistillationModule):
         final_lr: Learning rate at the end, absolute.
         weight_decay: Weight decay at the start, of all parameters except norms and biases.
         final_weight_decay: Weight decay at the end of the cosine.
-        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``.
+        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``; None is 10, fewer in short runs.
         freeze_last_layer_epochs: Epochs during which the prototypes are frozen.
         clip_grad: Maximum norm of each parameter's gradient; None for no clipping. A ``gradient_clip_val`` of the
             Trainer takes precedence.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     views = staticmethod(dino_views)
@@ -88,10 +89,10 @@ class DINO(DistillationModule):
         final_lr: float = 1e-6,
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
-        warmup_epochs: int = 10,
+        warmup_epochs: int | None = None,
         freeze_last_layer_epochs: int = 1,
         clip_grad: float | None = 3.0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         schedules = Schedules(
             momentum=momentum,

@@ -18,13 +18,14 @@ from lightning_contrast.augment import dinov2_views
 from lightning_contrast.losses import dino_loss, koleo_loss, masked_patch_loss
 from lightning_contrast.methods.distillation import DistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
-from lightning_contrast.nn import BackboneOptions, Center, MaskedViT, build_head, build_masked_backbone
+from lightning_contrast.nn import Center, MaskedViT, build_head, build_masked_backbone
 from lightning_contrast.nn.masking import dinov2_masks, draw_masks, gather, join_globals
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
 from lightning_contrast.optim.layer_decay import apply_rates, split_by_rate
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 
 class DINOv2(DistillationModule):
@@ -64,10 +65,11 @@ class DINOv2(DistillationModule):
         patch_lr_multiplier: Factor of the learning rate of the patch embedding.
         weight_decay: Weight decay at the start, of all parameters except norms and biases.
         final_weight_decay: Weight decay at the end of the cosine; 0.4 in the short configuration.
-        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``; 10 in the short configuration.
+        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``; None is 80, fewer in short runs; the
+            short configuration has 10.
         freeze_last_layer_epochs: Epochs during which the prototypes are frozen.
         clip_grad: Maximum norm of each parameter's gradient; None for no clipping. The Trainer's takes precedence.
-        **options: See `BackboneOptions`; ``small_images`` must be False.
+        **options: See `MethodOptions`; ``small_images`` must be False.
     """
 
     base_lr: ClassVar[float] = 0.0002 / 32  # for the square root of the batch: 0.0002 at 1024
@@ -77,6 +79,7 @@ class DINOv2(DistillationModule):
     momentum_backbone: MaskedViT
     encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",), "momentum_backbone": ("tokens",)}
+    default_warmup_epochs: ClassVar[int] = 80
     views = staticmethod(dinov2_views)
 
     def __init__(
@@ -108,10 +111,10 @@ class DINOv2(DistillationModule):
         patch_lr_multiplier: float = 0.2,
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.2,
-        warmup_epochs: int = 80,
+        warmup_epochs: int | None = None,
         freeze_last_layer_epochs: int = 1,
         clip_grad: float | None = 3.0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         schedules = Schedules(
             momentum=momentum,
@@ -124,12 +127,15 @@ class DINOv2(DistillationModule):
             warmup_teacher_temperature_epochs=warmup_teacher_temperature_epochs,
         )
         super().__init__(
-            build_masked_backbone(backbone, defaults={"drop_path_rate": 0.4, "init_values": 1e-5}, **options),
+            build_masked_backbone(
+                backbone, defaults={"drop_path_rate": 0.4, "init_values": 1e-5}, **backbone_options(options)
+            ),
             schedules=schedules,
             optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
+            lr_schedule=options.get("lr_schedule"),
         )
         check_positive("student_temperature", student_temperature, "The paper has 0.1")
         check_choice("centering", centering, ("sinkhorn", "mean"))

@@ -20,12 +20,13 @@ from lightning_contrast.augment import dino_views
 from lightning_contrast.losses import dino_loss, masked_patch_loss
 from lightning_contrast.methods.distillation import DistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
-from lightning_contrast.nn import BackboneOptions, Center, MaskedViT, Norm, build_head, build_masked_backbone
+from lightning_contrast.nn import Center, MaskedViT, Norm, build_head, build_masked_backbone
 from lightning_contrast.nn.masking import check_mask_ratios, draw_masks, gather, ibot_masks, join_globals
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 
 class IBOT(DistillationModule):
@@ -64,10 +65,10 @@ class IBOT(DistillationModule):
         final_lr: Learning rate at the end, absolute.
         weight_decay: Weight decay at the start, of all parameters except norms and biases.
         final_weight_decay: Weight decay at the end of the cosine.
-        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``.
+        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``; None is 10, fewer in short runs.
         freeze_last_layer_epochs: Epochs during which the prototypes are frozen.
         clip_grad: Maximum norm of each parameter's gradient; None for no clipping. The Trainer's takes precedence.
-        **options: See `BackboneOptions`; ``small_images`` must be False.
+        **options: See `MethodOptions`; ``small_images`` must be False.
     """
 
     backbone: MaskedViT
@@ -104,10 +105,10 @@ class IBOT(DistillationModule):
         final_lr: float = 1e-6,
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
-        warmup_epochs: int = 10,
+        warmup_epochs: int | None = None,
         freeze_last_layer_epochs: int = 1,
         clip_grad: float | None = 3.0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         schedules = Schedules(
             momentum=momentum,
@@ -120,12 +121,13 @@ class IBOT(DistillationModule):
             warmup_teacher_temperature_epochs=warmup_teacher_temperature_epochs,
         )
         super().__init__(
-            build_masked_backbone(backbone, defaults={"drop_path_rate": 0.1}, **options),
+            build_masked_backbone(backbone, defaults={"drop_path_rate": 0.1}, **backbone_options(options)),
             schedules=schedules,
             optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
+            lr_schedule=options.get("lr_schedule"),
         )
         check_positive("student_temperature", student_temperature, "The paper has 0.1")
         check_positive("patch_teacher_temperature", patch_teacher_temperature, "The paper has 0.07")

@@ -29,6 +29,7 @@ from lightning_contrast.nn.small_vit import SMALL_VIT
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 _PATCHES_ONLY = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 
@@ -67,13 +68,14 @@ class IJEPA(StretchedModule):
         final_lr: Learning rate at the end of the schedule, absolute.
         weight_decay: Weight decay at the start, of all parameters except norms and biases.
         final_weight_decay: Weight decay at the end of the cosine.
-        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``.
-        **options: See `BackboneOptions`; ``small_images`` must be False.
+        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``; None is 40, fewer in short runs.
+        **options: See `MethodOptions`; ``small_images`` must be False.
     """
 
     base_lr: ClassVar[float] = 0.000125
     encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",), "momentum_backbone": ("tokens",)}
+    default_warmup_epochs: ClassVar[int] = 40
     views = staticmethod(ijepa_views)
 
     def __init__(
@@ -100,8 +102,8 @@ class IJEPA(StretchedModule):
         final_lr: float = 1e-6,
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
-        warmup_epochs: int = 40,
-        **options: Unpack[BackboneOptions],
+        warmup_epochs: int | None = None,
+        **options: Unpack[MethodOptions],
     ) -> None:
         schedules = Schedules(
             momentum=momentum,
@@ -111,12 +113,13 @@ class IJEPA(StretchedModule):
             warmup_start=warmup_start,
         )
         super().__init__(
-            build_masked_backbone(backbone, mask_token=False, **_patches_only(backbone, options)),
+            build_masked_backbone(backbone, mask_token=False, **_patches_only(backbone, backbone_options(options))),
             schedules=schedules,
             optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
+            lr_schedule=options.get("lr_schedule"),
         )
         vit = self.backbone.vit
         _check_patches_only(vit)

@@ -17,12 +17,13 @@ from lightning_contrast.augment import moco_v2_views
 from lightning_contrast.callbacks import MomentumUpdate, QueueUpdate
 from lightning_contrast.losses import info_nce, mochi_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, FeatureQueue, build_head, convert_split_batchnorm
+from lightning_contrast.nn import FeatureQueue, build_head, convert_split_batchnorm
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.method_options import MethodOptions
 from lightning_contrast.runtime.temperature import current_temperature
 
 
@@ -50,7 +51,7 @@ class MoCHi(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is the paper's 0.03 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the paper has none.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.03
@@ -76,7 +77,7 @@ class MoCHi(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
@@ -106,7 +107,7 @@ class MoCHi(SelfSupervisedModule):
         query = self.projector(features)  # (B, D)
         keys = self._keys(view_k)  # (B, D)
         mixtures = self._mixtures(query) if self.current_epoch >= self.start_epoch else None  # (B, s + s', D)
-        empty = self.queue.is_empty and len(query) > 1  # in the first step, whose negatives are the other keys
+        empty = self.queue.is_empty  # in the first step, whose negatives are the other keys of all ranks
         loss = info_nce(
             query,
             keys,

@@ -64,12 +64,13 @@ class MoCo(SelfSupervisedModule):
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the paper has none.
         lr_schedule: Learning rate after the warm-up: "steps" is divided by 10 at 60 % and 80 % of the run, "cosine"
-            falls to 0. None is the paper's: "steps" for ``head_layers=1`` (v1), else "cosine". The CIFAR-10 demo has
-            one layer and the cosine.
+            falls to 0, "constant" stays at the peak. None is the paper's: "steps" for ``head_layers=1`` (v1), else
+            "cosine". The CIFAR-10 demo has one layer and the cosine.
         **options: See `BackboneOptions`.
     """
 
     base_lr: ClassVar[float] = 0.03
+    lr_schedules: ClassVar = ("cosine", "steps", "constant")
     views = staticmethod(moco_v2_views)
 
     def __init__(
@@ -92,20 +93,24 @@ class MoCo(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        lr_schedule: Literal["cosine", "steps"] | None = None,
+        lr_schedule: Literal["cosine", "steps", "constant"] | None = None,
         **options: Unpack[BackboneOptions],
     ) -> None:
         super().__init__(
-            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
+            backbone,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            lr_schedule=("steps" if head_layers == 1 else "cosine") if lr_schedule is None else lr_schedule,
+            **options,
         )
         check_choice("head_layers", head_layers, (1, 2))
-        check_choice("lr_schedule", lr_schedule, (None, "cosine", "steps"))
         check_probability("momentum", momentum)
         check_at_least("queue_size", queue_size, 1)
         check_at_least("batchnorm_splits", batchnorm_splits, 1)
         if temperature is None:
             temperature = 0.07 if head_layers == 1 else 0.2
-        self.lr_schedule = lr_schedule or ("steps" if head_layers == 1 else "cosine")
         self.head_layers, self.momentum, self.temperature = head_layers, momentum, check_temperature(temperature)
         self.weighting, self.mask_same = as_negatives(weighting), check_mask_same(mask_same)
         self.symmetric, self.keys_per_image = symmetric, 1 + symmetric
@@ -179,7 +184,7 @@ class MoCo(SelfSupervisedModule):
 
     def _loss(self, query: Tensor, keys: Tensor, temperature: float | Tensor, groups: Tensor | None) -> Tensor:
         """Return the loss of queries (B, D) with their keys (B, D) and the queue; an empty one with the other keys."""
-        if self.queue.is_empty and len(query) > 1:
+        if self.queue.is_empty:  # on all ranks alike; some may have one image
             return info_nce(query, keys, temperature=temperature, weighting=self.weighting, groups=groups)
         return info_nce(
             query,

@@ -19,9 +19,10 @@ from lightning_contrast.augment import moco_v3_views
 from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses import moco_v3_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, Norm, build_backbone, build_head
+from lightning_contrast.nn import Norm, build_backbone, build_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature, with_constant_factor
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 from lightning_contrast.runtime.temperature import current_temperature
 
 
@@ -49,8 +50,8 @@ class MoCoV3(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is 0.6 (ResNet, 100 epochs) or 1.5e-4 (ViT) x global
             batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases; None is 1e-6 (ResNet) or 0.1 (ViT).
-        warmup_epochs: Epochs of linear warm-up before the cosine to 0; None is 10 (ResNet) or 40 (ViT).
-        **options: See `BackboneOptions`.
+        warmup_epochs: Epochs of linear warm-up before the cosine; None is 10 (ResNet) or 40 (ViT), fewer in short runs.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.6
@@ -73,9 +74,9 @@ class MoCoV3(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float | None = None,
         warmup_epochs: int | None = None,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
-        network = build_backbone(backbone, **options)
+        network = build_backbone(backbone, **backbone_options(options))
         patches = getattr(network.module, "patch_embed", None)
         vit = patches is not None
         super().__init__(
@@ -83,7 +84,8 @@ class MoCoV3(SelfSupervisedModule):
             optimizer=optimizer or ("adamw" if vit else "lars"),
             lr=lr,
             weight_decay=weight_decay if weight_decay is not None else (0.1 if vit else 1e-6),
-            warmup_epochs=warmup_epochs if warmup_epochs is not None else (40 if vit else 10),
+            warmup_epochs=warmup_epochs,
+            lr_schedule=options.get("lr_schedule"),
         )
         self.temperature = check_temperature(temperature if temperature is not None else (0.2 if vit else 1.0))
         check_probability("momentum", momentum)
@@ -91,6 +93,7 @@ class MoCoV3(SelfSupervisedModule):
         head: dict[str, Any] = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
         if vit:
             self.base_lr = self.base_lr_vit  # type: ignore[misc]  # of this instance
+            self.default_warmup_epochs = 40  # type: ignore[misc]  # of this instance
         if isinstance(patches, PatchEmbed) and freeze_patches:
             patches.proj.requires_grad_(False)
         self.projector = projector or build_head("moco_v3_projector", self.feature_dim, layers=3 if vit else 2, **head)

@@ -18,12 +18,13 @@ from lightning_contrast.augment import msn_views
 from lightning_contrast.losses import msn_loss
 from lightning_contrast.methods.distillation import StretchedModule
 from lightning_contrast.metrics.teacher import teacher_statistics
-from lightning_contrast.nn import BackboneOptions, Norm, build_head, build_masked_backbone
+from lightning_contrast.nn import Norm, build_head, build_masked_backbone
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
 from lightning_contrast.precision import full_precision
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 
 class MSN(StretchedModule):
@@ -58,15 +59,16 @@ class MSN(StretchedModule):
         final_lr: Learning rate at the end of the schedule, absolute.
         weight_decay: Weight decay at the start, of all parameters except norms, biases and prototypes.
         final_weight_decay: Weight decay at the end of the cosine.
-        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``.
+        warmup_epochs: Epochs of linear warm-up before the cosine to ``final_lr``; None is 15, fewer in short runs.
         clip_grad: Maximum common norm of the gradients of backbone and projector; None for no clipping. A
             ``gradient_clip_val`` of the Trainer takes precedence.
-        **options: See `BackboneOptions`; ``small_images`` must be False.
+        **options: See `MethodOptions`; ``small_images`` must be False.
     """
 
     base_lr: ClassVar[float] = 0.00025
     encodes_whole_images: ClassVar[bool] = False
     sharded_methods: ClassVar = {"backbone": ("tokens",)}
+    default_warmup_epochs: ClassVar[int] = 15
     views = staticmethod(msn_views)
 
     def __init__(
@@ -92,9 +94,9 @@ class MSN(StretchedModule):
         final_lr: float = 1e-6,
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
-        warmup_epochs: int = 15,
+        warmup_epochs: int | None = None,
         clip_grad: float | None = 3.0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         schedules = Schedules(
             momentum=momentum,
@@ -105,12 +107,13 @@ class MSN(StretchedModule):
             warmup_start=warmup_start,
         )
         super().__init__(
-            build_masked_backbone(backbone, mask_token=False, **options),
+            build_masked_backbone(backbone, mask_token=False, **backbone_options(options)),
             schedules=schedules,
             optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
+            lr_schedule=options.get("lr_schedule"),
         )
         check_at_least("random_views", random_views, 1, "One view must be masked")
         require(0 <= patch_drop < 1, "patch_drop", "lie in [0, 1)", patch_drop, "Leave some patches")

@@ -16,12 +16,13 @@ from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import info_nce
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.metrics.neighbours import nearest_row
-from lightning_contrast.nn import BackboneOptions, FeatureQueue, Norm, build_head
+from lightning_contrast.nn import FeatureQueue, Norm, build_head
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.multi_crop import count_global_views, forward_each, mean_loss, view_pairs
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.method_options import MethodOptions
 from lightning_contrast.runtime.temperature import current_temperature
 
 
@@ -42,13 +43,12 @@ class NNCLR(SelfSupervisedModule):
         predictor: A module (B, D) -> (B, D) that replaces the predictor.
         queue_size: Number K of past projections, at least those of one step on all ranks.
         queue_dtype: "float32", "float16" or "int8".
-        temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
-            `nn.ScheduledTemperature`, or a function of the optimizer step.
+        temperature: Divisor of the cosine similarities, > 0; a number, or as the ``temperature`` of `SimCLR`.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0; None is 10, fewer in short runs.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.3
@@ -70,8 +70,8 @@ class NNCLR(SelfSupervisedModule):
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1e-6,
-        warmup_epochs: int = 10,
-        **options: Unpack[BackboneOptions],
+        warmup_epochs: int | None = None,
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

@@ -23,10 +23,11 @@ from lightning_contrast.contracts import require_indices
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses import info_nce
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, MemoryBank, build_head
+from lightning_contrast.nn import MemoryBank, build_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike, step_decay
 from lightning_contrast.precision import full_precision, unit_rows
+from lightning_contrast.runtime.method_options import MethodOptions
 from lightning_contrast.runtime.temperature import current_temperature
 
 _EPSILON = 1e-7  # as in the reference implementation
@@ -51,7 +52,7 @@ class NPID(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is the reference's 0.03 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the reference has none.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.03
@@ -71,7 +72,7 @@ class NPID(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

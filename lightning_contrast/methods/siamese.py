@@ -18,9 +18,10 @@ from lightning_contrast.losses import margin_contrastive_loss
 from lightning_contrast.losses.labels import global_classes
 from lightning_contrast.losses.mining import MINERS, Miner, mine
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, build_head
+from lightning_contrast.nn import build_head
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class SiameseMargin(SelfSupervisedModule):
@@ -42,7 +43,7 @@ class SiameseMargin(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is 0.03 x global batch / 256; the paper gives none.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.03
@@ -62,7 +63,7 @@ class SiameseMargin(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

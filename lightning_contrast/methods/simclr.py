@@ -18,10 +18,11 @@ from lightning_contrast.losses import Negatives, nt_xent
 from lightning_contrast.losses.negatives import as_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
-from lightning_contrast.nn import BackboneOptions, Norm, build_head, hidden_layers
+from lightning_contrast.nn import Norm, build_head, hidden_layers
 from lightning_contrast.nn.multi_crop import forward_by_size, mean_loss, view_pairs
 from lightning_contrast.nn.temperature import Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.runtime.method_options import MethodOptions
 from lightning_contrast.runtime.temperature import current_temperature
 
 
@@ -42,13 +43,12 @@ class SimCLR(SelfSupervisedModule):
         temperature: Divisor of the cosine similarities, > 0; the paper has 0.1 on ImageNet and 0.5 on CIFAR-10. A
             number, `nn.LearnedTemperature`, `nn.ScheduledTemperature`, or a function of the optimizer step.
         weighting: Weighting of the negatives: a `losses.Negatives`, or the name of one.
-        mask_same: Do not use images with the same "label" or "index" as negatives; None uses all images. A label below
-            0 is unknown.
+        mask_same: No negatives with the same "label" or "index"; a label below 0 is unknown. None uses all images.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0; None is 10, fewer in short runs.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.3
@@ -69,8 +69,8 @@ class SimCLR(SelfSupervisedModule):
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1e-6,
-        warmup_epochs: int = 10,
-        **options: Unpack[BackboneOptions],
+        warmup_epochs: int | None = None,
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

@@ -15,8 +15,9 @@ from lightning_contrast import optim
 from lightning_contrast.augment import simsiam_views
 from lightning_contrast.losses import negative_cosine
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn import Norm, build_head
 from lightning_contrast.nn.multi_crop import forward_each, mean_loss, view_pairs
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class SimSiam(SelfSupervisedModule):
@@ -40,7 +41,7 @@ class SimSiam(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is the paper's 0.05 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up; the paper has none.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.05
@@ -61,7 +62,7 @@ class SimSiam(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

@@ -15,8 +15,9 @@ from lightning_contrast._checks import check_positive
 from lightning_contrast.augment import moco_v2_views
 from lightning_contrast.losses import spectral_contrastive_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, Norm, build_head
+from lightning_contrast.nn import Norm, build_head
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class SpectralContrastive(SelfSupervisedModule):
@@ -35,8 +36,8 @@ class SpectralContrastive(SelfSupervisedModule):
         optimizer: "sgd" as in the reference implementation, "adamw", "lars", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the reference's 0.03 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0; None is 10, fewer in short runs.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.03
@@ -55,8 +56,8 @@ class SpectralContrastive(SelfSupervisedModule):
         optimizer: OptimizerLike = "sgd",
         lr: float | None = None,
         weight_decay: float = 5e-4,
-        warmup_epochs: int = 10,
-        **options: Unpack[BackboneOptions],
+        warmup_epochs: int | None = None,
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

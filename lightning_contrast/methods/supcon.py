@@ -16,10 +16,11 @@ from lightning_contrast.augment import simclr_views
 from lightning_contrast.contracts import require_labels
 from lightning_contrast.losses import sup_con
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, build_head
+from lightning_contrast.nn import build_head
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.temperature import Temperature, check_temperature, with_constant_factor
 from lightning_contrast.optim import OptimizerLike, warmup_cosine
+from lightning_contrast.runtime.method_options import MethodOptions
 from lightning_contrast.runtime.temperature import current_temperature
 
 
@@ -41,8 +42,8 @@ class SupCon(SelfSupervisedModule):
         optimizer: "sgd" as in the reference implementation, "adamw", "lars", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the reference's 0.5 for 1,024 images, scaled.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up before the cosine to 0.001 of the peak.
-        **options: See `BackboneOptions`.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0.001 of the peak; None is 10, fewer in short runs.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.125
@@ -59,8 +60,8 @@ class SupCon(SelfSupervisedModule):
         optimizer: OptimizerLike = "sgd",
         lr: float | None = None,
         weight_decay: float = 1e-4,
-        warmup_epochs: int = 10,
-        **options: Unpack[BackboneOptions],
+        warmup_epochs: int | None = None,
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

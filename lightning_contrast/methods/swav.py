@@ -19,11 +19,12 @@ from lightning_contrast.augment import swav_views
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.losses import swav_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, FeatureQueue, Norm, Prototypes, build_head
+from lightning_contrast.nn import FeatureQueue, Norm, Prototypes, build_head
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.fsdp import full_weights
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class SwAV(SelfSupervisedModule):
@@ -50,11 +51,11 @@ class SwAV(SelfSupervisedModule):
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
-        warmup_epochs: Epochs of linear warm-up, before the cosine to 0.001 of the peak.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0.001 of the peak; None is 10, fewer in short runs.
         warmup_start: Learning rate at the start of the warm-up as a share of its peak, in [0, 1]; the paper has
             0.3 / 4.8.
         adapt_vectors: Let LARS adapt norms and biases too, as in the paper; solo-learn does not.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 0.3
@@ -78,10 +79,10 @@ class SwAV(SelfSupervisedModule):
         optimizer: OptimizerLike = "lars",
         lr: float | None = None,
         weight_decay: float = 1e-6,
-        warmup_epochs: int = 10,
+        warmup_epochs: int | None = None,
         warmup_start: float = 0.0625,
         adapt_vectors: bool = True,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

@@ -1,13 +1,16 @@
 """Parameter groups with and without weight decay, and of parameters with a learning rate of their own."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from lightning_contrast._checks import check_choice, check_not_negative, fail
+from lightning_contrast.optim.layer_decay import RATE_MULTIPLIER
 
+_FOLLOWS = "rate_of_next"  # key of a group: its learning rate as a multiple of that of the last part of its group
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -67,6 +70,53 @@ def parameter_groups(
         {"params": others, "weight_decay": 0.0, "adapt": False},
         *own,
     ]
+
+
+def split_added_groups(optimizer: Optimizer, method_groups: Callable[[], list[dict[str, Any]]]) -> None:
+    """Make parameters that are added to an optimizer during a run have the options of the method's groups.
+
+    Lightning's `BackboneFinetuning` adds a frozen backbone as one group with the optimizer's default weight decay, on
+    norms and biases too. After this call ``add_param_group`` splits what it is given as ``method_groups`` does: the
+    parts have its weight decay and other options, unless the added group has its own, and its learning-rate multipliers
+    relative to the last part. That one is the group whose learning rate a callback sets; the others follow it.
+
+    Args:
+        optimizer: The optimizer.
+        method_groups: Returns the groups of all parameters that are trainable now.
+    """
+    add = optimizer.add_param_group
+
+    def add_parts(param_group: dict[str, Any]) -> None:
+        params = [param_group["params"]] if isinstance(param_group["params"], Tensor) else list(param_group["params"])
+        parts: list[dict[str, Any]] = []
+        for own in method_groups():
+            chosen = set(own["params"])
+            parts.append(own | {"params": [parameter for parameter in params if parameter in chosen]})
+        found = {parameter for part in parts for parameter in part["params"]}
+        rest = {"params": [parameter for parameter in params if parameter not in found]}
+        parts.sort(key=lambda part: (part.get("weight_decay", 0.0), part.get(RATE_MULTIPLIER, 1.0)))
+        parts = [part for part in (rest, *parts) if part["params"]]
+        for part in parts:
+            part.pop("lr", None)  # the rate is given with the group
+        last = parts[-1].get(RATE_MULTIPLIER, 1.0) if parts else 1.0
+        for part in parts[:-1]:
+            part[_FOLLOWS] = part.get(RATE_MULTIPLIER, 1.0) / last
+        for part in parts:
+            add(part | {key: value for key, value in param_group.items() if key != "params"})
+        follow_rates(optimizer)
+
+    optimizer.add_param_group = add_parts  # type: ignore[method-assign]
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: follow_rates(optimizer))
+
+
+def follow_rates(optimizer: Optimizer) -> None:
+    """Set the learning rates of the parts of an added group, except its last part; see `split_added_groups`."""
+    rate: float | Tensor = 0.0
+    for group in reversed(optimizer.param_groups):
+        if _FOLLOWS in group:
+            group["lr"] = rate * group[_FOLLOWS]
+        else:
+            rate = group["lr"]
 
 
 def _unflattened_dims(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:

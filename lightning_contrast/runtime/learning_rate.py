@@ -1,6 +1,5 @@
 """Learning rates as a function of the optimizer step, planned at the start of each fit."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -92,25 +91,30 @@ class ScheduledModule(L.LightningModule):
     """
 
     lr: float | None
-    lr_schedule: str | None
-    warmup_epochs: int
+    lr_schedule: str | None = None
     lr_factor: Callable[..., float]
     base_lr: ClassVar[float]
     lr_rule: ClassVar[str]
+    default_warmup_epochs: ClassVar[int] = 10
+    _given_warmup: int | None = None
     _schedule_offset: int = 0  # of the checkpoint or of the run
     _planned_batch: int | None = None  # global batch that the optimizer's peak rates were scaled with
     _saved_batch: int | None = None  # that of the checkpoint that is being loaded
     _warmup_steps: int = 0
 
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of the warm-up: those that were given, else ``default_warmup_epochs``."""
+        return self.default_warmup_epochs if self._given_warmup is None else self._given_warmup
+
+    @warmup_epochs.setter
+    def warmup_epochs(self, epochs: int | None) -> None:
+        self._given_warmup = epochs
+
     def plan_warmup(self, *, announce: bool = False) -> int:
         """Return the optimizer steps of the warm-up for the run as it was measured last."""
         length, epochs = run_length(self.trainer), self.warmup_epochs
-        own = (vars(owner)["__init__"] for owner in type(self).__mro__ if "__init__" in vars(owner))
-        signatures = (inspect.signature(init).parameters for init in own)
-        default = next((found["warmup_epochs"].default for found in signatures if "warmup_epochs" in found), None)
-        given = self.hparams.get("warmup_epochs", epochs)
-        is_default = given == default and given in (None, epochs)
-        return warmup_steps(self.trainer, length, epochs, is_default=is_default, announce=announce)
+        return warmup_steps(self.trainer, length, epochs, is_default=self._given_warmup is None, announce=announce)
 
     def plan_learning_rate(self) -> float:
         """Measure the run, plan its warm-up, and return the peak learning rate for its global batch."""
@@ -133,9 +137,10 @@ class ScheduledModule(L.LightningModule):
 
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak learning rate at an optimizer step of the run."""
-        if self.lr_schedule == "constant":
-            return min(1.0, step / self._warmup_steps) if self._warmup_steps else 1.0
-        return factor_at(self.trainer, self.lr_factor, self._warmup_steps, run_length(self.trainer).total_steps, step)
+        warmup = self._warmup_steps
+        if self.lr_schedule == "constant":  # the run may have no end
+            return self.lr_factor(step, warmup, warmup + 1) if step < warmup else 1.0
+        return factor_at(self.trainer, self.lr_factor, warmup, run_length(self.trainer).total_steps, step)
 
     def scale_lr(self, ratio: float) -> None:
         """Multiply the peak learning rates by a ratio, but not groups' own; subclasses adapt what depends on them."""

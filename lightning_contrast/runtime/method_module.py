@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_contrast.optim.groups import follow_rates
 from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults, of_module
+from lightning_contrast.runtime.finetuning import prepare_finetuning
 from lightning_contrast.runtime.fsdp import ShardedClippingModule, has_local_batchnorm, shard_submodules
 from lightning_contrast.runtime.hparams import caller, check_complete, left_out_arguments, settings_as_dicts
 from lightning_contrast.runtime.last_batch import check_last_batch
 from lightning_contrast.runtime.learning_rate import ScheduledModule
 from lightning_contrast.runtime.optimizer_steps import only_forward
-from lightning_contrast.runtime.rank_draws import rank_seed
+from lightning_contrast.runtime.rank_draws import RestoreDraws, rank_seed
 from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
 from lightning_contrast.seeding import isolated
 
@@ -30,7 +32,7 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
     def __init__(self) -> None:
         super().__init__()
         check_complete(inspect.currentframe())
-        self._rank_draws = ExitStack()
+        self.rank_draws = ExitStack()
 
     def default_callbacks(self) -> list[L.Callback]:
         """Return new instances of the callbacks that the algorithm needs."""
@@ -42,6 +44,8 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
             self._default_callbacks = mark_defaults(self.default_callbacks(), self)
         present = of_module(self.trainer.callbacks, self)  # type: ignore[attr-defined]
         missing = missing_defaults(self._default_callbacks, present, self)
+        if self.trainer.world_size > 1:
+            missing += missing_defaults(mark_defaults([RestoreDraws()], self), present, self)
         remember_callbacks(self.trainer, [*present, *missing])
         return missing
 
@@ -53,6 +57,7 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
         """
         trainer: Any = self.trainer
         check_last_batch(trainer)
+        prepare_finetuning(trainer)
         needed = tuple(type(callback) for callback in self._default_callbacks or ())
         for callback in remembered_callbacks(trainer):
             if isinstance(callback, needed) and callback not in trainer.callbacks:
@@ -61,24 +66,28 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Drop stale gradients before an epoch that only updates the statistics of BatchNorm.
+        """Give all parts of a group that was added to the optimizer the learning rate that a callback has set.
 
-        Lightning's `StochasticWeightAveraging` skips the backward passes of that epoch but not its optimizer step.
+        Gradients are dropped before an epoch that only updates the statistics of BatchNorm: Lightning's
+        `StochasticWeightAveraging` skips the backward passes of that epoch but not its optimizer step.
         """
+        for optimizer in self.trainer.optimizers:
+            follow_rates(optimizer)
         if only_forward(self.trainer):
             for optimizer in self.trainer.optimizers:
                 optimizer.zero_grad()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw masks, noise and dropout of the step from generators that differ between ranks; see `rank_seed`."""
+        self.rank_draws.close()  # a subclass may have overridden `on_train_batch_end`
         has_seed = any(getattr(c, "provides_view_seed", None) is not None for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         seed = None if has_seed else rank_seed()
         if seed is not None:
-            self._rank_draws.enter_context(isolated(seed, self.device))
+            self.rank_draws.enter_context(isolated(seed, self.device))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Restore the generators, which are equal on all ranks after ``seed_everything``."""
-        self._rank_draws.close()
+        self.rank_draws.close()
 
     def configure_model(self) -> None:
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""

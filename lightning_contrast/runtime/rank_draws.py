@@ -1,9 +1,24 @@
 """Random draws that differ between ranks."""
 
+from typing import Any
+
+import lightning as L
 import torch
 
 from lightning_contrast import distributed
 from lightning_contrast.seeding import derived_seed
+
+
+class RestoreDraws(L.Callback):
+    """Restores the global generators after an exception in a step, whose draws have generators of their own.
+
+    Lightning tells only callbacks of an exception. A process that catches it, such as a notebook, would continue with
+    generators that differ between ranks.
+    """
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Restore the generators."""
+        pl_module.rank_draws.close()
 
 
 def rank_seed() -> int | None:

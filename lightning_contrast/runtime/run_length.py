@@ -143,9 +143,9 @@ def check_end(trainer: L.Trainer, length: RunLength) -> None:
     if math.isfinite(length.total_steps):
         return
     if trainer.max_epochs in (None, -1):
-        hint = 'Set `max_epochs` or `max_steps` on the Trainer, or `lr_schedule = "constant"` on the method'
+        hint = 'Set `max_epochs` or `max_steps` on the Trainer, or `lr_schedule="constant"` on the method'
         fail("max_epochs", "end the run for the schedules", trainer.max_epochs, hint)
-    hint = 'Set `max_steps` or `limit_train_batches` on the Trainer, or `lr_schedule = "constant"` on the method'
+    hint = 'Set `max_steps` or `limit_train_batches` on the Trainer, or `lr_schedule="constant"` on the method'
     rule = "be replaced by `max_steps` for a training loader without a length"
     fail("max_epochs", rule, trainer.max_epochs, hint)
 

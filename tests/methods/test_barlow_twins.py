@@ -47,7 +47,7 @@ def test_head_equals_the_reference():
 def test_paper_defaults(tmp_path):
     defaults = {name: p.default for name, p in inspect.signature(lc.BarlowTwins).parameters.items()}
     assert (defaults["hidden_dim"], defaults["projection_dim"]) == (8192, 8192)
-    assert (defaults["off_diagonal_weight"], defaults["warmup_epochs"]) == (0.0051, 10)
+    assert (defaults["off_diagonal_weight"], lc.BarlowTwins.default_warmup_epochs) == (0.0051, 10)
 
     module = lc.BarlowTwins(TinyBackbone(), hidden_dim=16, projection_dim=8, warmup_epochs=1)
     fit = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)

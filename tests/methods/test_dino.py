@@ -208,7 +208,7 @@ def test_paper_defaults(tmp_path):
         paper = lc.DINO("vit_small_patch16_224")
     assert paper.projector.last_layer.weight_v.shape == (65536, 256)
     assert paper.schedules.freeze_last_layer_epochs == 1
-    assert paper.hparams.warmup_epochs == 10
+    assert paper.warmup_epochs == 10
 
 
 def test_teacher_temperature_warms_up_by_epoch():

@@ -171,7 +171,7 @@ def test_paper_defaults(tmp_path):
     assert paper.student_temperature == 0.1
     assert (paper.koleo_weight, paper.patch_weight, paper.centering) == (0.1, 1.0, "sinkhorn")
     assert (schedules.clip_grad, schedules.freeze_last_layer_epochs, schedules.final_weight_decay) == (3.0, 1, 0.2)
-    assert (paper.hparams.warmup_epochs, paper.patch_lr_multiplier, paper.layer_decay) == (80, 0.2, 1.0)
+    assert (paper.warmup_epochs, paper.patch_lr_multiplier, paper.layer_decay) == (80, 0.2, 1.0)
 
 
 def test_both_last_layers_are_frozen_at_first(tmp_path):

@@ -136,7 +136,7 @@ def test_paper_defaults(tmp_path):
     assert schedules.warmup_teacher_temperature_epochs == 30
     assert paper.patch_teacher_temperature == 0.07
     assert (schedules.clip_grad, schedules.freeze_last_layer_epochs, schedules.final_weight_decay) == (3.0, 1, 0.4)
-    assert paper.hparams.warmup_epochs == 10
+    assert paper.warmup_epochs == 10
 
 
 class Loud(nn.Module):

@@ -170,7 +170,7 @@ def test_paper_defaults(tmp_path):
     assert defaults["num_prototypes"] == 3000
     assert (defaults["temperature"], defaults["epsilon"], defaults["sinkhorn_iterations"]) == (0.1, 0.05, 3)
     assert (defaults["queue_size"], defaults["queue_start_epoch"], defaults["freeze_prototypes_epochs"]) == (0, 15, 1)
-    assert (defaults["hidden_dim"], defaults["projection_dim"], defaults["warmup_epochs"]) == (2048, 128, 10)
+    assert (defaults["hidden_dim"], defaults["projection_dim"], lc.SwAV.default_warmup_epochs) == (2048, 128, 10)
 
     module = lc.SwAV(TinyBackbone(), hidden_dim=16, num_prototypes=12, warmup_epochs=1)
     fit = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)

@@ -54,7 +54,7 @@ def test_expander_equals_the_reference():
 
 def test_paper_defaults(tmp_path):
     defaults = {name: p.default for name, p in inspect.signature(lc.VICReg).parameters.items()}
-    assert (defaults["hidden_dim"], defaults["projection_dim"], defaults["warmup_epochs"]) == (8192, 8192, 10)
+    assert (defaults["hidden_dim"], defaults["projection_dim"], lc.VICReg.default_warmup_epochs) == (8192, 8192, 10)
     weights = [defaults[f"{term}_weight"] for term in ("invariance", "variance", "covariance")]
     assert weights == [25.0, 25.0, 1.0]
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_contrast.optim import LARS, build_optimizer, parameter_groups
+from lightning_contrast.optim.groups import split_added_groups
 
 
 class Network(nn.Module):
@@ -107,3 +108,43 @@ def test_bad_optimizers_are_named():
         build_optimizer(lambda params: None, groups, 0.1)
     with pytest.raises(ValueError, match="`lr` must be >= 0"):
         build_optimizer("sgd", groups, -0.1)
+
+
+def test_added_parameters_get_the_options_of_the_methods_groups():
+    old, new = nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 2)])
+    other = nn.Parameter(torch.zeros(2, 2))
+    whole = nn.ModuleList([old, new])
+    weight = new[0].weight
+
+    def method_groups():
+        decayed, others = parameter_groups(whole, 0.1)
+        rest = [p for p in decayed["params"] if p is not weight]
+        slow = {**decayed, "params": [weight], "lr_multiplier": 0.5}
+        return [{**decayed, "params": rest, "mark": True}, slow, others]
+
+    optimizer = build_optimizer("sgd", parameter_groups(old, 0.1), lr=1.0)
+    split_added_groups(optimizer, method_groups)
+    optimizer.add_param_group({"params": [*new.parameters(), other], "lr": 0.4, "momentum": 0.3})
+    unknown, vectors, first, last = optimizer.param_groups[2:]
+    for group, params in ((unknown, [other]), (vectors, [new[0].bias, new[1].bias]), (first, [weight])):
+        assert len(group["params"]) == len(params)
+        assert all(a is b for a, b in zip(group["params"], params, strict=True))
+    assert [group["weight_decay"] for group in (unknown, vectors, first, last)] == [0, 0, 0.1, 0.1]
+    assert [group["lr"] for group in (unknown, vectors, first, last)] == [0.4, 0.4, 0.2, 0.4]
+    assert last["mark"]
+    assert not vectors["adapt"]
+    assert {group["momentum"] for group in optimizer.param_groups[2:]} == {0.3}
+    last["lr"] = 0.8
+    optimizer.step()  # sets the rates that it uses
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0, 0.8, 0.8, 0.4, 0.8]
+    optimizer.add_param_group({"params": nn.Parameter(torch.zeros(1)), "lr": 0.1})
+    assert len(optimizer.param_groups) == 7
+
+
+def test_an_added_group_keeps_a_weight_decay_of_its_own():
+    old, new = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = build_optimizer("adamw", parameter_groups(old, 0.1), lr=1.0)
+    split_added_groups(optimizer, lambda: parameter_groups(nn.ModuleList([old, new]), 0.1))
+    optimizer.add_param_group({"params": list(new.parameters()), "weight_decay": 0.7})
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0, 0.7, 0.7]
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0] * 4

@@ -1,13 +1,16 @@
 """Ranks draw different views, masks and noise by default, and leave the global generators equal."""
 
+import random
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
 from lightning_contrast.testing import run_processes
-from tests.methods.cases import CASES, TinyBackbone
+from tests.methods.cases import CASES, TinyBackbone, make
 from tests.rank_runs import SETTINGS, on_ranks
 
 
@@ -55,3 +58,45 @@ def test_ranks_differ_with_and_without_a_seed(seed):
 def test_a_seed_gives_the_same_run_again():
     first, second = (run_processes(draws, 2, 3, init=False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+class Broken(L.Callback):
+    """Fails in a hook of the second step, after a draw of the step."""
+
+    def __init__(self, hook):
+        self.before = None
+        setattr(self, hook, self.fail)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = [state() for state in STATES]
+
+    def fail(self, trainer, *args):
+        if trainer.fit_loop.total_batch_idx == 1:
+            random.random(), np.random.rand(), torch.rand(2)
+            raise RuntimeError("in the middle of a step")
+
+
+STATES = (random.getstate, lambda: np.random.get_state()[1].tolist(), lambda: torch.get_rng_state().tolist())
+
+
+def states_after_an_exception(rank, hook):
+    L.seed_everything(0)
+    images = torch.full((8, 3, 16, 16), 0.5)
+    loader = DataLoader(list(zip(zip(images, images, strict=True), torch.arange(8), strict=True)), batch_size=2)
+    module, broken = make("SimCLR", norm=False), Broken(hook)
+    trainer = L.Trainer(**(SETTINGS | on_ranks(2) | {"max_epochs": 1, "precision": "32-true"}), callbacks=[broken])
+    with pytest.raises(RuntimeError, match="in the middle of a step"):
+        trainer.fit(module, loader)
+    assert broken.before is not None
+    after = [state() for state in STATES]
+    return after, after[:2] == broken.before[:2]
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step", "on_train_batch_end"])
+def test_an_exception_in_a_step_restores_the_generators(hook):
+    (first, restored), (second, restored_too) = run_processes(states_after_an_exception, 2, hook, init=False)
+    assert restored
+    assert restored_too
+    assert first == second

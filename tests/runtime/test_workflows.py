@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate
+from lightning_contrast.testing import run_processes
 from tests.methods.cases import CASES, make
-from tests.runtime.test_schedules_follow_the_run import BATCH, IMAGES, QUIET, Views
+from tests.rank_runs import on_ranks
+from tests.runtime.test_schedules_follow_the_run import BATCH, IMAGES, NAMES, QUIET, Views
 from tests.tolerances import ROUNDED, near, near64
 
 pytestmark = pytest.mark.filterwarnings(
@@ -103,6 +105,39 @@ def test_a_default_warmup_is_cut_and_a_given_one_is_refused(caplog):
         fit("SimCLR", module=make("SimCLR", warmup_epochs=9), max_epochs=5)
 
 
+def test_the_defaults_number_is_refused_if_it_is_given():
+    """A default is known by not being given: not by its value, nor by the value in a checkpoint or a configuration."""
+    words = r"`warmup_epochs` must fit into the 20 steps of the run, got '10 epochs of 4 steps'"
+    given, default = make("SimCLR", warmup_epochs=10), make("SimCLR", warmup_epochs=None)
+    assert given.warmup_epochs == default.warmup_epochs == 10
+    again, other = (
+        lc.SimCLR(**(dict(m.hparams) | {"backbone": CASES["SimCLR"].backbone(True)})) for m in (given, default)
+    )
+    later = make("SimCLR", warmup_epochs=None)
+    later.warmup_epochs = 10
+    for module in (given, again, later):
+        with pytest.raises(ValueError, match=words):
+            fit("SimCLR", module=module, max_epochs=5)
+    for module in (default, other):
+        fit("SimCLR", module=module, max_epochs=5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_constant_rate_is_an_argument_of_every_method(name):
+    """After its warm-up, also in a run without an end; None is the method's schedule."""
+    module = make(name, warmup_epochs=1, lr_schedule="constant")
+    assert module.hparams.lr_schedule == module.lr_schedule == "constant"
+    loader = DataLoader(Views(name).items, batch_size=BATCH)
+    _, seen = fit(name, module=module, data=loader, max_epochs=3)
+    peak = module.lr
+    assert seen.rates[3:] == near64([peak] * 9)
+    assert seen.rates[0] < peak
+    usual = make(name, warmup_epochs=1)
+    assert fit(name, module=usual, data=loader, max_epochs=3)[1].rates[-1] < peak / 2
+    with pytest.raises(ValueError, match=r"`lr_schedule` must be one of .*, got 'linear'"):
+        make(name, lr_schedule="linear")
+
+
 @three
 def test_endless_runs_and_loaders_without_length(name):
     class Stream(IterableDataset):
@@ -118,8 +153,7 @@ def test_endless_runs_and_loaders_without_length(name):
     with pytest.raises(ValueError, match=r"`max_epochs` must end the run for the schedules, got -1|in an endless run"):
         fit(name, max_epochs=-1, max_time="00:00:01:00")
     if name != "DINO":  # whose momentum needs the end of the run, too
-        module = make(name, warmup_epochs=0)
-        module.lr_schedule = "constant"
+        module = make(name, warmup_epochs=0, lr_schedule="constant")
         _, seen = fit(name, module=module, data=loader, max_epochs=2)
         assert seen.rates == [0.05] * 2 * (IMAGES // BATCH)
 
@@ -136,8 +170,7 @@ def test_lr_find_measures_the_method(name, tmp_path):
     sweep = {"min_lr": lowest, "max_lr": highest, "num_training": 20, "early_stop_threshold": None}
     found = tuner.lr_find(module, Views(name), **sweep)
     assert len(found.results["loss"]) == 20
-    alike = make(name, warmup_epochs=0, lr=lowest)
-    alike.lr_schedule = "constant"
+    alike = make(name, warmup_epochs=0, lr=lowest, lr_schedule="constant")
     _, seen = fit(name, module=alike, max_epochs=5)
     average = 0.0
     for count, loss in enumerate(seen.losses, 1):
@@ -176,9 +209,95 @@ def test_backbone_finetuning(name, optimizer):
 
     fit(name, Rates(), tune, module=module)
     factor = [rates[0] for rates in seen]
-    assert [len(rates) for rates in seen] == [2] * 4 + [3] * 8
-    added = [rates[2] for rates in seen[4:8]]
+    assert [len(rates) for rates in seen] == [2] * 4 + [4] * 8
+    assert all(rates[2] == rates[3] for rates in seen[4:])
+    added = [rates[3] for rates in seen[4:8]]
     assert added == near64([0.02 * now / factor[4] for now in factor[4:8]])  # in proportion to the others
+
+
+def decay_of(module, optimizer):
+    """Return the weight decay of each trainable parameter by name; each parameter is in one group."""
+    names = {parameter: key for key, parameter in module.named_parameters() if parameter.requires_grad}
+    groups = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    assert len(groups) == len(dict(groups)) == len(names)
+    return dict(groups)
+
+
+def backbone_finetuning():
+    return BackboneFinetuning(1, lambda_func=lambda epoch: 0.5, backbone_initial_lr=0.02)
+
+
+@three
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars"])
+def test_an_added_backbone_has_the_weight_decay_of_the_method(name, optimizer):
+    """It is the one without `BackboneFinetuning`, in every step of its schedule."""
+
+    class Decays(L.Callback):
+        def __init__(self):
+            self.seen, self.rates = [], []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append(decay_of(pl_module, trainer.optimizers[0]))
+            self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    usual, added = Decays(), Decays()
+    for watch, callbacks in ((usual, []), (added, [backbone_finetuning()])):
+        fit(name, watch, *callbacks, module=make(name, warmup_epochs=0, optimizer=optimizer, weight_decay=0.03))
+    assert added.seen[4:] == usual.seen[4:]
+    decays = added.seen[-1]
+    assert decays["backbone.layers.0.weight"] > decays["backbone.layers.0.bias"] == 0
+    assert all(rates[2] == rates[3] for rates in added.rates[4:])
+    assert added.rates[4][3] > 0
+
+
+class FirstOfEpoch(L.Callback):
+    """Records the learning rates before each epoch's first batch, as `LearningRateMonitor` does, and saves an epoch."""
+
+    def __init__(self, path=None):
+        self.path, self.rates = path, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if self.path is not None and trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path)
+
+
+@three
+def test_backbone_finetuning_resumes(name, tmp_path):
+    """Lightning alone leaves the backbone frozen after a resume."""
+    weights, rates = [], []
+    for save, load in ((tmp_path / "second.ckpt", None), (None, tmp_path / "second.ckpt")):
+        module, watch = make(name, warmup_epochs=0, optimizer="adamw"), FirstOfEpoch(save)
+        trainer = L.Trainer(**(QUIET | {"max_epochs": 4}), callbacks=[watch, backbone_finetuning()])
+        trainer.fit(module, Views(name), ckpt_path=load, weights_only=True)
+        assert all(parameter.requires_grad for parameter in module.backbone.parameters())
+        weights.append(module.state_dict())
+        rates.append(watch.rates[-2:])
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert rates[0] == rates[1]
+
+
+@three
+def test_rates_of_an_added_backbone_are_those_that_the_callback_sets(name):
+    watch = FirstOfEpoch()
+    fit(name, backbone_finetuning(), watch, module=make(name, warmup_epochs=0))
+    assert [rates[2:] for rates in watch.rates[1:]] == [[0.02] * 2, [0.01] * 2]
+
+
+def finetune_on_ranks(rank):
+    module = make("SimCLR", norm=False, warmup_epochs=0)
+    trainer = L.Trainer(**(QUIET | on_ranks(2) | {"max_epochs": 2}), callbacks=[backbone_finetuning()])
+    with pytest.raises(ValueError, match="`BackboneFinetuning` must run on one rank"):
+        trainer.fit(module, Views("SimCLR"))
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore")
+def test_backbone_finetuning_is_refused_on_several_ranks():
+    run_processes(finetune_on_ranks, 2, init=False)
 
 
 @three
