@@ -141,7 +141,7 @@ class CLIP(SelfSupervisedModule):
         """Return the texts of a training batch: B str, or int64 tokens (B, L)."""
         return batch_texts(batch, type(self).__name__)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of strings it would compile one step per batch
     def batch_tokens(self, batch: Any, size: int) -> Tensor:
         """Return the tokens (B, L) of a training batch of ``size`` images."""
         texts = self.batch_texts(batch)
@@ -203,7 +203,8 @@ class CLIP(SelfSupervisedModule):
         weight = getattr(visual, "proj", None)
         if isinstance(weight, nn.Parameter):
             visual.proj = None
-            projection = nn.Linear(*weight.shape, bias=False)  # type: ignore[assignment]
+            width, embedding_dim = weight.shape
+            projection = nn.Linear(width, embedding_dim, bias=False)  # type: ignore[assignment]
             projection.weight = nn.Parameter(weight.detach().T.contiguous())
             self.feature_dim = len(weight)
         self.image_projection = projection
@@ -237,7 +238,7 @@ def text_ids(tokens: Tensor) -> Tensor:
 def _open_clip_arguments(name: str, pretrained: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Build an open_clip model, and return its parts as arguments of the method."""
     try:
-        import open_clip
+        import open_clip  # type: ignore[import-untyped]
     except ImportError as error:
         hint = "pip install 'lightning_contrast[clip]'"
         raise ModuleNotFoundError(f"`from_open_clip` needs open_clip_torch: {hint}.") from error

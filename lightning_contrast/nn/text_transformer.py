@@ -68,7 +68,7 @@ class TextTransformer(nn.Module):
         self.projection: nn.Module = nn.Identity()
         if embedding_dim is not None:
             self.projection = nn.Linear(width, embedding_dim, bias=False)
-            nn.init.normal_(self.projection.weight, std=width**-0.5)  # type: ignore[arg-type]  # a tensor
+            nn.init.normal_(self.projection.weight, std=width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=_INIT_STD)
         nn.init.normal_(self.positions, std=_POSITION_STD)
 
