@@ -49,7 +49,7 @@ class CLIP(SelfSupervisedModule):
         max_logit_scale: Largest multiplier: after each optimizer step it is clamped to [1, max_logit_scale]; None does
             not clamp it.
         mask_same: Do not use pairs with the same "text", "index" or "label" as negatives; None uses all pairs.
-        locked_image: Freeze the backbone and keep it in eval mode (LiT); its projection is trained.
+        locked_image: Freeze the backbone and run it in eval mode (LiT); its projection is trained.
         optimizer: "adamw" as published, with betas (0.9, 0.98) and epsilon 1e-6; "sgd", "lars", "lamb", or a callable.
         lr: Peak learning rate, absolute.
         weight_decay: Weight decay of all parameters except norms, biases, the scale, and those that a tower names in
@@ -96,27 +96,34 @@ class CLIP(SelfSupervisedModule):
             hint = "Give a function of a list of str that returns int64 tokens (B, L)"
             fail("tokenizer", "be callable", type(tokenizer).__name__, hint, TypeError)
         if text_backbone is None:
-            text_backbone = _small_tower(self.tokenizer, context_length, text_kwargs)
+            tower: nn.Module = _small_tower(self.tokenizer, context_length, text_kwargs)
         elif text_kwargs:
             hint = "Give these arguments where you build the module"
             fail("text_kwargs", "be None where `text_backbone` is given", dict(text_kwargs), hint)
         elif not isinstance(text_backbone, nn.Module):
             hint = "Give a module that maps tokens (B, L) to vectors (B, T), or None"
             fail("text_backbone", "be a module", type(text_backbone).__name__, hint, TypeError)
-        self.text_backbone = text_backbone
+        else:
+            tower = text_backbone
+        self.text_backbone = tower
         self.image_projection: nn.Module = _projection(self.feature_dim, embedding_dim)
-        self.text_projection: nn.Module = _projection(read_feature_dim(text_backbone), embedding_dim)
+        self.text_projection: nn.Module = _projection(read_feature_dim(tower), embedding_dim)
         self.logit_scale = LogitScale(logit_scale, max_logit_scale)
         if locked_image:
-            self.backbone.requires_grad_(False).eval()
+            self.backbone.requires_grad_(False)
         self.save_hyperparameters()
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of all modules; a locked backbone stays in eval mode."""
-        super().train(mode)
-        if self.locked_image:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep a locked backbone in eval mode; Lightning warns if it is so before the run."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.locked_image and self.backbone.training:
             self.backbone.eval()
-        return self
+
+    def on_train_end(self) -> None:
+        """Put a locked backbone into the mode of the module."""
+        super().on_train_end()
+        if self.locked_image:
+            self.backbone.train(self.training)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Return the embeddings of images (B, C, H, W), unit rows (B, D)."""

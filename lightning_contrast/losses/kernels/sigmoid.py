@@ -49,7 +49,9 @@ class _SoftplusSums(torch.autograd.Function):
         if len(ctx.sizes) > 1:  # every rank sees the same sizes, so all ranks raise or none
             check_batch("the embeddings of all ranks", sum(ctx.sizes))
         ctx.scale, ctx.bias, ctx.tile_size = scale, bias, tile_size
-        ctx.groups = None if groups is None else torch.split(distributed.gather(groups, ctx.sizes), ctx.sizes)  # by rank
+        ctx.groups = None  # of each rank
+        if groups is not None:
+            ctx.groups = torch.split(distributed.gather(groups, ctx.sizes), ctx.sizes)
         total, share = x.new_zeros(len(x)), y.detach()
         for hops in range(len(ctx.sizes)):
             if hops:
