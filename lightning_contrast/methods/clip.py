@@ -201,21 +201,15 @@ class CLIP(SelfSupervisedModule):
         Raises:
             ModuleNotFoundError: If the extra is not installed.
         """
-        return cls(**_open_clip_arguments(name, pretrained, arguments))._adopt_open_clip()
-
-    def _adopt_open_clip(self) -> Self:
-        """Take over the image projection of an open_clip tower; the text tower keeps its own."""
-        visual: Any = self.backbone
-        self.text_projection, projection = nn.Identity(), nn.Identity()
-        weight = getattr(visual, "proj", None)
-        if isinstance(weight, nn.Parameter):
-            visual.proj = None
-            width, embedding_dim = weight.shape
-            projection = nn.Linear(width, embedding_dim, bias=False)  # type: ignore[assignment]
-            projection.weight = nn.Parameter(weight.detach().T.contiguous())
-            self.feature_dim = len(weight)
-        self.image_projection = projection
-        return self
+        arguments, weight = _open_clip_parts(name, pretrained, arguments)
+        module = cls(**arguments)
+        module.text_projection = nn.Identity()  # the text tower has its own
+        if weight is None:
+            module.image_projection = nn.Identity()
+        else:
+            with torch.no_grad():
+                module.image_projection.weight.copy_(weight.T)  # type: ignore[operator]  # a tensor
+        return module
 
 
 def _small_tower(tokenizer: Tokenizer, context_length: int, kwargs: Mapping[str, int] | None) -> TextTransformer:
@@ -242,21 +236,31 @@ def text_ids(tokens: Tensor) -> Tensor:
     return (tokens * (factors | 1)).sum(1) & 0x7FFFFFFFFFFFFFFF
 
 
-def _open_clip_arguments(name: str, pretrained: str | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Build an open_clip model, and return its parts as arguments of the method."""
+def _open_clip_parts(
+    name: str, pretrained: str | None, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Build an open_clip model; return its parts as arguments of the method, and the image projection (F, D) or None.
+
+    The projection matrix is taken out of the image tower.
+    """
     try:
         import open_clip  # type: ignore[import-untyped]
     except ImportError as error:
         hint = "pip install 'lightning_contrast[clip]'"
         raise ModuleNotFoundError(f"`from_open_clip` needs open_clip_torch: {hint}.") from error
     model: Any = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True)
-    width: int = open_clip.get_model_config(name)["embed_dim"]
-    model.text.num_features = width
-    given = dict(arguments)
-    if "tokenizer" not in given:
-        given["tokenizer"] = open_clip.get_tokenizer(name)
-    learned = {"logit_scale": float(model.logit_scale.exp())}
+    embedding_dim: int = open_clip.get_model_config(name)["embed_dim"]
+    model.text.num_features = embedding_dim
+    visual, weight = model.visual, getattr(model.visual, "proj", None)
+    if isinstance(weight, nn.Parameter):
+        visual.proj = None
+    else:
+        weight = None
+    parts = {"backbone": visual, "text_backbone": model.text, "embedding_dim": embedding_dim}
+    parts["feature_dim"] = embedding_dim if weight is None else len(weight)
+    parts["logit_scale"] = float(model.logit_scale.detach().exp())
     if model.logit_bias is not None:
-        learned["logit_bias"] = float(model.logit_bias)
-    towers = {"backbone": model.visual, "text_backbone": model.text}
-    return towers | {"embedding_dim": width, "feature_dim": width} | learned | given
+        parts["logit_bias"] = float(model.logit_bias.detach())
+    if "tokenizer" not in arguments:
+        parts["tokenizer"] = open_clip.get_tokenizer(name)
+    return parts | dict(arguments), weight
