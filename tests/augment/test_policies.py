@@ -19,7 +19,7 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
-ONE_VIEW = {"ijepa_views"}
+ONE_VIEW = {"ijepa_views", "image_text_views"}
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
@@ -39,6 +39,7 @@ TABLE = {
     "dinov2_views": ((0.32, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "msn_views": ((0.3, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
+    "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
 }
 LOCAL = {
@@ -68,7 +69,7 @@ def test_numbers(name):
         color = found["FusedColorJitter"]
         assert found["FusedResizedCrop"].scale == crop
         assert found["FusedResizedCrop"].size == 224
-        assert found["FusedResizedCrop"].flip == (0 if name == "ijepa_views" else 0.5)
+        assert found["FusedResizedCrop"].flip == (0 if name in ONE_VIEW else 0.5)
         assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx(jitter)
         assert (color.probability, color.grayscale) == (jitter_p, gray)
         assert color.gray_first is (name == "moco_v1_views")
