@@ -76,7 +76,7 @@ def test_numbers(name):
         assert color.additive_brightness is (name == "byol_views")
         assert getattr(found.get("FusedGaussianBlur"), "probability", 0) == blur[i]
         assert getattr(found.get("FusedSolarize"), "probability", 0) == solarize[i]
-    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2"}
+    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text"}
     expected = "bicubic" if name.removesuffix("_views") in bicubic else "bilinear"
     assert operations(views[0])["FusedResizedCrop"].interpolation == expected
     if name in MULTI_CROP:
@@ -135,7 +135,9 @@ def test_views_of_every_policy(emoji, name, fused):
         assert view.min() >= -bound(FORMULA)  # blurs sum to 1 up to rounding
         assert view.max() <= 1 + bound(FORMULA)
     difference = (views[0] - (policy(images)[0] if name in ONE_VIEW else views[1])).abs().mean((1, 2, 3))
-    assert (difference > 1e-3).all()
+    different = difference > 1e-3
+    # Most crops of 0.9..1 of a square at another aspect ratio do not fit: the whole image is taken, also twice.
+    assert different.any() if name == "image_text_views" else different.all()
 
 
 @pytest.mark.parametrize("name", POLICIES)
