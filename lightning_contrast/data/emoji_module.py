@@ -29,8 +29,9 @@ class EmojiDataModule(InMemoryDataModule):
     Images of a split are ordered: all of its emoji by Noto, then the same emoji by Fluent. Batches are
     ``(images, labels)``: uint8 ``(B, 3, 32, 32)`` and int64 ``(B,)``, the Unicode group; ``indices=True`` adds the
     position in the split, int64 ``(B,)``. ``captions=True`` yields dicts for image-text methods instead: "image",
-    "text" (a list of B strings), "label" and "index". `val_dataloader` yields the test set, unless ``validation_fold`` holds
-    out a part of the training set: tune with a fold, and report results on the test set without one.
+    "text" (a list of B strings), "label" and "index". `val_dataloader` yields the test set, unless
+    ``validation_fold`` holds out a part of the training set: tune with a fold, and report results on the test set
+    without one.
 
     Example:
         >>> data = EmojiDataModule()
