@@ -31,6 +31,7 @@ from .callbacks import TrainingCostMonitor as TrainingCostMonitor
 from .callbacks import ViewAugmentation as ViewAugmentation
 from .callbacks import ViewLogger as ViewLogger
 from .methods import BYOL as BYOL
+from .methods import CLIP as CLIP
 from .methods import DINO as DINO
 from .methods import IBOT as IBOT
 from .methods import IJEPA as IJEPA
@@ -45,6 +46,7 @@ from .methods import MoCo as MoCo
 from .methods import MoCoV3 as MoCoV3
 from .methods import SelfSupervisedModule as SelfSupervisedModule
 from .methods import SiameseMargin as SiameseMargin
+from .methods import SigLIP as SigLIP
 from .methods import SimCLR as SimCLR
 from .methods import SimSiam as SimSiam
 from .methods import SpectralContrastive as SpectralContrastive

@@ -23,10 +23,12 @@ __all__ = [
     "IMAGE_KEY",
     "INDEX_KEY",
     "LABEL_KEY",
+    "TEXT_KEY",
     "TOLERANCE",
     "ImageSource",
     "Images",
     "batch_indices",
+    "batch_texts",
     "check_images",
     "check_views",
     "is_views",
@@ -45,7 +47,7 @@ Images: TypeAlias = Tensor | list[Tensor]
 ImageSource: TypeAlias = str | int | Callable[[Any], Any] | None
 """Where the images of a batch are, see `split_batch`."""
 
-IMAGE_KEY, LABEL_KEY, INDEX_KEY = "image", "label", "index"
+IMAGE_KEY, LABEL_KEY, INDEX_KEY, TEXT_KEY = "image", "label", "index", "text"
 
 
 def is_views(value: object) -> bool:
@@ -206,6 +208,41 @@ def batch_indices(batch: Any) -> Tensor | None:
     else:
         found = None
     return found if isinstance(found, Tensor) else None
+
+
+def batch_texts(batch: Any, method: str) -> list[str] | Tensor:
+    """Return the texts of a batch: a list of B str, or int64 tokens ``(B, L)``.
+
+    Args:
+        batch: A dict or dataclass with ``"text"``; or a sequence with images first, whose first later item that is a
+            list of str or a 2-D integer tensor is taken.
+        method: Name of the method that needs them, for the error message.
+
+    Raises:
+        ValueError: If the batch has no texts.
+        TypeError: If they are neither str nor integer tokens ``(B, L)``.
+    """
+    if isinstance(batch, Mapping):
+        found = batch.get(TEXT_KEY)
+    elif _is_record(batch):
+        name = _field(batch, TEXT_KEY)
+        found = getattr(batch, name) if name else None
+    else:
+        items = batch[1:] if isinstance(batch, Sequence) and not isinstance(batch, str) else ()
+        found = next((item for item in items if _is_texts(item)), None)
+    hint = 'Yield (images, texts) or a dict with "image" and "text"; texts are a list of str or int64 tokens (B, L)'
+    if found is None:
+        fail("batch", f"hold texts for {method}", "none", hint)
+    if not _is_texts(found):
+        what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        fail("texts", "be a list of str or int64 tokens (B, L)", what, hint, TypeError)
+    return found if isinstance(found, Tensor) else list(found)
+
+
+def _is_texts(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 2 and value.dtype in (torch.int32, torch.int64)
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
 def replace_images(batch: Any, images: Images, source: ImageSource = None) -> Any:

@@ -5,7 +5,14 @@ Every policy takes ``size`` first and all else by keyword, starting with ``mean`
 is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
 """
 
-from lightning_contrast.augment.multi_crop import dino_views, dinov2_views, ijepa_views, msn_views, swav_views
+from lightning_contrast.augment.multi_crop import (
+    dino_views,
+    dinov2_views,
+    ijepa_views,
+    image_text_views,
+    msn_views,
+    swav_views,
+)
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.two_view import (
     align_uniform_views,
@@ -31,6 +38,7 @@ __all__ = [
     "dino_views",
     "dinov2_views",
     "ijepa_views",
+    "image_text_views",
     "make_policy",
     "moco_v1_views",
     "moco_v2_views",

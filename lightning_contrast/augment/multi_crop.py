@@ -1,4 +1,4 @@
-"""Published policies with global views followed by smaller local views, and I-JEPA's single view."""
+"""Published policies with global views followed by smaller local views, and those with a single view."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -198,3 +198,31 @@ def ijepa_views(
         **options: See `ViewOptions`.
     """
     return make_policy([ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip)], mean=mean, std=std, **options)
+
+
+def image_text_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    scale: Range = (0.9, 1.0),
+    flip: float = 0.0,
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return the single view of CLIP's images, a large crop.
+
+    Crop 0.9..1 (bicubic) at 224, no flip, which would contradict captions with left and right, no color operations.
+
+    Source: https://github.com/mlfoundations/open_clip (``transform.py``). SigLIP's images are resized only, its range
+    -1..1 is ``mean=std=(0.5, 0.5, 0.5)``.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `swav_views`; CLIP has (0.4815, 0.4578, 0.4082).
+        std: As in `swav_views`; CLIP has (0.2686, 0.2613, 0.2758).
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1].
+        **options: See `ViewOptions`.
+    """
+    spec = ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip, bicubic=True)
+    return make_policy([spec], mean=mean, std=std, **options)

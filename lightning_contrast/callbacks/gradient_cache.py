@@ -1,5 +1,6 @@
 """Exact large contrastive batches with the memory of small ones."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_contrast.nn.activation_checkpointing import frozen_running_statis
 
 
 class GradientCache(Callback):
-    """Run one module in chunks, so that a large batch needs the memory of a small one.
+    """Run networks in chunks, so that a large batch needs the memory of a small one.
 
     GradCache (https://arxiv.org/abs/2101.06983) without its surrogate loss: the forward pass of the module stores only
     its outputs, the loss uses the embeddings of the whole batch, and the single backward pass recomputes each chunk.
@@ -31,8 +32,9 @@ class GradientCache(Callback):
 
     Args:
         chunk_size: Images per chunk on each rank, >= 1. Smaller batches run unchanged.
-        module: Name of the submodule whose ``forward`` is run in chunks, and with it the other methods that a step
-            calls according to the ``sharded_methods`` of the LightningModule, such as ``tokens`` of a `MaskedViT`
+        module: Name of the submodule whose ``forward`` is run in chunks, or several names. None: the backbone, or what
+            the LightningModule names in ``cached_modules``: both towers of CLIP. With it run the other methods that a
+            step calls according to the ``sharded_methods`` of the LightningModule, such as ``tokens`` of a `MaskedViT`
             (iBOT, DINOv2, MSN, I-JEPA). The first argument and each tensor of the output have the batch as first
             dimension; ``forward`` takes no other tensors, the other methods only such with one row per image, such as
             masks (B, N).
@@ -42,17 +44,20 @@ class GradientCache(Callback):
         ValueError: If ``chunk_size`` is below 1, or the LightningModule has no submodule of that name.
     """
 
-    def __init__(self, chunk_size: int, module: str = "backbone") -> None:
+    def __init__(self, chunk_size: int, module: str | Sequence[str] | None = None) -> None:
         check_at_least("chunk_size", chunk_size, 1)
         self.chunk_size, self.module = chunk_size, module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the module's ``forward`` and its like by chunked ones, inside any wrapper of the strategy."""
         modules = dict(pl_module.named_modules())
-        check_choice("module", self.module, [name for name in modules if name])
-        module = _inside_fsdp(modules[self.module])
-        for name in self._methods(pl_module):
-            module.__dict__[name] = ChunkedForward(module, self.chunk_size, name)
+        names = self._names(pl_module)
+        for name in names:
+            check_choice("module", name, [name for name in modules if name])
+        for name in names:
+            module = _inside_fsdp(modules[name])
+            for method in self._methods(pl_module, name):
+                module.__dict__[method] = ChunkedForward(module, self.chunk_size, method)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the module's ``forward``."""
@@ -62,21 +67,28 @@ class GradientCache(Callback):
         """Restore the module's ``forward``: ``teardown`` is not called after an exception."""
         self._undo(pl_module)
 
-    def _methods(self, pl_module: LightningModule) -> tuple[str, ...]:
-        """Return the names of the module's methods that a step calls."""
-        return ("forward", *getattr(pl_module, "sharded_methods", {}).get(self.module, ()))
+    def _names(self, pl_module: LightningModule) -> tuple[str, ...]:
+        """Return the names of the submodules that are run in chunks."""
+        if self.module is None:
+            return tuple(getattr(pl_module, "cached_modules", ("backbone",)))
+        return (self.module,) if isinstance(self.module, str) else tuple(self.module)
+
+    def _methods(self, pl_module: LightningModule, name: str) -> tuple[str, ...]:
+        """Return the names of the methods of a submodule that a step calls."""
+        return ("forward", *getattr(pl_module, "sharded_methods", {}).get(name, ()))
 
     def _undo(self, pl_module: LightningModule) -> None:
-        module = dict(pl_module.named_modules()).get(self.module)
-        if module is None:
-            return
-        module = _inside_fsdp(module)
-        for name in self._methods(pl_module):
-            chunked = module.__dict__.get(name)
-            if isinstance(chunked, ChunkedForward):
-                del module.__dict__[name]
-                if chunked.inner is not None:
-                    module.__dict__[name] = chunked.inner
+        modules = dict(pl_module.named_modules())
+        for name in self._names(pl_module):
+            if name not in modules:
+                continue
+            module = _inside_fsdp(modules[name])
+            for method in self._methods(pl_module, name):
+                chunked = module.__dict__.get(method)
+                if isinstance(chunked, ChunkedForward):
+                    del module.__dict__[method]
+                    if chunked.inner is not None:
+                        module.__dict__[method] = chunked.inner
 
 
 class ChunkedForward:

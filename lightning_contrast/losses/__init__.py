@@ -17,7 +17,7 @@ from lightning_contrast.losses.geometric import (
     triplet_loss,
     uniformity,
 )
-from lightning_contrast.losses.image_text import clip_loss, siglip_loss
+from lightning_contrast.losses.image_text import clip_distillation_loss, clip_loss, siglip_loss
 from lightning_contrast.losses.negatives import Negatives
 from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
 from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
@@ -28,6 +28,7 @@ __all__ = [
     "alignment",
     "barlow_twins_loss",
     "byol_loss",
+    "clip_distillation_loss",
     "clip_loss",
     "debiased_nt_xent",
     "decoupled_nt_xent",

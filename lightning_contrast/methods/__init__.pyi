@@ -2,6 +2,7 @@ from .align_uniform import AlignUniform as AlignUniform
 from .barlow_twins import BarlowTwins as BarlowTwins
 from .base import SelfSupervisedModule as SelfSupervisedModule
 from .byol import BYOL as BYOL
+from .clip import CLIP as CLIP
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
 from .ibot import IBOT as IBOT
@@ -13,6 +14,7 @@ from .msn import MSN as MSN
 from .nnclr import NNCLR as NNCLR
 from .npid import NPID as NPID
 from .siamese import SiameseMargin as SiameseMargin
+from .siglip import SigLIP as SigLIP
 from .simclr import SimCLR as SimCLR
 from .simsiam import SimSiam as SimSiam
 from .spectral import SpectralContrastive as SpectralContrastive

@@ -10,6 +10,7 @@ from lightning_contrast.nn.backbones import (
     check_image_size,
     read_feature_dim,
 )
+from lightning_contrast.nn.byte_tokenizer import ByteTokenizer
 from lightning_contrast.nn.center import Center
 from lightning_contrast.nn.distillation_heads import DistillationHead, PatchDistillationHead
 from lightning_contrast.nn.ema import ema_update
@@ -17,6 +18,7 @@ from lightning_contrast.nn.feature_queue import FeatureQueue
 from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototypeHead, PrototypeHead, build_head
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
 from lightning_contrast.nn.jepa_predictor import JepaPredictor, sincos_positions
+from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
@@ -25,6 +27,7 @@ from lightning_contrast.nn.small_vit import small_vit
 from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_split_batchnorm
 from lightning_contrast.nn.stems import use_small_stem
 from lightning_contrast.nn.temperature import LearnedTemperature, ScheduledTemperature
+from lightning_contrast.nn.text_transformer import TextTransformer
 from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_masked_backbone, select_patches
 from lightning_contrast.nn.weight_norm import WeightNormLinear
 
@@ -32,6 +35,7 @@ __all__ = [
     "HEADS",
     "Backbone",
     "BackboneOptions",
+    "ByteTokenizer",
     "Center",
     "DistillationHead",
     "FeatureQueue",
@@ -41,6 +45,8 @@ __all__ = [
     "JepaMasks",
     "JepaPredictor",
     "LearnedTemperature",
+    "LogitBias",
+    "LogitScale",
     "MaskedPatches",
     "MaskedViT",
     "MemoryBank",
@@ -52,6 +58,7 @@ __all__ = [
     "ScheduledTemperature",
     "SmallConvNet",
     "SplitBatchNorm2d",
+    "TextTransformer",
     "Tokens",
     "WeightNormLinear",
     "build_backbone",

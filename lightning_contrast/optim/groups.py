@@ -22,7 +22,8 @@ def parameter_groups(
         exclude: Kinds of parameters without weight decay. ``"norm"``: parameters of normalization layers and all other
             vectors and scalars except biases (scales, temperatures). ``"bias"``: parameters whose name ends with
             "bias". Both together are the rule "at most one dimension" of MoCo v3, Barlow Twins and VICReg and the rule
-            "norm and bias" of SimCLR and BYOL; SwAV excludes nothing.
+            "norm and bias" of SimCLR and BYOL; SwAV excludes nothing. ``"declared"``: parameters that a submodule names
+            in ``no_weight_decay()``, as timm's networks do for positions and class tokens: the rule of OpenCLIP.
 
     Returns:
         Two groups, possibly empty: the decayed parameters, and the others with ``weight_decay=0`` and ``adapt=False``,
@@ -35,8 +36,9 @@ def parameter_groups(
     """
     check_not_negative("weight_decay", weight_decay)
     for kind in exclude:
-        check_choice("exclude", kind, ("norm", "bias"))
+        check_choice("exclude", kind, ("norm", "bias", "declared"))
     dims = dict(_unflattened_dims(module))
+    declared = set(_declared(module)) if "declared" in exclude else set()
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     own: list[dict[str, Any]] = []
@@ -53,7 +55,9 @@ def parameter_groups(
             if options is not None:
                 mine.append(parameter)
                 continue
-            if name.endswith("bias"):
+            if parameter in declared:
+                kind = "declared"
+            elif name.endswith("bias"):
                 kind = "bias"
             elif isinstance(owner, _NORMS) or dims.get(parameter, parameter.ndim) <= 1:
                 kind = "norm"
@@ -67,6 +71,15 @@ def parameter_groups(
         {"params": others, "weight_decay": 0.0, "adapt": False},
         *own,
     ]
+
+
+def _declared(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that submodules name in ``no_weight_decay()``."""
+    for owner in module.modules():
+        names = getattr(owner, "no_weight_decay", None)
+        if callable(names):
+            parameters = dict(owner.named_parameters())
+            yield from (parameters[name] for name in names() if name in parameters)
 
 
 def _unflattened_dims(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:

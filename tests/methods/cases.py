@@ -171,6 +171,31 @@ CASES |= {
 }
 
 
+class CaptionedCLIP(lc.CLIP):
+    """Reads tokens off the labels: the batches of the suites have no texts."""
+
+    def batch_texts(self, batch):
+        labels = lc.contracts.require_labels(batch, "CLIP")
+        word = torch.arange(4, device=labels.device) + 97 + labels[:, None]
+        ends = labels.new_full((len(labels), 1), 257)
+        return torch.cat([ends, word, ends + 1], dim=1)
+
+
+class CaptionedSigLIP(lc.SigLIP):
+    """The same for SigLIP."""
+
+    batch_texts = CaptionedCLIP.batch_texts
+
+
+TEXTS = {"embedding_dim": 8, "context_length": 8, "text_kwargs": {"width": 16, "layers": 1, "heads": 2}}
+CASES |= {
+    "CLIP": Case(CaptionedCLIP, views=1, settings=TEXTS),
+    "CLIP locked": Case(CaptionedCLIP, views=1, settings=TEXTS | {"locked_image": True, "mask_same": "text"}),
+    "SigLIP": Case(CaptionedSigLIP, views=1, settings=TEXTS),
+    "SigLIP masked": Case(CaptionedSigLIP, views=1, settings=TEXTS | {"mask_same": "text"}),
+}
+
+
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
     torch.manual_seed(0)

@@ -41,12 +41,17 @@ class _SoftplusSums(torch.autograd.Function):
     """Sum of ``softplus(scale x.y + bias)`` of each row over the columns of all ranks except its partner."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None, groups: Tensor | None
+    ) -> Tensor:
         """Compute the sums ``(B,)`` of ``x`` ``(B, D)``."""
         ctx.sizes = distributed.batch_sizes(len(y), y.device)
         if len(ctx.sizes) > 1:  # every rank sees the same sizes, so all ranks raise or none
             check_batch("the embeddings of all ranks", sum(ctx.sizes))
         ctx.scale, ctx.bias, ctx.tile_size = scale, bias, tile_size
+        ctx.groups = None  # of each rank
+        if groups is not None:
+            ctx.groups = torch.split(distributed.gather(groups, ctx.sizes), ctx.sizes)
         total, share = x.new_zeros(len(x)), y.detach()
         for hops in range(len(ctx.sizes)):
             if hops:
@@ -58,7 +63,7 @@ class _SoftplusSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None, None]:
         """Compute the gradients of ``x`` and ``y``, ``(B, D)``, and of learned scale and bias, scalars."""
         x, y = ctx.saved_tensors
         grad_x, grad_bias = torch.zeros_like(x), x.new_zeros(())
@@ -87,6 +92,7 @@ class _SoftplusSums(torch.autograd.Function):
                 grad_scale,
                 grad_bias if ctx.needs_input_grad[3] else None,
                 None,
+                None,
             )
 
 
@@ -94,11 +100,14 @@ def _tiles(x: Tensor, columns: Tensor, ctx: Any, hops: int) -> Tiles:
     """Return the tiles against one rank's columns; the partners of this rank's rows are masked."""
     skip = () if hops else (Diagonal(0, 0, len(x)),)
     offset = torch.zeros_like(columns[:, 0]) + ctx.bias
-    config = make_tile_config(x, ctx.scale, ctx.tile_size, skip, bias=offset)
+    groups = None if ctx.groups is None else (ctx.groups[distributed.rank()], ctx.groups[_owner_after(hops)])
+    config = make_tile_config(x, ctx.scale, ctx.tile_size, skip, groups, offset)
     return Tiles(x * ctx.scale, columns, config)
 
 
-def softplus_sums(x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None = None) -> Tensor:
+def softplus_sums(
+    x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: int | None = None, groups: Tensor | None = None
+) -> Tensor:
     """Compute ``sum_j softplus(scale x_i . y_j + bias)`` over the ``j`` of all ranks except the partner of ``i``.
 
     Args:
@@ -107,8 +116,9 @@ def softplus_sums(x: Tensor, y: Tensor, scale: Scalar, bias: Scalar, tile_size: 
         scale: Factor of the similarities, > 0.
         bias: Added to every logit.
         tile_size: Largest edge of a tile; None chooses it.
+        groups: Group of each pair of this rank, ``(B,)`` integers: pairs of the row's own group are left out.
 
     Returns:
         One value per row of this rank, ``(B,)``.
     """
-    return cast("Tensor", _SoftplusSums.apply(x, y, scale, bias, tile_size))
+    return cast("Tensor", _SoftplusSums.apply(x, y, scale, bias, tile_size, groups))

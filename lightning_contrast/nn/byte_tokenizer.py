@@ -1,0 +1,88 @@
+"""UTF-8 bytes as tokens: a tokenizer without a vocabulary file."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_contrast._checks import check_at_least, fail
+
+START, END = 257, 258
+
+
+def check_captions(texts: object) -> list[str]:
+    """Return texts as a list after checking them.
+
+    Args:
+        texts: A list or tuple of B str.
+
+    Raises:
+        TypeError: If it is not a list of str.
+        ValueError: If it is empty, or a text is empty or white space only.
+    """
+    hint = "Give one str for each image, or int64 tokens (B, L)"
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        fail("texts", "be a list of str", type(texts).__name__, hint, TypeError)
+    other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        fail("texts", "be a list of str", f"a list with {other}", hint, TypeError)
+    empty = [place for place, text in enumerate(texts) if not text.strip()]
+    if empty or not texts:
+        got = f"empty texts at {empty[:5]}" if texts else "no texts"
+        fail("texts", "not be empty", got, "Drop such pairs from the dataset, or give them a caption")
+    return list(texts)
+
+
+class ByteTokenizer:
+    """Turn texts into their UTF-8 bytes between a start and an end token.
+
+    Byte b is token b + 1; 0 is padding, 257 the start and 258, the largest id, the end. A text that is too long is cut
+    and keeps its end token; the first call that cuts texts warns with their number, and ``cut`` counts them all.
+
+    Args:
+        context_length: Largest number L of tokens, with start and end, >= 3.
+        lower: Lower-case the texts, as CLIP's tokenizer does.
+
+    Attributes:
+        vocab_size: Number of token ids, 259.
+        cut: Number of texts that were cut so far.
+
+    Raises:
+        TypeError: If ``context_length`` is not a whole number.
+        ValueError: If it is below 3.
+
+    Example:
+        >>> ByteTokenizer(8)(["Hi", "you"])
+        tensor([[257, 105, 106, 258,   0],
+                [257, 122, 112, 118, 258]])
+    """
+
+    vocab_size = 259
+
+    def __init__(self, context_length: int = 77, lower: bool = True) -> None:
+        check_at_least("context_length", context_length, 3)
+        self.context_length, self.lower, self.cut = context_length, lower, 0
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Return int64 tokens (B, L) of B texts; L is that of the longest text, at most ``context_length``.
+
+        Raises:
+            TypeError: If ``texts`` is not a list of str.
+            ValueError: If a text is empty.
+        """
+        rows = [(text.lower() if self.lower else text).strip().encode() for text in check_captions(texts)]
+        room = self.context_length - 2
+        cut = sum(len(row) > room for row in rows)
+        if cut and not self.cut:
+            warnings.warn(
+                f"{cut} of {len(rows)} texts are longer than {self.context_length} tokens and were cut; raise "
+                "`context_length`. Further texts are cut without a warning and counted in `tokenizer.cut`.",
+                stacklevel=2,
+            )
+        self.cut += cut
+        rows = [row[:room] for row in rows]
+        tokens = torch.zeros(len(rows), max(map(len, rows)) + 2, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row) + 2] = torch.tensor([START, *(byte + 1 for byte in row), END])
+        return tokens
