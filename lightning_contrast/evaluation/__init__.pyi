@@ -4,6 +4,7 @@ from .attention import compose_scenes as compose_scenes
 from .export import export_backbone as export_backbone
 from .export import export_towers as export_towers
 from .exported import load_backbone as load_backbone
+from .figures import caption_strips as caption_strips
 from .figures import image_map as image_map
 from .figures import neighbour_strips as neighbour_strips
 from .figures import view_grid as view_grid
