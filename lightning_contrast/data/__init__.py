@@ -5,10 +5,12 @@ from lightning_contrast.data.folder_module import ImageFolderDataModule
 from lightning_contrast.data.image_module import ImageDataModule
 from lightning_contrast.data.in_memory import InMemoryDataModule
 from lightning_contrast.data.loading import ResumableLoader
+from lightning_contrast.data.scenes_module import EmojiScenesDataModule
 from lightning_contrast.data.statistics import estimate_mean_std
 
 __all__ = [
     "EmojiDataModule",
+    "EmojiScenesDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "InMemoryDataModule",
