@@ -30,7 +30,7 @@ class EmojiScenesDataModule(InMemoryDataModule):
     Example:
         >>> data = EmojiScenesDataModule(scenes=4, test_scenes=2)
         >>> data.captions("train")[0], data.swapped_captions("train")[0]
-        ('open mailbox below full moon', 'full moon below open mailbox')
+        ('laptop above houses', 'houses above laptop')
         >>> data.images("train").shape, data.masks("train").shape
         (torch.Size([4, 3, 80, 80]), torch.Size([4, 2, 80, 80]))
 

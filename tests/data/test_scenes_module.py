@@ -1,4 +1,4 @@
-"""Composed scenes: what the captions say is where it is, things of the splits are apart, batches have their captions."""
+"""Composed scenes: captions say what is where, the things of the splits are apart, batches hold their captions."""
 
 import pytest
 import torch
