@@ -32,6 +32,7 @@ from .callbacks import ViewAugmentation as ViewAugmentation
 from .callbacks import ViewLogger as ViewLogger
 from .methods import BYOL as BYOL
 from .methods import CLIP as CLIP
+from .methods import CPC as CPC
 from .methods import DINO as DINO
 from .methods import IBOT as IBOT
 from .methods import IJEPA as IJEPA

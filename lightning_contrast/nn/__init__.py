@@ -22,6 +22,7 @@ from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
+from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.small_vit import small_vit
 from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_split_batchnorm
@@ -39,6 +40,7 @@ __all__ = [
     "Center",
     "DistillationHead",
     "FeatureQueue",
+    "GridContext",
     "Head",
     "HeadOptions",
     "JepaMaskSampler",
@@ -52,6 +54,7 @@ __all__ = [
     "MemoryBank",
     "Norm",
     "PatchDistillationHead",
+    "PatchGrid",
     "PatchPrototypeHead",
     "PrototypeHead",
     "Prototypes",
@@ -75,6 +78,7 @@ __all__ = [
     "masked_patches",
     "mlp_head",
     "read_feature_dim",
+    "replace_batchnorm",
     "select_patches",
     "sincos_positions",
     "sinkhorn",

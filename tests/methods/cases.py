@@ -195,6 +195,12 @@ CASES |= {
     "SigLIP masked": Case(CaptionedSigLIP, views=1, settings=TEXTS | {"mask_same": "text"}),
 }
 
+GRID = {"patch_size": 8, "stride": 4, "context_layers": 1, "context_hidden_dim": 6, "target_dim": 5}  # 3 x 3 patches
+CASES |= {
+    "CPC": Case(lc.CPC, views=1, settings=GRID | {"steps": 2}),
+    "CPC directions": Case(lc.CPC, views=1, settings=GRID | {"steps": 1, "skip": 1, "directions": "all"}),
+}
+
 
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""

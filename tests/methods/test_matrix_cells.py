@@ -219,7 +219,10 @@ def named(name):
         kwargs |= {"init_values": 1e-5}  # its default, LayerScale
     settings = {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings
     module = case.make(backbone, backbone_kwargs=kwargs or None, **settings)
-    return module, timm.create_model(backbone, num_classes=0, **kwargs)
+    fresh = timm.create_model(backbone, num_classes=0, **kwargs)
+    if name == "CPC":
+        fresh = lc.nn.PatchGrid(lc.nn.replace_batchnorm(fresh), 8, 4)
+    return module, fresh
 
 
 def fit_a_batch(module, name, tmp_path):
