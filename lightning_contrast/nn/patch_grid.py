@@ -52,15 +52,20 @@ class PatchGrid(nn.Module):
             ValueError: If an edge is smaller than a patch.
         """
         rows, columns = self.grid_size(images)
-        patches = F.unfold(images, self.patch_size, stride=self.stride)  # (B, C p p, R S)
-        patches = patches.transpose(1, 2).reshape(-1, images.shape[1], self.patch_size, self.patch_size)
+        size, stride = self.patch_size, self.stride
+        cut = [
+            images[:, :, row * stride : row * stride + size, column * stride : column * stride + size]
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        patches = torch.stack(cut, 1).flatten(0, 1)  # (B R S, C, p, p); unfold would fix B in an exported graph
         if drop_channels > 0:
             shape, device = (len(patches), 1), patches.device
             kept = torch.rand(len(patches), images.shape[1], device=device).argsort(1) == 0  # one channel of each
             kept = kept | (torch.rand(shape, device=device) >= drop_channels)
             patches = patches * kept[:, :, None, None]
         features: Tensor = self.network(patches)  # (B R S, F)
-        return features.unflatten(0, (len(images), rows, columns)).permute(0, 3, 1, 2)  # type: ignore[no-any-return,no-untyped-call]
+        return features.view(-1, rows, columns, features.shape[1]).permute(0, 3, 1, 2)
 
     def grid_size(self, images: Tensor) -> tuple[int, int]:
         """Return the rows R and columns S of patches of images (B, C, H, W)."""
