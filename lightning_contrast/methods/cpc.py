@@ -19,6 +19,7 @@ from lightning_contrast.losses import cpc_loss, cpc_sampled_loss, draw_row_negat
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Backbone, BackboneOptions, GridContext, PatchGrid, build_backbone, replace_batchnorm
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.precision import full_precision
 
 Directions = Literal["down", "all"]
 _COUNT = {"down": 1, "all": 4}
@@ -32,7 +33,8 @@ class CPC(SelfSupervisedModule):
     ``train/loss``, which is ``ln(B R S)`` (all patches) or ``ln(1 + negatives)`` at the start.
 
     Args:
-        backbone: Name of a timm model, or a module that maps patches (P, C, p, p) to features (P, F).
+        backbone: Name of a timm model, or a module that maps patches (P, C, p, p) to features (P, F); a `nn.PatchGrid` of
+            these sizes is used as it is.
         patch_size: Edge p of the patches in pixels; 64 in v1, 80 in v2.
         stride: Distance of neighboring patches in pixels; 32 in v1, 36 in v2.
         directions: "down" as in v1, or "all" for v2's four, each with a context and predictions of its own.
@@ -86,7 +88,10 @@ class CPC(SelfSupervisedModule):
         network, width = build_backbone(backbone, **options)
         if layer_norm and isinstance(backbone, str):
             network = replace_batchnorm(network)
-        grid = PatchGrid(network, patch_size, stride, feature_dim=width)
+        grid = network if isinstance(network, PatchGrid) else PatchGrid(network, patch_size, stride, feature_dim=width)
+        found = (grid.patch_size, grid.stride)
+        hint = "Give the `patch_size` and `stride` of the `PatchGrid`"
+        require(found == (patch_size, stride), "backbone", f"cut patches {(patch_size, stride)}", found, hint)
         super().__init__(
             Backbone(grid, width), optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
         )
@@ -101,7 +106,7 @@ class CPC(SelfSupervisedModule):
         self.steps, self.skip, self.negatives = steps, skip, negatives
         self.logit_scale, self.drop_channels = logit_scale, drop_channels
         sizes = (context_dim or width, context_layers, context_hidden_dim)
-        self.predictors = nn.ModuleList(
+        self.predictors = _Directions(
             _Predictor(GridContext(width, *sizes), sizes[0], width if negatives else target_dim, steps, bool(negatives))
             for _ in range(_COUNT[directions])
         )
@@ -132,17 +137,14 @@ class CPC(SelfSupervisedModule):
         maps = grid.maps(images, drop_channels=self.drop_channels)  # (B, F, R, S)
         self._check_grid(maps)
         targets = self.target(maps)  # (B, D, R, S)
-        losses = [
-            self._direction_loss(predictor, _turned(maps, turn), _turned(targets, turn))
-            for turn, predictor in enumerate(self.predictors)
-        ]
+        made = self.predictors(maps)
+        losses = [self._direction_loss(made[turn], _turned_targets(targets, turn)) for turn in range(len(made))]
         loss = torch.stack(losses).mean()
         self.log("train/loss", loss, batch_size=len(images))
-        return {"loss": loss, "features": maps.detach().mean((2, 3))}
+        return {"loss": loss, "features": _mean_of_patches(maps.detach())}
 
-    def _direction_loss(self, predictor: nn.Module, maps: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of predictions down the rows of maps (B, F, R, S), with targets (B, D, R, S)."""
-        made = predictor(maps)
+    def _direction_loss(self, made: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Return the loss of what was predicted down the rows of a grid, with targets (B, D, R, S)."""
         if self.negatives is not None:
             index = draw_row_negatives(targets, steps=self.steps, negatives=self.negatives, skip=self.skip)
             return cpc_sampled_loss(made[0], targets, made[1], index, negatives=self.negatives, skip=self.skip)
@@ -182,7 +184,24 @@ class _Predictor(nn.Module):
         return tuple(step(context) for step in self.steps)
 
 
+class _Directions(nn.ModuleList):
+    """One predictor per direction, in a module with a ``forward``, which FSDP2 needs."""
+
+    def forward(self, maps: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return what each predictor makes of maps (B, F, R, S)."""
+        return [predictor(_turned(maps, turn)) for turn, predictor in enumerate(self)]
+
+
 def _turned(maps: Tensor, turn: int) -> Tensor:
     """Return maps (B, C, R, S) so that down is down, up, right or left for turn 0, 1, 2 or 3."""
     maps = maps.transpose(2, 3) if turn >= 2 else maps
     return maps.flip(2) if turn % 2 else maps
+
+
+_turned_targets = full_precision(_turned)
+
+
+@full_precision
+def _mean_of_patches(maps: Tensor) -> Tensor:
+    """Return the features (B, F) of maps (B, F, R, S)."""
+    return maps.mean((2, 3))

@@ -144,6 +144,11 @@ def test_bad_arguments(kwargs, message):
         model(**kwargs)
 
 
+def test_a_grid_of_other_patches_is_refused():
+    with pytest.raises(ValueError, match=r"`backbone` must cut patches \(8, 4\), got \(8, 8\)"):
+        lc.CPC(PatchGrid(TinyBackbone(), 8, 8), **GRID)
+
+
 def test_images_smaller_than_a_patch():
     with pytest.raises(ValueError, match=r"`images` must be at least 8 pixels wide and high, got \(7, 24\)"):
         model()(torch.rand(2, 3, 7, 24))
