@@ -42,6 +42,7 @@ from .methods import NPID as NPID
 from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
 from .methods import DINOv2 as DINOv2
+from .methods import GLoRIA as GLoRIA
 from .methods import MoCHi as MoCHi
 from .methods import MoCo as MoCo
 from .methods import MoCoV3 as MoCoV3

@@ -33,8 +33,8 @@ class CPC(SelfSupervisedModule):
     ``train/loss``, which is ``ln(B R S)`` (all patches) or ``ln(1 + negatives)`` at the start.
 
     Args:
-        backbone: Name of a timm model, or a module that maps patches (P, C, p, p) to features (P, F); a `nn.PatchGrid` of
-            these sizes is used as it is.
+        backbone: Name of a timm model, or a module that maps patches (P, C, p, p) to features (P, F); a `nn.PatchGrid`
+            of these sizes is used as it is.
         patch_size: Edge p of the patches in pixels; 64 in v1, 80 in v2.
         stride: Distance of neighboring patches in pixels; 32 in v1, 36 in v2.
         directions: "down" as in v1, or "all" for v2's four, each with a context and predictions of its own.

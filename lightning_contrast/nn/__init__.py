@@ -24,6 +24,7 @@ from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
 from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.prototypes import Prototypes
+from lightning_contrast.nn.region_maps import RegionMaps
 from lightning_contrast.nn.small_vit import small_vit
 from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_split_batchnorm
 from lightning_contrast.nn.stems import use_small_stem
@@ -58,6 +59,7 @@ __all__ = [
     "PatchPrototypeHead",
     "PrototypeHead",
     "Prototypes",
+    "RegionMaps",
     "ScheduledTemperature",
     "SmallConvNet",
     "SplitBatchNorm2d",
