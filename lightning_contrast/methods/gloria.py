@@ -2,9 +2,9 @@
 
 Paper: Huang et al., ICCV 2021, https://doi.org/10.1109/ICCV48922.2021.00391. Reference implementation:
 marshuang80/gloria.
-Differs from it: negatives are of all ranks; AdamW and a cosine instead of Adam and a rate that drops on plateaus; images
-keep their size (there all are resized to 299); a text's vector is the mean of its words (there zeros for padding are
-averaged too, which only scales it); the default text tower is small and reads bytes.
+Differs from it: negatives are of all ranks; AdamW and a cosine instead of Adam and a rate that drops on plateaus;
+images keep their size (there all are resized to 299); a text's vector is the mean of its words (there zeros for padding
+are averaged too, which only scales it); the default text tower is small and reads bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +39,8 @@ class GLoRIA(SelfSupervisedModule):
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
-        text_backbone: A module whose ``forward_tokens(tokens)`` maps tokens (B, L) to the states of all tokens (B, L, D)
-            and the lengths (B,), with D as ``num_features``; None is a small `nn.TextTransformer`.
+        text_backbone: A module whose ``forward_tokens(tokens)`` maps tokens (B, L) to the states of all tokens
+            (B, L, D) and the lengths (B,), with D as ``num_features``; None is a small `nn.TextTransformer`.
         embedding_dim: D for the default text tower; a given one has its own.
         region_layer: Name of the backbone's submodule whose map (B, C, H, W) holds the regions; None is "layer3" if
             there is one, as published for ResNets, else the backbone itself, which must return a map.
@@ -231,5 +231,5 @@ _join_pieces = full_precision(join_pieces)
 
 @full_precision
 def _mean_of_words(words: Tensor, lengths: Tensor) -> Tensor:
-    """Return the mean over the words of each text, (B, D), of word vectors (B, D, T) that are 0 beyond the lengths (B,)."""
+    """Return the mean vectors (B, D) of words (B, D, T), which are 0 beyond the lengths (B,)."""
     return words.sum(2) / lengths[:, None]

@@ -113,7 +113,7 @@ def test_any_tower_and_any_map():
 
 
 def test_regions_of_a_resnet_are_those_of_its_third_stage():
-    module = lc.GLoRIA("resnet18", **WORDS)
+    module = lc.GLoRIA("resnet18", **(WORDS | {"context_length": 16}))
     assert module.region_maps.layer == "layer3"
     assert module.region_projection.weight.shape == (8, 256, 1, 1)
     assert module.attention(torch.rand(2, 3, 64, 64), TEXTS[:2])[0].shape[2:] == (4, 4)
@@ -188,9 +188,7 @@ def test_long_captions_are_cut_with_a_warning():
 
 def test_a_layer_without_a_map_is_refused():
     flat = model(region_layer="layers.6", region_dim=8)
-    with pytest.raises(
-        ValueError, match=r"`region_layer` must return a map \(B, C, H, W\) from layers.6, got \(4, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"must return a map \(B, C, H, W\) from layers.6, got \(4, 8\)"):
         run_step(flat, [IMAGES, TEXTS])
     unused = TinyBackbone()
     unused.extra = nn.Conv2d(1, 8, 1)
