@@ -213,8 +213,8 @@ def image_text_views(
 
     Crop 0.9..1 (bicubic) at 224, no flip, which would contradict captions with left and right, no color operations.
 
-    Source: https://github.com/mlfoundations/open_clip (``transform.py``). SigLIP's images are resized only, its range
-    -1..1 is ``mean=std=(0.5, 0.5, 0.5)``.
+    Source: https://arxiv.org/abs/2103.00020 and https://github.com/mlfoundations/open_clip (``transform.py``). SigLIP's
+    images are resized only, its range -1..1 is ``mean=std=(0.5, 0.5, 0.5)``.
 
     Args:
         size: Edge of the view in pixels, >= 1.

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_contrast._checks import check_at_least, check_choice, fail
 from lightning_contrast.evaluation.exported import INPUT_SPEC, count_channels, pack_weights
-from lightning_contrast.nn import MaskedViT
+from lightning_contrast.nn import MaskedViT, TextTransformer
 from lightning_contrast.sharding import is_fsdp1_shard
 
 ExportFormat: TypeAlias = Literal["state_dict", "onnx"]
@@ -77,7 +77,8 @@ def export_backbone(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "onnx":
-        _write_onnx(backbone, path, spec)
+        images = torch.rand(2, count_channels(backbone, spec), spec["size"], spec["size"])
+        _write_graph(backbone, images, path, ("images", "features"), {INPUT_SPEC: json.dumps(spec)})
     else:
         torch.save(pack_weights(backbone, spec), path)
     return path
@@ -107,44 +108,110 @@ def _backbone_of(model: nn.Module) -> nn.Module:
     backbone = getattr(backbone, "_orig_mod", backbone)
     if not isinstance(backbone, nn.Module):
         fail("model", "have a module as `backbone`", type(backbone).__name__, "Give the network itself", TypeError)
-    if any(isinstance(weight, DTensor) or is_fsdp1_shard(weight) for weight in backbone.parameters()):
-        hint = "Load a full checkpoint into a module without a Trainer, and export that"
-        fail("model", "have full weights", "a module sharded by FSDP", hint)
+    _check_whole(backbone)
     return cast("nn.Module", backbone.vit) if isinstance(backbone, MaskedViT) else backbone
 
 
-def _write_onnx(backbone: nn.Module, path: Path, spec: dict[str, Any]) -> None:
-    """Write the graph and compare its features with those of the backbone."""
+def _check_whole(model: nn.Module) -> None:
+    """Refuse to export a sharded module."""
+    if any(isinstance(weight, DTensor) or is_fsdp1_shard(weight) for weight in model.parameters()):
+        hint = "Load a full checkpoint into a module without a Trainer, and export that"
+        fail("model", "have full weights", "a module sharded by FSDP", hint)
+
+
+def export_towers(
+    model: nn.Module, folder: str | Path, *, input_spec: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """Export the two encoders of an image-text model as ONNX graphs.
+
+    ``image.onnx`` maps ``images`` (B, C, size, size), float32 and normalized with the mean and std, to ``embeddings``
+    (B, D) of unit length, as ``model.encode_image`` does; ``text.onnx`` maps ``tokens`` (B, L), int64, to
+    ``embeddings`` (B, D), as ``model.encode_text`` does with tokens. B is free, and for `nn.TextTransformer` also L up
+    to its context length; other text towers take the context length. The tokenizer is not part of the graph. Each graph
+    is run once in onnxruntime and compared with the model. Needs the extra:
+    ``pip install 'lightning_contrast[export]'``.
+
+    Args:
+        model: A `CLIP` or `SigLIP`; it is not modified.
+        folder: Folder of the files; it is created.
+        input_spec: As in `export_backbone`; kept as JSON in the metadata of ``image.onnx``.
+
+    Returns:
+        The paths of ``image.onnx`` and ``text.onnx``.
+
+    Raises:
+        TypeError: If the model is no image-text model.
+        ValueError: If ``input_spec`` is missing or incomplete, or the model is sharded.
+        ModuleNotFoundError: If the extra is not installed.
+        RuntimeError: If the embeddings of a graph differ from those of the model.
+    """
+    model = cast("nn.Module", getattr(model, "_orig_mod", model))
+    parts = [getattr(model, f"{kind}_projection", None) for kind in ("image", "text")]
+    towers = [getattr(model, "backbone", None), getattr(model, "text_backbone", None)]
+    if not all(isinstance(part, nn.Module) for part in (*parts, *towers)):
+        fail("model", "be an image-text model", type(model).__name__, "Give a `CLIP` or `SigLIP`", TypeError)
+    spec = _checked(input_spec if input_spec is not None else _spec_of_trainer(model))
+    _check_whole(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    image, text = (_Encoder(tower, part) for tower, part in zip(towers, parts, strict=True))  # type: ignore[arg-type]
+    images = torch.rand(2, count_channels(image, spec), spec["size"], spec["size"])
+    _write_graph(image, images, folder / "image.onnx", ("images", "embeddings"), {INPUT_SPEC: json.dumps(spec)})
+    tower: Any = towers[1]
+    length, vocabulary = int(tower.context_length), int(tower.vocab_size)
+    tokens = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+    _write_graph(text, tokens, folder / "text.onnx", ("tokens", "embeddings"), {"context_length": str(length)})
+    return folder / "image.onnx", folder / "text.onnx"
+
+
+class _Encoder(nn.Module):
+    """A tower and its projection, to unit rows (B, D)."""
+
+    def __init__(self, tower: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.tower, self.projection = tower, projection
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Return the embeddings (B, D) of images (B, C, H, W) or tokens (B, L)."""
+        return nn.functional.normalize(self.projection(self.tower(given)), dim=1)
+
+
+def _write_graph(
+    network: nn.Module, example: Tensor, path: Path, names: tuple[str, str], metadata: Mapping[str, str]
+) -> None:
+    """Write the graph of a network for any batch size, and compare its output for the example with the network's."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
         hint = "pip install 'lightning_contrast[export]'"
         raise ModuleNotFoundError(f"ONNX needs onnx, onnxscript and onnxruntime: {hint}.") from error
-    network = copy.deepcopy(backbone).cpu().float().eval().to(memory_format=torch.contiguous_format)
-    images = torch.rand(2, count_channels(network, spec), spec["size"], spec["size"])
+    network = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
+    dynamic = {0: torch.export.Dim("batch")}
+    if not example.is_floating_point() and any(isinstance(m, TextTransformer) for m in network.modules()):
+        dynamic[1] = torch.export.Dim("length", min=3, max=example.shape[1])
     with _silence("torch.onnx", "onnxscript", "onnx_ir"):
         program = torch.onnx.export(
             network,
-            (images,),
+            (example,),
             dynamo=True,
             optimize=False,  # constant folding is slow, and onnxruntime repeats it
             verbose=False,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=names[:1],
+            output_names=names[1:],
+            dynamic_shapes=(dynamic,),
         )
     assert program is not None
-    program.model.metadata_props[INPUT_SPEC] = json.dumps(spec)
+    program.model.metadata_props.update(metadata)
     program.save(path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    more = torch.cat([images, images.flip(0)[:1]])  # a batch of another size
-    (given,) = session.run(None, {"images": more.numpy()})
+    more = torch.cat([example, example.flip(0)[:1]])  # a batch of another size
+    (given,) = session.run(None, {names[0]: more.numpy()})
     with torch.no_grad():
         expected: Tensor = network(more)
     difference = float((torch.from_numpy(given) - expected).abs().max())
     if given.shape != tuple(expected.shape) or not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise RuntimeError(f"The features of the ONNX graph differ from those of the backbone by up to {difference:g}.")
+        raise RuntimeError(f"The {names[1]} of the ONNX graph differ from those of the model by up to {difference:g}.")
 
 
 @contextmanager

@@ -11,26 +11,27 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_contrast.losses import siglip_loss
-from lightning_contrast.methods.clip import CLIP
+from lightning_contrast.methods.image_text import ImageTextModule
 from lightning_contrast.nn import LogitBias
 
 
-class SigLIP(CLIP):
+class SigLIP(ImageTextModule):
     """Classify all pairs of the global batch by a sigmoid with a learned scale and bias.
 
-    Batches and encoders are those of `CLIP`. A pair of another image and text with the same id under ``mask_same``
-    counts neither as positive nor as negative.
+    Batches and encoders are those of `ImageTextModule`. A pair of another image and text with the same id under
+    ``mask_same`` counts neither as positive nor as negative.
 
     Args:
-        backbone: Image tower, as in `CLIP`.
-        text_backbone: Text tower, as in `CLIP`.
+        backbone: Image tower, as in `ImageTextModule`.
+        text_backbone: Text tower, as in `ImageTextModule`.
         logit_scale: Multiplier of the cosine similarities at the start, in [1, max_logit_scale].
         logit_bias: Bias of the logits at the start.
         lr: Peak learning rate, absolute.
-        weight_decay: Weight decay, as in `CLIP`.
-        **arguments: Further arguments of `CLIP`.
+        weight_decay: Weight decay, as in `ImageTextModule`.
+        **arguments: Further arguments of `ImageTextModule`.
     """
 
+    base_lr: ClassVar[float] = 1e-3
     adamw_options: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.95)}
 
     def __init__(

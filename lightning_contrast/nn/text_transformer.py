@@ -80,7 +80,7 @@ class TextTransformer(nn.Module):
         """Return one vector per text, (B, D), of int64 tokens (B, L)."""
         states = self._encode(tokens)  # (B, L, width)
         end = tokens.argmax(1)  # (B,)
-        return self.projection(states[torch.arange(len(tokens), device=tokens.device), end])  # type: ignore[no-any-return]
+        return self.projection(states[torch.arange(tokens.shape[0], device=tokens.device), end])  # type: ignore[no-any-return]
 
     def forward_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the projected states of all tokens (B, L, D), and the lengths (B,): tokens up to and with the end."""

@@ -19,7 +19,7 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
-ONE_VIEW = {"ijepa_views"}
+ONE_VIEW = {"ijepa_views", "image_text_views"}
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
@@ -39,6 +39,7 @@ TABLE = {
     "dinov2_views": ((0.32, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "msn_views": ((0.3, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
+    "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
 }
 LOCAL = {
@@ -68,14 +69,14 @@ def test_numbers(name):
         color = found["FusedColorJitter"]
         assert found["FusedResizedCrop"].scale == crop
         assert found["FusedResizedCrop"].size == 224
-        assert found["FusedResizedCrop"].flip == (0 if name == "ijepa_views" else 0.5)
+        assert found["FusedResizedCrop"].flip == (0 if name in ONE_VIEW else 0.5)
         assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx(jitter)
         assert (color.probability, color.grayscale) == (jitter_p, gray)
         assert color.gray_first is (name == "moco_v1_views")
         assert color.additive_brightness is (name == "byol_views")
         assert getattr(found.get("FusedGaussianBlur"), "probability", 0) == blur[i]
         assert getattr(found.get("FusedSolarize"), "probability", 0) == solarize[i]
-    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2"}
+    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text"}
     expected = "bicubic" if name.removesuffix("_views") in bicubic else "bilinear"
     assert operations(views[0])["FusedResizedCrop"].interpolation == expected
     if name in MULTI_CROP:
@@ -134,7 +135,9 @@ def test_views_of_every_policy(emoji, name, fused):
         assert view.min() >= -bound(FORMULA)  # blurs sum to 1 up to rounding
         assert view.max() <= 1 + bound(FORMULA)
     difference = (views[0] - (policy(images)[0] if name in ONE_VIEW else views[1])).abs().mean((1, 2, 3))
-    assert (difference > 1e-3).all()
+    different = difference > 1e-3
+    # Most crops of 0.9..1 of a square at another aspect ratio do not fit: the whole image is taken, also twice.
+    assert different.any() if name == "image_text_views" else different.all()
 
 
 @pytest.mark.parametrize("name", POLICIES)

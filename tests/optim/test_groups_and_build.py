@@ -55,7 +55,7 @@ def test_both_exclusions_are_the_rule_of_one_dimension(name):
 
 
 def test_bad_group_arguments():
-    with pytest.raises(ValueError, match="`exclude` must be one of 'norm', 'bias', got 'biases'"):
+    with pytest.raises(ValueError, match="`exclude` must be one of 'norm', 'bias', 'declared', got 'biases'"):
         parameter_groups(nn.Linear(2, 2), 0.1, exclude=("biases",))
     with pytest.raises(ValueError, match="`weight_decay` must be >= 0, got -1"):
         parameter_groups(nn.Linear(2, 2), -1)

@@ -1,0 +1,256 @@
+"""Base class of the methods that contrast images with texts: towers, projections, texts, and open_clip's models."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lightning_contrast import optim
+from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast.augment import image_text_views
+from lightning_contrast.contracts import batch_texts
+from lightning_contrast.methods.base import SelfSupervisedModule
+from lightning_contrast.methods.false_negatives import SameImages, sample_ids
+from lightning_contrast.nn import BackboneOptions, ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
+from lightning_contrast.nn.byte_tokenizer import check_captions
+from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.fsdp import strategy_module
+
+Tokenizer = Callable[[list[str]], Tensor]
+_SMALL = {"width": 128, "layers": 3, "heads": 2}  # 64 channels per head, as published
+
+
+class ImageTextModule(SelfSupervisedModule):
+    """Two towers, their projections to a common space, and the learned scale of their similarities.
+
+    A batch holds images (B, C, H, W) and texts: ``(images, texts)``, or a dict with "image" and "text". Texts are a
+    list of str, or int64 tokens (B, L). `forward` gives the image tower's features (B, F); `encode_image` and
+    `encode_text` give the embeddings (B, D).
+
+    Args:
+        backbone: Image tower: name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
+        text_backbone: Text tower: a module that maps tokens (B, L) to vectors (B, T) and has T as ``num_features``;
+            None is a small `nn.TextTransformer` of 3 layers and width 128.
+        embedding_dim: D, the width of the embeddings.
+        tokenizer: A function of a list of B str that returns int64 tokens (B, L); None is `nn.ByteTokenizer`.
+        context_length: Largest number of tokens of a text, for the default tokenizer and text tower.
+        text_kwargs: Arguments of the default text tower that replace its own: ``vocab_size`` (read from the tokenizer
+            otherwise), ``width``, ``layers``, ``heads``.
+        logit_scale: Multiplier of the cosine similarities at the start, in [1, max_logit_scale]; it is learned.
+        max_logit_scale: Largest multiplier: after each optimizer step it is clamped to [1, max_logit_scale]; None does
+            not clamp it.
+        mask_same: Do not use pairs with the same "text", "index" or "label" as negatives; None uses all pairs.
+        locked_image: Freeze the backbone and run it in eval mode (LiT); its projection is trained.
+        optimizer: "adamw" as published, with the method's ``adamw_options``; "sgd", "lars", "lamb", or a callable.
+        lr: Peak learning rate, absolute.
+        weight_decay: Weight decay of all parameters except norms, biases, the scale, and those that a tower names in
+            ``no_weight_decay()``: positions and class tokens.
+        warmup_epochs: Epochs of linear warm-up before the cosine to 0; the published 10,000 steps are about one epoch
+            of LAION-400M.
+        **options: See `BackboneOptions`.
+    """
+
+    adamw_options: ClassVar[dict[str, Any]]
+    """Options of ``optimizer="adamw"``."""
+    views = staticmethod(image_text_views)
+    cached_modules: ClassVar[tuple[str, ...]] = ("backbone", "text_backbone")
+    """The submodules that a `GradientCache` runs in chunks."""
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        text_backbone: nn.Module | None = None,
+        *,
+        embedding_dim: int = 512,
+        tokenizer: Tokenizer | None = None,
+        context_length: int = 77,
+        text_kwargs: Mapping[str, int] | None = None,
+        logit_scale: float = 1 / 0.07,
+        max_logit_scale: float | None = 100.0,
+        mask_same: SameImages | Literal["text"] | None = None,
+        locked_image: bool = False,
+        optimizer: OptimizerLike = "adamw",
+        lr: float = 5e-4,
+        weight_decay: float = 0.2,
+        warmup_epochs: int = 1,
+        **options: Unpack[BackboneOptions],
+    ) -> None:
+        super().__init__(
+            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
+        )
+        check_at_least("embedding_dim", embedding_dim, 1)
+        check_choice("mask_same", mask_same, (None, "label", "index", "text"))
+        self.mask_same, self.locked_image = mask_same, locked_image
+        self.tokenizer: Tokenizer = ByteTokenizer(context_length) if tokenizer is None else tokenizer
+        if not callable(self.tokenizer):
+            hint = "Give a function of a list of str that returns int64 tokens (B, L)"
+            fail("tokenizer", "be callable", type(tokenizer).__name__, hint, TypeError)
+        if text_backbone is None:
+            tower: nn.Module = _small_tower(self.tokenizer, context_length, text_kwargs)
+        elif text_kwargs:
+            hint = "Give these arguments where you build the module"
+            fail("text_kwargs", "be None where `text_backbone` is given", dict(text_kwargs), hint)
+        elif not isinstance(text_backbone, nn.Module):
+            hint = "Give a module that maps tokens (B, L) to vectors (B, T), or None"
+            fail("text_backbone", "be a module", type(text_backbone).__name__, hint, TypeError)
+        else:
+            tower = text_backbone
+        self.text_backbone = tower
+        self.image_projection: nn.Module = _projection(self.feature_dim, embedding_dim)
+        self.text_projection: nn.Module = _projection(read_feature_dim(tower), embedding_dim)
+        self.logit_scale = LogitScale(logit_scale, max_logit_scale)
+        if locked_image:
+            self.backbone.requires_grad_(False)
+        self.save_hyperparameters()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep a locked backbone in eval mode; Lightning warns if it is so before the run."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.locked_image and self.backbone.training:
+            self.backbone.eval()
+
+    def on_train_end(self) -> None:
+        """Put a locked backbone into the mode of the module."""
+        super().on_train_end()
+        if self.locked_image:
+            self.backbone.train(self.training)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return the embeddings of images (B, C, H, W), unit rows (B, D)."""
+        return unit_rows(self.image_projection(self(images)))
+
+    def encode_text(self, texts: list[str] | Tensor) -> Tensor:
+        """Return the embeddings of B texts or of int64 tokens (B, L), unit rows (B, D).
+
+        Raises:
+            TypeError: If the texts are not a list of str.
+            ValueError: If a text is empty.
+        """
+        return unit_rows(self.text_projection(self.text_backbone(self.tokenize(texts))))
+
+    def tokenize(self, texts: list[str] | Tensor) -> Tensor:
+        """Return the tokens of B texts, int64 (B, L), on the module's device; tokens are only moved there."""
+        if not isinstance(texts, Tensor):
+            texts = self.tokenizer(check_captions(texts))
+        return texts.to(self.device, non_blocking=True)
+
+    def batch_texts(self, batch: Any) -> list[str] | Tensor:
+        """Return the texts of a training batch: B str, or int64 tokens (B, L)."""
+        return batch_texts(batch, type(self).__name__)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of strings it would compile one step per batch
+    def batch_tokens(self, batch: Any, size: int) -> Tensor:
+        """Return the tokens (B, L) of a training batch of ``size`` images."""
+        texts = self.batch_texts(batch)
+        hint = "Yield one text for each image"
+        require(len(texts) == size, "texts", f"be {size}, one for each image", len(texts), hint)
+        return self.tokenize(texts)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the loss of a batch of images and texts, and features (B, F)."""
+        (images,) = self.batch_views(batch, count=1)
+        tokens = self.batch_tokens(batch, len(images))  # (B, L)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked_image):
+            features = self.backbone(images)  # (B, F)
+        image = self.image_projection(features)  # (B, D)
+        text = self.text_projection(self.text_backbone(tokens))  # (B, D)
+        loss = self.pair_loss(image, text, self.groups(batch, tokens))
+        self.log("train/loss", loss, batch_size=len(images))
+        return {"loss": loss, "features": features.detach()}
+
+    def groups(self, batch: Any, tokens: Tensor) -> Tensor | None:
+        """Return ids (B,) that are equal for pairs that are no negatives of each other, or None."""
+        if self.mask_same == "text":
+            return text_ids(tokens)
+        return sample_ids(batch, self.mask_same, type(self).__name__)
+
+    def pair_loss(self, image: Tensor, text: Tensor, groups: Tensor | None) -> Tensor:
+        """Return the loss of projections (B, D) of images and of their texts, a scalar."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups: no weight decay on norms, biases, positions, class tokens and the scale."""
+        exclude = ("norm", "bias", "declared")
+        groups = optim.parameter_groups(strategy_module(self), self.weight_decay, exclude=exclude)
+        return [group | self.adamw_options for group in groups] if self.optimizer == "adamw" else groups
+
+    @classmethod
+    def from_open_clip(cls, name: str, pretrained: str | None = None, **arguments: Any) -> Self:
+        """Build the method around the towers, projections and tokenizer of an open_clip model.
+
+        `forward` gives what the image tower outputs before its projection matrix, if it has one, else its output.
+        Needs the extra: ``pip install 'lightning_contrast[clip]'``.
+
+        Args:
+            name: Name of an open_clip configuration, such as "ViT-B-32".
+            pretrained: A file of weights, or open_clip's tag of some, which are downloaded; None: random weights.
+            **arguments: Arguments of the method, such as ``lr``; ``tokenizer`` replaces open_clip's.
+
+        Raises:
+            ModuleNotFoundError: If the extra is not installed.
+        """
+        arguments, weight = _open_clip_parts(name, pretrained, arguments)
+        module = cls(**arguments)
+        module.text_projection = nn.Identity()  # the text tower has its own
+        if weight is None:
+            module.image_projection = nn.Identity()
+        else:
+            with torch.no_grad():
+                module.image_projection.weight.copy_(weight.T)  # type: ignore[operator]  # a tensor
+        return module
+
+
+def _small_tower(tokenizer: Tokenizer, context_length: int, kwargs: Mapping[str, int] | None) -> TextTransformer:
+    """Return the default text tower for the ids of a tokenizer."""
+    settings = _SMALL | {"vocab_size": getattr(tokenizer, "vocab_size", None)} | dict(kwargs or {})
+    if settings["vocab_size"] is None:
+        hint = 'Give text_kwargs={"vocab_size": ...}, or a `text_backbone`'
+        fail("tokenizer", "have a `vocab_size` for the default text tower", type(tokenizer).__name__, hint)
+    return TextTransformer(context_length=context_length, **settings)  # type: ignore[arg-type]  # checked there
+
+
+def _projection(width: int, embedding_dim: int) -> nn.Linear:
+    """Return CLIP's projection: a matrix without bias, normal with standard deviation width^-0.5."""
+    projection = nn.Linear(width, embedding_dim, bias=False)
+    nn.init.normal_(projection.weight, std=width**-0.5)
+    return projection
+
+
+def text_ids(tokens: Tensor) -> Tensor:
+    """Return a 63-bit hash (B,) >= 0 of tokens (B, L), equal on all ranks; padding with 0 does not change it."""
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    factors = place * 0x1E3779B97F4A7C15  # wraps around
+    factors = (factors ^ (factors >> 29)) * 0x3F58476D1CE4E5B9
+    return (tokens * (factors | 1)).sum(1) & 0x7FFFFFFFFFFFFFFF
+
+
+def _open_clip_parts(
+    name: str, pretrained: str | None, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Build an open_clip model; return its parts as arguments of the method, and the image projection (F, D) or None.
+
+    The projection matrix is taken out of the image tower.
+    """
+    try:
+        import open_clip  # type: ignore[import-untyped]
+    except ImportError as error:
+        hint = "pip install 'lightning_contrast[clip]'"
+        raise ModuleNotFoundError(f"`from_open_clip` needs open_clip_torch: {hint}.") from error
+    model: Any = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True)
+    embedding_dim: int = open_clip.get_model_config(name)["embed_dim"]
+    model.text.num_features = embedding_dim
+    visual, weight = model.visual, getattr(model.visual, "proj", None)
+    if isinstance(weight, nn.Parameter):
+        visual.proj = None
+    else:
+        weight = None
+    parts = {"backbone": visual, "text_backbone": model.text, "embedding_dim": embedding_dim}
+    parts["feature_dim"] = embedding_dim if weight is None else len(weight)
+    parts["logit_scale"] = float(model.logit_scale.detach().exp())
+    if model.logit_bias is not None:
+        parts["logit_bias"] = float(model.logit_bias.detach())
+    if "tokenizer" not in arguments:
+        parts["tokenizer"] = open_clip.get_tokenizer(name)
+    return parts | dict(arguments), weight

@@ -1,0 +1,291 @@
+"""CLIP and SigLIP: texts, the learned scale, locked towers, parameter groups, chunks, open_clip's models, export."""
+
+import copy
+import json
+import math
+import warnings
+
+import lightning as L
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import lightning_contrast as lc
+from lightning_contrast.losses.image_text import naive_clip_loss, naive_siglip_loss
+from lightning_contrast.methods.image_text import text_ids
+from tests.methods.cases import TEXTS, TinyBackbone
+from tests.methods.matrix_runs import run
+from tests.methods.test_contract import gradients, run_step
+from tests.tolerances import CANCELLING, NETWORK, f32, f64
+
+WORDS = ["a red cat", "a dog", "a red cat", "the sun", "Öl", "two birds"]
+both = pytest.mark.parametrize("method", [lc.CLIP, lc.SigLIP])
+
+
+def make(method=lc.CLIP, **kwargs):
+    torch.manual_seed(0)
+    return method(TinyBackbone(), **({"warmup_epochs": 0} | TEXTS | {"context_length": 16} | kwargs))
+
+
+def images(dtype=torch.float32):
+    return torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+@both
+@pytest.mark.parametrize("layout", ["tuple", "dict", "tokens", "labels first"])
+def test_the_loss_is_the_formula_for_every_layout_of_the_batch(method, layout):
+    module, pictures = make(method).double(), images(torch.float64)
+    tokens = module.tokenizer(WORDS)
+    batch = {
+        "tuple": [pictures, WORDS],
+        "dict": {"image": pictures, "text": WORDS, "index": torch.arange(6)},
+        "tokens": (pictures, tokens),
+        "labels first": (pictures, torch.arange(6), torch.arange(6), WORDS),
+    }[layout]
+    image, text = module.encode_image(pictures), module.encode_text(WORDS)
+    if method is lc.CLIP:
+        expected = naive_clip_loss(image, text, logit_scale=module.logit_scale())
+    else:
+        expected = naive_siglip_loss(image, text, logit_scale=module.logit_scale(), logit_bias=-10.0)
+    out = run_step(module, batch)
+    torch.testing.assert_close(out["loss"], expected, **f64(CANCELLING))
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(6, dtype=torch.float64))
+    assert torch.equal(module(pictures), module.backbone(pictures))
+    assert torch.equal(out["features"], module(pictures))
+
+
+@both
+def test_pairs_of_one_caption_or_one_index_are_no_negatives(method):
+    pictures = images(torch.float64)
+    index = torch.tensor([3, 1, 3, 0, 2, 5])  # the same groups as the captions
+    of_text = run_step(make(method, mask_same="text").double(), [pictures, WORDS])["loss"]
+    batch = {"image": pictures, "text": WORDS, "index": index}
+    of_index = run_step(make(method, mask_same="index").double(), batch)["loss"]
+    of_all = run_step(make(method).double(), batch)["loss"]
+    assert of_text.item() == of_index.item()
+    assert of_text.item() < of_all.item() - 1e-4
+    with pytest.raises(ValueError, match="`batch` must hold sample indices for"):
+        run_step(make(method, mask_same="index").double(), [pictures, WORDS])
+
+
+def test_equal_texts_are_recognized_whatever_the_padding():
+    tokenizer = lc.nn.ByteTokenizer(32)
+    short, long = tokenizer(["a cat", "a dog"]), tokenizer(["a cat", "a much longer one"])
+    ids, others = (text_ids(tokens) for tokens in (short, long))
+    assert ids[0] == others[0]
+    assert len({*ids.tolist(), *others.tolist()}) == 3
+    assert min(ids.min(), others.min()) >= 0
+
+
+@pytest.mark.parametrize("maximum", [15.0, None])
+def test_the_scale_is_clamped_after_every_optimizer_step(maximum):
+    module = make(max_logit_scale=maximum, optimizer="sgd", lr=50.0)
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append(float(pl_module.logit_scale().detach()))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(module, [[images(), WORDS]] * 4, [Watch()])
+    assert len(seen) == 8
+    inside = all(1 - 1e-3 <= scale <= 15 + 1e-3 for scale in seen)
+    assert inside == (maximum is not None)
+
+
+def test_a_locked_image_tower_does_not_change_and_its_projection_does():
+    module = lc.CLIP(TinyBackbone(norm=True), locked_image=True, warmup_epochs=0, **TEXTS)
+    before = copy.deepcopy(module.state_dict())
+    run(module, [[images(), torch.randint(1, 200, (6, 8))]] * 2)
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("backbone.") for name in changed)
+    assert {"image_projection.weight", "text_projection.weight", "logit_scale.log_scale"} <= changed
+    assert all(not name.startswith("backbone.") for name, p in module.named_parameters() if p.requires_grad)
+
+
+def test_frozen_parts_stay_out_of_the_optimizer():
+    module = make()
+    module.text_backbone.token_embedding.requires_grad_(False)
+    held = {id(p) for group in module.parameter_groups() for p in group["params"]}
+    assert id(module.text_backbone.token_embedding.weight) not in held
+    assert len(held) == len(list(module.parameters())) - 1
+
+
+@both
+def test_parameter_groups_are_the_published_ones(method):
+    module = method("small_vit", backbone_kwargs={"depth": 1}, embedding_dim=8)
+    decayed = {id(p) for g in module.parameter_groups() if g["weight_decay"] > 0 for p in g["params"]}
+    names = {name: id(p) in decayed for name, p in module.named_parameters()}
+    no_decay = [n for n, p in module.named_parameters() if p.ndim <= 1]
+    no_decay += ["backbone.pos_embed", "backbone.cls_token", "text_backbone.positions"]
+    assert {name for name, found in names.items() if not found} == set(no_decay)
+    assert names["text_backbone.token_embedding.weight"]
+    assert names["image_projection.weight"]
+    assert names["text_projection.weight"]
+    (scale,) = (g for g in module.parameter_groups() if "bounds" in g)
+    assert scale["bounds"] == (0.0, math.log(100.0))
+    betas = (0.9, 0.98) if method is lc.CLIP else (0.9, 0.95)
+    assert all(group["betas"] == betas for group in module.parameter_groups())
+
+
+def test_start_values_are_the_published_ones():
+    tower = lc.nn.TextTransformer(1000, 77, 256, 4, 4, embedding_dim=64)
+    residual, block = 256**-0.5 * 8**-0.5, tower.blocks[0]
+    expected = {
+        tower.token_embedding.weight: 0.02,
+        tower.positions: 0.01,
+        block.qkv.weight: 256**-0.5,
+        block.out.weight: residual,
+        block.mlp[0].weight: 512**-0.5,
+        block.mlp[2].weight: residual,
+        tower.projection.weight: 256**-0.5,
+    }
+    for weight, std in expected.items():
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.05)
+    assert float(lc.SigLIP("small_convnet").logit_bias().detach()) == -10.0
+    assert float(lc.CLIP("small_convnet").logit_scale().detach()) == pytest.approx(1 / 0.07, rel=1e-5)
+
+
+def test_padding_and_later_tokens_do_not_change_a_text():
+    module = make().double()
+    alone = torch.cat([module.encode_text([word]) for word in WORDS])
+    torch.testing.assert_close(module.encode_text(WORDS), alone, **f64(CANCELLING))
+    states, lengths = module.text_backbone.forward_tokens(module.tokenizer(WORDS))
+    assert lengths.tolist() == [len(word.encode()) + 2 for word in WORDS]
+    last = states[torch.arange(6), lengths - 1]
+    torch.testing.assert_close(last, module.text_backbone(module.tokenizer(WORDS)), **f64(CANCELLING))
+
+
+@both
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_the_gradient_cache_is_exact_over_both_towers(method, chunk):
+    module, sizes = make(method).double(), {"backbone": [], "text_backbone": []}
+    batch = [images(torch.float64), WORDS]
+    whole = gradients(module, batch)
+    module.zero_grad()
+    for name, seen in sizes.items():
+        first = next(m for m in getattr(module, name).modules() if isinstance(m, nn.Conv2d | nn.Embedding))
+        first.register_forward_hook(lambda m, args, out, seen=seen: seen.append(len(args[0])))
+    cache = lc.GradientCache(chunk)
+    cache.on_fit_start(None, module)
+    chunked = gradients(module, batch)
+    cache.teardown(None, module, "fit")
+    assert whole.keys() == chunked.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunked[name], gradient, **f64(CANCELLING))
+    assert {name: max(seen) for name, seen in sizes.items()} == {"backbone": chunk, "text_backbone": chunk}
+    assert "forward" not in module.text_backbone.__dict__
+
+
+BAD = {
+    "unequal": (lambda m: run_step(m, [images(), WORDS[:5]]), ValueError, "`texts` must be 6, one for each image, got"),
+    "no texts": (lambda m: run_step(m, [images(), torch.arange(6)]), ValueError, "`batch` must hold texts for CLIP"),
+    "numbers": (lambda m: m.encode_text([1, 2]), TypeError, "`texts` must be a list of str, got 'a list with int'"),
+    "a str": (lambda m: m.encode_text("a cat"), TypeError, "`texts` must be a list of str, got 'str'"),
+    "empty": (lambda m: m.encode_text(["a", " ", ""]), ValueError, r"must not be empty, got 'empty texts at \[1, 2\]'"),
+    "none": (lambda m: m.encode_text([]), ValueError, "must not be empty, got 'no texts'"),
+    "long": (lambda m: m.encode_text(torch.ones(2, 17, dtype=torch.long)), ValueError, r"\(B, L\) with L <= 16"),
+    "floats": (
+        lambda m: run_step(m, {"image": images(), "text": torch.rand(6, 4)}),
+        TypeError,
+        "must be a list of str or int64 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_texts_are_refused(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call(make())
+
+
+REFUSED = {
+    "scale": ({"logit_scale": 200.0}, ValueError, r"`logit_scale` must lie in \[1, 100.0\]"),
+    "log scale": ({"logit_scale": -2.6}, ValueError, "`logit_scale` must be > 0"),
+    "mask": ({"mask_same": "color"}, ValueError, "`mask_same` must be one of"),
+    "width": ({"embedding_dim": 0}, ValueError, "`embedding_dim` must be >= 1"),
+    "tokenizer": ({"tokenizer": "bytes"}, TypeError, "`tokenizer` must be callable"),
+    "vocabulary": ({"tokenizer": lambda texts: None}, ValueError, "must have a `vocab_size`"),
+    "heads": ({"text_kwargs": {"width": 10, "heads": 4}}, ValueError, "`width` must be a multiple of heads=4"),
+    "both": ({"text_backbone": nn.Identity()}, ValueError, "`text_kwargs` must be None where"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_refused(case):
+    arguments, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        make(**arguments)
+
+
+def test_long_texts_are_cut_with_one_warning_that_counts_them():
+    module = make()
+    with pytest.warns(UserWarning, match=r"2 of 3 texts are longer than 16 tokens and were cut"):
+        module.encode_text(["a" * 15, "b" * 14, "é" * 8])
+    tokens = module.tokenize(["c" * 40])  # a second warning would be an error
+    assert module.tokenizer.cut == 3
+    assert tokens.shape == (1, 16)
+    assert tokens[0, -1] == 258
+
+
+OPEN_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def tiny_open_clip(tmp_path):
+    """Return open_clip's module, and the names of a CLIP and of a model with a bias."""
+    open_clip = pytest.importorskip("open_clip")
+    for name, more in (("tiny-clip", {}), ("tiny-sigmoid", {"init_logit_bias": -10, "custom_text": True})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(OPEN_CLIP | more))
+    open_clip.add_model_config(tmp_path)
+    return open_clip
+
+
+@pytest.mark.parametrize(("method", "name"), [(lc.CLIP, "tiny-clip"), (lc.SigLIP, "tiny-sigmoid")])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_open_clips_models_give_their_own_logits(method, name, from_file, tiny_open_clip, tmp_path):
+    torch.manual_seed(3)
+    theirs = tiny_open_clip.create_model(name).eval()
+    pretrained = None
+    if from_file:
+        pretrained = str(tmp_path / "weights.pt")
+        torch.save(theirs.state_dict(), pretrained)
+    torch.manual_seed(3 if not from_file else 4)
+    module = method.from_open_clip(name, pretrained, lr=1e-4).eval()
+    pictures, tokens = torch.rand(6, 3, 32, 32), tiny_open_clip.get_tokenizer(name)(WORDS)
+    with torch.no_grad():
+        image, text = theirs.encode_image(pictures, normalize=True), theirs.encode_text(tokens, normalize=True)
+        expected = theirs.logit_scale.exp() * image @ text.T
+        found = module.logit_scale() * module.encode_image(pictures) @ module.encode_text(WORDS).T
+        if method is lc.SigLIP:
+            expected, found = expected + theirs.logit_bias, found + module.logit_bias()
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, **f32(NETWORK))
+    assert module(pictures).shape == (6, 64)
+    assert module.feature_dim == 64
+    run_step(module.train(), [pictures, WORDS])["loss"].backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_both_towers_are_exported(tmp_path):
+    module = make().eval()
+    spec = {"size": 16, "mean": None, "std": None}
+    image, text = lc.evaluation.export_towers(module, tmp_path, input_spec=spec)
+    pictures, tokens = images(), module.tokenizer(WORDS)
+    assert tokens.shape[1] < module.text_backbone.context_length
+    with torch.no_grad():
+        expected = module.encode_image(pictures), module.encode_text(tokens)
+    for path, given, embeddings in zip((image, text), (pictures, tokens), expected, strict=True):
+        session = onnxruntime.InferenceSession(path)
+        (found,) = session.run(["embeddings"], {session.get_inputs()[0].name: given.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), embeddings, **f32(NETWORK))
+    with pytest.raises(TypeError, match="`model` must be an image-text model"):
+        lc.evaluation.export_towers(nn.Linear(2, 2), tmp_path, input_spec=spec)
