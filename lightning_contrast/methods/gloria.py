@@ -209,9 +209,11 @@ class GLoRIA(SelfSupervisedModule):
             ids = places.masked_fill(places >= lengths[:, None] - 1, -1)  # without the end
         else:
             ids = self.word_ids(tokens)
+        counts = (ids.amax(1) + 1).clamp_min(1)
         most = tokens.shape[1] // 2 if self.word_ids is byte_words else tokens.shape[1]
-        words = _join_pieces(states, ids, max(most, 1), mean=self.pieces == "mean")
-        return words, (ids.amax(1) + 1).clamp_min(1), ids
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+            most = int(counts.max())
+        return _join_pieces(states, ids, max(most, 1), mean=self.pieces == "mean"), counts, ids
 
 
 def _small_tower(
