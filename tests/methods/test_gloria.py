@@ -100,7 +100,7 @@ def test_any_tower_and_any_map():
     module = model(maps, text_backbone=States(), tokenizer=tokenizer, region_layer=None, feature_dim=5)
     assert module.region_maps.layer == ""
     attention, ids = module.attention(IMAGES, TEXTS)
-    assert attention.shape == (4, 8, 4, 4)
+    assert attention.shape == (4, 4, 4, 4)  # the longest text has three words after the start
     assert ids[1].tolist() == [0, 1, 2, 3, -1, -1, -1, -1]  # with the start, without the end
     out = run_step(module, [IMAGES, TEXTS])
     assert out["features"].shape == (4, 5)
