@@ -24,6 +24,7 @@ from .callbacks import MomentumUpdate as MomentumUpdate
 from .callbacks import NonFiniteGuard as NonFiniteGuard
 from .callbacks import OnlineKNN as OnlineKNN
 from .callbacks import OnlineLinearProbe as OnlineLinearProbe
+from .callbacks import OnlineZeroShot as OnlineZeroShot
 from .callbacks import QueueUpdate as QueueUpdate
 from .callbacks import StepSeed as StepSeed
 from .callbacks import Thresholds as Thresholds

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, BinaryIO, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class FolderImages(Dataset[Sample | None]):
                     return None
                 continue
             try:
-                image = self._resized(_as_image(value), getattr(index, "seed", None))
+                image = resized(as_image(value), self.size, self.resize, getattr(index, "seed", None))
             except Exception as error:  # invalid output of the loader, not an unreadable file
                 raise RuntimeError(
                     f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
@@ -142,24 +142,32 @@ class FolderImages(Dataset[Sample | None]):
             what = f"Cannot read the image {self.paths[position]}: {error}"
             warnings.warn(f"{what} It is skipped, as are further ones, without another warning.", stacklevel=2)
 
-    def _resized(self, image: Tensor, seed: int | None) -> Tensor:
-        """Return the square ``(C, size, size)``; with a seed at a random place along the longer side."""
-        from torchvision.transforms.v2 import functional as F
 
-        shape = [self.size, self.size]
-        resized: Tensor = F.resize(image, shape if self.resize == "squash" else [self.size], antialias=True)
-        if self.resize == "crop" and seed is not None:
-            top, left = (seed % (edge - self.size + 1) for edge in resized.shape[-2:])
-            resized = resized[..., top : top + self.size, left : left + self.size]
-        square: Tensor = F.center_crop(resized, shape)
-        return square
+def resized(image: Tensor, size: int, resize: str, seed: int | None) -> Tensor:
+    """Return an image as a square ``(C, size, size)``.
+
+    Args:
+        image: ``(C, H, W)``.
+        size: Height and width, in pixels.
+        resize: "crop", "center" or "squash".
+        seed: Draws the place of the square along the longer side, for "crop"; None cuts the center.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    shape = [size, size]
+    smaller: Tensor = F.resize(image, shape if resize == "squash" else [size], antialias=True)
+    if resize == "crop" and seed is not None:
+        top, left = (seed % (edge - size + 1) for edge in smaller.shape[-2:])
+        smaller = smaller[..., top : top + size, left : left + size]
+    square: Tensor = F.center_crop(smaller, shape)
+    return square
 
 
-def read_rgb(path: str, *, exif: bool = True) -> Tensor:
+def read_rgb(path: str | BinaryIO, *, exif: bool = True) -> Tensor:
     """Read a file with Pillow as RGB, uint8 ``(3, H, W)``.
 
     Args:
-        path: The file.
+        path: The file, or its open binary stream.
         exif: Turn the image upright by its EXIF orientation.
 
     Raises:
@@ -176,7 +184,7 @@ def read_rgb(path: str, *, exif: bool = True) -> Tensor:
         return pixels
 
 
-def _as_image(value: Any) -> Tensor:
+def as_image(value: Any) -> Tensor:
     """Convert the output of a loader to an image of the batch contract, ``(C, H, W)`` uint8 or float32 in 0..1."""
     image = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
     image = image[None] if image.ndim == 2 else image

@@ -22,6 +22,7 @@ from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
+from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
 from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
@@ -53,6 +54,8 @@ __all__ = [
     "MaskedPatches",
     "MaskedViT",
     "MemoryBank",
+    "NGramTokenizer",
+    "NGramTower",
     "Norm",
     "PatchDistillationHead",
     "PatchGrid",
