@@ -108,7 +108,7 @@ def caption_strips(images: Tensor, captions: Sequence[str], similarity: Tensor, 
     require(fits, "similarity", "have one row per text and one column per image", tuple(similarity.shape), hint)
     figure = _figure(11, 0.85 * rows + 0.3)
     for row, query in enumerate(queries):
-        bottom, height = (rows - row - 1) / (rows + 0.4), 0.92 / (rows + 0.4)
+        bottom, height = (rows - row - 0.8) / (rows + 0.4), 0.9 / (rows + 0.4)
         figure.text(0.005, bottom + height / 2, f"“{captions[query]}” →", fontsize=8, va="center")
         found = similarity[query].topk(5).indices.tolist()
         for place, image in enumerate([*found, query]):
