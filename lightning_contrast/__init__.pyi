@@ -24,6 +24,7 @@ from .callbacks import MomentumUpdate as MomentumUpdate
 from .callbacks import NonFiniteGuard as NonFiniteGuard
 from .callbacks import OnlineKNN as OnlineKNN
 from .callbacks import OnlineLinearProbe as OnlineLinearProbe
+from .callbacks import OnlineZeroShot as OnlineZeroShot
 from .callbacks import QueueUpdate as QueueUpdate
 from .callbacks import StepSeed as StepSeed
 from .callbacks import Thresholds as Thresholds
@@ -32,6 +33,7 @@ from .callbacks import ViewAugmentation as ViewAugmentation
 from .callbacks import ViewLogger as ViewLogger
 from .methods import BYOL as BYOL
 from .methods import CLIP as CLIP
+from .methods import CPC as CPC
 from .methods import DINO as DINO
 from .methods import IBOT as IBOT
 from .methods import IJEPA as IJEPA
@@ -41,6 +43,7 @@ from .methods import NPID as NPID
 from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
 from .methods import DINOv2 as DINOv2
+from .methods import GLoRIA as GLoRIA
 from .methods import MoCHi as MoCHi
 from .methods import MoCo as MoCo
 from .methods import MoCoV3 as MoCoV3

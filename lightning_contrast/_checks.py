@@ -82,3 +82,14 @@ def check_range(name: str, values: Sequence[float], low: float, high: float) -> 
     """Check that ``values`` is an ordered pair inside ``[low, high]``."""
     ok = len(values) == 2 and low <= values[0] <= values[1] <= high
     require(ok, name, f"be an ordered pair inside [{low}, {high}]", tuple(values), "Give (smaller, larger)")
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Return sentences as a tuple, after checking that there is one and that each has ``{}`` once, for the words."""
+    hint = 'Give sentences such as "a drawing of {}"'
+    if isinstance(templates, str) or not all(isinstance(sentence, str) for sentence in templates):
+        fail("templates", "be a list of strings", templates, hint, TypeError)
+    require(len(templates) > 0, "templates", "hold at least one sentence", list(templates), hint)
+    for sentence in templates:
+        require(sentence.count("{}") == 1, "templates", "have {} once in each sentence", sentence, hint)
+    return tuple(templates)

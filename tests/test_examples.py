@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAIRS = [("seen", "other"), ("unseen", "same"), ("unseen", "other")]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -73,6 +74,35 @@ def test_subclass_a_method(tmp_path):
     out = run(ROOT / "examples" / "subclass_a_method.py", "--epochs", "2", cwd=tmp_path)
     assert "temperature 0.1" in out  # near its end, 0.1
     assert "k-NN top-1" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["CLIP", "SigLIP"])
+def test_clip_emoji(tmp_path, method):
+    out = run(ROOT / "examples" / "clip_emoji.py", "--epochs", "1", "--method", method, "--output", "out", cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / f"{method}_0.json").read_text())
+    assert '"to_gallery/recall@1"' in out
+    sets = [results[f"{things} things, {artist} artist"] for things, artist in PAIRS]
+    assert all(len(values) == 8 and values["to_queries/median_rank"] >= 1 for values in sets)
+    assert results["groups"]["largest group"] == pytest.approx(136 / 624)
+    assert (tmp_path / "out" / f"{method}_0.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_wrong_captions(tmp_path):
+    arguments = ("--epochs", "1", "--share", "0.3", "--output", "out")
+    run(ROOT / "examples" / "wrong_captions.py", *arguments, cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "SigLIP_0.3_0.json").read_text())
+    assert 0.4 < results["AUROC of the wrong pairs"] < 0.7  # one epoch finds almost none
+    assert 0 < results["calibration, other artist"]["ECE of all pairs"] < 0.1
+
+
+@pytest.mark.slow
+def test_composed_scenes(tmp_path):
+    arguments = ("--epochs", "1", "--scenes", "256", "--words", "--output", "out")
+    run(ROOT / "examples" / "composed_scenes.py", *arguments, cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "words_0.json").read_text())
+    assert results["scenes of unseen things"]["text"] == 0  # without order both captions are one
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from .momentum_update import MomentumUpdate as MomentumUpdate
 from .nonfinite_guard import NonFiniteGuard as NonFiniteGuard
 from .probes.knn import OnlineKNN as OnlineKNN
 from .probes.linear_probe import OnlineLinearProbe as OnlineLinearProbe
+from .probes.zero_shot import OnlineZeroShot as OnlineZeroShot
 from .queue_update import QueueUpdate as QueueUpdate
 from .step_seed import StepSeed as StepSeed
 from .throughput.monitor import TrainingCostMonitor as TrainingCostMonitor

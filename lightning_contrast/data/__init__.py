@@ -3,14 +3,18 @@
 from lightning_contrast.data.emoji_module import EmojiDataModule
 from lightning_contrast.data.folder_module import ImageFolderDataModule
 from lightning_contrast.data.image_module import ImageDataModule
+from lightning_contrast.data.image_text_module import ImageTextDataModule
 from lightning_contrast.data.in_memory import InMemoryDataModule
 from lightning_contrast.data.loading import ResumableLoader
+from lightning_contrast.data.scenes_module import EmojiScenesDataModule
 from lightning_contrast.data.statistics import estimate_mean_std
 
 __all__ = [
     "EmojiDataModule",
+    "EmojiScenesDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "ImageTextDataModule",
     "InMemoryDataModule",
     "ResumableLoader",
     "estimate_mean_std",

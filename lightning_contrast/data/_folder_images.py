@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, BinaryIO, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class FolderImages(Dataset[Sample | None]):
                     return None
                 continue
             try:
-                image = self._resized(_as_image(value), getattr(index, "seed", None))
+                image = resized(as_image(value), self.size, self.resize, getattr(index, "seed", None))
             except Exception as error:  # invalid output of the loader, not an unreadable file
                 raise RuntimeError(
                     f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
@@ -118,7 +118,6 @@ class FolderImages(Dataset[Sample | None]):
         found = [sample for sample in samples if sample is not None]
         if not found:
             raise RuntimeError(f"None of {len(samples)} images of a batch can be read. {self.listed()}")
-        sizes = [image.sizes for image, _, _ in found if isinstance(image, WholeImages)]
         rows = [(_pixels(image), label, position) for image, label, position in found]
         first, _, position = rows[0]
         for image, _, other in rows:
@@ -127,9 +126,7 @@ class FolderImages(Dataset[Sample | None]):
                     f"All images must have the same channels and type, got {_kind(first)} in {self.paths[position]} "
                     f"and {_kind(image)} in {self.paths[other]}. Give a `loader` that converts them."
                 )
-        batch: list[Any] = default_collate(rows)
-        if sizes:
-            batch[0] = WholeImages(batch[0], np.stack(sizes))
+        batch: list[Any] = [stacked([image for image, _, _ in found]), *default_collate([row[1:] for row in rows])]
         return batch if self.indices else batch[:2]
 
     def skipped(self) -> list[str]:
@@ -150,27 +147,56 @@ class FolderImages(Dataset[Sample | None]):
             what = f"Cannot read the image {self.paths[position]}: {error}"
             warnings.warn(f"{what} It is skipped, as are further ones, without another warning.", stacklevel=2)
 
-    def _resized(self, image: Tensor, seed: int | None) -> Tensor | WholeImages:
-        """Return the square ``(C, size, size)``; with a seed the whole image, or a random place of the longer side."""
-        from torchvision.transforms.v2 import functional as F
 
-        shape = [self.size, self.size]
-        whole = self.resize == "whole" and seed is not None
-        resized: Tensor = F.resize(image, shape if whole or self.resize == "squash" else [self.size], antialias=True)
-        if whole:
-            return WholeImages(resized, np.array(image.shape[-2:]))
-        if self.resize == "crop" and seed is not None:
-            top, left = (seed % (edge - self.size + 1) for edge in resized.shape[-2:])
-            resized = resized[..., top : top + self.size, left : left + self.size]
-        square: Tensor = F.center_crop(resized, shape)
-        return square
+def takes_whole_images(trainer: Any) -> bool:
+    """Return whether a callback of the Trainer replaces `WholeImages` by views; True without a Trainer.
+
+    Args:
+        trainer: The Trainer of a data module, or None.
+    """
+    return trainer is None or any(getattr(callback, "takes_whole_images", False) for callback in trainer.callbacks)
 
 
-def read_rgb(path: str, *, exif: bool = True) -> Tensor:
+def stacked(images: Sequence[Tensor | WholeImages]) -> Tensor | WholeImages:
+    """Return a batch ``(B, C, size, size)`` of images ``(C, size, size)``, as `WholeImages` if they are.
+
+    Args:
+        images: Results of `resized`, all of one kind, shape and dtype.
+    """
+    pixels: Tensor = default_collate([_pixels(image) for image in images])
+    sizes = [image.sizes for image in images if isinstance(image, WholeImages)]
+    return WholeImages(pixels, np.stack(sizes)) if sizes else pixels
+
+
+def resized(image: Tensor, size: int, resize: str, seed: int | None) -> Tensor | WholeImages:
+    """Return an image as a square ``(C, size, size)``.
+
+    Args:
+        image: ``(C, H, W)``.
+        size: Height and width, in pixels.
+        resize: "whole", "crop", "center" or "squash".
+        seed: Of a training image: "whole" then returns a `WholeImages` with the size ``(2,)``, and "crop" draws the
+            place of the square along the longer side. None, and "center", cut the central square.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    shape = [size, size]
+    whole = resize == "whole" and seed is not None
+    smaller: Tensor = F.resize(image, shape if whole or resize == "squash" else [size], antialias=True)
+    if whole:
+        return WholeImages(smaller, np.array(image.shape[-2:]))
+    if resize == "crop" and seed is not None:
+        top, left = (seed % (edge - size + 1) for edge in smaller.shape[-2:])
+        smaller = smaller[..., top : top + size, left : left + size]
+    square: Tensor = F.center_crop(smaller, shape)
+    return square
+
+
+def read_rgb(path: str | BinaryIO, *, exif: bool = True) -> Tensor:
     """Read a file with Pillow as RGB, uint8 ``(3, H, W)``.
 
     Args:
-        path: The file.
+        path: The file, or its open binary stream.
         exif: Turn the image upright by its EXIF orientation.
 
     Raises:
@@ -187,7 +213,7 @@ def read_rgb(path: str, *, exif: bool = True) -> Tensor:
         return pixels
 
 
-def _as_image(value: Any) -> Tensor:
+def as_image(value: Any) -> Tensor:
     """Convert the output of a loader to an image of the batch contract, ``(C, H, W)`` uint8 or float32 in 0..1."""
     image = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
     image = image[None] if image.ndim == 2 else image

@@ -1,16 +1,19 @@
 """A small dataset of real images bundled with the package: emoji by two artists, with captions and 9 classes."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_choice, check_templates, fail, require
+from lightning_contrast.data.captions import CaptionedImages
 from lightning_contrast.data.in_memory import InMemoryDataModule, Split
+from lightning_contrast.data.loading import MemoryImages
 
 _COLORS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 _TEST_FOLD, _FOLDS = 0, 5
@@ -25,8 +28,10 @@ class EmojiDataModule(InMemoryDataModule):
 
     Images of a split are ordered: all of its emoji by Noto, then the same emoji by Fluent. Batches are
     ``(images, labels)``: uint8 ``(B, 3, 32, 32)`` and int64 ``(B,)``, the Unicode group; ``indices=True`` adds the
-    position in the split, int64 ``(B,)``. `val_dataloader` yields the test set, unless ``validation_fold`` holds
-    out a part of the training set: tune with a fold, and report results on the test set without one.
+    position in the split, int64 ``(B,)``. ``captions=True`` yields dicts for image-text methods instead: "image",
+    "text" (a list of B strings), "label" and "index". `val_dataloader` yields the test set, unless
+    ``validation_fold`` holds out a part of the training set: tune with a fold, and report results on the test set
+    without one.
 
     Example:
         >>> data = EmojiDataModule()
@@ -43,6 +48,11 @@ class EmojiDataModule(InMemoryDataModule):
         validation_fold: 1 to 4 validates on the training emoji whose row number modulo 5 is this number, and trains on
             the others (934 or 935 emoji). None trains on the whole training set and validates on the test set.
         indices: Also yield the positions.
+        captions: Yield dicts with the captions.
+        templates: Sentences with ``{}`` for the caption, such as "a drawing of {}". In training one is drawn per image
+            and epoch; evaluation uses the first. Needs ``captions=True``.
+        artist: Train on the drawings of one artist, "noto" or "fluent": one drawing and one caption per thing. None
+            trains on both. The other splits keep both artists.
         pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
 
     Raises:
@@ -70,10 +80,18 @@ class EmojiDataModule(InMemoryDataModule):
         background: str | tuple[int, int, int] = "white",
         validation_fold: int | None = None,
         indices: bool = False,
+        captions: bool = False,
+        templates: Sequence[str] = ("{}",),
+        artist: Literal["noto", "fluent"] | None = None,
         pin_memory: bool = False,
     ) -> None:
         super().__init__(batch_size, seed=seed, indices=indices, pin_memory=pin_memory)
         self.background = _color(background)
+        self.templates = check_templates(templates)
+        plain = captions or self.templates == ("{}",)
+        require(plain, "templates", "be left out without captions", self.templates, "Set `captions=True`")
+        check_choice("artist", artist, (None, "noto", "fluent"))
+        self.artist, self._with_captions = artist, captions
         folds = range(1, _FOLDS)
         ok = validation_fold is None or (type(validation_fold) is int and validation_fold in folds)
         hint = "Fold 0 is the test set; None validates on it"
@@ -112,9 +130,10 @@ class EmojiDataModule(InMemoryDataModule):
         """Return the images by Noto and by Fluent, uint8 ``(T, 3, 32, 32)`` each; row i of both is the same emoji.
 
         Args:
-            split: "train", "val" or "test".
+            split: "train", "val" or "test"; both artists of "train" also if the run trains on one.
         """
-        noto, fluent = self.images(split).chunk(2)
+        one = split == "train" and self.artist is not None
+        noto, fluent = (self._draw(split)[0] if one else self.images(split)).chunk(2)
         return noto, fluent
 
     def captions(self, split: Split = "train") -> list[str]:
@@ -124,14 +143,31 @@ class EmojiDataModule(InMemoryDataModule):
             split: "train", "val" or "test".
         """
         names = [self.names[row].replace("-", " ") for row in self.things(split).tolist()]
-        return names * 2
+        return names if split == "train" and self.artist is not None else names * 2
+
+    def make_dataset(self, split: Split) -> MemoryImages:
+        """Read a split, with its captions if the batches have them.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        if not self._with_captions:
+            return super().make_dataset(split)
+        return CaptionedImages(*self.read(split), self.captions(split), self.templates)
 
     def read(self, split: Split) -> tuple[Tensor, Tensor]:
         """Return the images of a split on the background, ``(2T, 3, 32, 32)`` uint8, and its labels ``(2T,)`` int64.
 
         Args:
-            split: "train", "val" or "test".
+            split: "train", "val" or "test"; the training set of one artist has T rows.
         """
+        images, labels = self._draw(split)
+        if split != "train" or self.artist is None:
+            return images, labels
+        place = 0 if self.artist == "noto" else 1
+        return images.chunk(2)[place], labels.chunk(2)[place]
+
+    def _draw(self, split: Split) -> tuple[Tensor, Tensor]:
         rows = self.things(split).numpy()
         drawings = np.concatenate([self._file["noto"][rows], self._file["fluent"][rows]]).astype(np.int32)
         color, alpha = drawings[..., :3], drawings[..., 3:]

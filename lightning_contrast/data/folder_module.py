@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.data._folder_files import FileId, find_images
-from lightning_contrast.data._folder_images import FolderImages, Loader, read_rgb
+from lightning_contrast.data._folder_images import FolderImages, Loader, read_rgb, takes_whole_images
 from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader
 
@@ -192,9 +192,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
 
     def _loader(self, split: str, *, train: bool) -> ResumableLoader:
         dataset = self._set(split)
-        callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]  # of a Trainer
-        takes_whole = self.trainer is None or any(getattr(c, "takes_whole_images", False) for c in callbacks)
-        if train and self.resize == "whole" and not takes_whole:
+        if train and self.resize == "whole" and not takes_whole_images(self.trainer):
             dataset = copy.copy(dataset)
             dataset.resize = "crop"
         if self.on_error == "skip":

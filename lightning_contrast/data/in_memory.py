@@ -50,8 +50,16 @@ class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
         """
         check_choice("split", split, SPLITS)
         if split not in self._splits:
-            self._splits[split] = MemoryImages(*self.read(split), indices=self.indices)
+            self._splits[split] = self.make_dataset(split)
         return self._splits[split]
+
+    def make_dataset(self, split: Split) -> MemoryImages:
+        """Read a split; a subclass may return a dataset with further items.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        return MemoryImages(*self.read(split), indices=self.indices)
 
     def images(self, split: Split = "train") -> Tensor:
         """Return all images of a split, uint8 ``(N, C, H, W)``."""

@@ -36,7 +36,7 @@ def as_is(batch: Any) -> Any:
     return batch
 
 
-class MemoryImages(Dataset[Batch]):
+class MemoryImages(Dataset[Any]):
     """Images and labels held in memory, read a batch at a time by one index operation.
 
     Args:
@@ -55,11 +55,11 @@ class MemoryImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Any:
         """Return one image ``(C, H, W)``, its label ``()`` and, with ``indices``, its position ``()``."""
         return tuple(part[0] for part in self.__getitems__([index]))
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return the images ``(B, C, H, W)``, labels ``(B,)`` and, with ``indices``, positions ``(B,)`` of a batch."""
         rows = torch.as_tensor(indices)
         batch = (self.images[rows], self.labels[rows])

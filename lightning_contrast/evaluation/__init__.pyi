@@ -4,6 +4,7 @@ from .attention import compose_scenes as compose_scenes
 from .export import export_backbone as export_backbone
 from .export import export_towers as export_towers
 from .exported import load_backbone as load_backbone
+from .figures import caption_strips as caption_strips
 from .figures import image_map as image_map
 from .figures import neighbour_strips as neighbour_strips
 from .figures import view_grid as view_grid
@@ -12,3 +13,4 @@ from .frozen import knn_top1 as knn_top1
 from .frozen import linear_top1 as linear_top1
 from .frozen import pixel_features as pixel_features
 from .frozen import recall_at_1 as recall_at_1
+from .zero_shot import zero_shot_weights as zero_shot_weights

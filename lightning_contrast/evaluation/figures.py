@@ -89,6 +89,43 @@ def neighbour_strips(
     return image_grid(rows, titles, gap_every=count)
 
 
+def caption_strips(images: Tensor, captions: Sequence[str], similarity: Tensor, queries: Sequence[int]) -> "Figure":
+    """Draw one row per pair: the caption, its 5 most similar images, the image, and its 3 most similar captions.
+
+    The counterpart is marked by a green frame among the images and by green letters among the captions.
+
+    Args:
+        images: (N, C, H, W), uint8 or float in 0..1.
+        captions: N texts; text i belongs to image i.
+        similarity: Similarity of text i and image j, (N, N).
+        queries: Rows of the pairs to draw.
+
+    Returns:
+        A figure with one row per query.
+    """
+    rows, fits = len(queries), similarity.shape == (len(images), len(captions)) == (len(captions), len(images))
+    hint = "Give the similarity of all texts (rows) and all images (columns)"
+    require(fits, "similarity", "have one row per text and one column per image", tuple(similarity.shape), hint)
+    figure = _figure(11, 0.85 * rows + 0.3)
+    for row, query in enumerate(queries):
+        bottom, height = (rows - row - 0.8) / (rows + 0.4), 0.9 / (rows + 0.4)
+        figure.text(0.005, bottom + height / 2, f"“{captions[query]}” →", fontsize=8, va="center")
+        found = similarity[query].topk(5).indices.tolist()
+        for place, image in enumerate([*found, query]):
+            left = 0.24 + 0.075 * place + (0.02 if place == 5 else 0)
+            axes = figure.add_axes((left, bottom, 0.07, height))
+            axes.imshow(_pixels(images[image]), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            hit = image == query and place < 5
+            for spine in axes.spines.values():
+                spine.set(visible=hit, color="green", linewidth=3)
+        for place, text in enumerate(similarity[:, query].topk(3).indices.tolist()):
+            height_of_line = bottom + height * (0.8 - 0.3 * place)
+            color = "green" if text == query else "black"
+            figure.text(0.73, height_of_line, f"→ {captions[text]}", fontsize=8, va="center", color=color)
+    return figure
+
+
 def image_map(images: Tensor, features: Tensor, *, size: float = 10.0, seed: int = 0) -> "Figure":
     """Draw every image at the t-SNE coordinates of its features (scikit-learn, cosine distance).
 

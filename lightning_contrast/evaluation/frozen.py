@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lightning_contrast._checks import check_at_least, require
 from lightning_contrast.metrics import KNNAccuracy
+from lightning_contrast.metrics.zero_shot import eval_mode
 
 
 @torch.no_grad()
@@ -28,14 +29,9 @@ def encode(
     check_at_least("batch_size", batch_size, 1)
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else images.device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         batches = torch.split(images, batch_size)
         return torch.cat([model(preprocess(batch.to(device))).float().cpu() for batch in batches])
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def pixel_features(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,21 +18,42 @@ from lightning_contrast.losses.geometric import (
     uniformity,
 )
 from lightning_contrast.losses.image_text import clip_distillation_loss, clip_loss, siglip_loss
+from lightning_contrast.losses.local_image_text import (
+    attend_regions,
+    gloria_global_loss,
+    gloria_local_loss,
+    region_attention,
+)
 from lightning_contrast.losses.negatives import Negatives
 from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
+from lightning_contrast.losses.predictive_coding import (
+    cpc_loss,
+    cpc_sampled_loss,
+    cpc_time_loss,
+    draw_row_negatives,
+    draw_time_negatives,
+)
 from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
 from lightning_contrast.losses.synthetic import mochi_negatives
 
 __all__ = [
     "Negatives",
     "alignment",
+    "attend_regions",
     "barlow_twins_loss",
     "byol_loss",
     "clip_distillation_loss",
     "clip_loss",
+    "cpc_loss",
+    "cpc_sampled_loss",
+    "cpc_time_loss",
     "debiased_nt_xent",
     "decoupled_nt_xent",
     "dino_loss",
+    "draw_row_negatives",
+    "draw_time_negatives",
+    "gloria_global_loss",
+    "gloria_local_loss",
     "hard_negative_nt_xent",
     "ibot_patch_loss",
     "ijepa_loss",
@@ -45,6 +66,7 @@ __all__ = [
     "msn_loss",
     "negative_cosine",
     "nt_xent",
+    "region_attention",
     "siglip_loss",
     "sinkhorn",
     "spectral_contrastive_loss",

@@ -3,8 +3,10 @@ from .barlow_twins import BarlowTwins as BarlowTwins
 from .base import SelfSupervisedModule as SelfSupervisedModule
 from .byol import BYOL as BYOL
 from .clip import CLIP as CLIP
+from .cpc import CPC as CPC
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
+from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT
 from .ijepa import IJEPA as IJEPA
 from .mochi import MoCHi as MoCHi

@@ -22,7 +22,10 @@ from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
+from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
+from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.prototypes import Prototypes
+from lightning_contrast.nn.region_maps import RegionMaps
 from lightning_contrast.nn.small_vit import small_vit
 from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_split_batchnorm
 from lightning_contrast.nn.stems import use_small_stem
@@ -39,6 +42,7 @@ __all__ = [
     "Center",
     "DistillationHead",
     "FeatureQueue",
+    "GridContext",
     "Head",
     "HeadOptions",
     "JepaMaskSampler",
@@ -50,11 +54,15 @@ __all__ = [
     "MaskedPatches",
     "MaskedViT",
     "MemoryBank",
+    "NGramTokenizer",
+    "NGramTower",
     "Norm",
     "PatchDistillationHead",
+    "PatchGrid",
     "PatchPrototypeHead",
     "PrototypeHead",
     "Prototypes",
+    "RegionMaps",
     "ScheduledTemperature",
     "SmallConvNet",
     "SplitBatchNorm2d",
@@ -75,6 +83,7 @@ __all__ = [
     "masked_patches",
     "mlp_head",
     "read_feature_dim",
+    "replace_batchnorm",
     "select_patches",
     "sincos_positions",
     "sinkhorn",

@@ -9,6 +9,17 @@ from tests.device.pretended import OnDevice, PretendedDevice, in_own_process
 
 # How each is called with two batches of rows (B, D) that require a gradient, and labels (B,).
 CALLS = {
+    "attend_regions": lambda a, b, y: losses.attend_regions(*_places(a, b), lengths=y[:4] + 1),
+    "cpc_loss": lambda a, b, y: losses.cpc_loss(_places(a, b)[1], _places(b, a)[1], offset=1),
+    "cpc_sampled_loss": lambda a, b, y: losses.cpc_sampled_loss(
+        *(_places(x, b)[1] for x in (b, a)), torch.ones_like(b[:6, :6])[None], y[None], negatives=2, skip=0
+    ),
+    "cpc_time_loss": lambda a, b, y: losses.cpc_time_loss(
+        *(_places(x, b)[1].flatten(2).mT for x in (b, a)), torch.ones_like(b[:6, :6])[None], *2 * (y[:4].view(4, 1, 1),)
+    ),
+    "gloria_global_loss": lambda a, b, y: losses.gloria_global_loss(a, b, groups=y),
+    "gloria_local_loss": lambda a, b, y: losses.gloria_local_loss(*_places(a, b)[::-1], y[:4] + 1, groups=y[:4]),
+    "region_attention": lambda a, b, y: losses.region_attention(*_places(a, b)),
     "alignment": lambda a, b, y: losses.alignment(a, b),
     "barlow_twins_loss": lambda a, b, y: losses.barlow_twins_loss(a, b, off_diagonal_weight=0.005),
     "byol_loss": lambda a, b, y: losses.byol_loss(a, b.detach()),
@@ -92,7 +103,14 @@ DOCUMENTED = {
 
 
 def test_every_loss_is_called():
-    assert {name.split()[0] for name in CALLS} == set(losses.__all__) - {"Negatives"}
+    draws = {"draw_row_negatives", "draw_time_negatives"}  # on the CPU, as all random numbers
+    assert {name.split()[0] for name in CALLS} == set(losses.__all__) - {"Negatives"} - draws
+
+
+def _places(a, b):
+    """Return 3 words (4, 6, 3) out of 8 rows (8, 6), and maps of 2 x 1 places (4, 6, 2, 1)."""
+    words = a.unflatten(0, (4, 2)).mT
+    return torch.cat([words, words[..., :1]], dim=2), b.unflatten(0, (4, 2)).mT[..., None]
 
 
 def _run(name, device):

@@ -196,6 +196,35 @@ CASES |= {
 }
 
 
+class CaptionedGLoRIA(lc.GLoRIA):
+    """Reads two words off the labels; without BatchNorm its regions are those of the second convolution."""
+
+    def __init__(self, backbone, **kwargs):
+        layer = "layers.3" if isinstance(backbone, nn.Module) else None
+        super().__init__(backbone, **({"region_layer": layer} | kwargs))
+
+    def batch_texts(self, batch):
+        labels = lc.contracts.require_labels(batch, "GLoRIA")
+        word = torch.arange(2, device=labels.device) + 97 + labels[:, None]
+        start = labels.new_full((len(labels), 1), 257)
+        return torch.cat([start, word, labels.new_full((len(labels), 1), 33), word * 2 - 90, start + 1], dim=1)
+
+
+WORDS = {"embedding_dim": 8, "context_length": 8, "text_kwargs": {"width": 16, "layers": 1, "heads": 2}}
+CASES |= {
+    "GLoRIA": Case(CaptionedGLoRIA, views=1, settings=WORDS),
+    "GLoRIA mean": Case(
+        CaptionedGLoRIA, views=1, indices=True, settings=WORDS | {"pieces": "mean", "mask_same": "label"}
+    ),
+}
+
+GRID = {"patch_size": 8, "stride": 4, "context_layers": 1, "context_hidden_dim": 6, "target_dim": 5}  # 3 x 3 patches
+CASES |= {
+    "CPC": Case(lc.CPC, views=1, settings=GRID | {"steps": 2}),
+    "CPC directions": Case(lc.CPC, views=1, settings=GRID | {"steps": 1, "skip": 1, "directions": "all"}),
+}
+
+
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
     torch.manual_seed(0)

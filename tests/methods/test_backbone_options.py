@@ -23,6 +23,11 @@ def build(name, **options):
         return method(*first, **options)
 
 
+def network_of(module):
+    """Return the timm network: CPC has it in a grid of patches."""
+    return module.backbone.network if isinstance(module.backbone, lc.nn.PatchGrid) else module.backbone
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_options_reach_the_backbone(name):
     if name in VITS:
@@ -33,9 +38,10 @@ def test_options_reach_the_backbone(name):
             build(name, small_images=True)
         return
     module = build(name, small_images=True, backbone_kwargs={"in_chans": 1})
-    assert (module.backbone.conv1.kernel_size, module.backbone.conv1.in_channels) == ((3, 3), 1)
-    assert isinstance(module.backbone.maxpool, nn.Identity)
-    assert build(name).backbone.conv1.kernel_size == (7, 7)
+    network = network_of(module)
+    assert (network.conv1.kernel_size, network.conv1.in_channels) == ((3, 3), 1)
+    assert isinstance(network.maxpool, nn.Identity)
+    assert network_of(build(name)).conv1.kernel_size == (7, 7)
     assert build(name, feature_dim=512).feature_dim == 512
 
 

@@ -103,6 +103,9 @@ def test_accumulation_with_clipping(name, tmp_path):
 def recomputed(module):
     """Let the backbone compute its layers twice, and return the name of a layer inside one of them."""
     backbone = module.backbone
+    if isinstance(backbone, lc.nn.PatchGrid):
+        lc.nn.checkpoint_activations(backbone.network, ["layers"])
+        return "backbone.network.layers.3"
     if isinstance(backbone, TinyBackbone):
         lc.nn.checkpoint_activations(backbone, ["layers"])
         return "backbone.layers.3"
@@ -219,7 +222,10 @@ def named(name):
         kwargs |= {"init_values": 1e-5}  # its default, LayerScale
     settings = {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings
     module = case.make(backbone, backbone_kwargs=kwargs or None, **settings)
-    return module, timm.create_model(backbone, num_classes=0, **kwargs)
+    fresh = timm.create_model(backbone, num_classes=0, **kwargs)
+    if name == "CPC":
+        fresh = lc.nn.PatchGrid(lc.nn.replace_batchnorm(fresh), 8, 4)
+    return module, fresh
 
 
 def fit_a_batch(module, name, tmp_path):

@@ -45,6 +45,30 @@ def test_features_that_are_all_equal_score_the_chance_of_a_draw():
     assert metric.compute().item() == near(3 / 12)
 
 
+def test_both_ways_and_median_rank_equal_plain_loops():
+    queries, gallery = pairs(20, seed=1)
+    gallery = gallery + torch.randn(20, 5, generator=torch.Generator().manual_seed(2))
+    metric = RetrievalRecall((1, 5), both_ways=True)
+    metric.update(queries, gallery)
+    found = metric.compute()
+    for key, (one, other) in {"to_gallery": (queries, gallery), "to_queries": (gallery, queries)}.items():
+        cosine = torch.nn.functional.cosine_similarity(one[:, None].double(), other[None].double(), dim=2)
+        ranks = sorted(1 + sum(float(c) > float(row[i]) for c in row) for i, row in enumerate(cosine))
+        assert found[f"{key}/median_rank"].item() == (ranks[9] + ranks[10]) / 2
+        for k in (1, 5):
+            assert found[f"{key}/recall@{k}"].item() == near(recall_by_hand(one, other, k))
+    assert found["to_gallery/recall@5"] != found["to_queries/recall@5"]  # the directions differ on these pairs
+    one_way = RetrievalRecall((1, 5))
+    one_way.update(queries, gallery)
+    assert one_way.compute() == {key: found[f"to_gallery/{key}"] for key in ("recall@1", "recall@5", "median_rank")}
+
+
+def test_ties_have_their_mean_rank():
+    metric = RetrievalRecall((1,))
+    metric.update(torch.ones(12, 4), torch.ones(12, 4))
+    assert metric.compute()["median_rank"].item() == 6.5
+
+
 @pytest.mark.dist
 def test_two_ranks_search_one_gallery():
     queries, gallery = pairs()
@@ -61,6 +85,8 @@ def test_two_ranks_search_one_gallery():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="`k` must be >= 1"):
         RetrievalRecall(0)
+    with pytest.raises(ValueError, match="`k` must hold different numbers"):
+        RetrievalRecall((1, 1))
     with pytest.raises(ValueError, match="`queries` and `gallery` must have the same 2-D shape"):
         RetrievalRecall().update(torch.ones(3, 2), torch.ones(4, 2))
     with (

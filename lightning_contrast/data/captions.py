@@ -1,0 +1,78 @@
+"""Images in memory with a caption each, and the checks of captions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_contrast._checks import check_templates, fail, require
+from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY, LABEL_KEY
+from lightning_contrast.data.loading import MemoryImages
+
+TEXT_KEY = "text"
+"""Key of the captions in a dict batch: a list of B strings."""
+
+
+class CaptionedImages(MemoryImages):
+    """Images, labels and captions held in memory, read a batch at a time.
+
+    Args:
+        images: uint8 images, ``(N, C, H, W)``.
+        labels: Class indices, ``(N,)`` int64; -1 for none.
+        captions: One caption per image, none of them empty.
+        templates: Sentences with ``{}`` for the caption. The training order draws one per image and epoch; everything
+            else uses the first.
+
+    Raises:
+        ValueError: If a caption is empty, their number is not N, or a template has no ``{}``.
+        TypeError: If a caption is not a string.
+    """
+
+    takes_seeds = True
+    """The training order gives `SeededIndex`es, which draw the template."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, captions: Sequence[str], templates: Sequence[str] = ("{}",)
+    ) -> None:
+        super().__init__(images, labels, indices=True)
+        require(
+            len(captions) == len(images),
+            "captions",
+            f"have one for each of the {len(images)} images",
+            len(captions),
+            "Give one caption per image",
+        )
+        for position, caption in enumerate(captions):
+            check_caption(caption, f"caption {position}")
+        self.captions, self.templates = list(captions), check_templates(templates)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one image ``(C, H, W)``, its text, its label ``()`` and its position ``()``."""
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return the images ``(B, C, H, W)``, B texts, labels ``(B,)`` and positions ``(B,)`` of a batch."""
+        images, labels, rows = super().__getitems__(indices)
+        texts = [self._sentence(index).replace("{}", self.captions[int(index)]) for index in indices]
+        return {IMAGE_KEY: images, TEXT_KEY: texts, LABEL_KEY: labels, INDEX_KEY: rows}
+
+    def _sentence(self, index: int) -> str:
+        return self.templates[getattr(index, "seed", 0) % len(self.templates)]
+
+
+def check_caption(caption: object, place: str) -> str:
+    """Return a caption after checking that it is a string with a visible character.
+
+    Args:
+        caption: The caption.
+        place: Where it is, named in the message.
+
+    Raises:
+        TypeError: If it is not a string.
+        ValueError: If it is empty.
+    """
+    if not isinstance(caption, str):
+        fail(place, "be a string", type(caption).__name__, "Give every image a text", TypeError)
+    if not caption.strip():
+        fail(place, "not be empty", caption, "Give every image a text, or leave the image out")
+    return caption
