@@ -53,6 +53,9 @@ def small(path, tmp_path):
     return recipe, written
 
 
+TEXTS = (lc.CLIP, lc.SigLIP, lc.GLoRIA)  # take one view, and data with captions, which CIFAR-10 and ImageNet lack
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
@@ -66,7 +69,7 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     policy = recipe["trainer"]["callbacks"][0]["init_args"]["policy"]["init_args"]
     size = policy["size"] if "size" in policy else policy["specs"][0]["size"]
     views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
-    count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA) else 2
+    count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA, lc.CPC, *TEXTS) else 2
     assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count
     assert all(view.shape[2] < size for view in views[count:])  # local ones
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)
@@ -78,7 +81,8 @@ def test_every_method_of_the_contrastive_family_has_three_recipes():
     assert named <= method_names()
     for method in named:
         stems = {stem.rsplit("_", 1)[1] for stem, name in recipes.items() if name == method}
-        assert stems == {"imagenet", "cifar10", "emoji"}, method
+        all_three = {"imagenet", "cifar10", "emoji"}
+        assert stems >= {"emoji"} if getattr(lc, method) in TEXTS else stems == all_three, method
     assert {"MoCo", "MoCoV3", "MoCHi", "BYOL", "SimSiam", "NPID", "NNCLR", "SupCon", "Triplet"} <= named
 
 

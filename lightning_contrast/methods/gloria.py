@@ -67,6 +67,8 @@ class GLoRIA(SelfSupervisedModule):
 
     base_lr: ClassVar[float] = 5e-5
     sharded_methods: ClassVar = {"text_backbone": ("forward_tokens",)}
+    cached_modules: ClassVar[tuple[str, ...]] = ("backbone", "text_backbone")
+    """The submodules that a `GradientCache` runs in chunks."""
 
     def __init__(
         self,
