@@ -5,6 +5,7 @@ from lightning_contrast.data.folder_module import ImageFolderDataModule
 from lightning_contrast.data.image_module import ImageDataModule
 from lightning_contrast.data.in_memory import InMemoryDataModule
 from lightning_contrast.data.loading import ResumableLoader
+from lightning_contrast.data.moving_emoji import MovingEmojiDataModule
 from lightning_contrast.data.statistics import estimate_mean_std
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "InMemoryDataModule",
+    "MovingEmojiDataModule",
     "ResumableLoader",
     "estimate_mean_std",
 ]

@@ -22,6 +22,7 @@ from lightning_contrast.losses.negatives import Negatives
 from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
 from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
 from lightning_contrast.losses.synthetic import mochi_negatives
+from lightning_contrast.losses.temporal import tclr_global_local_loss, tclr_instance_loss, tclr_local_loss
 
 __all__ = [
     "Negatives",
@@ -49,6 +50,9 @@ __all__ = [
     "spectral_contrastive_loss",
     "sup_con",
     "swav_loss",
+    "tclr_global_local_loss",
+    "tclr_instance_loss",
+    "tclr_local_loss",
     "triplet_loss",
     "uniformity",
     "vicreg_loss",
