@@ -7,6 +7,7 @@ from lightning_contrast.data.in_memory import InMemoryDataModule
 from lightning_contrast.data.loading import ResumableLoader
 from lightning_contrast.data.moving_emoji import MovingEmojiDataModule
 from lightning_contrast.data.statistics import estimate_mean_std
+from lightning_contrast.data.video_module import VideoFolderDataModule
 
 __all__ = [
     "EmojiDataModule",
@@ -15,5 +16,6 @@ __all__ = [
     "InMemoryDataModule",
     "MovingEmojiDataModule",
     "ResumableLoader",
+    "VideoFolderDataModule",
     "estimate_mean_std",
 ]

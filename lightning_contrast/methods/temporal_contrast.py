@@ -16,7 +16,7 @@ from lightning_contrast._checks import check_at_least, check_not_negative, check
 from lightning_contrast.augment import clip_views
 from lightning_contrast.losses import nt_xent, tclr_global_local_loss, tclr_instance_loss, tclr_local_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import BackboneOptions, build_clip_backbone, build_head, clip_steps
+from lightning_contrast.nn import BackboneOptions, Norm, build_clip_backbone, build_head, clip_steps
 from lightning_contrast.optim import OptimizerLike
 
 
@@ -30,6 +30,7 @@ class TemporalContrast(SelfSupervisedModule):
     Args:
         backbone: "r3d_18", "mc3_18", "r2plus1d_18", "small_video_convnet" or a `nn.VideoBackbone`; or the name of a
             timm model or a module that maps images (B, C, H, W) to features (B, F), for each frame.
+        head_norm: Norm of the projector's layers, "batch", "layer" or None.
         projection_dim: D, the width of the projection.
         projector: A module (B, F) -> (B, D) that replaces TCLR's head; CVRL's is ``nn.build_head("cvrl", F)``.
         local_clips: J, local clips of each augmentation, >= 2; that of the views.
@@ -56,6 +57,7 @@ class TemporalContrast(SelfSupervisedModule):
         self,
         backbone: str | nn.Module,
         *,
+        head_norm: Norm = "batch",
         projection_dim: int = 128,
         projector: nn.Module | None = None,
         local_clips: int = 4,
@@ -81,7 +83,7 @@ class TemporalContrast(SelfSupervisedModule):
         check_positive("temperature", temperature, "TCLR and CVRL have 0.1")
         self.instance_weight, self.local_weight = instance_weight, local_weight
         self.global_local_weight, self.temperature, self.local_clips = global_local_weight, temperature, local_clips
-        self.projector = projector or build_head("tclr", self.feature_dim, out_dim=projection_dim)
+        self.projector = projector or build_head("tclr", self.feature_dim, out_dim=projection_dim, norm=head_norm)
         self.save_hyperparameters()
 
     @property

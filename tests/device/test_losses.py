@@ -76,6 +76,9 @@ CALLS = {
         queue_scores=[a.detach(), b.detach()],
         queue_mask=y > 0,
     ),
+    "tclr_global_local_loss": lambda a, b, y: losses.tclr_global_local_loss(_moments(a), _moments(b), temperature=0.1),
+    "tclr_instance_loss": lambda a, b, y: losses.tclr_instance_loss(_moments(a), temperature=0.1),
+    "tclr_local_loss": lambda a, b, y: losses.tclr_local_loss(_moments(a), temperature=0.1),
     "triplet_loss": lambda a, b, y: losses.triplet_loss(a, b, b.flip(0), margin=1.0),
     "uniformity": lambda a, b, y: losses.uniformity(a),
     "vicreg_loss": lambda a, b, y: losses.vicreg_loss(a, b),
@@ -93,6 +96,11 @@ DOCUMENTED = {
 
 def test_every_loss_is_called():
     assert {name.split()[0] for name in CALLS} == set(losses.__all__) - {"Negatives"}
+
+
+def _moments(rows):
+    """Return the embeddings of two augmentations of two clips of two videos, (2, 2, 2, 6)."""
+    return rows.unflatten(0, (2, 2, 2))
 
 
 def _run(name, device):
