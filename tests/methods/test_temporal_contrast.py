@@ -88,7 +88,8 @@ def test_forward_is_the_mean_over_time():
     torch.testing.assert_close(frame_wise(clips), expected, **f32(CANCELLING))
     video = model().eval()
     torch.testing.assert_close(video(clips), video.backbone(clips))
-    assert (video(clips) - video(clips.flip(1))).abs().max() > 0.01  # it sees the order of the frames
+    there, back = video(clips), video(clips.flip(1))
+    assert (there - back).abs().max() > 0.1 * there.abs().max()  # it sees the order of the frames
     with pytest.raises(ValueError, match=r"shape \(B, T, C, H, W\)"):
         video(clips[0, 0])
 
