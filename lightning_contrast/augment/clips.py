@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, fail, require
-from lightning_contrast.augment.fused.base import Backend, uniform
+from lightning_contrast.augment.fused.base import Backend, to_device, uniform
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec
@@ -128,7 +128,7 @@ class ClipPolicy(ViewPolicy):
         """Return ``frames`` frames of each clip, ``(B * T, C, H, W)``, from its start ``(B,)``."""
         batch, length = clips.shape[:2]
         rows = np.arange(batch)[:, None] * length + start[:, None] + stride * np.arange(self.frames)  # (B, T)
-        index = torch.from_numpy(rows.reshape(-1)).to(clips.device, non_blocking=True)
+        index = to_device({"rows": rows.reshape(-1)}, clips.device)["rows"]
         return clips.flatten(0, 1).index_select(0, index)
 
     def _view(self, clips: Tensor, start: NDArray[np.int64], stride: int, which: int) -> Tensor:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import lightning_contrast as lc
 from lightning_contrast.augment import ViewSpec, clip_distance, clip_views
+from lightning_contrast.testing import HostSyncs
 from tests.tolerances import CANCELLING, f32, near
 
 STILL = ViewSpec(8, (1.0, 1.0), gray_p=0.0, flip=0.0, ratio=(1.0, 1.0))
@@ -114,5 +114,31 @@ def test_arguments_are_checked(arguments, name):
         clip_views(8, **arguments)
 
 
-def test_the_aspect_of_crops_is_that_of_the_spec():
-    assert lc.augment.clip_views(16).views[0].operations[0].ratio == (0.5, 2.0)
+def numbers(view):
+    """Return crop, aspect, flip, jitter and its p, gray, blur and solarization of a view."""
+    found = {type(operation).__name__: operation for operation in view.operations}
+    crop, color = found["FusedResizedCrop"], found["FusedColorJitter"]
+    jitter = (color.brightness, color.contrast, color.saturation, color.hue)
+    rest = [getattr(found.get(name), "probability", 0.0) for name in ("FusedGaussianBlur", "FusedSolarize")]
+    return [crop.scale, crop.ratio, crop.flip, jitter, color.probability, color.grayscale, *rest]
+
+
+def test_published_numbers():
+    crops, jitter = [(0.3, 1.0), (0.5, 2.0), 0.5], (0.8, 0.8, 0.8, 0.2)
+    first, second = clip_views(224).views
+    assert numbers(first) == [*crops, jitter, 0.8, 0.2, 1.0, 0.0]
+    assert numbers(second) == [*crops, jitter, 0.8, 0.2, 0.1, 0.2]
+    first, second = clip_views(112, stride=4, local_clips=4).views
+    assert numbers(first) == numbers(second)
+    assert numbers(first) == [(0.36, 1.0), (1.0, 1.0), 0.5, (0.25, 0.25, 0.25, 0.1), 0.3, 0.175, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("local_clips", [0, 4])
+def test_nothing_is_read_from_the_device(local_clips):
+    """The meta device has no values: reading one is an error, and so is mixing in a tensor on the host."""
+    policy = clip_views(16, frames=4, stride=4, local_clips=local_clips, mean=[0.5] * 3, std=[0.2] * 3)
+    with HostSyncs() as syncs:
+        for clips in (torch.empty(4, 16, 3, 20, 20, dtype=torch.uint8), torch.empty(4, 16, 3, 20, 20)):
+            assert all(view.is_meta for view in policy(clips.to("meta")))
+            assert policy.eval_transform(clips.to("meta")).is_meta
+    assert not syncs.places
