@@ -55,5 +55,6 @@ from .methods import SimSiam as SimSiam
 from .methods import SpectralContrastive as SpectralContrastive
 from .methods import SupCon as SupCon
 from .methods import SwAV as SwAV
+from .methods import TemporalContrast as TemporalContrast
 from .methods import Triplet as Triplet
 from .methods import VICReg as VICReg

@@ -31,7 +31,7 @@ CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 # Widths that a test cannot wait for; everything else is built as the recipe has it.
 SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 8, "projection_dim": 8, "queue_size": 64}
 SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8}
-SMALL_BACKBONES = ("small_convnet", "small_vit")
+SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "r3d_18")
 
 
 def method_names():
@@ -68,11 +68,20 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     augmentation = next(c for c in cli.trainer.callbacks if isinstance(c, lc.ViewAugmentation))
     policy = recipe["trainer"]["callbacks"][0]["init_args"]["policy"]["init_args"]
     size = policy["size"] if "size" in policy else policy["specs"][0]["size"]
-    views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
-    count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA, lc.CPC, *TEXTS) else 2
-    assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count
-    assert all(view.shape[2] < size for view in views[count:])  # local ones
+    if type(cli.model) is lc.TemporalContrast:
+        clips = torch.randint(0, 256, (2, cli.datamodule.frames, 3, size, size), dtype=torch.uint8)
+        frames = policy["frames"]
+        assert [view.shape for view in augmentation.policy(clips)] == [(2, frames, 3, size, size)] * 10
+    else:
+        views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
+        count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA, lc.CPC, *TEXTS) else 2
+        assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count
+        assert all(view.shape[2] < size for view in views[count:])  # local ones
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)
+
+
+OTHER_DATA = {"TemporalContrast": {"ucf101", "emoji"}}
+"""Data of the recipes of methods that do not train on images alone."""
 
 
 def test_every_method_of_the_contrastive_family_has_three_recipes():
@@ -81,8 +90,8 @@ def test_every_method_of_the_contrastive_family_has_three_recipes():
     assert named <= method_names()
     for method in named:
         stems = {stem.rsplit("_", 1)[1] for stem, name in recipes.items() if name == method}
-        all_three = {"imagenet", "cifar10", "emoji"}
-        assert stems >= {"emoji"} if getattr(lc, method) in TEXTS else stems == all_three, method
+        others = {"emoji"} if getattr(lc, method) in TEXTS else {"imagenet", "cifar10", "emoji"}
+        assert stems >= OTHER_DATA.get(method, others), method
     assert {"MoCo", "MoCoV3", "MoCHi", "BYOL", "SimSiam", "NPID", "NNCLR", "SupCon", "Triplet"} <= named
 
 

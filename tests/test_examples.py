@@ -115,6 +115,19 @@ def test_check_lightly(tmp_path):
 
 
 @pytest.mark.slow
+def test_temporal_emoji(tmp_path):
+    rows = ["random", "instance", "instance + temporal"]
+    run(ROOT / "examples" / "temporal_emoji.py", "--epochs", "1", "--seeds", "0", "--rows", *rows, cwd=tmp_path)
+    found = {
+        line["row"]: line for line in map(json.loads, (tmp_path / "temporal_emoji.jsonl").read_text().splitlines())
+    }
+    assert list(found) == rows
+    assert found["random"]["moment"] == pytest.approx(0.31, abs=0.02)
+    assert found["instance + temporal"]["moment"] > found["random"]["moment"]
+    assert all(0 < value < 1 for line in found.values() for key, value in line.items() if " " in key)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the notebook machinery, not of ours
 def test_notebook_runs_with_small_settings(path, tmp_path):

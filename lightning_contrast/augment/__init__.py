@@ -5,6 +5,7 @@ Every policy takes ``size`` first and all else by keyword, starting with ``mean`
 is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
 """
 
+from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views
 from lightning_contrast.augment.multi_crop import (
     dino_views,
     dinov2_views,
@@ -30,11 +31,14 @@ from lightning_contrast.augment.two_view import (
 from lightning_contrast.augment.view_spec import ViewSpec
 
 __all__ = [
+    "ClipPolicy",
     "ViewPolicy",
     "ViewSpec",
     "align_uniform_views",
     "barlow_twins_views",
     "byol_views",
+    "clip_distance",
+    "clip_views",
     "dino_views",
     "dinov2_views",
     "ijepa_views",

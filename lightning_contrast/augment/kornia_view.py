@@ -81,7 +81,11 @@ class StockView(nn.Module):
         super().__init__()
         size = (spec.size, spec.size)
         crop = K.RandomResizedCrop(
-            size, scale=spec.scale, resample="bicubic" if spec.bicubic else "bilinear", align_corners=False
+            size,
+            scale=spec.scale,
+            ratio=spec.ratio,
+            resample="bicubic" if spec.bicubic else "bilinear",
+            align_corners=False,
         )
         jitter = K.ColorJitter(*spec.jitter, p=spec.jitter_p)
         gray = [K.RandomGrayscale(p=spec.gray_p)] if spec.gray_p > 0 else []

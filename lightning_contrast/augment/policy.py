@@ -181,6 +181,7 @@ def fused_view(
     crop = FusedResizedCrop(
         spec.size,
         spec.scale,
+        spec.ratio,
         flip=spec.flip,
         interpolation="bicubic" if spec.bicubic else "bilinear",
         fit="clamp" if spec.clamp else "retry",

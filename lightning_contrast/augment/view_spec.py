@@ -53,6 +53,7 @@ class ViewSpec:
         gray_first: Apply grayscale before the jitter.
         additive_brightness: Add the brightness instead of multiplying by it.
         clamp: Clip crop boxes that do not fit instead of redrawing them.
+        ratio: Range of the crop's width / height.
     """
 
     size: int
@@ -68,6 +69,7 @@ class ViewSpec:
     gray_first: bool = False
     additive_brightness: bool = False
     clamp: bool = False
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
         """Check the parameters, for fused and stock operations alike."""

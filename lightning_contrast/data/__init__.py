@@ -6,8 +6,10 @@ from lightning_contrast.data.image_module import ImageDataModule
 from lightning_contrast.data.image_text_module import ImageTextDataModule
 from lightning_contrast.data.in_memory import InMemoryDataModule
 from lightning_contrast.data.loading import ResumableLoader
+from lightning_contrast.data.moving_emoji import MovingEmojiDataModule
 from lightning_contrast.data.scenes_module import EmojiScenesDataModule
 from lightning_contrast.data.statistics import estimate_mean_std
+from lightning_contrast.data.video_module import VideoFolderDataModule
 
 __all__ = [
     "EmojiDataModule",
@@ -16,6 +18,8 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageTextDataModule",
     "InMemoryDataModule",
+    "MovingEmojiDataModule",
     "ResumableLoader",
+    "VideoFolderDataModule",
     "estimate_mean_std",
 ]

@@ -45,6 +45,7 @@ class FolderImages(Dataset[Sample | None]):
         unreadable: Files that could not be read so far, ``(N,)`` bool; in memory shared by all workers.
     """
 
+    what = "image"
     takes_seeds = True
     """The training order gives `SeededIndex`es; all other loaders give plain indices and get central squares."""
 
@@ -88,25 +89,35 @@ class FolderImages(Dataset[Sample | None]):
             position = place % len(self)
             path = self.paths[position]
             try:
-                value = self.loader(path)
+                value = self.load(path, getattr(index, "seed", None))
             except Exception as error:
                 if self._on_error == "raise":
                     raise RuntimeError(
-                        f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
+                        f"Cannot read the {self.what} {path}: {str(error).rstrip('.')}. Repair or remove the file."
                     ) from error
                 self._note(position, error)
                 if self._on_error == "leave out":
                     return None
                 continue
             try:
-                image = resized(as_image(value), self.size, self.resize, getattr(index, "seed", None))
+                image = self.square(self.checked(value), getattr(index, "seed", None))
             except Exception as error:  # invalid output of the loader, not an unreadable file
                 raise RuntimeError(
-                    f"Cannot read the image {path}: {str(error).rstrip('.')}. Repair or remove the file."
+                    f"Cannot read the {self.what} {path}: {str(error).rstrip('.')}. Repair or remove the file."
                 ) from error
             return image, self.labels[position], position
         tried = min(len(self), _MOST_IN_A_ROW)
-        raise RuntimeError(f"None of {tried} consecutive images can be read, the last one is {path}. Check the folder.")
+        raise RuntimeError(
+            f"None of {tried} consecutive {self.what}s can be read, the last one is {path}. Check the folder."
+        )
+
+    def load(self, path: str, seed: int | None) -> Any:
+        """Read one file; ``seed`` is that of this file in this epoch, None in evaluation."""
+        return self.loader(path)
+
+    def checked(self, value: Any) -> Tensor:
+        """Return what `load` returned as an image ``(C, H, W)``, uint8 or float32 in 0..1."""
+        return as_image(value)
 
     def collate(self, samples: Sequence[Sample | None]) -> list[Any]:
         """Return the images ``(B, C, size, size)``, labels ``(B,)`` and, with ``indices``, positions ``(B,)``.
@@ -117,14 +128,15 @@ class FolderImages(Dataset[Sample | None]):
         """
         found = [sample for sample in samples if sample is not None]
         if not found:
-            raise RuntimeError(f"None of {len(samples)} images of a batch can be read. {self.listed()}")
+            raise RuntimeError(f"None of {len(samples)} {self.what}s of a batch can be read. {self.listed()}")
         rows = [(_pixels(image), label, position) for image, label, position in found]
         first, _, position = rows[0]
         for image, _, other in rows:
             if image.shape != first.shape or image.dtype != first.dtype:
                 raise ValueError(
-                    f"All images must have the same channels and type, got {_kind(first)} in {self.paths[position]} "
-                    f"and {_kind(image)} in {self.paths[other]}. Give a `loader` that converts them."
+                    f"All {self.what}s must have the same channels and type, got {_kind(first)} in "
+                    f"{self.paths[position]} and {_kind(image)} in {self.paths[other]}. "
+                    "Give a `loader` that converts them."
                 )
         batch: list[Any] = [stacked([image for image, _, _ in found]), *default_collate([row[1:] for row in rows])]
         return batch if self.indices else batch[:2]
@@ -137,15 +149,19 @@ class FolderImages(Dataset[Sample | None]):
         """Return a sentence with the number of unreadable files and the first paths."""
         skipped = self.skipped()
         more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
-        return f"{len(skipped)} of {len(self)} images could not be read: {', '.join(skipped[:most])}{more}."
+        return f"{len(skipped)} of {len(self)} {self.what}s could not be read: {', '.join(skipped[:most])}{more}."
 
     def _note(self, position: int, error: Exception) -> None:
         """Mark a file as unreadable and warn about the first one immediately."""
         is_first = not self.unreadable.any()
         self.unreadable[position] = True
         if is_first:
-            what = f"Cannot read the image {self.paths[position]}: {error}"
+            what = f"Cannot read the {self.what} {self.paths[position]}: {error}"
             warnings.warn(f"{what} It is skipped, as are further ones, without another warning.", stacklevel=2)
+
+    def square(self, image: Tensor, seed: int | None) -> Tensor | WholeImages:
+        """Return the square ``(C, size, size)`` of an image, see `resized`; ``seed`` is that of `load`."""
+        return resized(image, self.size, self.resize, seed)
 
 
 def takes_whole_images(trainer: Any) -> bool:

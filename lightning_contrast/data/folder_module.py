@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -71,6 +71,8 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         FileNotFoundError: In `setup`, if a folder is missing.
     """
 
+    what: ClassVar[str] = "images"
+
     def __init__(
         self,
         train_dir: str | Path,
@@ -133,14 +135,15 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         if self._sets:
             return
         found = {
-            split: _list_images("train_dir" if split == "train" else "val_dir", folder, self.extensions)
+            split: _list_images("train_dir" if split == "train" else "val_dir", folder, self.extensions, self.what)
             for split, folder in self.dirs.items()
         }
         self.class_names = found["train"][1] or found.get("val", ([], ()))[1]
         shared = found["train"][0].keys() & found.get("val", ({}, ()))[0].keys()
         if shared:
             warnings.warn(
-                f"{len(shared)} validation images are training images too, so that validation scores are too high.",
+                f"{len(shared)} validation {self.what} are training {self.what} too, so that validation scores are "
+                "too high.",
                 stacklevel=2,
             )
         for split, (files, classes) in found.items():
@@ -150,7 +153,11 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             numbers = {name: number for number, name in enumerate(self.class_names)}
             labels = [numbers[name] if name is not None else -1 for _, name in files.values()]
             paths = [path for path, _ in files.values()]
-            self._sets[split] = FolderImages(paths, labels, self.size, self.resize, self.loader, indices=self.indices)
+            self._sets[split] = self.make_set(paths, labels)
+
+    def make_set(self, paths: list[str], labels: list[int]) -> FolderImages:
+        """Return the dataset of these files and their classes."""
+        return FolderImages(paths, labels, self.size, self.resize, self.loader, indices=self.indices)
 
     def teardown(self, stage: str | None = None) -> None:
         """Warn about the number of skipped images.
@@ -161,7 +168,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         if len(self.skipped) > self._reported:
             self._reported = len(self.skipped)
             counts = [f"{split}: {images.listed()}" for split, images in self._sets.items() if images.skipped()]
-            warnings.warn(f"Images were skipped. {' '.join(counts)}", stacklevel=2)
+            warnings.warn(f"{self.what.capitalize()} were skipped. {' '.join(counts)}", stacklevel=2)
 
     def on_exception(self, exception: BaseException) -> None:
         """Warn about the number of skipped images when a run fails.
@@ -211,29 +218,29 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
 
 
 def _list_images(
-    argument: str, folder: Path, extensions: tuple[str, ...]
+    argument: str, folder: Path, extensions: tuple[str, ...], what: str
 ) -> tuple[dict[FileId, tuple[str, str | None]], tuple[str, ...]]:
-    """Return the sorted files of a folder, each with the name of its class or None, and the class names."""
+    """Return the sorted files ``what`` of a folder, each with the name of its class or None, and the class names."""
     if not folder.is_dir():
-        fail(argument, "be an existing folder", str(folder), "Set it to the folder of your images", FileNotFoundError)
+        fail(argument, "be an existing folder", str(folder), f"Set it to the folder of your {what}", FileNotFoundError)
     loose = find_images(folder, extensions, deep=False)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     ends = ", ".join(extensions) or "any"
     if not classes:
         hint = f"Expected extensions are {ends}; set `extensions` for others"
-        require(bool(loose), argument, "hold images, or class folders with images", str(folder), hint)
+        require(bool(loose), argument, f"hold {what}, or class folders with {what}", str(folder), hint)
         return {file_id: (path, None) for file_id, path in loose.items()}, ()
     if loose:
-        hint = f"Move images like {next(iter(loose.values()))} into class folders, or remove the folders"
-        fail(argument, "hold class folders or images, not both", str(folder), hint)
+        hint = f"Move {what} like {next(iter(loose.values()))} into class folders, or remove the folders"
+        fail(argument, f"hold class folders or {what}, not both", str(folder), hint)
     files: dict[FileId, tuple[str, str | None]] = {}
     for name in classes:
         inside = find_images(folder / name, extensions, deep=True)
         hint = f"Remove empty class folders; expected extensions are {ends}"
-        require(bool(inside), argument, "hold images in every class folder", str(folder / name), hint)
+        require(bool(inside), argument, f"hold {what} in every class folder", str(folder / name), hint)
         for file_id, path in inside.items():
             if file_id in files:
                 hint = "Links put it into two classes; remove one of them"
-                fail(argument, "hold each image in one class", [files[file_id][0], path], hint)
+                fail(argument, f"hold each {what.removesuffix('s')} in one class", [files[file_id][0], path], hint)
             files[file_id] = (path, name)
     return files, tuple(classes)

@@ -35,6 +35,7 @@ from lightning_contrast.losses.predictive_coding import (
 )
 from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
 from lightning_contrast.losses.synthetic import mochi_negatives
+from lightning_contrast.losses.temporal import tclr_global_local_loss, tclr_instance_loss, tclr_local_loss
 
 __all__ = [
     "Negatives",
@@ -72,6 +73,9 @@ __all__ = [
     "spectral_contrastive_loss",
     "sup_con",
     "swav_loss",
+    "tclr_global_local_loss",
+    "tclr_instance_loss",
+    "tclr_local_loss",
     "triplet_loss",
     "uniformity",
     "vicreg_loss",

@@ -22,5 +22,6 @@ from .simsiam import SimSiam as SimSiam
 from .spectral import SpectralContrastive as SpectralContrastive
 from .supcon import SupCon as SupCon
 from .swav import SwAV as SwAV
+from .temporal_contrast import TemporalContrast as TemporalContrast
 from .triplet import Triplet as Triplet
 from .vicreg import VICReg as VICReg

@@ -31,6 +31,7 @@ from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_spli
 from lightning_contrast.nn.stems import use_small_stem
 from lightning_contrast.nn.temperature import LearnedTemperature, ScheduledTemperature
 from lightning_contrast.nn.text_transformer import TextTransformer
+from lightning_contrast.nn.video import SmallVideoConvNet, VideoBackbone, build_clip_backbone, clip_steps
 from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_masked_backbone, select_patches
 from lightning_contrast.nn.weight_norm import WeightNormLinear
 
@@ -65,16 +66,20 @@ __all__ = [
     "RegionMaps",
     "ScheduledTemperature",
     "SmallConvNet",
+    "SmallVideoConvNet",
     "SplitBatchNorm2d",
     "TextTransformer",
     "Tokens",
+    "VideoBackbone",
     "WeightNormLinear",
     "build_backbone",
+    "build_clip_backbone",
     "build_head",
     "build_masked_backbone",
     "check_image_size",
     "check_mask_ratios",
     "checkpoint_activations",
+    "clip_steps",
     "convert_split_batchnorm",
     "dinov2_masks",
     "ema_update",

@@ -169,6 +169,8 @@ HEADS: dict[str, Head] = {
     "swav": Head(2048, 128, hidden_bias=True),
     "nnclr_projector": Head(2048, 256, layers=3, last_norm="full", last_bias=False),
     "nnclr_predictor": Head(4096, 256),
+    "tclr": Head(None, 128, last_norm="full", hidden_bias=True, last_bias=False),
+    "cvrl": Head(2048, 128, layers=4),
     "dino": PrototypeHead(2048),
     "ibot": PatchPrototypeHead(2048, num_prototypes=8192),
     "msn": Head(2048, 256, layers=3, hidden_bias=True, activation="gelu", init=_normal_002),
@@ -189,6 +191,8 @@ HEADS: dict[str, Head] = {
   which is equivalent. https://github.com/jhaochenz/spectral_contrastive_learning
 - ``"swav"``: https://github.com/facebookresearch/swav
 - ``"nnclr_projector"``, ``"nnclr_predictor"``: from the paper (https://arxiv.org/abs/2104.14548).
+- ``"tclr"``: https://github.com/DAVEISHAN/TCLR
+- ``"cvrl"``: three hidden layers. https://github.com/tensorflow/models (``official/projects/video_ssl``)
 - ``"dino"``: ``DINOHead`` of https://github.com/facebookresearch/dino; DINOv2 has ``norm_last_layer=False``.
 - ``"ibot"``: ``iBOTHead`` of https://github.com/bytedance/ibot, shared as in the published runs of ViTs.
 - ``"msn"``: ``init_model`` of https://github.com/facebookresearch/msn

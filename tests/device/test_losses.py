@@ -87,6 +87,9 @@ CALLS = {
         queue_scores=[a.detach(), b.detach()],
         queue_mask=y > 0,
     ),
+    "tclr_global_local_loss": lambda a, b, y: losses.tclr_global_local_loss(_moments(a), _moments(b), temperature=0.1),
+    "tclr_instance_loss": lambda a, b, y: losses.tclr_instance_loss(_moments(a), temperature=0.1),
+    "tclr_local_loss": lambda a, b, y: losses.tclr_local_loss(_moments(a), temperature=0.1),
     "triplet_loss": lambda a, b, y: losses.triplet_loss(a, b, b.flip(0), margin=1.0),
     "uniformity": lambda a, b, y: losses.uniformity(a),
     "vicreg_loss": lambda a, b, y: losses.vicreg_loss(a, b),
@@ -111,6 +114,11 @@ def _places(a, b):
     """Return 3 words (4, 6, 3) out of 8 rows (8, 6), and maps of 2 x 1 places (4, 6, 2, 1)."""
     words = a.unflatten(0, (4, 2)).mT
     return torch.cat([words, words[..., :1]], dim=2), b.unflatten(0, (4, 2)).mT[..., None]
+
+
+def _moments(rows):
+    """Return the embeddings of two augmentations of two clips of two videos, (2, 2, 2, 6)."""
+    return rows.unflatten(0, (2, 2, 2))
 
 
 def _run(name, device):

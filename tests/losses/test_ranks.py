@@ -26,6 +26,11 @@ def _case(loss: Callable[..., Tensor], inputs: int, shared: int = 0) -> Case:
     return Case(loss, loss, inputs=inputs, shared=shared, tiled=False)
 
 
+def _clips(rows: tuple[Tensor, ...]) -> Tensor:
+    """Return the embeddings of two augmentations of two clips, ``(2, 2, B, D)``."""
+    return torch.stack(rows).unflatten(0, (2, 2))
+
+
 MORE = {
     "barlow": _case(lambda a, b: losses.barlow_twins_loss(a, b, off_diagonal_weight=0.0051), 2),
     "vicreg": _case(losses.vicreg_loss, 2),
@@ -44,6 +49,11 @@ MORE = {
         2,
     ),
     "msn": _case(lambda a, t, p: _msn(a, t, p, sinkhorn=False), 2, shared=1),
+    "tclr, instance": _case(lambda *x: losses.tclr_instance_loss(_clips(x), temperature=0.1), 4),
+    "tclr, local": _case(lambda *x: losses.tclr_local_loss(_clips(x), temperature=0.1), 4),
+    "tclr, global-local": _case(
+        lambda *x: losses.tclr_global_local_loss(_clips(x[:4]), _clips(x[4:]), temperature=0.1), 8
+    ),
     "msn, sinkhorn": _case(lambda a, t, p: _msn(a, t, p, sinkhorn=True), 2, shared=1),
 }
 ALL = {**CASES, **MORE}

@@ -225,6 +225,23 @@ CASES |= {
 }
 
 
+class OfStills(lc.TemporalContrast):
+    """On clips of four frames that are made of one image each, since the suite's batches are images."""
+
+    def batch_views(self, batch, count):
+        return [torch.stack([view.roll(t, -1) for t in range(4)], 1) for view in super().batch_views(batch, count)]
+
+
+CASES |= {
+    "TemporalContrast": Case(
+        OfStills, plain={"head_norm": None}, views=6, settings={"local_clips": 2, "projection_dim": 8}
+    ),
+    "TemporalContrast instance": Case(
+        OfStills, plain={"head_norm": None}, settings={"local_weight": 0.0, "global_local_weight": 0.0}
+    ),
+}
+
+
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
     torch.manual_seed(0)

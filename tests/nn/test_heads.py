@@ -30,6 +30,8 @@ HEADS = {
     "supcon": (lambda **k: build_head("supcon", 6, out_dim=4, **k), "Lb6 R Lb4"),
     "spectral": (lambda **k: build_head("spectral", 6, **SMALL, **k), "L5 B R L4 B"),
     "nnclr": (lambda **k: build_head("nnclr_projector", 6, **SMALL, **k), "L5 B R L5 B R L4 B"),
+    "tclr": (lambda **k: build_head("tclr", 6, out_dim=4, **k), "Lb6 B R L4 B"),
+    "cvrl": (lambda **k: build_head("cvrl", 6, **SMALL, **k), "L5 B R L5 B R L5 B R Lb4"),
     "nnclr predictor": (lambda **k: build_head("nnclr_predictor", 6, **SMALL, **k), "L5 B R Lb4"),
 }
 DEFAULTS = {
@@ -44,6 +46,8 @@ DEFAULTS = {
     "spectral": [2048, 1000],
     "nnclr_projector": [2048, 2048, 256],
     "swav": [2048, 128],
+    "tclr": [512, 128],
+    "cvrl": [2048, 2048, 2048, 128],
     "msn": [2048, 2048, 256],
 }
 

@@ -81,13 +81,16 @@ class FusedView(nn.Module):
         """Return one view ``(B, C, size, size)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
         return self.make_views(images, 1)[0]
 
-    def make_views(self, images: Tensor, count: int, sizes: NDArray[np.int64] | None = None) -> list[Tensor]:
+    def make_views(
+        self, images: Tensor, count: int, sizes: NDArray[np.int64] | None = None, *, frames: int = 1
+    ) -> list[Tensor]:
         """Return views with random numbers of their own, the same as from ``count`` calls of `forward`.
 
         Args:
             images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1.
             count: Number of views, >= 1.
             sizes: See `FusedResizedCrop.draw`.
+            frames: Number of consecutive images that share a draw, such as the frames of a clip; divides B.
 
         Returns:
             Views ``(B, C, size, size)``, float32.
@@ -95,17 +98,17 @@ class FusedView(nn.Module):
         if self.pre_transform is not None:  # random itself: the order of the draws is that of the views
             pixels = as_float(images)
             return [self._make(self.pre_transform(pixels).clamp_(0, 1), 1, sizes)[0] for _ in range(count)]
-        return self._make(images.float() if images.is_floating_point() else images, count, sizes)
+        return self._make(images.float() if images.is_floating_point() else images, count, sizes, frames)
 
-    def _make(self, images: Tensor, count: int, sizes: NDArray[np.int64] | None) -> list[Tensor]:
+    def _make(self, images: Tensor, count: int, sizes: NDArray[np.int64] | None, frames: int = 1) -> list[Tensor]:
         batch, channels, height, width = images.shape
         size = self._size
         if not uses_accelerator_backend(self.backend, images):
-            return [self._in_blocks(images, self._draw(images, sizes)) for _ in range(count)]
+            return [self._in_blocks(images, self._draw(images, sizes, frames)) for _ in range(count)]
         joint = max(1, _JOINT_BYTES // (4 * batch * channels * (height * width + size * size)))
         views: list[Tensor] = []
         while len(views) < count:
-            draws = [self._draw(images, sizes) for _ in range(min(joint, count - len(views)))]
+            draws = [self._draw(images, sizes, frames) for _ in range(min(joint, count - len(views)))]
             together = [
                 {name: np.concatenate([draw[name] for draw in same]) for name in same[0]}
                 for same in zip(*draws, strict=True)
@@ -114,17 +117,20 @@ class FusedView(nn.Module):
             views += [result.index_select(0, rows) for rows in back.view(-1, batch).unbind()]
         return views
 
-    def _draw(self, images: Tensor, sizes: NDArray[np.int64] | None) -> list[Draw]:
-        """Draw the parameters of every operation for one view of images ``(B, C, H, W)``."""
+    def _draw(self, images: Tensor, sizes: NDArray[np.int64] | None, frames: int = 1) -> list[Draw]:
+        """Draw the parameters of every operation for one view of images ``(B, C, H, W)``, equal for each ``frames``."""
         batch, _, height, width = images.shape
         crop: Any
         crop, *others = self._operations()
-        edge = self._size
-        options = {} if sizes is None else {"sizes": sizes}
-        return [
-            crop.draw(batch, height, width, **options),
-            *(operation.draw(batch, edge, edge) for operation in others),
+        edge, clips = self._size, batch // frames
+        options = {} if sizes is None else {"sizes": sizes[::frames]}
+        draws = [
+            crop.draw(clips, height, width, **options),
+            *(operation.draw(clips, edge, edge) for operation in others),
         ]
+        if frames == 1:
+            return draws
+        return [{name: np.repeat(value, frames, axis=0) for name, value in draw.items()} for draw in draws]
 
     def _in_blocks(self, images: Tensor, draws: list[Draw]) -> Tensor:
         """Return one view ``(B, C, size, size)`` of images ``(B, C, H, W)``, computed block by block."""
