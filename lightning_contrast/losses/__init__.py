@@ -1,5 +1,6 @@
 """Loss functions: pure functions of tensors, over the global batch of all ranks, in full precision under autocast."""
 
+from lightning_contrast.losses.bilinear import bilinear_loss
 from lightning_contrast.losses.clustering import msn_loss, sinkhorn, swav_loss
 from lightning_contrast.losses.contrastive import (
     debiased_nt_xent,
@@ -27,6 +28,7 @@ __all__ = [
     "Negatives",
     "alignment",
     "barlow_twins_loss",
+    "bilinear_loss",
     "byol_loss",
     "clip_loss",
     "debiased_nt_xent",

@@ -17,6 +17,7 @@ from lightning_contrast.nn.feature_queue import FeatureQueue
 from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototypeHead, PrototypeHead, build_head
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
 from lightning_contrast.nn.jepa_predictor import JepaPredictor, sincos_positions
+from lightning_contrast.nn.logit_bias import LogitBias
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
@@ -41,6 +42,7 @@ __all__ = [
     "JepaMasks",
     "JepaPredictor",
     "LearnedTemperature",
+    "LogitBias",
     "MaskedPatches",
     "MaskedViT",
     "MemoryBank",
