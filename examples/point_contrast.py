@@ -10,10 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_contrast as lc
 
 MATCHED, EXTRA = 32, 64  # points that both views see, and points that only one of them sees
+SPIN = torch.tensor([[0.0, 1, 0], [-1, 0, 0], [0, 0, 0]])  # about the third axis
 
 
 class Shapes(Dataset):
-    """Two views of random surfaces: each (96, 3), the first 32 rows are the same points, turned by another angle."""
+    """Two views of random surfaces, (96, 3) each: the first 32 rows are the same points, turned by another angle."""
 
     def __init__(self, count, seed):
         self.count, self.seed = count, seed
@@ -25,18 +26,17 @@ class Shapes(Dataset):
         """Return ``[a, b], index`` of one shape, a function of (seed, index)."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         directions = nn.functional.normalize(torch.randn(2000, 3, generator=g), dim=1)
-        waves = torch.randn(6, 3, generator=g) * 2
-        phases = 6 * torch.rand(6, generator=g)
-        points = directions * (1 + 0.15 * torch.sin(directions @ waves.T + phases).sum(1, keepdim=True))
+        bumps = torch.sin(2 * directions @ torch.randn(3, 6, generator=g) + 6 * torch.rand(6, generator=g))  # (2000, 6)
+        points = directions * (1 + 0.15 * bumps.sum(1, keepdim=True))
         side = points[:, 0].argsort()  # view a sees the left 60 % of the points, view b the right 60 %
         both = side[800:1200][torch.randperm(400, generator=g)[:MATCHED]]
         views = []
         for own in (side[:800], side[1200:]):
-            angle = torch.rand((), generator=g) * 2 * torch.pi
-            turn = torch.eye(3)
-            turn[:2, :2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+            angle = 2 * torch.pi * torch.rand((), generator=g)
             rows = torch.cat([both, own[torch.randperm(800, generator=g)[:EXTRA]]])
-            views.append(points[rows] @ turn.T + 0.01 * torch.randn(len(rows), 3, generator=g))
+            views.append(
+                points[rows] @ torch.linalg.matrix_exp(angle * SPIN) + 0.01 * torch.randn(len(rows), 3, generator=g)
+            )
         return views, index
 
 
@@ -47,10 +47,8 @@ class PointNetwork(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = (
-            nn.Sequential(nn.Linear(w, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64)) for w in (7, 131, 131)
-        )
-        self.layers = nn.ModuleList(layers)
+        mlps = (nn.Sequential(nn.Linear(w, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64)) for w in (7, 131, 131))
+        self.layers = nn.ModuleList(mlps)
 
     def forward(self, points):
         """Return the features of the matched points, all clouds below each other."""
@@ -59,8 +57,7 @@ class PointNetwork(nn.Module):
         offsets = points[cloud, near] - points[:, :, None]  # (B, N, 12, 3)
         x = torch.cat([points[..., 2:], points.norm(dim=2, keepdim=True)], 2)  # height and radius do not turn
         for layer in self.layers:
-            own = x[:, :, None].expand(-1, -1, 12, -1)
-            x = layer(torch.cat([own, x[cloud, near], offsets], 3)).amax(2)
+            x = layer(torch.cat([x[:, :, None].expand(-1, -1, 12, -1), x[cloud, near], offsets], 3)).amax(2)
         return x[:, :MATCHED].flatten(0, 1)
 
 
@@ -78,8 +75,8 @@ def main():
             L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(model, loader)
         with torch.no_grad():
             za, zb = (z.unflatten(0, (-1, MATCHED)) for z in (model.encode_a(a), model.encode_b(b)))
-        found = (za @ zb.transpose(1, 2)).argmax(2) == torch.arange(MATCHED)
-        print(f"{name}: {found.float().mean():.3f} of the points found again (chance {1 / MATCHED:.3f})")
+        found = ((za @ zb.transpose(1, 2)).argmax(2) == torch.arange(MATCHED)).float().mean()
+        print(f"{name}: {found:.3f} of the points found again (chance {1 / MATCHED:.3f})")
 
 
 if __name__ == "__main__":
