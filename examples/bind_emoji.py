@@ -52,8 +52,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--fold", type=int, help="report on a fold of the training things, to choose settings")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(options.seed, verbose=False)
     data = lc.data.EmojiDataModule(validation_fold=options.fold)
     policy = lc.augment.simclr_cifar_views(32)
     encoders = {"noto": "small_convnet", "fluent": "small_convnet", "caption": text_encoder()}

@@ -26,17 +26,15 @@ class Shapes(Dataset):
         """Return ``[a, b], index`` of one shape, a function of (seed, index)."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         directions = nn.functional.normalize(torch.randn(2000, 3, generator=g), dim=1)
-        bumps = torch.sin(2 * directions @ torch.randn(3, 6, generator=g) + 6 * torch.rand(6, generator=g))  # (2000, 6)
+        bumps = torch.sin(2 * directions @ torch.randn(3, 6, generator=g) + 6 * torch.rand(6, generator=g))
         points = directions * (1 + 0.15 * bumps.sum(1, keepdim=True))
         side = points[:, 0].argsort()  # view a sees the left 60 % of the points, view b the right 60 %
-        both = side[800:1200][torch.randperm(400, generator=g)[:MATCHED]]
-        views = []
+        both, views = side[800:1200][torch.randperm(400, generator=g)[:MATCHED]], []
         for own in (side[:800], side[1200:]):
             angle = 2 * torch.pi * torch.rand((), generator=g)
-            rows = torch.cat([both, own[torch.randperm(800, generator=g)[:EXTRA]]])
-            views.append(
-                points[rows] @ torch.linalg.matrix_exp(angle * SPIN) + 0.01 * torch.randn(len(rows), 3, generator=g)
-            )
+            seen = points[torch.cat([both, own[torch.randperm(800, generator=g)[:EXTRA]]])]
+            noise = 0.01 * torch.randn(seen.shape, generator=g)
+            views.append(seen @ torch.linalg.matrix_exp(angle * SPIN) + noise)
         return views, index
 
 
@@ -52,12 +50,11 @@ class PointNetwork(nn.Module):
 
     def forward(self, points):
         """Return the features of the matched points, all clouds below each other."""
-        near = torch.cdist(points, points).topk(12, largest=False).indices  # (B, N, 12)
-        cloud = torch.arange(len(points), device=points.device)[:, None, None]
-        offsets = points[cloud, near] - points[:, :, None]  # (B, N, 12, 3)
+        near = torch.arange(len(points))[:, None, None], torch.cdist(points, points).topk(12, largest=False).indices
+        offsets = points[near] - points[:, :, None]  # (B, N, 12, 3)
         x = torch.cat([points[..., 2:], points.norm(dim=2, keepdim=True)], 2)  # height and radius do not turn
         for layer in self.layers:
-            x = layer(torch.cat([x[:, :, None].expand(-1, -1, 12, -1), x[cloud, near], offsets], 3)).amax(2)
+            x = layer(torch.cat([x[:, :, None].expand(-1, -1, 12, -1), x[near], offsets], 3)).amax(2)
         return x[:, :MATCHED].flatten(0, 1)
 
 
@@ -66,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
     steps = parser.parse_args().steps
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(0)
     model = lc.PairContrast(PointNetwork(), projection_dim=None, lr=2e-3, weight_decay=0.01, warmup_epochs=0)
     (a, b), _ = next(iter(DataLoader(Shapes(200, seed=1), 200)))
     for name in ("random weights", "trained"):
@@ -74,8 +71,8 @@ def main():
             loader = DataLoader(Shapes(steps * 16, seed=0), 16)
             L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(model, loader)
         with torch.no_grad():
-            za, zb = (z.unflatten(0, (-1, MATCHED)) for z in (model.encode_a(a), model.encode_b(b)))
-        found = ((za @ zb.transpose(1, 2)).argmax(2) == torch.arange(MATCHED)).float().mean()
+            scores = model.encode_a(a).view(200, MATCHED, -1) @ model.encode_b(b).view(200, MATCHED, -1).mT
+        found = (scores.argmax(2) == torch.arange(MATCHED)).float().mean()
         print(f"{name}: {found:.3f} of the points found again (chance {1 / MATCHED:.3f})")
 
 
