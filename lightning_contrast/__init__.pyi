@@ -42,11 +42,13 @@ from .methods import NNCLR as NNCLR
 from .methods import NPID as NPID
 from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
+from .methods import BindModalities as BindModalities
 from .methods import DINOv2 as DINOv2
 from .methods import GLoRIA as GLoRIA
 from .methods import MoCHi as MoCHi
 from .methods import MoCo as MoCo
 from .methods import MoCoV3 as MoCoV3
+from .methods import PairContrast as PairContrast
 from .methods import SelfSupervisedModule as SelfSupervisedModule
 from .methods import SiameseMargin as SiameseMargin
 from .methods import SigLIP as SigLIP

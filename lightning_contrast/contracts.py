@@ -11,7 +11,7 @@ take the place of the images as ``images=``, see `split_batch`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -48,20 +48,43 @@ TOLERANCE = 1e-3
 Images: TypeAlias = Tensor | list[Tensor]
 
 
-class WholeImages(NamedTuple):
-    """Images of different shapes, each resized to one square as a whole, in place of the images of a batch.
+class WholeImages(Tensor):
+    """Images of different shapes, each resized to one square as a whole: a tensor that remembers the shapes.
 
-    `ViewAugmentation` lets view policies crop at the images' own shapes and replaces it by the views. For all others
-    the images of the batch are its pixels.
+    `ViewAugmentation` lets view policies crop at the images' own shapes. For all others it is its pixels; results of
+    operations are plain tensors, and only `to` and `pin_memory` keep the shapes.
 
-    Attributes:
+    Args:
         pixels: ``(B, C, S, S)``, uint8 or float; both sides of each image are resized, so its content is stretched.
         sizes: Height and width of each image before the resizing, in pixels, ``(B, 2)`` int64; on the host, where the
             crops are drawn.
     """
 
-    pixels: Tensor
     sizes: NDArray[np.int64]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as Parameter has it
+
+    @staticmethod
+    def __new__(cls, pixels: Tensor, sizes: NDArray[np.int64]) -> "WholeImages":
+        """Return the pixels as a tensor with sizes, of the same memory."""
+        images = pixels.as_subclass(cls)
+        images.sizes = sizes
+        return images
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images as a plain tensor, of the same memory."""
+        return self.as_subclass(Tensor)
+
+    def to(self, *args: Any, **kwargs: Any) -> "WholeImages":
+        """Return the images on another device or of another dtype, as `Tensor.to`."""
+        return WholeImages(self.pixels.to(*args, **kwargs), self.sizes)
+
+    def pin_memory(self, *args: Any, **kwargs: Any) -> "WholeImages":
+        """Return the images in page-locked memory, as `Tensor.pin_memory`."""
+        return WholeImages(self.pixels.pin_memory(*args, **kwargs), self.sizes)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # between worker processes in shared memory, as plain tensors
+        return WholeImages, (self.pixels, self.sizes)
 
 
 ImageSource: TypeAlias = str | int | Callable[[Any], Any] | None
@@ -102,9 +125,7 @@ def _is_record(batch: object) -> bool:
 
 
 def _as_images(value: object) -> Images:
-    """Return a tensor unchanged, the pixels of `WholeImages`, and a sequence of view tensors as a list."""
-    if isinstance(value, WholeImages):
-        return value.pixels
+    """Return a tensor unchanged, and a sequence of view tensors as a list."""
     if isinstance(value, Tensor):
         return value
     if is_views(value):
@@ -134,17 +155,6 @@ def split_batch(batch: Any, images: ImageSource = None) -> tuple[Images, Tensor 
         TypeError: If the batch has none of these layouts.
     """
     return _as_images(_find_images(batch, images)), _labels_entry(batch)
-
-
-def whole_images(batch: Any, images: ImageSource = None) -> WholeImages | None:
-    """Return the `WholeImages` of a batch, pixels ``(B, C, S, S)`` with sizes, or None if its images are others.
-
-    Args:
-        batch: See `split_batch`.
-        images: See `split_batch`.
-    """
-    found = _find_images(batch, images)
-    return found if isinstance(found, WholeImages) else None
 
 
 def _find_images(batch: Any, images: ImageSource) -> Any:

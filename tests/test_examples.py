@@ -69,6 +69,34 @@ def test_probe_your_trainer(tmp_path):
     assert "linear_probe/top1" in out
 
 
+def shares(out, what):
+    """Return the figures that follow a word in the output of an example, in order."""
+    return [float(value) for value in re.findall(rf"{what}:? ?(0\.\d+|1\.0+)", out)]
+
+
+@pytest.mark.slow
+def test_point_contrast(tmp_path):
+    out = run(ROOT / "examples" / "point_contrast.py", "--steps", "40", cwd=tmp_path)
+    random, trained = shares(out, "(?:random weights|trained)")
+    assert trained > random + 0.1 > 1 / 32  # 0.23 and 0.88 with all steps
+
+
+@pytest.mark.slow
+def test_curl(tmp_path):
+    out = run(ROOT / "examples" / "curl.py", "--epochs", "4", cwd=tmp_path)
+    random, trained = shares(out, "recall@1")
+    assert trained > max(2 * random, 5 / 624)
+
+
+@pytest.mark.slow
+def test_bind_emoji(tmp_path):
+    out = run(ROOT / "examples" / "bind_emoji.py", "--epochs", "30", "--fold", "1", cwd=tmp_path)
+    found = shares(out, "@10")
+    assert len(found) == 4
+    assert min(found[:2]) > 2 * 10 / 935, out  # three standard deviations above chance
+    assert sum(found[2:]) / 2 > 1.5 * 10 / 312, out  # 6 times chance after all epochs
+
+
 @pytest.mark.slow
 def test_subclass_a_method(tmp_path):
     out = run(ROOT / "examples" / "subclass_a_method.py", "--epochs", "2", cwd=tmp_path)

@@ -65,7 +65,7 @@ class ViewPolicy(nn.Module):
         return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
 
     @torch.no_grad()
-    def forward(self, images: Tensor | WholeImages) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Return the random views of a batch.
 
         All random numbers come from torch's global CPU generator.
@@ -77,8 +77,9 @@ class ViewPolicy(nn.Module):
         Returns:
             One float32 tensor ``(B, C, h, w)`` per view.
         """
-        pixels, sizes = images if isinstance(images, WholeImages) else (images, None)
-        return self._make_views(pixels, sizes)
+        if isinstance(images, WholeImages):
+            return self._make_views(images.pixels, images.sizes)
+        return self._make_views(images, None)
 
     @full_precision  # under autocast the matrix products of the resampling would round pixels to 8 bits of mantissa
     def _make_views(self, images: Tensor, sizes: NDArray[np.int64] | None) -> list[Tensor]:

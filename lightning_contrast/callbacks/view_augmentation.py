@@ -150,7 +150,7 @@ class ViewAugmentation(L.Callback):
         self._checked.add(training)
         return trainer.precision_plugin.convert_input(batch)  # the views are new float tensors
 
-    def _views(self, images: Tensor | WholeImages) -> Images:
+    def _views(self, images: Tensor) -> Images:
         pixels = self._check(images.pixels if isinstance(images, WholeImages) else images, evaluating=False)
         if isinstance(images, WholeImages) and isinstance(self.policy, ViewPolicy):
             views = check_views(self.policy(WholeImages(pixels, images.sizes)), pixels)
@@ -170,7 +170,7 @@ class ViewAugmentation(L.Callback):
             augmented.append(views)
         return augmented
 
-    def _eval_images(self, images: Tensor | WholeImages) -> Tensor:
+    def _eval_images(self, images: Tensor) -> Tensor:
         images = center_squares(images) if isinstance(images, WholeImages) else images
         return self.policy.eval_transform(self._check(images, evaluating=True))
 

@@ -2,6 +2,7 @@
 
 from lightning_contrast.data.emoji_module import EmojiDataModule
 from lightning_contrast.data.folder_module import ImageFolderDataModule
+from lightning_contrast.data.group_pairs import GroupPairs
 from lightning_contrast.data.image_module import ImageDataModule
 from lightning_contrast.data.image_text_module import ImageTextDataModule
 from lightning_contrast.data.in_memory import InMemoryDataModule
@@ -14,6 +15,7 @@ from lightning_contrast.data.video_module import VideoFolderDataModule
 __all__ = [
     "EmojiDataModule",
     "EmojiScenesDataModule",
+    "GroupPairs",
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageTextDataModule",

@@ -15,7 +15,7 @@ from lightning_contrast.contracts import WholeImages
 
 Loader = Callable[[str], Any]
 Unreadable: TypeAlias = Literal["raise", "replace", "leave out"]
-Sample: TypeAlias = tuple[Tensor | WholeImages, int, int]
+Sample: TypeAlias = tuple[Tensor, int, int]
 _MOST_IN_A_ROW = 100  # unreadable files before an error
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
@@ -129,16 +129,16 @@ class FolderImages(Dataset[Sample | None]):
         found = [sample for sample in samples if sample is not None]
         if not found:
             raise RuntimeError(f"None of {len(samples)} {self.what}s of a batch can be read. {self.listed()}")
-        rows = [(_pixels(image), label, position) for image, label, position in found]
-        first, _, position = rows[0]
-        for image, _, other in rows:
+        first, _, position = found[0]
+        for image, _, other in found:
             if image.shape != first.shape or image.dtype != first.dtype:
                 raise ValueError(
                     f"All {self.what}s must have the same channels and type, got {_kind(first)} in "
                     f"{self.paths[position]} and {_kind(image)} in {self.paths[other]}. "
                     "Give a `loader` that converts them."
                 )
-        batch: list[Any] = [stacked([image for image, _, _ in found]), *default_collate([row[1:] for row in rows])]
+        images, labels, positions = zip(*found, strict=True)
+        batch: list[Any] = [stacked(images), torch.tensor(labels), torch.tensor(positions)]
         return batch if self.indices else batch[:2]
 
     def skipped(self) -> list[str]:
@@ -159,7 +159,7 @@ class FolderImages(Dataset[Sample | None]):
             what = f"Cannot read the {self.what} {self.paths[position]}: {error}"
             warnings.warn(f"{what} It is skipped, as are further ones, without another warning.", stacklevel=2)
 
-    def square(self, image: Tensor, seed: int | None) -> Tensor | WholeImages:
+    def square(self, image: Tensor, seed: int | None) -> Tensor:
         """Return the square ``(C, size, size)`` of an image, see `resized`; ``seed`` is that of `load`."""
         return resized(image, self.size, self.resize, seed)
 
@@ -173,18 +173,18 @@ def takes_whole_images(trainer: Any) -> bool:
     return trainer is None or any(getattr(callback, "takes_whole_images", False) for callback in trainer.callbacks)
 
 
-def stacked(images: Sequence[Tensor | WholeImages]) -> Tensor | WholeImages:
+def stacked(images: Sequence[Tensor]) -> Tensor:
     """Return a batch ``(B, C, size, size)`` of images ``(C, size, size)``, as `WholeImages` if they are.
 
     Args:
         images: Results of `resized`, all of one kind, shape and dtype.
     """
-    pixels: Tensor = default_collate([_pixels(image) for image in images])
+    pixels: Tensor = default_collate([image.as_subclass(Tensor) for image in images])
     sizes = [image.sizes for image in images if isinstance(image, WholeImages)]
     return WholeImages(pixels, np.stack(sizes)) if sizes else pixels
 
 
-def resized(image: Tensor, size: int, resize: str, seed: int | None) -> Tensor | WholeImages:
+def resized(image: Tensor, size: int, resize: str, seed: int | None) -> Tensor:
     """Return an image as a square ``(C, size, size)``.
 
     Args:
@@ -244,10 +244,6 @@ def as_image(value: Any) -> Tensor:
     if not bool(((image >= 0) & (image <= 1)).all()):
         _refuse("return floats in 0..1", (image.min().item(), image.max().item()), "Divide by the largest value")
     return image.to(torch.float32)
-
-
-def _pixels(image: Tensor | WholeImages) -> Tensor:
-    return image.pixels if isinstance(image, WholeImages) else image
 
 
 def _refuse(rule: str, value: object, hint: str) -> NoReturn:

@@ -28,8 +28,8 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     the device. Hidden files and folders, whose names begin with a dot, are left out, and an image to which several
     links lead counts once.
 
-    Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``), in training as
-    the pixels of a `contracts.WholeImages` (see ``resize``), and int64 ``(B,)``; ``indices=True`` adds the position in
+    Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``), in training a
+    `contracts.WholeImages` (see ``resize``), and int64 ``(B,)``; ``indices=True`` adds the position in
     `paths`, int64 ``(B,)``.
 
     The order is a function of (seed, epoch), the images are split between ranks, and runs resume exactly within an

@@ -33,11 +33,11 @@ class MovingClips(MemoryImages):
         super().__init__(clips, motions if label == "motion" else things, indices=indices)
         self.things, self.motions = things, motions
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:  # type: ignore[override]  # dict batches
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return one clip ``(T, C, H, W)`` and its labels ``()``."""
         return {key: part[0] for key, part in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:  # type: ignore[override]  # dict batches
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return the clips ``(B, T, C, H, W)`` and labels ``(B,)`` of a batch."""
         rows = torch.as_tensor(indices)
         batch = {"image": self.images[rows], "label": self.labels[rows]}

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_contrast._checks import fail, require
-from lightning_contrast.contracts import WholeImages
 from lightning_contrast.data._folder_images import as_image, read_rgb, resized
 from lightning_contrast.data.captions import check_caption
 from lightning_contrast.data.loading import Layout, ResumableLoader
@@ -20,7 +19,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff", "gif")
 """Extensions of a sample's image, without the dot, in the order in which they are looked up."""
 
 
-class ShardPairs(IterableDataset[tuple[Tensor | WholeImages, str]]):
+class ShardPairs(IterableDataset[tuple[Tensor, str]]):
     """The samples of one rank: its shards in a drawn order, through a shuffle buffer.
 
     A sample is the files of a shard with one name: an image and ``<name>.txt``, or ``<name>.json`` with the key
@@ -60,7 +59,7 @@ class ShardPairs(IterableDataset[tuple[Tensor | WholeImages, str]]):
         self.rank, self.replicas = rank, replicas
         self.epoch = self.start = 0  # set by the loader before a pass: it skips `start` batches
 
-    def __iter__(self) -> Iterator[tuple[Tensor | WholeImages, str]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
         worker = get_worker_info()
         workers = 1 if worker is None else worker.num_workers
         # Number n makes the batches n, n + workers, ...; the first worker is asked first, also after a resume.
@@ -103,7 +102,7 @@ class ShardPairs(IterableDataset[tuple[Tensor | WholeImages, str]]):
         for sample in buffer:
             yield sample, draws.getrandbits(62)
 
-    def _decoded(self, sample: dict[str, Any], seed: int) -> tuple[Tensor | WholeImages, str]:
+    def _decoded(self, sample: dict[str, Any], seed: int) -> tuple[Tensor, str]:
         where = f"{sample['__url__']}, sample {sample['__key__']}"
         image = next((sample[key] for key in IMAGES if key in sample), None)
         found = sorted(key for key in sample if not key.startswith("__"))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_contrast._checks import check_choice, fail
-from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY, WholeImages
+from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY
 from lightning_contrast.data._folder_images import FolderImages, Loader, stacked
 from lightning_contrast.data.captions import TEXT_KEY, check_caption
 
@@ -114,7 +114,7 @@ class PairImages(FolderImages):
         return {IMAGE_KEY: images, TEXT_KEY: [self.captions[i] for i in positions.tolist()], INDEX_KEY: positions}
 
 
-def collate_pairs(samples: Sequence[tuple[Tensor | WholeImages, str]]) -> dict[str, Any]:
+def collate_pairs(samples: Sequence[tuple[Tensor, str]]) -> dict[str, Any]:
     """Return a dict of images ``(B, C, size, size)`` and B texts.
 
     Args:

@@ -1,5 +1,6 @@
 """Loss functions: pure functions of tensors, over the global batch of all ranks, in full precision under autocast."""
 
+from lightning_contrast.losses.bilinear import bilinear_loss
 from lightning_contrast.losses.clustering import msn_loss, sinkhorn, swav_loss
 from lightning_contrast.losses.contrastive import (
     debiased_nt_xent,
@@ -42,6 +43,7 @@ __all__ = [
     "alignment",
     "attend_regions",
     "barlow_twins_loss",
+    "bilinear_loss",
     "byol_loss",
     "clip_distillation_loss",
     "clip_loss",

@@ -1,6 +1,7 @@
 from .align_uniform import AlignUniform as AlignUniform
 from .barlow_twins import BarlowTwins as BarlowTwins
 from .base import SelfSupervisedModule as SelfSupervisedModule
+from .bind_modalities import BindModalities as BindModalities
 from .byol import BYOL as BYOL
 from .clip import CLIP as CLIP
 from .cpc import CPC as CPC
@@ -15,6 +16,7 @@ from .moco_v3 import MoCoV3 as MoCoV3
 from .msn import MSN as MSN
 from .nnclr import NNCLR as NNCLR
 from .npid import NPID as NPID
+from .pair_contrast import PairContrast as PairContrast
 from .siamese import SiameseMargin as SiameseMargin
 from .siglip import SigLIP as SigLIP
 from .simclr import SimCLR as SimCLR

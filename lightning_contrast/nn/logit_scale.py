@@ -49,15 +49,31 @@ class LogitScale(nn.Module):
 
 
 class LogitBias(nn.Module):
-    """The learned bias of the logits of SigLIP, a parameter of shape (1,), without weight decay.
+    """The learned bias of the logits of a sigmoid loss, as in SigLIP (https://arxiv.org/abs/2303.15343).
+
+    A parameter of shape (1,). `optim.parameter_groups` puts it into a group of its own, without weight decay and trust
+    ratio.
 
     Args:
         init: Bias at the start; the paper has -10, which makes all pairs improbable.
+        lr: Peak learning rate, > 0, which does not scale with the global batch. None is that of the other parameters.
+
+    Example:
+        >>> LogitBias(-10.0)().tolist()
+        [-10.0]
     """
 
-    def __init__(self, init: float = -10.0) -> None:
+    def __init__(self, init: float = -10.0, lr: float | None = None) -> None:
         super().__init__()
+        if lr is not None:
+            check_positive("lr", lr)
+        self.lr = lr
         self.bias = nn.Parameter(torch.full((1,), float(init)))
+
+    @property
+    def group_options(self) -> dict[str, Any]:
+        """Options of the parameter's group in the optimizer: its learning rate."""
+        return {} if self.lr is None else {"lr": self.lr}
 
     def forward(self) -> Tensor:
         """Return the bias, (1,)."""

@@ -11,11 +11,9 @@ from lightning_contrast.contracts import (
     IMAGE_KEY,
     Images,
     ImageSource,
-    WholeImages,
     is_views,
     replace_images,
     split_batch,
-    whole_images,
 )
 
 HOOK = "batch_to_device"
@@ -96,12 +94,12 @@ def _is_collection(batch: Any) -> bool:
     if not isinstance(batch, list | tuple) or hasattr(batch, "_replace"):
         return False
     first = next((item for item in batch if item is not None), None)
-    return isinstance(first, Mapping | list | tuple) and not (is_views(first) or isinstance(first, WholeImages))
+    return isinstance(first, Mapping | list | tuple) and not is_views(first)
 
 
 def transform_images(
     batch: Any,
-    transform: Callable[[Tensor | WholeImages], Images],
+    transform: Callable[[Tensor], Images],
     views: Callable[[list[Tensor]], Images],
     source: ImageSource,
 ) -> Any:
@@ -109,7 +107,7 @@ def transform_images(
 
     Args:
         batch: A batch of the contract.
-        transform: Function of the images ``(B, C, H, W)``, or of `WholeImages`.
+        transform: Function of the images ``(B, C, H, W)``.
         views: Function of given views ``(B, C, h, w)``.
         source: See ``images`` of `split_batch`.
 
@@ -120,5 +118,5 @@ def transform_images(
     if isinstance(images, Tensor) and images.ndim != 4 and labels is not None:
         agrees = images.shape[:1] == labels.shape[:1]
         require(agrees, "images", "have the shape (B, C, H, W)", tuple(images.shape), "Yield one row per label")
-    new = transform(whole_images(batch, source) or images) if isinstance(images, Tensor) else views(images)
+    new = transform(images) if isinstance(images, Tensor) else views(images)
     return replace_images(batch, new, source)

@@ -168,9 +168,7 @@ def test_shrinking_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64), dtype=np.uint8)
     stripes[:, 3::8] = stripes[:, 4::8] = 255
     Image.fromarray(stripes).save(tmp_path / "a.png")
-    image = next(iter(ImageFolderDataModule(tmp_path, size=8, batch_size=1, num_workers=0).train_dataloader()))[
-        0
-    ].pixels
+    image = next(iter(ImageFolderDataModule(tmp_path, size=8, batch_size=1, num_workers=0).train_dataloader()))[0]
     assert image.shape == (1, 3, 8, 8)  # grey files come as RGB
     assert ((image >= 50) & (image <= 75)).all()  # a quarter of the area is white
 
@@ -203,7 +201,7 @@ def test_sixteen_bit_images_need_a_loader(tmp_path):
     def read(path):
         return np.asarray(Image.open(path)).astype(np.uint16)
 
-    image = next(iter(ImageFolderDataModule(tmp_path, loader=read, **kwargs).train_dataloader()))[0].pixels
+    image = next(iter(ImageFolderDataModule(tmp_path, loader=read, **kwargs).train_dataloader()))[0]
     assert image.dtype == torch.float32
     assert image.flatten().tolist() == pytest.approx([0, 1, 32768 / 65535, 256 / 65535])
 
@@ -214,7 +212,7 @@ def test_many_bands(tmp_path):
         bands[place] = np.random.default_rng(place).random((7, 5, 5)).astype(np.float32)
         np.save(tmp_path / f"{place}.npy", bands[place])
     data = ImageFolderDataModule(tmp_path, size=5, batch_size=3, num_workers=0, loader=np.load, indices=True)
-    (images, _), _, indices = next(iter(data.train_dataloader()))
+    images, _, indices = next(iter(data.train_dataloader()))
     assert images.shape == (3, 7, 5, 5)
     for image, place in zip(images, indices.tolist(), strict=True):
         assert np.allclose(image.numpy(), bands[place])

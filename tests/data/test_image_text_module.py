@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import lightning_contrast as lc
 from lightning_contrast.data import ImageTextDataModule
 
 ROWS = 23
@@ -239,3 +240,48 @@ def test_bad_arguments_are_named(folder, tmp_path):
         module(folder / "0.png").setup()
     with pytest.raises(ValueError, match="`train` must have a shard for each of 9 readers, got 4"):
         module(f"{folder}/shard-{{0..3}}.tar", num_workers=9).train_dataloader()
+
+
+@pytest.mark.parametrize("source", ["table.csv", "shard-{0..3}.tar"])
+def test_image_views_are_cut_from_whole_images(folder, source):
+    """The images are 9 x 6 pixels; a Trainer without `ViewAugmentation` gets squares, validation always does."""
+
+    class Shapes(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = torch.nn.Linear(1, 1), []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch["image"])
+            return self.layer(torch.ones(1, 1)).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    class Seen:
+        def __call__(self, images):
+            return [images.float()]
+
+        def eval_transform(self, images):
+            return images.float()
+
+    given = []
+
+    class Recorded(lc.ViewAugmentation):
+        def _views(self, images):
+            given.append(images)
+            return super()._views(images)
+
+    options = {} if source.endswith("csv") else {"batches_per_epoch": 2}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    for callbacks in ([Recorded(Seen())], []):
+        model, data = Shapes(), module(f"{folder}/{source}", **options)
+        L.Trainer(accelerator="cpu", logger=False, max_steps=2, callbacks=callbacks, **quiet).fit(
+            model, datamodule=data
+        )
+        assert [type(images) for images in model.seen] == [torch.Tensor] * 2
+        assert all(images.shape == (4, 3, 4, 4) for images in model.seen)
+    assert [images.sizes.tolist() for images in given] == [[[6, 9]] * 4] * 2
+    assert (
+        type(next(iter(module(folder / "table.csv", folder / "table.csv").val_dataloader()))["image"]) is torch.Tensor
+    )

@@ -11,7 +11,7 @@ import lightning_contrast as lc
 from lightning_contrast.augment import ViewSpec, make_policy
 from lightning_contrast.augment.fused import FusedResizedCrop
 from lightning_contrast.augment.images import center_squares
-from lightning_contrast.contracts import WholeImages, split_batch, whole_images
+from lightning_contrast.contracts import WholeImages, split_batch
 from lightning_contrast.data import ImageFolderDataModule
 from tests.tolerances import assert_same_bits
 
@@ -103,10 +103,13 @@ def folder(tmp_path):
 def test_both_views_see_the_whole_image_at_its_shape(folder):
     data = ImageFolderDataModule(folder, size=128, batch_size=8, num_workers=0)
     (images, labels) = next(iter(data.train_dataloader()))
-    assert images.pixels.shape == (8, 3, 128, 128)
+    assert images.shape == images.pixels.shape == (8, 3, 128, 128)
     assert images.sizes.tolist() == [[ROWS, COLUMNS]] * 8  # also of those that EXIF turns
-    assert whole_images([images, labels]) is images
-    assert split_batch([images, labels])[0] is images.pixels
+    assert split_batch([images, labels])[0] is images
+    assert type(images + 1) is type(images[:2]) is torch.Tensor  # of other rows the shapes would be wrong
+    moved = images.to(torch.float32)
+    assert moved.dtype == torch.float32
+    assert moved.sizes is images.sizes
     spec = ViewSpec(24, (0.05, 0.14), jitter_p=0.0, gray_p=0.0, flip=0.0)
     policy = make_policy([spec, spec])
     centers = []

@@ -39,6 +39,11 @@ class Case:
     groups: int = field(default=0)
 
 
+def _bilinear_weight(x: Tensor) -> Tensor:
+    """Return a fixed matrix that is not symmetric, exact in half precision."""
+    return ((3 * torch.arange(x.shape[1] ** 2, device=x.device)) % 7 - 3).view(x.shape[1], -1).to(x.dtype) / 4
+
+
 def _int(x: Tensor) -> list[int]:
     return [int(v) for v in x]
 
@@ -112,6 +117,11 @@ CASES: dict[str, Case] = {
         groups=1,
     ),
     "info_nce, queue": Case(_temperature(losses.info_nce), oracles.info_nce, inputs=2, shared=1, learned=(0.2,)),
+    "bilinear": Case(
+        lambda q, k, tile_size=None: losses.bilinear_loss(q, k, _bilinear_weight(q)),
+        lambda q, k: oracles.bilinear(q, k, _bilinear_weight(q)),
+        tiled=False,
+    ),
     "sup_con": Case(
         lambda a, b, g, tile_size=None: losses.sup_con(a, b, g, temperature=0.1, tile_size=tile_size),
         lambda a, b, g: oracles.sup_con([a, b], _int(g), _f64(0.1)),

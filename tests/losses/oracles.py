@@ -85,6 +85,14 @@ def decoupled_weighted(z_a: Tensor, z_b: Tensor, t: Tensor, sigma: float) -> Ten
     return nt_xent(z_a, z_b, t, decoupled) + _mean(corrections)
 
 
+def bilinear(query: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+    losses = []
+    for i in range(len(query)):
+        logits = [sum(q * weight[a, b] * k for a, q in enumerate(query[i]) for b, k in enumerate(row)) for row in key]
+        losses.append(torch.stack(logits).logsumexp(0) - logits[i])
+    return _mean(losses)
+
+
 def info_nce(
     query: Tensor,
     key: Tensor,

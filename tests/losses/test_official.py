@@ -131,6 +131,7 @@ ANSWERS: dict[str, tuple[Callable[[], Tensor], float]] = {
         lambda: losses.sup_con(W["x"], W["y"], torch.arange(6), temperature=0.5, base_temperature=0.07),
         8.17614094,
     ),
+    "curl": (lambda: losses.bilinear_loss(W["x"], W["y"], torch.eye(8, dtype=torch.float64)), 0.50173842),
     "spectral 1": (lambda: losses.spectral_contrastive_loss(W["x"], W["y"], mu=1.0), -1.49049897),
     "spectral 10": (lambda: losses.spectral_contrastive_loss(W["x"], W["y"], mu=10.0), -0.24238231),
     "alignment": (lambda: losses.alignment(W["x"], W["y"]), 0.21476001),

@@ -1,5 +1,6 @@
 """One line a method: how the contract suite makes it small, and what it does not need to be asked."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -60,6 +61,7 @@ class Case:
         settings: Arguments that make the method small.
         indices: The method needs sample indices in the batch.
         backbone: Called with whether BatchNorm is wanted.
+        argument: Name of the argument that takes the backbone.
     """
 
     make: Callable[..., L.LightningModule]
@@ -68,6 +70,7 @@ class Case:
     settings: dict = field(default_factory=dict)
     indices: bool = False
     backbone: Callable[[bool], nn.Module] = TinyBackbone
+    argument: str = "backbone"
 
     @property
     def stateful(self) -> bool:
@@ -167,6 +170,52 @@ CASES |= {
         plain={"mask_probability": 0.0},
         settings=DISTILLED | {"centering": "mean", "separate_heads": False, "layer_decay": 0.9},
         backbone=tiny_vit,
+    ),
+}
+
+PAIR = {"hidden_dim": 16, "projection_dim": 8}
+PAIRED = {"plain": {"head_norm": None}, "argument": "encoder_a"}
+
+
+class TwoEncoders(lc.PairContrast):
+    """An encoder for each item, and an EMA of both."""
+
+    def __init__(self, encoder_a, **kwargs):
+        encoder_b = copy.deepcopy(encoder_a) if isinstance(encoder_a, nn.Module) else encoder_a
+        super().__init__(encoder_a, encoder_b, **kwargs)
+
+
+CASES |= {
+    "PairContrast": Case(lc.PairContrast, **PAIRED, settings=PAIR),
+    "PairContrast siglip": Case(lc.PairContrast, **PAIRED, settings=PAIR | {"loss": "siglip"}),
+    "PairContrast masked": Case(
+        lc.PairContrast, **PAIRED, indices=True, settings=PAIR | {"loss": "nt_xent", "mask_same": "index"}
+    ),
+    "PairContrast barlow": Case(lc.PairContrast, **PAIRED, settings=PAIR | {"loss": "barlow_twins"}),
+    "PairContrast vicreg": Case(lc.PairContrast, **PAIRED, settings=PAIR | {"loss": "vicreg"}),
+    "PairContrast byol": Case(TwoEncoders, **PAIRED, settings=PAIR | {"loss": "byol", "momentum": 0.9}),
+    "PairContrast curl": Case(
+        lc.PairContrast,
+        argument="encoder_a",
+        settings={"loss": "bilinear", "momentum": 0.9, "symmetric": False, "projection_dim": None},
+    ),
+}
+
+
+class BoundPair(lc.BindModalities):
+    """Two modalities with encoders of one kind."""
+
+    def __init__(self, backbone, **kwargs):
+        other = copy.deepcopy(backbone) if isinstance(backbone, nn.Module) else backbone
+        kwargs["encoders"] = {"image": backbone, "depth": other}
+        super().__init__(**kwargs)
+
+
+BOUND = {"plain": {"head_norm": None}, "settings": PAIR}
+CASES |= {
+    "BindModalities": Case(BoundPair, **BOUND),
+    "BindModalities masked": Case(
+        BoundPair, **BOUND | {"settings": PAIR | {"mask_same": "index", "temperature": 0.2}}, indices=True
     ),
 }
 

@@ -253,10 +253,11 @@ def test_checkpoint_loads_with_weights_only_and_without_modules_in_it(name, tmp_
     fit.fit(module, data(name))
     fit.save_checkpoint(tmp_path / "one.ckpt")
     loaded = torch.load(tmp_path / "one.ckpt", weights_only=True)
-    assert "pass `backbone` to `load_from_checkpoint`" in loaded["hyper_parameters"]["backbone"]
+    argument = CASES[name].argument
+    assert f"pass `{argument}` to `load_from_checkpoint`" in loaded["hyper_parameters"][argument]
     assert loaded["hyper_parameters"]["lr"] == 0.05
     again = type(module).load_from_checkpoint(
-        tmp_path / "one.ckpt", backbone=CASES[name].backbone(True), weights_only=True
+        tmp_path / "one.ckpt", **{argument: CASES[name].backbone(True)}, weights_only=True
     )
     assert_equal_states(state(module), state(again))
 
