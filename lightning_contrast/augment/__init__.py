@@ -29,11 +29,13 @@ from lightning_contrast.augment.two_view import (
     vicreg_views,
 )
 from lightning_contrast.augment.view_spec import ViewSpec
+from lightning_contrast.augment.whole_images import WholeImages
 
 __all__ = [
     "ClipPolicy",
     "ViewPolicy",
     "ViewSpec",
+    "WholeImages",
     "align_uniform_views",
     "barlow_twins_views",
     "byol_views",

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast._checks import fail, require
-from lightning_contrast.contracts import WholeImages, check_images
+from lightning_contrast.contracts import check_images
 
 
 def check_policy_input(images: object, channels: int) -> Tensor:
@@ -37,24 +35,6 @@ def check_policy_input(images: object, channels: int) -> Tensor:
 def as_float(images: Tensor) -> Tensor:
     """Return images ``(B, C, H, W)`` as float32 in 0..1: uint8 is divided by 255, floats are only cast."""
     return images.float() if images.is_floating_point() else images.float() / 255
-
-
-def center_squares(images: WholeImages) -> Tensor:
-    """Return the central square of each image at its own shape, ``(B, C, S, S)`` float32 in 0..1.
-
-    Args:
-        images: Pixels ``(B, C, S, S)`` and sizes ``(B, 2)``.
-    """
-    pixels = as_float(images.pixels)
-    edge = pixels.shape[-1]
-    squares = torch.empty_like(pixels)
-    for place, (height, width) in enumerate(images.sizes.tolist()):
-        shorter = min(height, width)
-        rows, columns = max(1, round(edge * shorter / height)), max(1, round(edge * shorter / width))
-        top, left = (edge - rows) // 2, (edge - columns) // 2
-        square = pixels[place : place + 1, :, top : top + rows, left : left + columns]
-        squares[place] = F.interpolate(square, (edge, edge), mode="bilinear", antialias=True)[0]
-    return squares
 
 
 def statistics(

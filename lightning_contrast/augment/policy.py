@@ -16,7 +16,7 @@ from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import as_float, check_policy_input, statistics
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
-from lightning_contrast.contracts import WholeImages
+from lightning_contrast.augment.whole_images import WholeImages
 from lightning_contrast.precision import full_precision
 
 _RGB = 3

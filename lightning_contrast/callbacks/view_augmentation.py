@@ -8,10 +8,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
-from lightning_contrast.augment.images import center_squares
 from lightning_contrast.augment.policy import ViewPolicy  # in the signature for configuration files
+from lightning_contrast.augment.whole_images import WholeImages, center_squares
 from lightning_contrast.callbacks.capture.labels import check_place
-from lightning_contrast.contracts import Images, ImageSource, WholeImages, check_images, check_views
+from lightning_contrast.contracts import Images, ImageSource, check_images, check_views
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
 from lightning_contrast.runtime.rank_draws import rank_seed
 from lightning_contrast.seeding import derived_seed, seeded
@@ -52,7 +52,7 @@ class ViewAugmentation(L.Callback):
     A loader may also yield a list of views, such as two frames of a video. Each is then augmented by a draw of its own:
     view i by the i-th view of a policy that creates as many, and all of them by a policy that creates one.
 
-    Images are uint8 in 0..255 or float in 0..1. Of `contracts.WholeImages` a `ViewPolicy` crops views at the shapes
+    Images are uint8 in 0..255 or float in 0..1. Of `augment.WholeImages` a `ViewPolicy` crops views at the shapes
     that the images have; other policies get the square pixels. Clips, series and other tensors ``(B, ...)`` are given
     to the policy without a check. Values of images are checked in every batch on the CPU, and in the first batch of a
     fit on an accelerator, where each check costs a synchronization.
@@ -76,7 +76,7 @@ class ViewAugmentation(L.Callback):
     """
 
     takes_whole_images: ClassVar[bool] = True
-    """Read by data modules that can yield `contracts.WholeImages`."""
+    """Read by data modules that can yield `augment.WholeImages`."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from lightning_contrast.contracts import WholeImages
+from lightning_contrast.augment.whole_images import WholeImages
 
 Loader = Callable[[str], Any]
 Unreadable: TypeAlias = Literal["raise", "replace", "leave out"]

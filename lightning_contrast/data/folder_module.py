@@ -29,7 +29,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     links lead counts once.
 
     Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``), in training a
-    `contracts.WholeImages` (see ``resize``), and int64 ``(B,)``; ``indices=True`` adds the position in
+    `augment.WholeImages` (see ``resize``), and int64 ``(B,)``; ``indices=True`` adds the position in
     `paths`, int64 ``(B,)``.
 
     The order is a function of (seed, epoch), the images are split between ranks, and runs resume exactly within an
@@ -43,7 +43,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         num_workers: Worker processes on each rank, >= 0.
         resize: How an image becomes a square, which keeps batches rectangular. "whole", "crop" and "center" resize the
             shorter side to ``size`` and cut the central square in evaluation and in the feature bank of a k-NN probe;
-            they differ in training. "whole" resizes both sides and yields `contracts.WholeImages`, which remembers the
+            they differ in training. "whole" resizes both sides and yields `augment.WholeImages`, which remembers the
             shape of each image: `ViewAugmentation` cuts each view from the whole image, with the areas and aspect
             ratios that torchvision's ``RandomResizedCrop`` draws of the file, to the pixel of the square; a Trainer
             without `ViewAugmentation` gets "crop" instead. "crop" yields tensors: a square at a place along the longer

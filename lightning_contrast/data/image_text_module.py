@@ -46,7 +46,7 @@ class ImageTextDataModule(RemembersPosition, L.LightningDataModule):
         batch_size: Pairs per batch on each rank, >= 1. In training a short last batch is dropped.
         num_workers: Worker processes on each rank, >= 0.
         resize: "whole", "crop", "center" or "squash", as in `ImageFolderDataModule`; "whole" yields the images of a
-            training batch as `contracts.WholeImages`.
+            training batch as `augment.WholeImages`.
         loader: Function that reads one file of a table, as in `ImageFolderDataModule`; None reads RGB by Pillow.
         batches_per_epoch: For shards: batches of an epoch on each rank, >= 1; shards repeat as necessary. Several
             processes need it, since their shards may have unequal numbers of pairs.

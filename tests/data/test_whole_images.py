@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 import lightning_contrast as lc
 from lightning_contrast.augment import ViewSpec, make_policy
 from lightning_contrast.augment.fused import FusedResizedCrop
-from lightning_contrast.augment.images import center_squares
-from lightning_contrast.contracts import WholeImages, split_batch
+from lightning_contrast.augment.whole_images import WholeImages, center_squares
+from lightning_contrast.contracts import split_batch
 from lightning_contrast.data import ImageFolderDataModule
 from tests.tolerances import assert_same_bits
 
