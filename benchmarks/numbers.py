@@ -54,7 +54,7 @@ class Offline(L.Callback):
         print(f"| {trainer.current_epoch + 1} | " + " | ".join(f"{value:.3f}" for value in values) + " |", flush=True)
 
 
-def cost(epochs, every=12):
+def cost(epochs, every=34):
     """Print what the probes of the demo cost: images per kind of forward pass, and processor time of the thread."""
     torch.set_num_threads(1)
     data = lc.data.EmojiDataModule(batch_size=256, seed=0)
@@ -106,7 +106,7 @@ def main():
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(options.seed, verbose=False)
     if options.cost:
-        cost(epochs=24)
+        cost(epochs=68)
         return
     data, policy = lc.data.EmojiDataModule(batch_size=128), lc.augment.simclr_views(32)
     probes = [
