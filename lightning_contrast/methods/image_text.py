@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast import optim
-from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast._checks import check_at_least, check_captions, check_choice, fail, require
 from lightning_contrast.augment import image_text_views
 from lightning_contrast.contracts import batch_texts
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, sample_ids
 from lightning_contrast.nn import BackboneOptions, ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
-from lightning_contrast.nn.byte_tokenizer import check_captions
+from lightning_contrast.nn.open_clip_towers import open_clip_parts
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.fsdp import strategy_module
@@ -54,6 +54,8 @@ class ImageTextModule(SelfSupervisedModule):
 
     adamw_options: ClassVar[dict[str, Any]]
     """Options of ``optimizer="adamw"``."""
+    has_bias: ClassVar[bool] = False
+    """Whether the logits have a learned bias, the argument ``logit_bias``."""
     views = staticmethod(image_text_views)
     cached_modules: ClassVar[tuple[str, ...]] = ("backbone", "text_backbone")
     """The submodules that a `GradientCache` runs in chunks."""
@@ -180,8 +182,10 @@ class ImageTextModule(SelfSupervisedModule):
     def from_open_clip(cls, name: str, pretrained: str | None = None, **arguments: Any) -> Self:
         """Build the method around the towers, projections and tokenizer of an open_clip model.
 
-        `forward` gives what the image tower outputs before its projection matrix, if it has one, else its output.
-        Needs the extra: ``pip install 'lightning_contrast[clip]'``.
+        `forward` gives what the image tower outputs before its projection matrix, if it has one, else its output. Its
+        weights expect images normalized with ``backbone.image_mean`` and ``backbone.image_std``. A checkpoint is loaded
+        into a model that was built in the same way, by `load_state_dict` or ``trainer.fit(ckpt_path=...)``. Needs the
+        extra: ``pip install 'lightning_contrast[clip]'``.
 
         Args:
             name: Name of an open_clip configuration, such as "ViT-B-32".
@@ -190,8 +194,11 @@ class ImageTextModule(SelfSupervisedModule):
 
         Raises:
             ModuleNotFoundError: If the extra is not installed.
+            ValueError: If the model has a bias of its logits and the method has none.
         """
-        arguments, weight = _open_clip_parts(name, pretrained, arguments)
+        arguments, weight = open_clip_parts(name, pretrained, arguments)
+        biased = "logit_bias" in arguments
+        require(cls.has_bias or not biased, "name", "be a model without `logit_bias`", name, "Use `SigLIP` for it")
         module = cls(**arguments)
         module.text_projection = nn.Identity()  # the text tower has its own
         if weight is None:
@@ -224,33 +231,3 @@ def text_ids(tokens: Tensor) -> Tensor:
     factors = place * 0x1E3779B97F4A7C15  # wraps around
     factors = (factors ^ (factors >> 29)) * 0x3F58476D1CE4E5B9
     return (tokens * (factors | 1)).sum(1) & 0x7FFFFFFFFFFFFFFF
-
-
-def _open_clip_parts(
-    name: str, pretrained: str | None, arguments: Mapping[str, Any]
-) -> tuple[dict[str, Any], Tensor | None]:
-    """Build an open_clip model; return its parts as arguments of the method, and the image projection (F, D) or None.
-
-    The projection matrix is taken out of the image tower.
-    """
-    try:
-        import open_clip  # type: ignore[import-untyped]
-    except ImportError as error:
-        hint = "pip install 'lightning_contrast[clip]'"
-        raise ModuleNotFoundError(f"`from_open_clip` needs open_clip_torch: {hint}.") from error
-    model: Any = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True)
-    embedding_dim: int = open_clip.get_model_config(name)["embed_dim"]
-    model.text.num_features = embedding_dim
-    visual, weight = model.visual, getattr(model.visual, "proj", None)
-    if isinstance(weight, nn.Parameter):
-        visual.proj = None
-    else:
-        weight = None
-    parts = {"backbone": visual, "text_backbone": model.text, "embedding_dim": embedding_dim}
-    parts["feature_dim"] = embedding_dim if weight is None else len(weight)
-    parts["logit_scale"] = float(model.logit_scale.detach().exp())
-    if model.logit_bias is not None:
-        parts["logit_bias"] = float(model.logit_bias.detach())
-    if "tokenizer" not in arguments:
-        parts["tokenizer"] = open_clip.get_tokenizer(name)
-    return parts | dict(arguments), weight
