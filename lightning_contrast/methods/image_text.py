@@ -13,7 +13,7 @@ from lightning_contrast.contracts import batch_texts
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, sample_ids
 from lightning_contrast.nn import BackboneOptions, ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
-from lightning_contrast.nn.open_clip_towers import open_clip_parts
+from lightning_contrast.nn.open_clip_towers import OpenClipTokenizer, open_clip_parts
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.fsdp import strategy_module
@@ -34,8 +34,10 @@ class ImageTextModule(SelfSupervisedModule):
         text_backbone: Text tower: a module that maps tokens (B, L) to vectors (B, T) and has T as ``num_features``;
             None is a small `nn.TextTransformer` of 3 layers and width 128.
         embedding_dim: D, the width of the embeddings.
-        tokenizer: A function of a list of B str that returns int64 tokens (B, L); None is `nn.ByteTokenizer`.
-        context_length: Largest number of tokens of a text, for the default tokenizer and text tower.
+        tokenizer: A function of a list of B str that returns int64 tokens (B, L); or the name of the open_clip model
+            whose tokenizer it is, see `nn.OpenClipTokenizer`; None is `nn.ByteTokenizer`.
+        context_length: Largest number of tokens of a text, for the default text tower and for a tokenizer that is not
+            given as a function.
         text_kwargs: Arguments of the default text tower that replace its own: ``vocab_size`` (read from the tokenizer
             otherwise), ``width``, ``layers``, ``heads``.
         logit_scale: Multiplier of the cosine similarities at the start, in [1, max_logit_scale]; it is learned.
@@ -66,7 +68,7 @@ class ImageTextModule(SelfSupervisedModule):
         text_backbone: nn.Module | None = None,
         *,
         embedding_dim: int = 512,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | str | None = None,
         context_length: int = 77,
         text_kwargs: Mapping[str, int] | None = None,
         logit_scale: float = 1 / 0.07,
@@ -85,10 +87,7 @@ class ImageTextModule(SelfSupervisedModule):
         check_at_least("embedding_dim", embedding_dim, 1)
         check_choice("mask_same", mask_same, (None, "label", "index", "text"))
         self.mask_same, self.locked_image = mask_same, locked_image
-        self.tokenizer: Tokenizer = ByteTokenizer(context_length) if tokenizer is None else tokenizer
-        if not callable(self.tokenizer):
-            hint = "Give a function of a list of str that returns int64 tokens (B, L)"
-            fail("tokenizer", "be callable", type(tokenizer).__name__, hint, TypeError)
+        self.tokenizer: Tokenizer = _tokenizer(tokenizer, context_length)
         if text_backbone is None:
             tower: nn.Module = _small_tower(self.tokenizer, context_length, text_kwargs)
         elif text_kwargs:
@@ -194,7 +193,7 @@ class ImageTextModule(SelfSupervisedModule):
 
         Raises:
             ModuleNotFoundError: If the extra is not installed.
-            ValueError: If the model has a bias of its logits and the method has none.
+            ValueError: If there is no model of this name, or it has a bias of its logits and the method has none.
         """
         arguments, weight = open_clip_parts(name, pretrained, arguments)
         biased = "logit_bias" in arguments
@@ -207,6 +206,18 @@ class ImageTextModule(SelfSupervisedModule):
             with torch.no_grad():
                 module.image_projection.weight.copy_(weight.T)  # type: ignore[operator]  # a tensor
         return module
+
+
+def _tokenizer(tokenizer: Tokenizer | str | None, context_length: int) -> Tokenizer:
+    """Return the tokenizer that an argument names."""
+    if tokenizer is None:
+        return ByteTokenizer(context_length)
+    if isinstance(tokenizer, str):
+        return OpenClipTokenizer(tokenizer, context_length)
+    if not callable(tokenizer):
+        hint = "Give a function of a list of str that returns int64 tokens (B, L)"
+        fail("tokenizer", "be callable", type(tokenizer).__name__, hint, TypeError)
+    return tokenizer
 
 
 def _small_tower(tokenizer: Tokenizer, context_length: int, kwargs: Mapping[str, int] | None) -> TextTransformer:

@@ -5,28 +5,48 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_captions
+from lightning_contrast._checks import check_captions, check_choice
 from lightning_contrast.nn.byte_tokenizer import CutTexts
+
+
+def import_open_clip() -> Any:
+    """Return the module open_clip.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed.
+    """
+    try:
+        import open_clip  # type: ignore[import-untyped]
+    except ImportError as error:
+        hint = "pip install 'lightning_contrast[clip]'"
+        raise ModuleNotFoundError(f"Models and tokenizers of open_clip need open_clip_torch: {hint}.") from error
+    return open_clip
 
 
 class OpenClipTokenizer(CutTexts):
     """A tokenizer of open_clip that checks its texts, and warns of those that are cut.
 
     Args:
-        tokenizer: What ``open_clip.get_tokenizer`` returns: a function of a list of B str and ``context_length`` that
-            returns int64 tokens (B, L), pads them, and ends a text that is too long with its end token.
+        tokenizer: Name of an open_clip model whose tokenizer it is; or a function of a list of B str and
+            ``context_length`` that returns int64 tokens (B, L), pads them, and ends a text that is too long with its
+            end token.
+        context_length: L, the number of tokens of each text, for the tokenizer of a name; None is that of the model.
 
     Attributes:
         vocab_size: Number of token ids.
         cut: Number of texts that were cut so far.
+
+    Raises:
+        ModuleNotFoundError: If open_clip, or what the tokenizer needs, is not installed.
+        ValueError: If open_clip has no model of this name.
     """
 
-    def __init__(self, tokenizer: Callable[..., Tensor]) -> None:
-        self.tokenizer = tokenizer
-        self.vocab_size: int | None = getattr(tokenizer, "vocab_size", None)
+    def __init__(self, tokenizer: str | Callable[..., Tensor], context_length: int | None = None) -> None:
+        self.tokenizer = _named_tokenizer(tokenizer, context_length) if isinstance(tokenizer, str) else tokenizer
+        self.vocab_size: int | None = getattr(self.tokenizer, "vocab_size", None)
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Return int64 tokens (B, L) of B texts, L the context length of the model.
+        """Return int64 tokens (B, L) of B texts.
 
         Raises:
             TypeError: If ``texts`` is not a list of str.
@@ -40,6 +60,23 @@ class OpenClipTokenizer(CutTexts):
             cut = (longer[:, :-1] != tokens[rows]).any(1)
             self.count_cut(int(cut.sum()), len(texts), tokens.shape[1])
         return tokens
+
+
+def _named_tokenizer(name: str, context_length: int | None) -> Callable[..., Tensor]:
+    """Return the tokenizer of an open_clip model."""
+    open_clip = import_open_clip()
+    _check_name("tokenizer", name, open_clip)
+    try:
+        return open_clip.get_tokenizer(name, context_length=context_length)  # type: ignore[no-any-return]
+    except ImportError as error:
+        hint = "Install the package, or give another tokenizer"
+        raise ModuleNotFoundError(f"The tokenizer of {name} cannot be imported: {error}. {hint}.") from error
+
+
+def _check_name(argument: str, name: str, open_clip: Any) -> None:
+    """Check that open_clip has a model; it gives any other name its own default tokenizer."""
+    if ":" not in name:  # that of a model elsewhere, such as hf-hub:...
+        check_choice(argument, name, open_clip.list_models())
 
 
 def open_clip_parts(
@@ -58,13 +95,11 @@ def open_clip_parts(
         The arguments, and the projection (F, D), or None if the tower has none, or another one than a matrix.
 
     Raises:
-        ModuleNotFoundError: If open_clip, or what the model's tokenizer needs, is not installed.
+        ModuleNotFoundError: If open_clip is not installed.
+        ValueError: If open_clip has no model of this name.
     """
-    try:
-        import open_clip  # type: ignore[import-untyped]
-    except ImportError as error:
-        hint = "pip install 'lightning_contrast[clip]'"
-        raise ModuleNotFoundError(f"`from_open_clip` needs open_clip_torch: {hint}.") from error
+    open_clip = import_open_clip()
+    _check_name("name", name, open_clip)
     model: Any = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True)
     embedding_dim: int = open_clip.get_model_config(name)["embed_dim"]
     model.text.num_features = embedding_dim
@@ -79,9 +114,5 @@ def open_clip_parts(
     if model.logit_bias is not None:
         parts["logit_bias"] = float(model.logit_bias.detach())
     if "tokenizer" not in arguments:
-        try:
-            parts["tokenizer"] = OpenClipTokenizer(open_clip.get_tokenizer(name))
-        except ImportError as error:
-            hint = "Install the package, or give `tokenizer`"
-            raise ModuleNotFoundError(f"The tokenizer of {name} cannot be imported: {error}. {hint}.") from error
+        parts |= {"tokenizer": name, "context_length": model.context_length}
     return parts | dict(arguments), weight

@@ -209,7 +209,8 @@ REFUSED = {
     "log scale": ({"logit_scale": -2.6}, ValueError, "`logit_scale` must be > 0"),
     "mask": ({"mask_same": "color"}, ValueError, "`mask_same` must be one of"),
     "width": ({"embedding_dim": 0}, ValueError, "`embedding_dim` must be >= 1"),
-    "tokenizer": ({"tokenizer": "bytes"}, TypeError, "`tokenizer` must be callable"),
+    "tokenizer": ({"tokenizer": 3}, TypeError, "`tokenizer` must be callable"),
+    "tokenizer name": ({"tokenizer": "ViT-B-33"}, ValueError, "`tokenizer` must be one of .* got 'ViT-B-33'"),
     "vocabulary": ({"tokenizer": lambda texts: None}, ValueError, "must have a `vocab_size`"),
     "heads": ({"text_kwargs": {"width": 10, "heads": 4}}, ValueError, "`width` must be a multiple of heads=4"),
     "both": ({"text_backbone": nn.Identity()}, ValueError, "`text_kwargs` must be None where"),
@@ -317,6 +318,8 @@ def test_a_checkpoint_of_an_open_clip_model_is_loaded_into_another(tiny_open_cli
 def test_a_method_without_a_bias_refuses_a_model_with_one(tiny_open_clip):
     with pytest.raises(ValueError, match=r"`name` must be a model without `logit_bias`, got 'tiny-sigmoid'\. Use"):
         lc.CLIP.from_open_clip("tiny-sigmoid")
+    with pytest.raises(ValueError, match="`name` must be one of"):
+        lc.CLIP.from_open_clip("tiny")
     module = lc.SigLIP.from_open_clip("tiny-clip", logit_bias=-5.0)
     assert float(module.logit_bias().detach()) == -5.0
 
