@@ -93,3 +93,27 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     for sentence in templates:
         require(sentence.count("{}") == 1, "templates", "have {} once in each sentence", sentence, hint)
     return tuple(templates)
+
+
+def check_caption(caption: object, place: str) -> str:
+    """Return a caption after checking that it is a string with a visible character; ``place`` says where it is."""
+    hint = "Give every image a text"
+    if not isinstance(caption, str):
+        fail(place, "be a string", type(caption).__name__, hint, TypeError)
+    require(bool(caption.strip()), place, "not be empty", caption, f"{hint}, or leave the image out")
+    return caption
+
+
+def check_captions(texts: object) -> list[str]:
+    """Return the texts of a batch as a list, after checking that they are a list or tuple of captions."""
+    hint = "Give one str for each image, or int64 tokens (B, L)"
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        fail("texts", "be a list of str", type(texts).__name__, hint, TypeError)
+    other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        fail("texts", "be a list of str", f"a list with {other}", hint, TypeError)
+    empty = [place for place, text in enumerate(texts) if not text.strip()]
+    got = f"empty texts at {empty[:5]}" if texts else "no texts"
+    hint = "Drop such pairs from the dataset, or give them a caption"
+    require(bool(texts) and not empty, "texts", "not be empty", got, hint)
+    return list(texts)

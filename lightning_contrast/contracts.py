@@ -5,7 +5,8 @@ fields of those names. ``images`` is a tensor ``(B, C, H, W)``, uint8 in 0..255 
 whose first dimension is the batch, such as clips ``(B, C, T, H, W)`` or series ``(B, C, T)``, for a network and a
 policy that take it. After `ViewAugmentation` the same container holds a list of V view tensors ``(B, C, h, w)``
 instead of ``images``. In a dict with other keys, the images are its only 4-D tensor or list of views; callbacks also
-take the place of the images as ``images=``, see `split_batch`.
+take the place of the images as ``images=``, see `split_batch`. ``(images, texts)`` has no labels: with texts, labels
+and indices need a dict or a dataclass, whose texts are ``"text"``.
 """
 
 import dataclasses
@@ -28,9 +29,11 @@ __all__ = [
     "ImageSource",
     "Images",
     "batch_indices",
+    "batch_labels",
     "batch_texts",
     "check_images",
     "check_views",
+    "is_texts",
     "is_views",
     "replace_images",
     "require_indices",
@@ -43,8 +46,6 @@ TOLERANCE = 1e-3
 """How far float images may lie outside 0..1; allows for rounding in a lower precision."""
 
 Images: TypeAlias = Tensor | list[Tensor]
-
-
 ImageSource: TypeAlias = str | int | Callable[[Any], Any] | None
 """Where the images of a batch are, see `split_batch`."""
 
@@ -107,12 +108,12 @@ def split_batch(batch: Any, images: ImageSource = None) -> tuple[Images, Tensor 
             None: as above; in a dict without ``"image"``, its only 4-D tensor or list of views.
 
     Returns:
-        The images or the list of views, and the labels ``(B,)`` or None.
+        The images or the list of views, and the labels ``(B,)`` or None, see `batch_labels`.
 
     Raises:
         TypeError: If the batch has none of these layouts.
     """
-    return _as_images(_find_images(batch, images)), _labels_entry(batch)
+    return _as_images(_find_images(batch, images)), batch_labels(batch)
 
 
 def _find_images(batch: Any, images: ImageSource) -> Any:
@@ -155,17 +156,29 @@ def _image_key(batch: Mapping[Any, Any]) -> Any:
     return found[0]
 
 
-def _labels_entry(batch: Any) -> Tensor | None:
-    """Return the labels of a batch as the contract has them, or None."""
-    labels = None
+def batch_labels(batch: Any, *, rows: bool = False) -> Tensor | None:
+    """Return the labels of a batch, or None if there are none.
+
+    Args:
+        batch: A dict or dataclass with ``"label"``, or a sequence whose second item is the labels, ``(B,)``, or floats
+            ``(B, K)``. Texts are no labels: a list of str, or 2-D integers, which are tokens ``(B, L)``.
+        rows: Take 2-D integers for labels ``(B, K)``, several per image, and not for tokens.
+    """
+    found = _entry(batch, LABEL_KEY, 1, rows=rows)
+    return found if isinstance(found, Tensor) else None
+
+
+def _entry(batch: Any, key: str, place: int, *, rows: bool = False) -> Any:
+    """Return an item of a dict, a dataclass or a sequence ``(images, labels, indices, ...)``, or None; never texts."""
     if isinstance(batch, Mapping):
-        labels = batch.get(LABEL_KEY)
-    elif _is_record(batch):
-        name = _field(batch, LABEL_KEY)
-        labels = getattr(batch, name) if name else None
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1 and not _is_bare_views(batch):
-        labels = batch[1]
-    return labels if isinstance(labels, Tensor) else None
+        return batch.get(key)
+    if _is_record(batch):
+        name = _field(batch, key)
+        return getattr(batch, name) if name else None
+    if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) <= place or _is_bare_views(batch):
+        return None
+    texts = any(is_texts(item) and not (rows and isinstance(item, Tensor)) for item in batch[1 : place + 1])
+    return None if texts else batch[place]
 
 
 def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
@@ -190,9 +203,8 @@ def require_views(batch: Any, count: int, minimum: int = 2) -> list[Tensor]:
         hint = "Add `ViewAugmentation(...)` to the Trainer's callbacks, or yield a list of views from the loader"
         what = f"one {str(images.dtype).removeprefix('torch.')} tensor of shape {tuple(images.shape)}"
         fail("batch", f"hold a list of {count} views", what, hint)
-    require(
-        len(images) == count, "batch", f"hold {count} views", len(images), f"Give a policy that makes {count} views"
-    )
+    hint = f"Give a policy that makes {count} views"
+    require(len(images) == count, "batch", f"hold {count} views", len(images), hint)
     sizes = [len(view) for view in images]
     require(len(set(sizes)) == 1, "views", "have equal batch sizes", sizes, "Make all views of the same images")
     check_batch("views", sizes[0], minimum)
@@ -203,16 +215,10 @@ def batch_indices(batch: Any) -> Tensor | None:
     """Return the sample indices ``(B,)`` of a batch, or None if the loader does not provide them.
 
     Args:
-        batch: A dict or dataclass with ``"index"``, or a sequence whose third item is the indices.
+        batch: A dict or dataclass with ``"index"``, or a sequence whose third item is the indices; one whose second
+            item is texts has none.
     """
-    if isinstance(batch, Mapping):
-        found = batch.get(INDEX_KEY)
-    elif _is_record(batch):
-        found = getattr(batch, INDEX_KEY, None)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 2 and not _is_bare_views(batch):
-        found = batch[2]
-    else:
-        found = None
+    found = _entry(batch, INDEX_KEY, 2)
     return found if isinstance(found, Tensor) else None
 
 
@@ -228,24 +234,26 @@ def batch_texts(batch: Any, method: str) -> list[str] | Tensor:
         ValueError: If the batch has no texts.
         TypeError: If they are neither str nor integer tokens ``(B, L)``.
     """
-    if isinstance(batch, Mapping):
-        found = batch.get(TEXT_KEY)
-    elif _is_record(batch):
-        name = _field(batch, TEXT_KEY)
-        found = getattr(batch, name) if name else None
+    if isinstance(batch, Mapping) or _is_record(batch):
+        found = _entry(batch, TEXT_KEY, 1)
     else:
         items = batch[1:] if isinstance(batch, Sequence) and not isinstance(batch, str) else ()
-        found = next((item for item in items if _is_texts(item)), None)
+        found = next((item for item in items if is_texts(item)), None)
     hint = 'Yield (images, texts) or a dict with "image" and "text"; texts are a list of str or int64 tokens (B, L)'
     if found is None:
         fail("batch", f"hold texts for {method}", "none", hint)
-    if not _is_texts(found):
+    if not is_texts(found):
         what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         fail("texts", "be a list of str or int64 tokens (B, L)", what, hint, TypeError)
     return found if isinstance(found, Tensor) else list(found)
 
 
-def _is_texts(value: object) -> bool:
+def is_texts(value: object) -> bool:
+    """Return whether a value is the texts of a batch: a list of B str, or integer tokens ``(B, L)``.
+
+    Args:
+        value: An item of a batch, of any type.
+    """
     if isinstance(value, Tensor):
         return value.ndim == 2 and value.dtype in (torch.int32, torch.int64)
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(text, str) for text in value)
@@ -369,10 +377,9 @@ def require_labels(batch: Any, method: str) -> Tensor:
     Raises:
         ValueError: If the batch has none.
     """
-    _, labels = split_batch(batch)
+    labels = batch_labels(batch)
     if labels is None:
-        hint = 'Yield (images, labels) or a dict with "label" from the loader'
-        fail("batch", f"hold labels for {method}", "none", hint)
+        fail("batch", f"hold labels for {method}", "none", 'Yield (images, labels) or a dict with "label"')
     return labels
 
 

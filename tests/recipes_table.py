@@ -46,7 +46,7 @@ class Source:
         momentum: Start, end and schedule of the teacher's momentum.
         decayed: Parameters with weight decay: "weights" or "all".
         adapted: Parameters with a trust ratio under LARS: "weights" or "all".
-        undecayed: Submodules that the source treats like norms and biases.
+        undecayed: Submodules and parameters that the source treats like norms and biases.
         vectors: Learning rate of norms and biases as a share of that of the weights.
         constant: Name of a submodule whose learning rate is constant.
         statistics: Mean and standard deviation that are subtracted and divided by; None if the source has none or
@@ -284,5 +284,30 @@ CIFAR10_SOURCES: dict[str, Source] = {
         decayed="all",
         statistics=PER_IMAGE,
         images=50_000,
+    ),
+}
+
+IMAGE_TEXT_SOURCES: dict[str, Source] = {
+    "clip_laion400m": Source(
+        40,
+        32768,
+        "AdamW",
+        {"betas": (0.9, 0.98), "eps": 1e-6},
+        cosine(5e-4, 1),
+        (0.2, 0.2),
+        [View(224, (0.9, 1), jitter_p=0.0, gray=0.0, flip=0.0, bicubic=True)],
+        {
+            "logit_scale.maximum": 100.0,
+            "text_backbone.vocab_size": 49408,
+            "text_backbone.context_length": 77,
+            "text_backbone.width": 512,
+            "image_projection.out_features": 512,
+            "mask_same": None,
+            "locked_image": False,
+        },
+        {"text_kwargs": {"width": 512, "layers": 12, "heads": 8}},
+        undecayed=("text_backbone.positions", "backbone.pos_embed", "backbone.cls_token"),
+        statistics=((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        images=10_000 * 32768,
     ),
 }

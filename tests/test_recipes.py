@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 import lightning_contrast as lc
 from lightning_contrast.cli import main
 from tests.recipes_imagenet import IMAGENET_SOURCES
-from tests.recipes_table import CIFAR10_SOURCES, View
+from tests.recipes_table import CIFAR10_SOURCES, IMAGE_TEXT_SOURCES, View
 from tests.test_cli import CPU, QUIET, RECIPES, SMALL, SMALL_BACKBONES
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
-SOURCES = CIFAR10_SOURCES | IMAGENET_SOURCES
+SOURCES = CIFAR10_SOURCES | IMAGENET_SOURCES | IMAGE_TEXT_SOURCES
 PATHS = {path.stem: path for path in RECIPES}
 RATE_TOLERANCE = 2e-3  # of the peak: solo-learn's warm-ups start at 3e-5, ours at 0; cosines end at 0.1 % or 0
 NARROW = SMALL | {"num_samples": 64, "predictor_dim": 12}
@@ -120,7 +120,10 @@ def rates_at(scheduler, step):
 
 def vectors_of(model, source):
     """Return norms, biases and whatever else the source treats like them."""
-    alike = {parameter for name in source.undecayed for parameter in getattr(model, name).parameters()}
+    alike = set()
+    for name in source.undecayed:
+        found = attribute(model, name)
+        alike |= {found} if isinstance(found, torch.nn.Parameter) else set(found.parameters())
     return {parameter for parameter in model.parameters() if parameter.ndim <= 1} | alike
 
 

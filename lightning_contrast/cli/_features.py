@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from lightning_contrast._checks import fail
-from lightning_contrast.contracts import split_batch
+from lightning_contrast.contracts import batch_labels
 
 Columns: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
@@ -58,7 +58,7 @@ class FeatureWriter(BasePredictionWriter):
             hint = "Return one row per image"
             fail("predict_step", "return features (B, F)", type(prediction).__name__, hint, TypeError)
         columns = {"features": features.detach().float().cpu().numpy()}
-        labels = _labels(batch)
+        labels = batch_labels(batch)
         if labels is not None and len(labels) == len(features):
             columns["labels"] = labels.detach().cpu().numpy()
         if batch_indices is not None and len(batch_indices) == len(features):
@@ -97,13 +97,6 @@ def _joined(batches: list[Columns]) -> Columns:
         return columns
     _, rows = np.unique(columns["indices"], return_index=True)  # a sampler may repeat rows
     return {name: column[rows] for name, column in columns.items()}
-
-
-def _labels(batch: Any) -> Tensor | None:
-    try:
-        return split_batch(batch)[1]
-    except TypeError:  # another layout
-        return None
 
 
 def _dataset(trainer: L.Trainer, loader: int) -> Any:

@@ -1,16 +1,13 @@
-"""Images in memory with a caption each, and the checks of captions."""
+"""Images in memory with a caption each."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_contrast._checks import check_templates, fail, require
-from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY, LABEL_KEY
+from lightning_contrast._checks import check_caption, check_templates, require
+from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY, LABEL_KEY, TEXT_KEY
 from lightning_contrast.data.loading import MemoryImages
-
-TEXT_KEY = "text"
-"""Key of the captions in a dict batch: a list of B strings."""
 
 
 class CaptionedImages(MemoryImages):
@@ -58,21 +55,3 @@ class CaptionedImages(MemoryImages):
 
     def _sentence(self, index: int) -> str:
         return self.templates[getattr(index, "seed", 0) % len(self.templates)]
-
-
-def check_caption(caption: object, place: str) -> str:
-    """Return a caption after checking that it is a string with a visible character.
-
-    Args:
-        caption: The caption.
-        place: Where it is, named in the message.
-
-    Raises:
-        TypeError: If it is not a string.
-        ValueError: If it is empty.
-    """
-    if not isinstance(caption, str):
-        fail(place, "be a string", type(caption).__name__, "Give every image a text", TypeError)
-    if not caption.strip():
-        fail(place, "not be empty", caption, "Give every image a text, or leave the image out")
-    return caption

@@ -9,9 +9,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_caption, fail, require
 from lightning_contrast.data._folder_images import as_image, read_rgb, resized
-from lightning_contrast.data.captions import check_caption
 from lightning_contrast.data.loading import Layout, ResumableLoader
 from lightning_contrast.seeding import derived_seed
 

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_contrast._checks import check_choice, fail
-from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY
+from lightning_contrast._checks import check_caption, check_choice, fail
+from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY, TEXT_KEY
 from lightning_contrast.data._folder_images import FolderImages, Loader, stacked
-from lightning_contrast.data.captions import TEXT_KEY, check_caption
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 

@@ -140,7 +140,7 @@ def export_towers(
         The paths of ``image.onnx`` and ``text.onnx``.
 
     Raises:
-        TypeError: If the model is no image-text model.
+        TypeError: If the model is no image-text model, or its text tower has no ``context_length`` or ``vocab_size``.
         ValueError: If ``input_spec`` is missing or incomplete, or the model is sharded.
         ModuleNotFoundError: If the extra is not installed.
         RuntimeError: If the embeddings of a graph differ from those of the model.
@@ -150,6 +150,7 @@ def export_towers(
     towers = [getattr(model, "backbone", None), getattr(model, "text_backbone", None)]
     if not all(isinstance(part, nn.Module) for part in (*parts, *towers)):
         fail("model", "be an image-text model", type(model).__name__, "Give a `CLIP` or `SigLIP`", TypeError)
+    length, vocabulary = (_size_of(towers[1], name) for name in ("context_length", "vocab_size"))
     spec = _checked(input_spec if input_spec is not None else _spec_of_trainer(model))
     _check_whole(model)
     folder = Path(folder)
@@ -157,11 +158,18 @@ def export_towers(
     image, text = (_Encoder(tower, part) for tower, part in zip(towers, parts, strict=True))  # type: ignore[arg-type]
     images = torch.rand(2, count_channels(image, spec), spec["size"], spec["size"])
     _write_graph(image, images, folder / "image.onnx", ("images", "embeddings"), {INPUT_SPEC: json.dumps(spec)})
-    tower: Any = towers[1]
-    length, vocabulary = int(tower.context_length), int(tower.vocab_size)
     tokens = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
     _write_graph(text, tokens, folder / "text.onnx", ("tokens", "embeddings"), {"context_length": str(length)})
     return folder / "image.onnx", folder / "text.onnx"
+
+
+def _size_of(tower: Any, name: str) -> int:
+    """Return ``context_length`` or ``vocab_size`` of a text tower, from which an example of tokens is made."""
+    size = getattr(tower, name, None)
+    if not isinstance(size, int):
+        hint = f"Set `{name}` on the module, as `nn.TextTransformer` has it"
+        fail("text_backbone", f"have an int `{name}`", type(tower).__name__, hint, TypeError)
+    return size
 
 
 class _Encoder(nn.Module):

@@ -13,7 +13,15 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive, fail, require
+from lightning_contrast._checks import (
+    check_at_least,
+    check_captions,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    fail,
+    require,
+)
 from lightning_contrast.augment import ViewPolicy, image_text_views
 from lightning_contrast.augment.view_spec import ViewOptions
 from lightning_contrast.contracts import batch_texts
@@ -21,7 +29,6 @@ from lightning_contrast.losses import gloria_global_loss, gloria_local_loss, reg
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, ByteTokenizer, RegionMaps, TextTransformer, read_feature_dim
-from lightning_contrast.nn.byte_tokenizer import check_captions
 from lightning_contrast.nn.region_maps import byte_words, join_pieces
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision, unit_rows

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast import optim
-from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast._checks import check_at_least, check_captions, check_choice, fail, require
 from lightning_contrast.augment import image_text_views
 from lightning_contrast.contracts import batch_texts
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, sample_ids
 from lightning_contrast.nn import BackboneOptions, ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
-from lightning_contrast.nn.byte_tokenizer import check_captions
+from lightning_contrast.nn.open_clip_towers import OpenClipTokenizer, open_clip_parts
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.fsdp import strategy_module
@@ -34,8 +34,10 @@ class ImageTextModule(SelfSupervisedModule):
         text_backbone: Text tower: a module that maps tokens (B, L) to vectors (B, T) and has T as ``num_features``;
             None is a small `nn.TextTransformer` of 3 layers and width 128.
         embedding_dim: D, the width of the embeddings.
-        tokenizer: A function of a list of B str that returns int64 tokens (B, L); None is `nn.ByteTokenizer`.
-        context_length: Largest number of tokens of a text, for the default tokenizer and text tower.
+        tokenizer: A function of a list of B str that returns int64 tokens (B, L); or the name of the open_clip model
+            whose tokenizer it is, see `nn.OpenClipTokenizer`; None is `nn.ByteTokenizer`.
+        context_length: Largest number of tokens of a text, for the default text tower and for a tokenizer that is not
+            given as a function.
         text_kwargs: Arguments of the default text tower that replace its own: ``vocab_size`` (read from the tokenizer
             otherwise), ``width``, ``layers``, ``heads``.
         logit_scale: Multiplier of the cosine similarities at the start, in [1, max_logit_scale]; it is learned.
@@ -54,6 +56,8 @@ class ImageTextModule(SelfSupervisedModule):
 
     adamw_options: ClassVar[dict[str, Any]]
     """Options of ``optimizer="adamw"``."""
+    has_bias: ClassVar[bool] = False
+    """Whether the logits have a learned bias, the argument ``logit_bias``."""
     views = staticmethod(image_text_views)
     cached_modules: ClassVar[tuple[str, ...]] = ("backbone", "text_backbone")
     """The submodules that a `GradientCache` runs in chunks."""
@@ -64,7 +68,7 @@ class ImageTextModule(SelfSupervisedModule):
         text_backbone: nn.Module | None = None,
         *,
         embedding_dim: int = 512,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | str | None = None,
         context_length: int = 77,
         text_kwargs: Mapping[str, int] | None = None,
         logit_scale: float = 1 / 0.07,
@@ -83,10 +87,7 @@ class ImageTextModule(SelfSupervisedModule):
         check_at_least("embedding_dim", embedding_dim, 1)
         check_choice("mask_same", mask_same, (None, "label", "index", "text"))
         self.mask_same, self.locked_image = mask_same, locked_image
-        self.tokenizer: Tokenizer = ByteTokenizer(context_length) if tokenizer is None else tokenizer
-        if not callable(self.tokenizer):
-            hint = "Give a function of a list of str that returns int64 tokens (B, L)"
-            fail("tokenizer", "be callable", type(tokenizer).__name__, hint, TypeError)
+        self.tokenizer: Tokenizer = _tokenizer(tokenizer, context_length)
         if text_backbone is None:
             tower: nn.Module = _small_tower(self.tokenizer, context_length, text_kwargs)
         elif text_kwargs:
@@ -180,8 +181,10 @@ class ImageTextModule(SelfSupervisedModule):
     def from_open_clip(cls, name: str, pretrained: str | None = None, **arguments: Any) -> Self:
         """Build the method around the towers, projections and tokenizer of an open_clip model.
 
-        `forward` gives what the image tower outputs before its projection matrix, if it has one, else its output.
-        Needs the extra: ``pip install 'lightning_contrast[clip]'``.
+        `forward` gives what the image tower outputs before its projection matrix, if it has one, else its output. Its
+        weights expect images normalized with ``backbone.image_mean`` and ``backbone.image_std``. A checkpoint is loaded
+        into a model that was built in the same way, by `load_state_dict` or ``trainer.fit(ckpt_path=...)``. Needs the
+        extra: ``pip install 'lightning_contrast[clip]'``.
 
         Args:
             name: Name of an open_clip configuration, such as "ViT-B-32".
@@ -190,8 +193,11 @@ class ImageTextModule(SelfSupervisedModule):
 
         Raises:
             ModuleNotFoundError: If the extra is not installed.
+            ValueError: If there is no model of this name, or it has a bias of its logits and the method has none.
         """
-        arguments, weight = _open_clip_parts(name, pretrained, arguments)
+        arguments, weight = open_clip_parts(name, pretrained, arguments)
+        biased = "logit_bias" in arguments
+        require(cls.has_bias or not biased, "name", "be a model without `logit_bias`", name, "Use `SigLIP` for it")
         module = cls(**arguments)
         module.text_projection = nn.Identity()  # the text tower has its own
         if weight is None:
@@ -200,6 +206,18 @@ class ImageTextModule(SelfSupervisedModule):
             with torch.no_grad():
                 module.image_projection.weight.copy_(weight.T)  # type: ignore[operator]  # a tensor
         return module
+
+
+def _tokenizer(tokenizer: Tokenizer | str | None, context_length: int) -> Tokenizer:
+    """Return the tokenizer that an argument names."""
+    if tokenizer is None:
+        return ByteTokenizer(context_length)
+    if isinstance(tokenizer, str):
+        return OpenClipTokenizer(tokenizer, context_length)
+    if not callable(tokenizer):
+        hint = "Give a function of a list of str that returns int64 tokens (B, L)"
+        fail("tokenizer", "be callable", type(tokenizer).__name__, hint, TypeError)
+    return tokenizer
 
 
 def _small_tower(tokenizer: Tokenizer, context_length: int, kwargs: Mapping[str, int] | None) -> TextTransformer:
@@ -224,33 +242,3 @@ def text_ids(tokens: Tensor) -> Tensor:
     factors = place * 0x1E3779B97F4A7C15  # wraps around
     factors = (factors ^ (factors >> 29)) * 0x3F58476D1CE4E5B9
     return (tokens * (factors | 1)).sum(1) & 0x7FFFFFFFFFFFFFFF
-
-
-def _open_clip_parts(
-    name: str, pretrained: str | None, arguments: Mapping[str, Any]
-) -> tuple[dict[str, Any], Tensor | None]:
-    """Build an open_clip model; return its parts as arguments of the method, and the image projection (F, D) or None.
-
-    The projection matrix is taken out of the image tower.
-    """
-    try:
-        import open_clip  # type: ignore[import-untyped]
-    except ImportError as error:
-        hint = "pip install 'lightning_contrast[clip]'"
-        raise ModuleNotFoundError(f"`from_open_clip` needs open_clip_torch: {hint}.") from error
-    model: Any = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True)
-    embedding_dim: int = open_clip.get_model_config(name)["embed_dim"]
-    model.text.num_features = embedding_dim
-    visual, weight = model.visual, getattr(model.visual, "proj", None)
-    if isinstance(weight, nn.Parameter):
-        visual.proj = None
-    else:
-        weight = None
-    parts = {"backbone": visual, "text_backbone": model.text, "embedding_dim": embedding_dim}
-    parts["feature_dim"] = embedding_dim if weight is None else len(weight)
-    parts["logit_scale"] = float(model.logit_scale.detach().exp())
-    if model.logit_bias is not None:
-        parts["logit_bias"] = float(model.logit_bias.detach())
-    if "tokenizer" not in arguments:
-        parts["tokenizer"] = open_clip.get_tokenizer(name)
-    return parts | dict(arguments), weight

@@ -32,6 +32,7 @@ class SigLIP(ImageTextModule):
     """
 
     base_lr: ClassVar[float] = 1e-3
+    has_bias: ClassVar[bool] = True
     adamw_options: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.95)}
 
     def __init__(

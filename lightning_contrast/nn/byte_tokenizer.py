@@ -1,40 +1,42 @@
 """UTF-8 bytes as tokens: a tokenizer without a vocabulary file."""
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast._checks import check_at_least, check_captions
 
 START, END = 257, 258
 
 
-def check_captions(texts: object) -> list[str]:
-    """Return texts as a list after checking them.
+class CutTexts:
+    """Count the texts that a tokenizer cut, and warn of the first ones.
 
-    Args:
-        texts: A list or tuple of B str.
-
-    Raises:
-        TypeError: If it is not a list of str.
-        ValueError: If it is empty, or a text is empty or white space only.
+    Attributes:
+        cut: Number of texts that were cut so far.
     """
-    hint = "Give one str for each image, or int64 tokens (B, L)"
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        fail("texts", "be a list of str", type(texts).__name__, hint, TypeError)
-    other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
-    if other is not None:
-        fail("texts", "be a list of str", f"a list with {other}", hint, TypeError)
-    empty = [place for place, text in enumerate(texts) if not text.strip()]
-    if empty or not texts:
-        got = f"empty texts at {empty[:5]}" if texts else "no texts"
-        fail("texts", "not be empty", got, "Drop such pairs from the dataset, or give them a caption")
-    return list(texts)
+
+    cut: int = 0
+
+    def count_cut(self, cut: int, total: int, context_length: int) -> None:
+        """Add texts that were cut, and warn if they are the first.
+
+        Args:
+            cut: Number of texts that were cut.
+            total: Number of texts of the call.
+            context_length: Largest number of tokens of a text.
+        """
+        if cut and not self.cut:
+            warnings.warn(
+                f"{cut} of {total} texts are longer than {context_length} tokens and were cut; raise "
+                "`context_length`. Further texts are cut without a warning and counted in `tokenizer.cut`.",
+                stacklevel=3,
+            )
+        self.cut += cut
 
 
-class ByteTokenizer:
+class ByteTokenizer(CutTexts):
     """Turn texts into their UTF-8 bytes between a start and an end token.
 
     Byte b is token b + 1; 0 is padding, 257 the start and 258, the largest id, the end. A text that is too long is cut
@@ -62,7 +64,7 @@ class ByteTokenizer:
 
     def __init__(self, context_length: int = 77, lower: bool = True) -> None:
         check_at_least("context_length", context_length, 3)
-        self.context_length, self.lower, self.cut = context_length, lower, 0
+        self.context_length, self.lower = context_length, lower
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Return int64 tokens (B, L) of B texts; L is that of the longest text, at most ``context_length``.
@@ -73,14 +75,7 @@ class ByteTokenizer:
         """
         rows = [(text.lower() if self.lower else text).strip().encode() for text in check_captions(texts)]
         room = self.context_length - 2
-        cut = sum(len(row) > room for row in rows)
-        if cut and not self.cut:
-            warnings.warn(
-                f"{cut} of {len(rows)} texts are longer than {self.context_length} tokens and were cut; raise "
-                "`context_length`. Further texts are cut without a warning and counted in `tokenizer.cut`.",
-                stacklevel=2,
-            )
-        self.cut += cut
+        self.count_cut(sum(len(row) > room for row in rows), len(rows), self.context_length)
         rows = [row[:room] for row in rows]
         tokens = torch.zeros(len(rows), max(map(len, rows)) + 2, dtype=torch.int64)
         for i, row in enumerate(rows):

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_probability, require
-from lightning_contrast.nn.byte_tokenizer import check_captions
+from lightning_contrast._checks import check_at_least, check_captions, check_probability, require
 
 
 class NGramTokenizer:

@@ -9,6 +9,7 @@ import lightning as L
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lightning_contrast as lc
@@ -17,7 +18,7 @@ from lightning_contrast.methods.image_text import text_ids
 from tests.methods.cases import TEXTS, TinyBackbone
 from tests.methods.matrix_runs import run
 from tests.methods.test_contract import gradients, run_step
-from tests.tolerances import CANCELLING, NETWORK, f32, f64
+from tests.tolerances import CANCELLING, FORMULA, assert_same_bits, f32, f64
 
 WORDS = ["a red cat", "a dog", "a red cat", "the sun", "Öl", "two birds"]
 both = pytest.mark.parametrize("method", [lc.CLIP, lc.SigLIP])
@@ -208,7 +209,8 @@ REFUSED = {
     "log scale": ({"logit_scale": -2.6}, ValueError, "`logit_scale` must be > 0"),
     "mask": ({"mask_same": "color"}, ValueError, "`mask_same` must be one of"),
     "width": ({"embedding_dim": 0}, ValueError, "`embedding_dim` must be >= 1"),
-    "tokenizer": ({"tokenizer": "bytes"}, TypeError, "`tokenizer` must be callable"),
+    "tokenizer": ({"tokenizer": 3}, TypeError, "`tokenizer` must be callable"),
+    "tokenizer name": ({"tokenizer": "ViT-B-33"}, ValueError, "`tokenizer` must be one of .* got 'ViT-B-33'"),
     "vocabulary": ({"tokenizer": lambda texts: None}, ValueError, "must have a `vocab_size`"),
     "heads": ({"text_kwargs": {"width": 10, "heads": 4}}, ValueError, "`width` must be a multiple of heads=4"),
     "both": ({"text_backbone": nn.Identity()}, ValueError, "`text_kwargs` must be None where"),
@@ -232,6 +234,7 @@ def test_long_texts_are_cut_with_one_warning_that_counts_them():
     assert tokens[0, -1] == 258
 
 
+FILES = {"weights": "weights.pt", "training": "epoch_3.pt", "safetensors": "open_clip_model.safetensors"}
 OPEN_CLIP = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
@@ -239,53 +242,132 @@ OPEN_CLIP = {
 }
 
 
+KINDS = {
+    "tiny-clip": (lc.CLIP, {}),
+    "tiny-sigmoid": (lc.SigLIP, {"init_logit_bias": -10, "custom_text": True}),
+    "tiny-quick": (lc.CLIP, {"quick_gelu": True}),
+    "tiny-pooled": (lc.CLIP, {"vision_cfg": OPEN_CLIP["vision_cfg"] | {"pool_type": "avg", "layers": 3}}),
+}
+
+
 @pytest.fixture
 def tiny_open_clip(tmp_path):
-    """Return open_clip's module, and the names of a CLIP and of a model with a bias."""
+    """Return open_clip's module, which knows the configurations of `KINDS`."""
     open_clip = pytest.importorskip("open_clip")
-    for name, more in (("tiny-clip", {}), ("tiny-sigmoid", {"init_logit_bias": -10, "custom_text": True})):
+    for name, (_, more) in KINDS.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(OPEN_CLIP | more))
     open_clip.add_model_config(tmp_path)
     return open_clip
 
 
-@pytest.mark.parametrize(("method", "name"), [(lc.CLIP, "tiny-clip"), (lc.SigLIP, "tiny-sigmoid")])
-@pytest.mark.parametrize("from_file", [False, True])
-def test_open_clips_models_give_their_own_logits(method, name, from_file, tiny_open_clip, tmp_path):
+def write_weights(model, kind, path):
+    """Write the weights of an open_clip model as its users, its training program or its publishing program do."""
+    weights = model.state_dict()
+    if kind == "training":
+        weights = {f"module.{name}": value for name, value in weights.items()}  # of DistributedDataParallel
+        torch.save({"epoch": 3, "name": "run", "state_dict": weights, "optimizer": {}}, path)
+    elif kind == "safetensors":
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    else:
+        torch.save(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [*((name, None) for name in KINDS)] + [(n, f) for n in list(KINDS)[:2] for f in FILES]
+)
+def test_open_clips_models_give_their_own_logits(name, file, tiny_open_clip, tmp_path):
+    method, _ = KINDS[name]
     torch.manual_seed(3)
-    theirs = tiny_open_clip.create_model(name).eval()
-    pretrained = None
-    if from_file:
-        pretrained = str(tmp_path / "weights.pt")
-        torch.save(theirs.state_dict(), pretrained)
-    torch.manual_seed(3 if not from_file else 4)
+    theirs, pretrained = tiny_open_clip.create_model(name).eval(), None
+    if file is not None:
+        pretrained = str(tmp_path / FILES[file])
+        write_weights(theirs, file, pretrained)
+    torch.manual_seed(3 if file is None else 4)
     module = method.from_open_clip(name, pretrained, lr=1e-4).eval()
     pictures, tokens = torch.rand(6, 3, 32, 32), tiny_open_clip.get_tokenizer(name)(WORDS)
-    with torch.no_grad():
-        image, text = theirs.encode_image(pictures, normalize=True), theirs.encode_text(tokens, normalize=True)
-        expected = theirs.logit_scale.exp() * image @ text.T
-        found = module.logit_scale() * module.encode_image(pictures) @ module.encode_text(WORDS).T
-        if method is lc.SigLIP:
-            expected, found = expected + theirs.logit_bias, found + module.logit_bias()
-    assert expected.std() > 1e-3
-    torch.testing.assert_close(found, expected, **f32(NETWORK))
+    for dtype, bounds in ((torch.float32, f32(FORMULA)), (torch.float64, f64(FORMULA))):  # 1e-5 and 1e-14
+        ours, reference = module.to(dtype), theirs.to(dtype)
+        with torch.no_grad():
+            expected, _ = reference.get_logits(pictures.to(dtype), tokens)
+            found = ours.logit_scale() * ours.encode_image(pictures.to(dtype)) @ ours.encode_text(WORDS).T
+            found = found + ours.logit_bias() if method is lc.SigLIP else found
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(found, expected, **bounds)
+    module.float()
     assert module(pictures).shape == (6, 64)
     assert module.feature_dim == 64
+    decayed = {id(p) for g in module.parameter_groups() for p in g["params"] if g["weight_decay"] > 0}
+    tables = {name for name, p in module.named_parameters() if p.ndim > 1 and id(p) not in decayed}
+    assert tables == {"backbone.positional_embedding", "text_backbone.positional_embedding"}
     run_step(module.train(), [pictures, WORDS])["loss"].backward()
     assert all(p.grad is not None for p in module.parameters())
 
 
-def test_both_towers_are_exported(tmp_path):
-    module = make().eval()
-    spec = {"size": 16, "mean": None, "std": None}
-    image, text = lc.evaluation.export_towers(module, tmp_path, input_spec=spec)
-    pictures, tokens = images(), module.tokenizer(WORDS)
-    assert tokens.shape[1] < module.text_backbone.context_length
+def test_a_checkpoint_of_an_open_clip_model_is_loaded_into_another(tiny_open_clip, tmp_path):
+    module = lc.CLIP.from_open_clip("tiny-clip", lr=1e-2, warmup_epochs=0)
+    trainer = run(module, [[torch.rand(6, 3, 32, 32), WORDS]] * 2)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = lc.CLIP.from_open_clip("tiny-clip")
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    again.load_state_dict(saved)
+    assert_same_bits(again.eval().encode_text(WORDS), module.eval().encode_text(WORDS))
+    with pytest.raises(ValueError, match="`load_from_checkpoint` must get the arguments"):
+        lc.CLIP.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+
+
+def test_a_method_without_a_bias_refuses_a_model_with_one(tiny_open_clip):
+    with pytest.raises(ValueError, match=r"`name` must be a model without `logit_bias`, got 'tiny-sigmoid'\. Use"):
+        lc.CLIP.from_open_clip("tiny-sigmoid")
+    with pytest.raises(ValueError, match="`name` must be one of"):
+        lc.CLIP.from_open_clip("tiny")
+    module = lc.SigLIP.from_open_clip("tiny-clip", logit_bias=-5.0)
+    assert float(module.logit_bias().detach()) == -5.0
+
+
+def test_the_texts_of_an_open_clip_model_are_checked_and_counted(tiny_open_clip):
+    module = lc.CLIP.from_open_clip("tiny-clip")
+    fits, long = "a " * 75, "a " * 76  # with start and end 77 and 78 tokens
+    module.encode_text(["a", fits])  # a warning would be an error
+    with pytest.warns(UserWarning, match=r"2 of 4 texts are longer than 77 tokens and were cut"):
+        module.encode_text([long, "a", fits, 3 * long])
+    module.encode_text([long])
+    assert module.tokenizer.cut == 3
+    with pytest.raises(ValueError, match="`texts` must not be empty"):
+        module.encode_text(["a", " "])
+    with pytest.raises(TypeError, match="`texts` must be a list of str"):
+        module.tokenizer("a cat")
+
+
+def exported(path, given):
+    """Return the embeddings that a graph gives."""
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(["embeddings"], {session.get_inputs()[0].name: given.numpy()})
+    return torch.from_numpy(found)
+
+
+@pytest.mark.parametrize("method", [lc.CLIP, lc.SigLIP, "tiny-clip"])
+def test_both_towers_are_exported(method, tmp_path, request):
+    if isinstance(method, str):
+        request.getfixturevalue("tiny_open_clip")
+        module, size = lc.CLIP.from_open_clip(method).eval(), 32
+    else:
+        module, size = make(method).eval(), 16
+    spec = {"size": size, "mean": None, "std": None}
+    paths = lc.evaluation.export_towers(module, tmp_path, input_spec=spec)
+    pictures, tokens = torch.rand(6, 3, size, size), module.tokenizer(WORDS)
     with torch.no_grad():
         expected = module.encode_image(pictures), module.encode_text(tokens)
-    for path, given, embeddings in zip((image, text), (pictures, tokens), expected, strict=True):
-        session = onnxruntime.InferenceSession(path)
-        (found,) = session.run(["embeddings"], {session.get_inputs()[0].name: given.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), embeddings, **f32(NETWORK))
+    for path, given, embeddings in zip(paths, (pictures, tokens), expected, strict=True):
+        torch.testing.assert_close(exported(path, given), embeddings, **f32(FORMULA))  # 1e-5
+    if not isinstance(method, str):
+        assert tokens.shape[1] < module.text_backbone.context_length
+
+
+def test_what_has_no_towers_or_sizes_is_not_exported(tmp_path):
+    spec = {"size": 16, "mean": None, "std": None}
     with pytest.raises(TypeError, match="`model` must be an image-text model"):
         lc.evaluation.export_towers(nn.Linear(2, 2), tmp_path, input_spec=spec)
+    tower = lc.nn.NGramTower(width=16)
+    module = lc.CLIP(TinyBackbone(), tower, tokenizer=lc.nn.NGramTokenizer())
+    with pytest.raises(TypeError, match="`text_backbone` must have an int `context_length`, got 'NGramTower'"):
+        lc.evaluation.export_towers(module, tmp_path, input_spec=spec)

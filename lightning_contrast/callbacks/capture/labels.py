@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import fail, require
-from lightning_contrast.contracts import split_batch
+from lightning_contrast.contracts import batch_labels, is_texts, split_batch
 
 Source: TypeAlias = str | int | Callable[[Any], Tensor] | None
 """Where the labels or images of a batch are: the batch contract, a key, an index, or a function of the batch."""
@@ -91,7 +91,7 @@ def warn_unreadable(owner: Any, error: UnreadableBatchError) -> None:
     rank_zero_warn(f"{type(owner).__name__} `{owner.name}` logs nothing, because it cannot read a batch: {error}")
 
 
-def find_labels(batch: Any, source: Labels, owner: str) -> Any:
+def find_labels(batch: Any, source: Labels, owner: str, *, rows: bool = False) -> Any:
     """Look up the labels of a batch, of any type and shape.
 
     Args:
@@ -99,17 +99,19 @@ def find_labels(batch: Any, source: Labels, owner: str) -> Any:
         source: None follows the batch contract, a str is the key of a dict batch, an int the index into a tuple or list
             batch, a callable is applied to the whole batch.
         owner: Name of the callback, for messages.
+        rows: Without a source, take 2-D integers for labels ``(B, K)``, and not for the tokens of texts.
 
     Raises:
         ValueError: If the batch has no labels there.
     """
-    hint = f"{owner} needs labels: yield (images, labels) from the loader, or name their place with `labels=`"
+    hint = f'{owner} needs labels: yield (images, labels) or a dict with "label", or name their place with `labels=`'
     if callable(source):
         return source(batch)
     if source is None:
-        found = split_batch(batch)[1]
+        found = batch_labels(batch, rows=rows)
         if found is None:
-            fail("labels", "be in the batch", type(batch).__name__, hint)
+            texts = isinstance(batch, Sequence) and len(batch) > 1 and is_texts(batch[1])
+            fail("labels", "be in the batch", "images and texts" if texts else type(batch).__name__, hint)
         return found
     if isinstance(source, str):
         if not isinstance(batch, Mapping) or source not in batch:
@@ -132,6 +134,23 @@ def read_labels(batch: Any, source: Labels, owner: str) -> Tensor:
         ValueError: If there are no labels, or their shape is not ``(B,)``.
     """
     return class_targets(find_labels(batch, source, owner))
+
+
+def read_classes(batch: Any, source: Labels, owner: str) -> Tensor | None:
+    """Look up the classes of a batch; the arguments are those of `find_labels`.
+
+    Returns:
+        ``(B,)``, int64; without a source, None if the labels of the batch are no classes, or there are none.
+
+    Raises:
+        TypeError: If the labels of a source are not a tensor of integers.
+        ValueError: If there are none, or their shape is not ``(B,)``.
+    """
+    if source is not None:
+        return read_labels(batch, source, owner)
+    found = batch_labels(batch)
+    usable = found is not None and found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool
+    return found.long() if usable and found is not None else None
 
 
 def class_targets(found: Any) -> Tensor:

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_positive, check_word, fail
 from lightning_contrast.callbacks.capture.features import ViewHook, count_images
-from lightning_contrast.callbacks.capture.labels import Labels, read_labels
+from lightning_contrast.callbacks.capture.labels import Labels, read_classes
 from lightning_contrast.callbacks.collapse.model_facts import temperature_of
 from lightning_contrast.callbacks.reporting import log_values
-from lightning_contrast.contracts import split_batch
 from lightning_contrast.nn.memory_bank import MemoryBank
 
 Values = dict[str, tuple[Tensor, Tensor]]
@@ -103,7 +102,7 @@ class InstanceDiscriminationMonitor(L.Callback):
         if not self._is_due():
             return
         self._hook.arm(count_images(batch))
-        self._labels = self._read_labels(batch)
+        self._labels = read_classes(batch, self.labels, type(self).__name__)
         self._queue, self._queue_mask = _queue(pl_module)
         self._has_bank = _has_bank(pl_module)
 
@@ -143,16 +142,6 @@ class InstanceDiscriminationMonitor(L.Callback):
 
     def _is_due(self) -> bool:
         return (self._batches + 1) % self.every_n_steps == 0
-
-    def _read_labels(self, batch: Any) -> Tensor | None:
-        if self.labels is not None:
-            return read_labels(batch, self.labels, type(self).__name__)
-        try:
-            found = split_batch(batch)[1]
-        except TypeError:
-            return None
-        usable = found is not None and found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool
-        return found.long() if usable and found is not None else None
 
     def _views(self, outputs: Any) -> tuple[Tensor, Tensor, bool]:
         """Return two views, ``(B, D)`` each, and whether the second view is the keys of the step output."""

@@ -133,7 +133,7 @@ class BankedProbe(L.Callback):
         return self.bank == "fresh"
 
     def _targets_of(self, batch: Any, source: BatchSource) -> Tensor:
-        targets = self.task.targets(find_labels(batch, self.labels, type(self).__name__))
+        targets = self.task.targets(find_labels(batch, self.labels, type(self).__name__, rows=self.task.rows))
         if targets.device.type == "cpu" or source not in self._checked:  # each check synchronizes an accelerator
             self.task.check(targets)
         return targets

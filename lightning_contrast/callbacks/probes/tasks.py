@@ -58,6 +58,8 @@ class Task(ABC):
     """Whether targets are standardized by running statistics, as the features are."""
     balances = False
     """Whether the loss weights classes by their inverse frequency."""
+    rows = False
+    """Whether integers (B, C) in the second place of a batch are labels, and not the tokens of texts."""
     nesterov = False
     """Whether SGD uses Nesterov momentum. Without it a squared error, whose slope is unbounded, oscillates."""
 
@@ -177,6 +179,8 @@ class MultilabelTask(Task):
     Args:
         outputs: Number of labels C.
     """
+
+    rows = True
 
     def targets(self, found: Any) -> Tensor:
         """Return labels ``(B, C)``, int64."""

@@ -20,7 +20,7 @@ from lightning_contrast.callbacks.capture.labels import (
     UnreadableBatchError,
     check_place,
     find_pictures,
-    read_labels,
+    read_classes,
     warn_unreadable,
 )
 from lightning_contrast.callbacks.reporting import publish
@@ -29,7 +29,6 @@ from lightning_contrast.callbacks.visualization.neighbours import NeighborHistor
 from lightning_contrast.callbacks.visualization.projector import add_snapshot, summary_writers
 from lightning_contrast.callbacks.visualization.sample import Part, Sample, SampleShare, gather_sample
 from lightning_contrast.callbacks.visualization.scatter import Layout, check_layout, class_word, draw_map
-from lightning_contrast.contracts import split_batch
 
 EDGE = 64
 """Width and height of a thumbnail in pixels."""
@@ -268,17 +267,10 @@ class EmbeddingLogger(L.Callback):
     ) -> Part:
         """Return features, thumbnails and labels of some rows of a batch."""
         pixels = self._display.pixels(images[rows], statistics_of(trainer, training=False))
-        labels = self._labels_of(batch)
+        labels = read_classes(batch, self.labels, type(self).__name__)
         return Part(
             positions, features[rows], fit_squares(pixels, EDGE), None if labels is None else labels[rows].cpu()
         )
-
-    def _labels_of(self, batch: Any) -> Tensor | None:
-        if self.labels is not None:
-            return read_labels(batch, self.labels, type(self).__name__)
-        found = split_batch(batch, self.images)[1]
-        usable = found is not None and found.ndim == 1 and not found.is_floating_point() and found.dtype != torch.bool
-        return found.long() if usable and found is not None else None
 
     def _encode(self, trainer: Any, pl_module: Any) -> list[Part]:
         """Encode this rank's share of ``dataloader``."""
