@@ -38,8 +38,9 @@ def scores(model, policy, data, split, count):
     own, cross, other_own, other_cross = (
         (a * b).sum(1) for a, b in ((first, right), (first, wrong), (second, wrong), (second, right))
     )
-    text = (own > cross) & (other_own > other_cross)
-    image = (own > other_cross) & (other_own > cross)
+    tie = 1e-5  # similarities that differ by less are equal, and so wrong
+    text = (own - cross > tie) & (other_own - other_cross > tie)
+    image = (own - other_cross > tie) & (other_own - cross > tie)
     names = {"text": text, "image": image, "group": text & image}
     return {name: round(float(value.float().mean()), 3) for name, value in names.items()}
 
