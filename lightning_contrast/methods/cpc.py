@@ -6,20 +6,19 @@ Differs from the papers: losses are the mean over offsets and directions, not th
 default for one direction; the optimizer is AdamW with a cosine.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, check_probability, require
-from lightning_contrast.augment import ViewPolicy, ViewSpec, make_policy
-from lightning_contrast.augment.view_spec import ViewOptions
+from lightning_contrast.augment import cpc_views
 from lightning_contrast.losses import cpc_loss, cpc_sampled_loss, draw_row_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import Backbone, BackboneOptions, GridContext, PatchGrid, build_backbone, replace_batchnorm
+from lightning_contrast.nn import Backbone, GridContext, PatchGrid, build_backbone, replace_batchnorm
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 Directions = Literal["down", "all"]
 _COUNT = {"down": 1, "all": 4}
@@ -54,13 +53,14 @@ class CPC(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is 4e-4 x global batch / 512; v2 has 4e-4 with Adam.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     adamw_options: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.999)}
     """Options of ``optimizer="adamw"``."""
     base_lr: ClassVar[float] = 2e-4
     sharded_methods: ClassVar = {"backbone": ("maps",)}
+    views = staticmethod(cpc_views)
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class CPC(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-5,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
-        network, width = build_backbone(backbone, **options)
+        network, width = build_backbone(backbone, **backbone_options(options))
         if layer_norm and isinstance(backbone, str):
             network = replace_batchnorm(network)
         grid = network if isinstance(network, PatchGrid) else PatchGrid(network, patch_size, stride, feature_dim=width)
@@ -93,7 +93,12 @@ class CPC(SelfSupervisedModule):
         hint = "Give the `patch_size` and `stride` of the `PatchGrid`"
         require(found == (patch_size, stride), "backbone", f"cut patches {(patch_size, stride)}", found, hint)
         super().__init__(
-            Backbone(grid, width), optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
+            Backbone(grid, width),
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            **options,
         )
         check_choice("directions", directions, tuple(_COUNT))
         check_at_least("steps", steps, 1)
@@ -112,23 +117,6 @@ class CPC(SelfSupervisedModule):
         )
         self.target: nn.Module = nn.Identity() if negatives else nn.Conv2d(width, target_dim, 1)
         self.save_hyperparameters()
-
-    @staticmethod
-    def views(
-        size: int = 256,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        scale: tuple[float, float] = (0.73, 1.0),
-        **options: Unpack[ViewOptions],
-    ) -> ViewPolicy:
-        """Return one view: crop 0.73..1, flip, jitter (0.4, 0.4, 0.4, 0.2) at 0.8, grayscale 0.25.
-
-        The crop is v1's 256 of 300 pixels, the colors are lightning-bolts'; both change the whole image, which v2 would
-        change patch by patch (``drop_channels`` does).
-        """
-        view = ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.2), gray_p=0.25)
-        return make_policy([view], mean=mean, std=std, **options)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of one view, and features (B, F)."""

@@ -7,24 +7,24 @@ images keep their size (there all are resized to 299); a text's vector is the me
 are averaged too, which only scales it); the default text tower is small and reads bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive, fail, require
-from lightning_contrast.augment import ViewPolicy, image_text_views
-from lightning_contrast.augment.view_spec import ViewOptions
+from lightning_contrast._checks import check_at_least, check_choice, check_positive, check_weights, fail, require
+from lightning_contrast.augment import gloria_views
 from lightning_contrast.contracts import batch_texts
 from lightning_contrast.losses import gloria_global_loss, gloria_local_loss, region_attention
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
-from lightning_contrast.nn import BackboneOptions, ByteTokenizer, RegionMaps, TextTransformer, read_feature_dim
+from lightning_contrast.nn import ByteTokenizer, RegionMaps, TextTransformer, read_feature_dim
 from lightning_contrast.nn.byte_tokenizer import check_captions
 from lightning_contrast.nn.region_maps import byte_words, join_pieces
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision, unit_rows
+from lightning_contrast.runtime.method_options import MethodOptions
 
 _SMALL = {"width": 128, "layers": 3, "heads": 2}
 
@@ -62,13 +62,14 @@ class GLoRIA(SelfSupervisedModule):
         lr: Peak learning rate, absolute.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 5e-5
     sharded_methods: ClassVar = {"text_backbone": ("forward_tokens",)}
     cached_modules: ClassVar[tuple[str, ...]] = ("backbone", "text_backbone")
     """The submodules that a `GradientCache` runs in chunks."""
+    views = staticmethod(gloria_views)
 
     def __init__(
         self,
@@ -93,16 +94,13 @@ class GLoRIA(SelfSupervisedModule):
         lr: float = 5e-5,
         weight_decay: float = 1e-6,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_choice("pieces", pieces, ("sum", "mean"))
-        check_not_negative("local_weight", local_weight)
-        check_not_negative("global_weight", global_weight)
-        hint = "Leave one of them above 0"
-        require(local_weight + global_weight > 0, "local_weight", "be > 0 without `global_weight`", local_weight, hint)
+        check_weights(local_weight=local_weight, global_weight=global_weight)
         scales = {"attention_scale": attention_scale, "word_scale": word_scale, "logit_scale": logit_scale}
         for name, scale in scales.items():
             check_positive(name, scale)
@@ -125,17 +123,6 @@ class GLoRIA(SelfSupervisedModule):
         self.image_projection = nn.Linear(self.feature_dim, width)
         self.region_projection = nn.Conv2d(channels, width, 1, bias=False)
         self.save_hyperparameters()
-
-    @staticmethod
-    def views(
-        size: int = 224,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        **options: Unpack[ViewOptions],
-    ) -> ViewPolicy:
-        """Return one view: a crop of 0.77 of the area (224 of 256 pixels), without flip, which would swap sides."""
-        return image_text_views(size, mean=mean, std=std, scale=(0.7, 0.77), **options)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Return the global embeddings of images (B, C, H, W), unit rows (B, D)."""

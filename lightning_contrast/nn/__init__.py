@@ -31,7 +31,14 @@ from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_spli
 from lightning_contrast.nn.stems import use_small_stem
 from lightning_contrast.nn.temperature import LearnedTemperature, ScheduledTemperature
 from lightning_contrast.nn.text_transformer import TextTransformer
-from lightning_contrast.nn.video import SmallVideoConvNet, VideoBackbone, build_clip_backbone, clip_steps
+from lightning_contrast.nn.time_predictor import TimePredictor
+from lightning_contrast.nn.video import (
+    SmallVideoConvNet,
+    VideoBackbone,
+    build_clip_backbone,
+    clip_steps,
+    project_moments,
+)
 from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_masked_backbone, select_patches
 from lightning_contrast.nn.weight_norm import WeightNormLinear
 
@@ -69,6 +76,7 @@ __all__ = [
     "SmallVideoConvNet",
     "SplitBatchNorm2d",
     "TextTransformer",
+    "TimePredictor",
     "Tokens",
     "VideoBackbone",
     "WeightNormLinear",
@@ -87,6 +95,7 @@ __all__ = [
     "ibot_masks",
     "masked_patches",
     "mlp_head",
+    "project_moments",
     "read_feature_dim",
     "replace_batchnorm",
     "select_patches",

@@ -154,7 +154,11 @@ def test_gradient_cache_gives_the_step_of_the_whole_batch(tmp_path):
         ({"text_backbone": nn.Linear(2, 2)}, TypeError, "`text_backbone` must have a method `forward_tokens`"),
         ({"tokenizer": tokenizer}, ValueError, "`tokenizer` must have a `vocab_size`"),
         ({"pieces": "max"}, ValueError, "`pieces` must be one of 'sum', 'mean'"),
-        ({"local_weight": 0.0, "global_weight": 0.0}, ValueError, "`local_weight` must be > 0 without"),
+        (
+            {"local_weight": 0.0, "global_weight": 0.0},
+            ValueError,
+            "`local_weight` must be > 0 if the other",
+        ),
         ({"global_weight": -1.0}, ValueError, "`global_weight` must be >= 0"),
         ({"word_scale": 0.0}, ValueError, "`word_scale` must be > 0"),
         ({"mask_same": "text"}, ValueError, "`mask_same` must be one of"),
