@@ -242,7 +242,7 @@ def gloria_views(
     Crop 0.7..0.77 (bicubic) at 224, about the published 224 of 256 pixels, no flip, which would swap the sides that a
     report names, no color operations.
 
-    Source: https://github.com/marshuang80/gloria.
+    Source: https://doi.org/10.1109/ICCV48922.2021.00391 and https://github.com/marshuang80/gloria.
 
     Args:
         size: Edge of the view in pixels, >= 1.

@@ -80,7 +80,7 @@ def test_numbers(name):
         assert color.additive_brightness is (name == "byol_views")
         assert getattr(found.get("FusedGaussianBlur"), "probability", 0) == blur[i]
         assert getattr(found.get("FusedSolarize"), "probability", 0) == solarize[i]
-    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text"}
+    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text", "gloria"}
     expected = "bicubic" if name.removesuffix("_views") in bicubic else "bilinear"
     assert operations(views[0])["FusedResizedCrop"].interpolation == expected
     if name in MULTI_CROP:
@@ -408,7 +408,7 @@ def test_everything_but_the_size_is_given_by_keyword(name):
     assert {p.kind for p in parameters[1:-1]} == {inspect.Parameter.KEYWORD_ONLY}
     assert (parameters[-1].name, parameters[0].default) == (
         "options",
-        {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64}.get(name, 224),
+        {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64, "cpc_views": 256}.get(name, 224),
     )
     with pytest.raises(TypeError, match="positional argument"):
         POLICIES[name](8, [0.5] * 3, [0.5] * 3)
@@ -482,5 +482,5 @@ def test_bad_images(images, error, message, fused):
 
 def test_every_docstring_names_its_source():
     for name, policy in POLICIES.items():
-        assert "https://arxiv.org/abs/" in policy.__doc__, name
+        assert "https://arxiv.org/abs/" in policy.__doc__ or "https://doi.org/" in policy.__doc__, name
     assert policies.__doc__
