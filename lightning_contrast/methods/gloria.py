@@ -21,7 +21,7 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import ByteTokenizer, RegionMaps, TextTransformer, read_feature_dim
 from lightning_contrast.nn.byte_tokenizer import check_captions
-from lightning_contrast.nn.region_maps import byte_words, join_pieces
+from lightning_contrast.nn.region_maps import byte_words, token_words, word_vectors
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision, unit_rows
 from lightning_contrast.runtime.method_options import MethodOptions
@@ -33,9 +33,10 @@ class GLoRIA(SelfSupervisedModule):
     """Contrast images with texts, globally and by the regions that the words of a text attend to.
 
     A batch holds images (B, C, H, W) and texts: ``(images, texts)``, or a dict with "image" and "text". Texts are a
-    list of str, or int64 tokens (B, L). `forward` gives the backbone's features (B, F); `encode_image` and
-    `encode_text` give embeddings (B, D); `attention` gives the picture of each word in an image. Logs ``train/loss``,
-    ``train/local_loss`` and ``train/global_loss``.
+    list of str, or int64 tokens (B, L), each with a word: padding alone is refused on a CPU, and elsewhere counts as
+    one word with a vector of zeros, whose cosine with everything is 0. `forward` gives the backbone's features (B, F);
+    `encode_image` and `encode_text` give embeddings (B, D); `attention` gives the picture of each word in an image.
+    Logs ``train/loss``, ``train/local_loss`` and ``train/global_loss``.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -193,16 +194,10 @@ class GLoRIA(SelfSupervisedModule):
         """Return word vectors (B, D, T), the numbers of words (B,), and the word of each token of (B, L)."""
         tower: Any = self.text_backbone
         states, lengths = tower.forward_tokens(tokens)  # (B, L, D), (B,)
-        if self.word_ids is None:
-            places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            ids = places.masked_fill(places >= lengths[:, None] - 1, -1)  # without the end
-        else:
-            ids = self.word_ids(tokens)
-        counts = (ids.amax(1) + 1).clamp_min(1)
+        ids = token_words(tokens, lengths) if self.word_ids is None else self.word_ids(tokens)
         most = tokens.shape[1] // 2 if self.word_ids is byte_words else tokens.shape[1]
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
-            most = int(counts.max())
-        return _join_pieces(states, ids, max(most, 1), mean=self.pieces == "mean"), counts, ids
+        words, counts = _word_vectors(states, ids, most, mean=self.pieces == "mean")
+        return words, counts, ids
 
 
 def _small_tower(
@@ -217,7 +212,7 @@ def _small_tower(
     return TextTransformer(context_length=context_length, embedding_dim=embedding_dim, **settings)
 
 
-_join_pieces = full_precision(join_pieces)
+_word_vectors = full_precision(word_vectors)
 
 
 @full_precision
