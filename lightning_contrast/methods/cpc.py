@@ -15,7 +15,8 @@ from lightning_contrast._checks import check_at_least, check_choice, check_posit
 from lightning_contrast.augment import cpc_views
 from lightning_contrast.losses import cpc_loss, cpc_sampled_loss, draw_row_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import Backbone, GridContext, PatchGrid, build_backbone, replace_batchnorm
+from lightning_contrast.nn import Backbone, GridPredictors, PatchGrid, build_backbone, replace_batchnorm
+from lightning_contrast.nn.patch_grid import turn_grid
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision
 from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
@@ -110,11 +111,9 @@ class CPC(SelfSupervisedModule):
             check_at_least("negatives", negatives, 1)
         self.steps, self.skip, self.negatives = steps, skip, negatives
         self.logit_scale, self.drop_channels = logit_scale, drop_channels
-        sizes = (context_dim or width, context_layers, context_hidden_dim)
-        self.predictors = _Directions(
-            _Predictor(GridContext(width, *sizes), sizes[0], width if negatives else target_dim, steps, bool(negatives))
-            for _ in range(_COUNT[directions])
-        )
+        sizes = {"context_dim": context_dim or width, "layers": context_layers, "hidden_dim": context_hidden_dim}
+        out_dim = None if negatives else target_dim
+        self.predictors = GridPredictors(width, out_dim, steps, directions=_COUNT[directions], **sizes)
         self.target: nn.Module = nn.Identity() if negatives else nn.Conv2d(width, target_dim, 1)
         self.save_hyperparameters()
 
@@ -155,38 +154,7 @@ class CPC(SelfSupervisedModule):
         return [group | self.adamw_options for group in groups] if self.optimizer == "adamw" else groups
 
 
-class _Predictor(nn.Module):
-    """The context of a grid and what is predicted of K rows, in one module, since strategies shard modules."""
-
-    def __init__(self, context: GridContext, width: int, out_dim: int, steps: int, bilinear: bool) -> None:
-        super().__init__()
-        self.context, self.bilinear = context, bilinear
-        sizes = (out_dim, width) if bilinear else (width, out_dim)
-        self.steps = nn.ModuleList(nn.Conv2d(*sizes, 1, bias=not bilinear) for _ in range(steps))
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, ...]:
-        """Return K predictions (B, D, R, S) of maps (B, F, R, S); bilinear: contexts (B, C, R, S) and W (K, C, F)."""
-        context = self.context(maps)
-        if self.bilinear:
-            return context, torch.stack([step.weight.flatten(1) for step in self.steps])  # type: ignore[operator]
-        return tuple(step(context) for step in self.steps)
-
-
-class _Directions(nn.ModuleList):
-    """One predictor per direction, in a module with a ``forward``, which FSDP2 needs."""
-
-    def forward(self, maps: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return what each predictor makes of maps (B, F, R, S)."""
-        return [predictor(_turned(maps, turn)) for turn, predictor in enumerate(self)]
-
-
-def _turned(maps: Tensor, turn: int) -> Tensor:
-    """Return maps (B, C, R, S) so that down is down, up, right or left for turn 0, 1, 2 or 3."""
-    maps = maps.transpose(2, 3) if turn >= 2 else maps
-    return maps.flip(2) if turn % 2 else maps
-
-
-_turned_targets = full_precision(_turned)
+_turned_targets = full_precision(turn_grid)
 
 
 @full_precision

@@ -23,7 +23,7 @@ from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dino
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
 from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
-from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
+from lightning_contrast.nn.patch_grid import GridContext, GridPredictors, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
 from lightning_contrast.nn.small_vit import small_vit
@@ -51,6 +51,7 @@ __all__ = [
     "DistillationHead",
     "FeatureQueue",
     "GridContext",
+    "GridPredictors",
     "Head",
     "HeadOptions",
     "JepaMaskSampler",
