@@ -36,6 +36,8 @@ RANDOM = {
     "random ViT": "dino",
     "random ViT, mean of patches": "ijepa",
     "random ViT, registers": "dinov2",
+    "random video convnet, on clips": "temporal_contrast",
+    "random convnet, on clips": "temporal_cpc",
 }
 PROBES = ("OnlineLinearProbe", "OnlineKNN")
 FIGURES = ("knn", "linear", "recall@1", "seconds")

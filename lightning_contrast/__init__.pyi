@@ -58,5 +58,6 @@ from .methods import SpectralContrastive as SpectralContrastive
 from .methods import SupCon as SupCon
 from .methods import SwAV as SwAV
 from .methods import TemporalContrast as TemporalContrast
+from .methods import TemporalCPC as TemporalCPC
 from .methods import Triplet as Triplet
 from .methods import VICReg as VICReg

@@ -36,6 +36,14 @@ def check_not_negative(name: str, value: float, hint: str = "Give 0 or a number 
     require(value >= 0, name, "be >= 0", value, hint)
 
 
+def check_weights(**weights: float) -> None:
+    """Check that the weights of a sum of losses are >= 0, and that one of them is above 0."""
+    for name, weight in weights.items():
+        check_not_negative(name, weight)
+    hint = "Set at least one of them above 0"
+    require(any(weights.values()), next(iter(weights)), "be > 0 if the other weights are 0", 0, hint)
+
+
 def check_at_least(name: str, value: int, minimum: int, hint: str | None = None) -> None:
     """Check that ``value`` is an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -73,6 +73,9 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
         clips = torch.randint(0, 256, (2, cli.datamodule.frames, 3, size, size), dtype=torch.uint8)
         frames = policy["frames"]
         assert [view.shape for view in augmentation.policy(clips)] == [(2, frames, 3, size, size)] * 10
+    elif type(cli.model) is lc.TemporalCPC:
+        clips = torch.randint(0, 256, (2, cli.datamodule.frames, 3, size, size), dtype=torch.uint8)
+        assert [view.shape for view in augmentation.policy(clips)] == [(2, policy["frames"], 3, size, size)]
     else:
         views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
         count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA, lc.CPC, *TEXTS) else 2
@@ -81,7 +84,7 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)
 
 
-OTHER_DATA = {"TemporalContrast": {"ucf101", "emoji"}}
+OTHER_DATA = {"TemporalContrast": {"ucf101", "emoji"}, "TemporalCPC": {"emoji"}, "GLoRIA": {"chexpert", "emoji"}}
 """Data of the recipes of methods that do not train on images alone."""
 
 

@@ -156,6 +156,31 @@ def test_temporal_emoji(tmp_path):
 
 
 @pytest.mark.slow
+def test_cpc_over_time(tmp_path):
+    run(ROOT / "examples" / "cpc_over_time.py", "--epochs", "1", cwd=tmp_path)
+    results = json.loads((tmp_path / "cpc_over_time.json").read_text())
+    random, trained = results["random weights"], results["trained"]
+    assert random["of 129"] == pytest.approx(1 / 129, abs=0.003)  # chance
+    assert trained["of 129"] > 5 / 129
+    assert trained["of its clip"] > 1.2 / 16
+
+
+@pytest.mark.slow
+def test_gloria_scenes(tmp_path):
+    out = run(
+        ROOT / "examples" / "gloria_scenes.py", "--epochs", "1", "--scenes", "256", "--output", "out", cwd=tmp_path
+    )
+    assert " left of " in out or " above " in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    kinds = ("random weights", "new scenes of things seen in training", "scenes of unseen things")
+    for found in (results[kind] for kind in kinds):
+        assert 0.05 < found["area of the thing"] < 0.13
+        assert found["attention on the thing"] == pytest.approx(found["area of the thing"], abs=0.05)  # hardly trained
+        assert 0 < found["attention on the other thing"] < 0.3
+    assert (tmp_path / "out" / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the notebook machinery, not of ours
 def test_notebook_runs_with_small_settings(path, tmp_path):

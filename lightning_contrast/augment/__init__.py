@@ -5,10 +5,12 @@ Every policy takes ``size`` first and all else by keyword, starting with ``mean`
 is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
 """
 
-from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views
+from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views
 from lightning_contrast.augment.multi_crop import (
+    cpc_views,
     dino_views,
     dinov2_views,
+    gloria_views,
     ijepa_views,
     image_text_views,
     msn_views,
@@ -41,8 +43,11 @@ __all__ = [
     "byol_views",
     "clip_distance",
     "clip_views",
+    "cpc_clip_views",
+    "cpc_views",
     "dino_views",
     "dinov2_views",
+    "gloria_views",
     "ijepa_views",
     "image_text_views",
     "make_policy",

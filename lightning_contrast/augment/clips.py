@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.augment.fused.base import Backend, to_device, uniform
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
-from lightning_contrast.augment.view_spec import ViewSpec
+from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
 from lightning_contrast.precision import full_precision
 
 Statistics = Sequence[float] | None
@@ -44,7 +44,7 @@ class ClipPolicy(ViewPolicy):
     """Map clips to a list of random shorter clips, on the device of the clips; made by `clip_views`.
 
     Args:
-        images: Policy of two image views, the first and the second augmentation.
+        images: Policy of two image views, the first and the second augmentation; of one for a single global clip.
         frames: T, frames of each clip.
         stride: Distance of the frames of a global clip.
         local_clips: J, number of local clips of consecutive frames per augmentation; 0 for none.
@@ -79,13 +79,15 @@ class ClipPolicy(ViewPolicy):
 
         Returns:
             Views ``(B, T, C, size, size)``, float32: two global clips, then the J local clips of the first augmentation
-            in temporal order, then those of the second.
+            in temporal order, then those of the second; one global clip if there is one augmentation.
 
         Raises:
             ValueError: If the shape is another one, or the clips have fewer frames than a view needs.
         """
         self._check(clips)
         length = clips.shape[1]
+        if len(self.views) == 1:
+            return [self._view(clips, self._starts(clips), self.stride, 0)]
         if self.local_clips == 0:
             numbers = uniform(len(clips), 3).astype(np.float64)
             starts = length - self.span + 1
@@ -94,7 +96,7 @@ class ClipPolicy(ViewPolicy):
             later = numbers[:, 2] < 0.5
             pair = first + np.where(later, distance, 0), first + np.where(later, 0, distance)
             return [self._view(clips, start, self.stride, which) for which, start in enumerate(pair)]
-        start = np.floor(uniform(len(clips), 1)[:, 0].astype(np.float64) * (length - self.span + 1)).astype(np.int64)
+        start = self._starts(clips)
         views = [self._view(clips, start, self.stride, which) for which in (0, 1)]
         step = self.frames * self.stride / self.local_clips
         for which in (0, 1):
@@ -116,6 +118,11 @@ class ClipPolicy(ViewPolicy):
         start = np.full(len(clips), (clips.shape[1] - self.span) // 2)
         frames = self._frames(clips, start, self.stride)
         return torch.unflatten(super().eval_transform(frames), 0, (-1, self.frames))
+
+    def _starts(self, clips: Tensor) -> NDArray[np.int64]:
+        """Return the first frames ``(B,)`` of windows of `span` frames, drawn uniformly."""
+        places = clips.shape[1] - self.span + 1
+        return np.floor(uniform(len(clips), 1)[:, 0].astype(np.float64) * places).astype(np.int64)
 
     def _check(self, clips: object) -> None:
         if not isinstance(clips, Tensor) or clips.ndim != 5:
@@ -177,13 +184,13 @@ def clip_views(
         local_clips: J, 0 or >= 2; at most ``stride``, so that the local clips lie within the global clip's span.
         consistent: Draw the augmentation once per clip and apply it to all of its frames, as published; False draws it
             for each frame.
-        specs: The first and the second augmentation, which replace the published ones.
+        specs: The first and the second augmentation, which replace the published ones; one alone gives one global clip.
         channels: Number of channels of the frames.
         color: Apply saturation, hue and grayscale.
         backend: See `Backend`.
 
     Raises:
-        ValueError: If a number is out of range, or ``specs`` are not two of one size.
+        ValueError: If a number is out of range, or ``specs`` are not two of one size (one or two without local clips).
     """
     check_at_least("size", size, 1)
     check_at_least("frames", frames, 1)
@@ -200,6 +207,40 @@ def clip_views(
         jitter = (0.25, 0.25, 0.25, 0.1)
         specs = [ViewSpec(size, (0.36, 1.0), jitter, jitter_p=0.3, gray_p=0.175, ratio=(1.0, 1.0))] * 2
     edges = [spec.size for spec in specs]
-    require(edges == [size, size], "specs", f"be two of size {size}", edges, "Give the two augmentations of a clip")
+    fits = {*edges} == {size} and (len(edges) == 2 or (len(edges) == 1 and local_clips == 0))
+    require(fits, "specs", f"be two of size {size}", edges, "Give the two augmentations of a clip")
     images = make_policy(specs, mean=mean, std=std, channels=channels, color=color, backend=backend)
     return ClipPolicy(images, frames=frames, stride=stride, local_clips=local_clips, consistent=consistent)
+
+
+def cpc_clip_views(
+    size: int = 64,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    frames: int = 24,
+    stride: int = 1,
+    scale: tuple[float, float] = (0.5, 1.0),
+    flip: float = 0.5,
+    **options: Unpack[ViewOptions],
+) -> ClipPolicy:
+    """Return the single view of predictive coding over time, a clip of which all frames are augmented alike.
+
+    Crop 0.5..1, flip 0.5, jitter (0.4, 0.4, 0.4, 0.1) at 0.8, grayscale 0.2. These are our own: the paper
+    (https://arxiv.org/abs/1807.03748) has sound and images.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `clip_views`.
+        std: As in `clip_views`.
+        frames: T, frames of the view, >= 1.
+        stride: Distance of these frames in the clip, >= 1; the start is drawn uniformly.
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1]; it swaps left and right motions.
+        **options: See `ViewOptions`.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    specs = [ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.1), flip=flip)]
+    return clip_views(size, mean=mean, std=std, frames=frames, stride=stride, specs=specs, **options)

@@ -226,3 +226,59 @@ def image_text_views(
     """
     spec = ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip, bicubic=True)
     return make_policy([spec], mean=mean, std=std, **options)
+
+
+def gloria_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    scale: Range = (0.7, 0.77),
+    flip: float = 0.0,
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return the single view of GLoRIA's images, a crop whose aspect changes little.
+
+    Crop 0.7..0.77 (bicubic) at 224, about the published 224 of 256 pixels, no flip, which would swap the sides that a
+    report names, no color operations.
+
+    Source: https://doi.org/10.1109/ICCV48922.2021.00391 and https://github.com/marshuang80/gloria.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `swav_views`; GLoRIA has 0.5 for each channel.
+        std: As in `swav_views`; GLoRIA has 0.5 for each channel.
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1].
+        **options: See `ViewOptions`.
+    """
+    return image_text_views(size, mean=mean, std=std, scale=scale, flip=flip, **options)
+
+
+def cpc_views(
+    size: int = 256,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    scale: Range = (0.73, 1.0),
+    flip: float = 0.5,
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return the single view of CPC, which is cut into patches.
+
+    Crop 0.73..1 at 256, flip 0.5, jitter (0.4, 0.4, 0.4, 0.2) at 0.8, grayscale 0.25, no blur. The crop is v1's 256 of
+    300 pixels, the colors are lightning-bolts'; both change the whole image, which v2 would change patch by patch
+    (``drop_channels`` of `CPC` does).
+
+    Source: https://arxiv.org/abs/1807.03748 and https://github.com/Lightning-Universe/lightning-bolts.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1].
+        **options: See `ViewOptions`.
+    """
+    view = ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.2), gray_p=0.25, flip=flip)
+    return make_policy([view], mean=mean, std=std, **options)

@@ -55,25 +55,31 @@ def attention_maps(model: nn.Module, images: Tensor, *, layer: int = -1) -> Tens
     return maps
 
 
-def attention_grid(images: Tensor, maps: Tensor, *, mass: float | None = None) -> "Figure":
-    """Draw a row for each image: the image, then what each head looks at.
+def attention_grid(
+    images: Tensor, maps: Tensor, *, mass: float | None = None, names: Sequence[str] | None = None
+) -> "Figure":
+    """Draw a row for each image: the image, then what each head, or each word, looks at.
 
     Args:
         images: (N, C, H, W), uint8 or float in 0..1.
-        maps: Attention of `attention_maps`, (N, heads, h, w).
+        maps: Attention of `attention_maps`, or of words by `GLoRIA.attention`, (N, heads, h, w).
         mass: Highlight the strongest patches with this share of the attention of the head, in [0, 1]; 0.6 in the
             figures of DINO. None shows the attention, scaled per map from its minimum to its maximum.
+        names: Titles of the columns of maps; None: "head 1" and so on.
 
     Returns:
         A figure of N rows and 1 + heads columns. Needs matplotlib.
 
     Raises:
-        ValueError: If the number of maps is not that of the images, or ``mass`` lies outside [0, 1].
+        ValueError: If the number of maps is not that of the images, or of names not that of maps, or ``mass`` lies
+            outside [0, 1].
     """
     from lightning_contrast.evaluation.figures import image_grid
 
     fits = maps.ndim == 4 and len(maps) == len(images)
     require(fits, "maps", f"be ({len(images)}, heads, h, w)", tuple(maps.shape), "Give the maps of these images")
+    titles = [f"head {head + 1}" for head in range(maps.shape[1])] if names is None else [*names]
+    require(len(titles) == maps.shape[1], "names", f"be {maps.shape[1]}", titles, "Give one name per map of an image")
     maps, images = maps.cpu(), images.cpu()
     pictures = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     if mass is None:
@@ -83,7 +89,7 @@ def attention_grid(images: Tensor, maps: Tensor, *, mass: float | None = None) -
         check_probability("mass", mass)
         shown = pictures.unsqueeze(1) * (0.15 + 0.85 * _resize(strongest(maps, mass).float(), images).unsqueeze(2))
     rows = [[picture, *heads] for picture, heads in zip(pictures, shown, strict=True)]
-    return image_grid(rows, ["image", *(f"head {head + 1}" for head in range(maps.shape[1]))])
+    return image_grid(rows, ["image", *titles])
 
 
 def strongest(maps: Tensor, mass: float) -> Tensor:

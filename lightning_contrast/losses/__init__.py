@@ -28,6 +28,7 @@ from lightning_contrast.losses.local_image_text import (
 from lightning_contrast.losses.negatives import Negatives
 from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
 from lightning_contrast.losses.predictive_coding import (
+    cpc_all_times_loss,
     cpc_loss,
     cpc_sampled_loss,
     cpc_time_loss,
@@ -47,6 +48,7 @@ __all__ = [
     "byol_loss",
     "clip_distillation_loss",
     "clip_loss",
+    "cpc_all_times_loss",
     "cpc_loss",
     "cpc_sampled_loss",
     "cpc_time_loss",

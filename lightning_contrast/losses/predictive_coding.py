@@ -137,16 +137,7 @@ def cpc_time_loss(
         ValueError: If shapes do not fit.
         TypeError: If inputs are not floating point, or indices no integers.
     """
-    for name, value in (("context", context), ("z", z), ("predictors", predictors)):
-        check_floating(name, value)
-        require(value.ndim == 3, name, "have 3 dimensions", tuple(value.shape), "Give one vector per time")
-    require(context.shape[:2] == z.shape[:2], "context", f"be {tuple(z.shape[:2])}", context.shape, "Give one per time")
-    widths, steps, times = (z.shape[2], context.shape[2]), len(predictors), z.shape[1]
-    hint = "Map contexts to the width of the targets"
-    require(predictors.shape[1:] == widths, "predictors", f"be (K, {widths[0]}, {widths[1]})", predictors.shape, hint)
-    require(
-        0 < steps < times, "predictors", f"be 1 to {times - 1} matrices", steps, "Take longer clips, or fewer steps"
-    )
+    steps, times = _check_times(context, z, predictors)
     check_index("negative_batch", negative_batch, 3)
     check_index("negative_time", negative_time, 3)
     window = times - steps
@@ -162,6 +153,33 @@ def cpc_time_loss(
     scores = torch.cat([positive, negative], dim=3) / z.shape[2]
     each = scores.logsumexp(3) - scores[..., 0]  # (K, B, S - K)
     return global_mean(each.mean((0, 2)))
+
+
+@full_precision
+def cpc_all_times_loss(context: Tensor, z: Tensor, predictors: Tensor) -> Tensor:
+    """Compute CPC's loss over time for K steps ahead, with all times of all sequences of all ranks as negatives.
+
+    `cpc_loss` of a grid with one column: P_k c_t is compared with z_(t + k) and every other z by the mean over channels
+    of their product, as in `cpc_time_loss`, but nothing is drawn. Nothing is normalized.
+
+    Args:
+        context: Context of each time, of which no later time is part, ``(B, S, A)``.
+        z: Vectors of each time, ``(B, S, D)``.
+        predictors: The matrices P_k, ``(K, D, A)`` with K < S.
+
+    Returns:
+        The mean over steps of the mean over all times that have a target, of all ranks, a scalar in nats; ``ln(B S)``
+        where all are alike.
+
+    Raises:
+        ValueError: If shapes do not fit.
+        TypeError: If the inputs are not floating point.
+    """
+    _check_times(context, z, predictors)
+    targets = z.transpose(1, 2)[..., None]  # (B, D, S, 1)
+    predicted = torch.einsum("kda,bta->kbdt", predictors, context)[..., None]
+    each = [cpc_loss(made, targets, offset=k + 1, scale=1 / z.shape[2]) for k, made in enumerate(predicted)]
+    return torch.stack(each).mean()
 
 
 def draw_row_negatives(
@@ -209,6 +227,21 @@ def draw_time_negatives(
     chosen = torch.randint(batch, shape, generator=generator)
     time = torch.randint(1, times, shape, generator=generator)
     return chosen.to(z.device, non_blocking=True), time.to(z.device, non_blocking=True)
+
+
+def _check_times(context: Tensor, z: Tensor, predictors: Tensor) -> tuple[int, int]:
+    """Check contexts (B, S, A), vectors (B, S, D) and matrices (K, D, A), and return K and S."""
+    for name, value in (("context", context), ("z", z), ("predictors", predictors)):
+        check_floating(name, value)
+        require(value.ndim == 3, name, "have 3 dimensions", tuple(value.shape), "Give one vector per time")
+    require(context.shape[:2] == z.shape[:2], "context", f"be {tuple(z.shape[:2])}", context.shape, "Give one per time")
+    widths, steps, times = (z.shape[2], context.shape[2]), len(predictors), z.shape[1]
+    hint = "Map contexts to the width of the targets"
+    require(predictors.shape[1:] == widths, "predictors", f"be (K, {widths[0]}, {widths[1]})", predictors.shape, hint)
+    require(
+        0 < steps < times, "predictors", f"be 1 to {times - 1} matrices", steps, "Take longer clips, or fewer steps"
+    )
+    return steps, times
 
 
 def check_index(name: str, value: object, dims: int) -> None:

@@ -25,5 +25,6 @@ from .spectral import SpectralContrastive as SpectralContrastive
 from .supcon import SupCon as SupCon
 from .swav import SwAV as SwAV
 from .temporal_contrast import TemporalContrast as TemporalContrast
+from .temporal_cpc import TemporalCPC as TemporalCPC
 from .triplet import Triplet as Triplet
 from .vicreg import VICReg as VICReg

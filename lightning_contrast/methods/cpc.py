@@ -6,20 +6,20 @@ Differs from the papers: losses are the mean over offsets and directions, not th
 default for one direction; the optimizer is AdamW with a cosine.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, check_probability, require
-from lightning_contrast.augment import ViewPolicy, ViewSpec, make_policy
-from lightning_contrast.augment.view_spec import ViewOptions
+from lightning_contrast.augment import cpc_views
 from lightning_contrast.losses import cpc_loss, cpc_sampled_loss, draw_row_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import Backbone, BackboneOptions, GridContext, PatchGrid, build_backbone, replace_batchnorm
+from lightning_contrast.nn import Backbone, GridPredictors, PatchGrid, build_backbone, replace_batchnorm
+from lightning_contrast.nn.patch_grid import turn_grid
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 Directions = Literal["down", "all"]
 _COUNT = {"down": 1, "all": 4}
@@ -54,13 +54,14 @@ class CPC(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is 4e-4 x global batch / 512; v2 has 4e-4 with Adam.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     adamw_options: ClassVar[dict[str, Any]] = {"betas": (0.8, 0.999)}
     """Options of ``optimizer="adamw"``."""
     base_lr: ClassVar[float] = 2e-4
     sharded_methods: ClassVar = {"backbone": ("maps",)}
+    views = staticmethod(cpc_views)
 
     def __init__(
         self,
@@ -83,9 +84,9 @@ class CPC(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-5,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
-        network, width = build_backbone(backbone, **options)
+        network, width = build_backbone(backbone, **backbone_options(options))
         if layer_norm and isinstance(backbone, str):
             network = replace_batchnorm(network)
         grid = network if isinstance(network, PatchGrid) else PatchGrid(network, patch_size, stride, feature_dim=width)
@@ -93,7 +94,12 @@ class CPC(SelfSupervisedModule):
         hint = "Give the `patch_size` and `stride` of the `PatchGrid`"
         require(found == (patch_size, stride), "backbone", f"cut patches {(patch_size, stride)}", found, hint)
         super().__init__(
-            Backbone(grid, width), optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
+            Backbone(grid, width),
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            **options,
         )
         check_choice("directions", directions, tuple(_COUNT))
         check_at_least("steps", steps, 1)
@@ -105,30 +111,11 @@ class CPC(SelfSupervisedModule):
             check_at_least("negatives", negatives, 1)
         self.steps, self.skip, self.negatives = steps, skip, negatives
         self.logit_scale, self.drop_channels = logit_scale, drop_channels
-        sizes = (context_dim or width, context_layers, context_hidden_dim)
-        self.predictors = _Directions(
-            _Predictor(GridContext(width, *sizes), sizes[0], width if negatives else target_dim, steps, bool(negatives))
-            for _ in range(_COUNT[directions])
-        )
+        sizes = {"context_dim": context_dim or width, "layers": context_layers, "hidden_dim": context_hidden_dim}
+        out_dim = None if negatives else target_dim
+        self.predictors = GridPredictors(width, out_dim, steps, directions=_COUNT[directions], **sizes)
         self.target: nn.Module = nn.Identity() if negatives else nn.Conv2d(width, target_dim, 1)
         self.save_hyperparameters()
-
-    @staticmethod
-    def views(
-        size: int = 256,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        scale: tuple[float, float] = (0.73, 1.0),
-        **options: Unpack[ViewOptions],
-    ) -> ViewPolicy:
-        """Return one view: crop 0.73..1, flip, jitter (0.4, 0.4, 0.4, 0.2) at 0.8, grayscale 0.25.
-
-        The crop is v1's 256 of 300 pixels, the colors are lightning-bolts'; both change the whole image, which v2 would
-        change patch by patch (``drop_channels`` does).
-        """
-        view = ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.2), gray_p=0.25)
-        return make_policy([view], mean=mean, std=std, **options)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss of one view, and features (B, F)."""
@@ -167,38 +154,7 @@ class CPC(SelfSupervisedModule):
         return [group | self.adamw_options for group in groups] if self.optimizer == "adamw" else groups
 
 
-class _Predictor(nn.Module):
-    """The context of a grid and what is predicted of K rows, in one module, since strategies shard modules."""
-
-    def __init__(self, context: GridContext, width: int, out_dim: int, steps: int, bilinear: bool) -> None:
-        super().__init__()
-        self.context, self.bilinear = context, bilinear
-        sizes = (out_dim, width) if bilinear else (width, out_dim)
-        self.steps = nn.ModuleList(nn.Conv2d(*sizes, 1, bias=not bilinear) for _ in range(steps))
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, ...]:
-        """Return K predictions (B, D, R, S) of maps (B, F, R, S); bilinear: contexts (B, C, R, S) and W (K, C, F)."""
-        context = self.context(maps)
-        if self.bilinear:
-            return context, torch.stack([step.weight.flatten(1) for step in self.steps])  # type: ignore[operator]
-        return tuple(step(context) for step in self.steps)
-
-
-class _Directions(nn.ModuleList):
-    """One predictor per direction, in a module with a ``forward``, which FSDP2 needs."""
-
-    def forward(self, maps: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return what each predictor makes of maps (B, F, R, S)."""
-        return [predictor(_turned(maps, turn)) for turn, predictor in enumerate(self)]
-
-
-def _turned(maps: Tensor, turn: int) -> Tensor:
-    """Return maps (B, C, R, S) so that down is down, up, right or left for turn 0, 1, 2 or 3."""
-    maps = maps.transpose(2, 3) if turn >= 2 else maps
-    return maps.flip(2) if turn % 2 else maps
-
-
-_turned_targets = full_precision(_turned)
+_turned_targets = full_precision(turn_grid)
 
 
 @full_precision

@@ -7,7 +7,7 @@ images keep their size (there all are resized to 299); a text's vector is the me
 are averaged too, which only scales it); the default text tower is small and reads bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -17,21 +17,21 @@ from lightning_contrast._checks import (
     check_at_least,
     check_captions,
     check_choice,
-    check_not_negative,
     check_positive,
+    check_weights,
     fail,
     require,
 )
-from lightning_contrast.augment import ViewPolicy, image_text_views
-from lightning_contrast.augment.view_spec import ViewOptions
+from lightning_contrast.augment import gloria_views
 from lightning_contrast.contracts import batch_texts
 from lightning_contrast.losses import gloria_global_loss, gloria_local_loss, region_attention
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
-from lightning_contrast.nn import BackboneOptions, ByteTokenizer, RegionMaps, TextTransformer, read_feature_dim
-from lightning_contrast.nn.region_maps import byte_words, join_pieces
+from lightning_contrast.nn import ByteTokenizer, RegionMaps, TextTransformer, read_feature_dim
+from lightning_contrast.nn.region_maps import byte_words, token_words, word_vectors
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision, unit_rows
+from lightning_contrast.runtime.method_options import MethodOptions
 
 _SMALL = {"width": 128, "layers": 3, "heads": 2}
 
@@ -40,9 +40,10 @@ class GLoRIA(SelfSupervisedModule):
     """Contrast images with texts, globally and by the regions that the words of a text attend to.
 
     A batch holds images (B, C, H, W) and texts: ``(images, texts)``, or a dict with "image" and "text". Texts are a
-    list of str, or int64 tokens (B, L). `forward` gives the backbone's features (B, F); `encode_image` and
-    `encode_text` give embeddings (B, D); `attention` gives the picture of each word in an image. Logs ``train/loss``,
-    ``train/local_loss`` and ``train/global_loss``.
+    list of str, or int64 tokens (B, L), each with a word: padding alone is refused on a CPU, and elsewhere counts as
+    one word with a vector of zeros, whose cosine with everything is 0. `forward` gives the backbone's features (B, F);
+    `encode_image` and `encode_text` give embeddings (B, D); `attention` gives the picture of each word in an image.
+    Logs ``train/loss``, ``train/local_loss`` and ``train/global_loss``.
 
     Args:
         backbone: Name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -69,13 +70,14 @@ class GLoRIA(SelfSupervisedModule):
         lr: Peak learning rate, absolute.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float] = 5e-5
     sharded_methods: ClassVar = {"text_backbone": ("forward_tokens",)}
     cached_modules: ClassVar[tuple[str, ...]] = ("backbone", "text_backbone")
     """The submodules that a `GradientCache` runs in chunks."""
+    views = staticmethod(gloria_views)
 
     def __init__(
         self,
@@ -100,16 +102,13 @@ class GLoRIA(SelfSupervisedModule):
         lr: float = 5e-5,
         weight_decay: float = 1e-6,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_choice("pieces", pieces, ("sum", "mean"))
-        check_not_negative("local_weight", local_weight)
-        check_not_negative("global_weight", global_weight)
-        hint = "Leave one of them above 0"
-        require(local_weight + global_weight > 0, "local_weight", "be > 0 without `global_weight`", local_weight, hint)
+        check_weights(local_weight=local_weight, global_weight=global_weight)
         scales = {"attention_scale": attention_scale, "word_scale": word_scale, "logit_scale": logit_scale}
         for name, scale in scales.items():
             check_positive(name, scale)
@@ -132,17 +131,6 @@ class GLoRIA(SelfSupervisedModule):
         self.image_projection = nn.Linear(self.feature_dim, width)
         self.region_projection = nn.Conv2d(channels, width, 1, bias=False)
         self.save_hyperparameters()
-
-    @staticmethod
-    def views(
-        size: int = 224,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        **options: Unpack[ViewOptions],
-    ) -> ViewPolicy:
-        """Return one view: a crop of 0.77 of the area (224 of 256 pixels), without flip, which would swap sides."""
-        return image_text_views(size, mean=mean, std=std, scale=(0.7, 0.77), **options)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Return the global embeddings of images (B, C, H, W), unit rows (B, D)."""
@@ -213,16 +201,10 @@ class GLoRIA(SelfSupervisedModule):
         """Return word vectors (B, D, T), the numbers of words (B,), and the word of each token of (B, L)."""
         tower: Any = self.text_backbone
         states, lengths = tower.forward_tokens(tokens)  # (B, L, D), (B,)
-        if self.word_ids is None:
-            places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            ids = places.masked_fill(places >= lengths[:, None] - 1, -1)  # without the end
-        else:
-            ids = self.word_ids(tokens)
-        counts = (ids.amax(1) + 1).clamp_min(1)
+        ids = token_words(tokens, lengths) if self.word_ids is None else self.word_ids(tokens)
         most = tokens.shape[1] // 2 if self.word_ids is byte_words else tokens.shape[1]
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
-            most = int(counts.max())
-        return _join_pieces(states, ids, max(most, 1), mean=self.pieces == "mean"), counts, ids
+        words, counts = _word_vectors(states, ids, most, mean=self.pieces == "mean")
+        return words, counts, ids
 
 
 def _small_tower(
@@ -237,7 +219,7 @@ def _small_tower(
     return TextTransformer(context_length=context_length, embedding_dim=embedding_dim, **settings)
 
 
-_join_pieces = full_precision(join_pieces)
+_word_vectors = full_precision(word_vectors)
 
 
 @full_precision

@@ -24,7 +24,7 @@ from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
 from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
 from lightning_contrast.nn.open_clip_towers import OpenClipTokenizer
-from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
+from lightning_contrast.nn.patch_grid import GridContext, GridPredictors, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
 from lightning_contrast.nn.small_vit import small_vit
@@ -32,7 +32,14 @@ from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_spli
 from lightning_contrast.nn.stems import use_small_stem
 from lightning_contrast.nn.temperature import LearnedTemperature, ScheduledTemperature
 from lightning_contrast.nn.text_transformer import TextTransformer
-from lightning_contrast.nn.video import SmallVideoConvNet, VideoBackbone, build_clip_backbone, clip_steps
+from lightning_contrast.nn.time_predictor import TimePredictor
+from lightning_contrast.nn.video import (
+    SmallVideoConvNet,
+    VideoBackbone,
+    build_clip_backbone,
+    clip_steps,
+    project_moments,
+)
 from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_masked_backbone, select_patches
 from lightning_contrast.nn.weight_norm import WeightNormLinear
 
@@ -45,6 +52,7 @@ __all__ = [
     "DistillationHead",
     "FeatureQueue",
     "GridContext",
+    "GridPredictors",
     "Head",
     "HeadOptions",
     "JepaMaskSampler",
@@ -71,6 +79,7 @@ __all__ = [
     "SmallVideoConvNet",
     "SplitBatchNorm2d",
     "TextTransformer",
+    "TimePredictor",
     "Tokens",
     "VideoBackbone",
     "WeightNormLinear",
@@ -89,6 +98,7 @@ __all__ = [
     "ibot_masks",
     "masked_patches",
     "mlp_head",
+    "project_moments",
     "read_feature_dim",
     "replace_batchnorm",
     "select_patches",

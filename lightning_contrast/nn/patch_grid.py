@@ -120,6 +120,59 @@ class GridContext(nn.Module):
         return F.relu(context)
 
 
+class RowPredictor(nn.Module):
+    """The context of a grid and what it predicts of the K rows below, in one module, since strategies shard modules.
+
+    Args:
+        in_dim: F, the width of the grid's vectors.
+        out_dim: D, the width of predictions, made by 1x1 convolutions; None: the bilinear matrices of CPC v1.
+        steps: K, how many rows are predicted.
+        context_dim: C, the width of the context.
+        layers: As in `GridContext`.
+        hidden_dim: As in `GridContext`.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int | None, steps: int, *, context_dim: int, layers: int, hidden_dim: int
+    ) -> None:
+        super().__init__()
+        self.context, self.bilinear = GridContext(in_dim, context_dim, layers, hidden_dim), out_dim is None
+        sizes = (in_dim, context_dim) if out_dim is None else (context_dim, out_dim)
+        self.steps = nn.ModuleList(nn.Conv2d(*sizes, 1, bias=not self.bilinear) for _ in range(steps))
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, ...]:
+        """Return K predictions (B, D, R, S) of maps (B, F, R, S); bilinear: contexts (B, C, R, S) and W (K, C, F)."""
+        context = self.context(maps)
+        if self.bilinear:
+            return context, torch.stack([step.weight.flatten(1) for step in self.steps])  # type: ignore[operator]
+        return tuple(step(context) for step in self.steps)
+
+
+class GridPredictors(nn.ModuleList):
+    """One `RowPredictor` per direction, in a module with a ``forward``, which FSDP2 needs.
+
+    Args:
+        in_dim: As in `RowPredictor`.
+        out_dim: As in `RowPredictor`.
+        steps: As in `RowPredictor`.
+        directions: Number of directions, 1 (down) or 4 (down, up, right, left).
+        **sizes: ``context_dim``, ``layers`` and ``hidden_dim`` of `RowPredictor`.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int | None, steps: int, *, directions: int, **sizes: int) -> None:
+        super().__init__(RowPredictor(in_dim, out_dim, steps, **sizes) for _ in range(directions))
+
+    def forward(self, maps: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return what each predictor makes of maps (B, F, R, S), turned so that its direction is down."""
+        return [predictor(turn_grid(maps, turn)) for turn, predictor in enumerate(self)]
+
+
+def turn_grid(maps: Tensor, turn: int) -> Tensor:
+    """Return maps (B, C, R, S) so that down is down, up, right or left for turn 0, 1, 2 or 3."""
+    maps = maps.transpose(2, 3) if turn >= 2 else maps
+    return maps.flip(2) if turn % 2 else maps
+
+
 def replace_batchnorm(network: nn.Module) -> nn.Module:
     """Replace every BatchNorm over maps by a LayerNorm over channels and places, in place, and return the network.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import fail
+from lightning_contrast._checks import fail, require
 from lightning_contrast.nn.byte_tokenizer import START
 
 _SPACE = ord(" ") + 1  # the token of the byte
@@ -100,6 +100,44 @@ def byte_words(tokens: Tensor) -> Tensor:
     inside = (tokens > 0) & (tokens < START) & (tokens != _SPACE)
     before = torch.cat([torch.zeros_like(inside[:, :1]), inside[:, :-1]], dim=1)
     return ((inside & ~before).cumsum(1) - 1).masked_fill(~inside, -1)
+
+
+def token_words(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Return the number of the word of each token where every token before the end is a word, as GLoRIA has it.
+
+    Args:
+        tokens: int64 tokens (B, L).
+        lengths: Tokens of each text with the end, (B,).
+
+    Returns:
+        int64 (B, L): the place of the token; -1 for the end and padding.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return places.masked_fill(places >= lengths[:, None] - 1, -1)
+
+
+def word_vectors(states: Tensor, ids: Tensor, most: int, *, mean: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the vectors of the words of B texts, and how many words each has.
+
+    Args:
+        states: Token states (B, L, D).
+        ids: Number of the word of each token, (B, L) int64; -1 for tokens of no word.
+        most: T on accelerators, where the largest number of words is not read; on a CPU T is that number.
+        mean: As in `join_pieces`.
+
+    Returns:
+        Words (B, D, T), zeros beyond a text's words, and their numbers (B,), at least 1.
+
+    Raises:
+        ValueError: If a text has no word, on a CPU; elsewhere it has one with a vector of zeros.
+    """
+    counts = ids.amax(1) + 1
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+        empty = (counts < 1).nonzero().flatten().tolist()
+        hint = "Drop such pairs, or give them a caption; padding, spaces, the start and the end are no words"
+        require(not empty, "texts", "hold a word each", f"none at {empty[:5]}", hint)
+        most = int(counts.max())
+    return join_pieces(states, ids, max(most, 1), mean=mean), counts.clamp_min(1)
 
 
 def join_pieces(states: Tensor, words: Tensor, count: int, *, mean: bool = False) -> Tensor:

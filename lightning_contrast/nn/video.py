@@ -150,3 +150,25 @@ def clip_steps(backbone: nn.Module, clips: Tensor) -> Tensor:
         return cast("Tensor", backbone(clips, steps=True))
     features: Tensor = backbone(clips.flatten(0, 1))  # (B * T, F)
     return torch.unflatten(features, 0, (-1, clips.shape[1]))
+
+
+def project_moments(projector: nn.Module, steps: Tensor, count: int) -> Tensor:
+    """Return the projections of ``count`` moments of each clip, at which S / J of its S time steps are averaged.
+
+    Args:
+        projector: Module from features ``(N, F)`` to projections ``(N, D)``; it sees all moments of the batch at once.
+        steps: Features of time steps, ``(B, S, F)``.
+        count: J, the number of moments.
+
+    Returns:
+        ``(J, B, D)``.
+
+    Raises:
+        ValueError: If S is no multiple of J.
+    """
+    found = steps.shape[1]
+    hint = "Give global clips of more frames, or a backbone with another temporal stride, such as keep_time of r3d_18"
+    require(found % count == 0, "views", f"give a multiple of {count} time steps per global clip", found, hint)
+    means = torch.unflatten(steps, 1, (count, -1)).mean(2)  # (B, J, F)
+    projected: Tensor = projector(means.flatten(0, 1))  # (B * J, D)
+    return torch.unflatten(projected, 0, (-1, count)).transpose(0, 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_contrast.augment import ViewSpec, clip_distance, clip_views
+from lightning_contrast.augment import ViewSpec, clip_distance, clip_views, cpc_clip_views
 from lightning_contrast.testing import HostSyncs
 from tests.tolerances import CANCELLING, f32, near
 
@@ -42,6 +42,24 @@ def test_two_clips_at_a_random_distance():
     starts = 40 - 8
     assert distance.abs().double().mean() == pytest.approx(starts / 3 - 0.5, abs=1.2)
     assert 200 < (distance > 0).sum() < 300  # in random order
+
+
+def test_the_single_clip_of_predictive_coding_starts_anywhere():
+    torch.manual_seed(0)
+    (view,) = cpc_clip_views(8, frames=10, stride=3, color=False)(numbered(512).float() / 255)
+    assert view.shape == (512, 10, 3, 8, 8)
+    start = np.array([0, 40 - 27 - 1])
+    (still,) = clip_views(8, frames=10, stride=3, specs=[STILL])(numbered(512))
+    assert (places(still).diff(dim=1) == 3).all()
+    assert np.array_equal([places(still).min(), places(still)[:, 0].max()], start)
+    (jittered,) = cpc_clip_views(8, frames=4)(torch.full((16, 4, 3, 8, 8), 0.4))
+    assert torch.equal(jittered, jittered[:, :1].expand_as(jittered))  # all frames alike
+    assert len(jittered[:, 0].flatten(1).unique(dim=0)) > 8
+    with pytest.raises(ValueError, match="`clips` must have at least 24 frames, got 23"):
+        cpc_clip_views(8)(numbered(2, length=23))
+    for argument in ("frames", "stride", "size"):
+        with pytest.raises(ValueError, match=f"`{argument}` must be >= 1"):
+            cpc_clip_views(**({"size": 8} | {argument: 0}))
 
 
 def test_local_clips_lie_one_after_another_in_the_global_one():
@@ -105,7 +123,8 @@ def test_one_frame_clips_are_images():
         ({"stride": 0}, "stride"),
         ({"local_clips": 1}, "local_clips"),
         ({"local_clips": 4, "stride": 3}, "local_clips"),
-        ({"specs": [STILL]}, "specs"),
+        ({"specs": [STILL] * 3}, "specs"),
+        ({"specs": [STILL], "local_clips": 2}, "specs"),
         ({"specs": [STILL, ViewSpec(9, (0.5, 1.0))]}, "specs"),
     ],
 )

@@ -18,9 +18,10 @@ from lightning_contrast.testing import HostSyncs
 from tests.tolerances import FORMULA, NETWORK, bound, f32
 
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
-del POLICIES["clip_views"]  # its input are clips: test_clips
+for of_clips in ("clip_views", "cpc_clip_views"):  # their input are clips: test_clips
+    del POLICIES[of_clips]
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
-ONE_VIEW = {"ijepa_views", "image_text_views"}
+ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"}
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
@@ -39,6 +40,8 @@ TABLE = {
     "dino_views": ((0.4, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "dinov2_views": ((0.32, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "msn_views": ((0.3, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "cpc_views": ((0.73, 1), (0.4, 0.4, 0.4, 0.2), 0.8, 0.25, (0,), (0,)),
+    "gloria_views": ((0.7, 0.77), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
@@ -70,14 +73,14 @@ def test_numbers(name):
         color = found["FusedColorJitter"]
         assert found["FusedResizedCrop"].scale == crop
         assert found["FusedResizedCrop"].size == 224
-        assert found["FusedResizedCrop"].flip == (0 if name in ONE_VIEW else 0.5)
+        assert found["FusedResizedCrop"].flip == (0 if name in ONE_VIEW - {"cpc_views"} else 0.5)
         assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx(jitter)
         assert (color.probability, color.grayscale) == (jitter_p, gray)
         assert color.gray_first is (name == "moco_v1_views")
         assert color.additive_brightness is (name == "byol_views")
         assert getattr(found.get("FusedGaussianBlur"), "probability", 0) == blur[i]
         assert getattr(found.get("FusedSolarize"), "probability", 0) == solarize[i]
-    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text"}
+    bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text", "gloria"}
     expected = "bicubic" if name.removesuffix("_views") in bicubic else "bilinear"
     assert operations(views[0])["FusedResizedCrop"].interpolation == expected
     if name in MULTI_CROP:
@@ -138,7 +141,7 @@ def test_views_of_every_policy(emoji, name, fused):
     difference = (views[0] - (policy(images)[0] if name in ONE_VIEW else views[1])).abs().mean((1, 2, 3))
     different = difference > 1e-3
     # Most crops of 0.9..1 of a square at another aspect ratio do not fit: the whole image is taken, also twice.
-    assert different.any() if name == "image_text_views" else different.all()
+    assert different.any() if name in ("gloria_views", "image_text_views") else different.all()
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -405,7 +408,7 @@ def test_everything_but_the_size_is_given_by_keyword(name):
     assert {p.kind for p in parameters[1:-1]} == {inspect.Parameter.KEYWORD_ONLY}
     assert (parameters[-1].name, parameters[0].default) == (
         "options",
-        {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64}.get(name, 224),
+        {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64, "cpc_views": 256}.get(name, 224),
     )
     with pytest.raises(TypeError, match="positional argument"):
         POLICIES[name](8, [0.5] * 3, [0.5] * 3)
@@ -479,5 +482,5 @@ def test_bad_images(images, error, message, fused):
 
 def test_every_docstring_names_its_source():
     for name, policy in POLICIES.items():
-        assert "https://arxiv.org/abs/" in policy.__doc__, name
+        assert "https://arxiv.org/abs/" in policy.__doc__ or "https://doi.org/" in policy.__doc__, name
     assert policies.__doc__

@@ -10,12 +10,15 @@ from tests.device.pretended import OnDevice, PretendedDevice, in_own_process
 # How each is called with two batches of rows (B, D) that require a gradient, and labels (B,).
 CALLS = {
     "attend_regions": lambda a, b, y: losses.attend_regions(*_places(a, b), lengths=y[:4] + 1),
+    "cpc_all_times_loss": lambda a, b, y: losses.cpc_all_times_loss(
+        *(_places(b, x)[1].flatten(2).mT for x in (b, a)), torch.ones_like(b[:6, :6])[None]
+    ),
     "cpc_loss": lambda a, b, y: losses.cpc_loss(_places(a, b)[1], _places(b, a)[1], offset=1),
     "cpc_sampled_loss": lambda a, b, y: losses.cpc_sampled_loss(
-        *(_places(x, b)[1] for x in (b, a)), torch.ones_like(b[:6, :6])[None], y[None], negatives=2, skip=0
+        *(_places(b, x)[1] for x in (b, a)), torch.ones_like(b[:6, :6])[None], y[None], negatives=2, skip=0
     ),
     "cpc_time_loss": lambda a, b, y: losses.cpc_time_loss(
-        *(_places(x, b)[1].flatten(2).mT for x in (b, a)), torch.ones_like(b[:6, :6])[None], *2 * (y[:4].view(4, 1, 1),)
+        *(_places(b, x)[1].flatten(2).mT for x in (b, a)), torch.ones_like(b[:6, :6])[None], *2 * (y[:4].view(4, 1, 1),)
     ),
     "gloria_global_loss": lambda a, b, y: losses.gloria_global_loss(a, b, groups=y),
     "gloria_local_loss": lambda a, b, y: losses.gloria_local_loss(*_places(a, b)[::-1], y[:4] + 1, groups=y[:4]),

@@ -121,6 +121,8 @@ def test_grid_shows_each_image_and_its_heads(mass, dtype):
     figure = attention_grid(images, maps, mass=mass)
     assert len(figure.axes) == 2 * 4
     assert [axes.get_title() for axes in figure.axes[:4]] == ["image", "head 1", "head 2", "head 3"]
+    named = attention_grid(images, maps, mass=mass, names=["a", "b", "c"])
+    assert [axes.get_title() for axes in named.axes[:4]] == ["image", "a", "b", "c"]
     shown = torch.from_numpy(figure.axes[4 + 2].get_images()[0].get_array().data)  # second image, second head
     if mass is None:
         stretched = (maps[1, 1] - maps[1, 1].min()) / (maps[1, 1].max() - maps[1, 1].min())
@@ -181,6 +183,8 @@ def test_bad_maps_are_named():
         attention_grid(torch.rand(2, 3, 8, 8), torch.rand(3, 1, 4, 4))
     with pytest.raises(ValueError, match=r"`mass` must lie in \[0, 1\], got 1.5"):
         attention_grid(torch.rand(2, 3, 8, 8), torch.rand(2, 1, 4, 4), mass=1.5)
+    with pytest.raises(ValueError, match=r"`names` must be 1, got \['a', 'b'\]"):
+        attention_grid(torch.rand(2, 3, 8, 8), torch.rand(2, 1, 4, 4), names=["a", "b"])
 
 
 def test_example_draws_what_a_run_saw(tmp_path, monkeypatch, capsys):

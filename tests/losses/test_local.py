@@ -124,6 +124,21 @@ def test_values_at_equal_scores():
     times = torch.ones(2, 5, 3)
     negatives = losses.draw_time_negatives(times, steps=2, negatives=7)
     assert float(losses.cpc_time_loss(times, times, torch.ones(2, 3, 3), *negatives)) == near(math.log(8))
+    assert float(losses.cpc_all_times_loss(times, times, torch.ones(2, 3, 3))) == near(math.log(2 * 5))
+
+
+def test_all_times_are_told_apart_by_a_softmax():
+    context, z, predictors = draw(3, 5, 2), draw(3, 5, 4, seed=1), draw(2, 4, 2, seed=2)
+    losses_of_steps = []
+    for k in (1, 2):
+        each = []
+        for b in range(3):
+            for t in range(5 - k):
+                logits = z.flatten(0, 1) @ (predictors[k - 1] @ context[b, t]) / 4  # the mean over 4 channels
+                each.append(logits.logsumexp(0) - logits[5 * b + t + k])
+        losses_of_steps.append(torch.stack(each).mean())
+    found = losses.cpc_all_times_loss(context, z, predictors)
+    torch.testing.assert_close(found, torch.stack(losses_of_steps).mean(), **f64(CANCELLING))
 
 
 def run(kind, rows, ragged=False):
@@ -134,6 +149,9 @@ def run(kind, rows, ragged=False):
         if ragged:  # a rank's batch is as long as its longest text
             own = own[:, :, : int(LENGTHS[rows].max())]
         loss = losses.gloria_local_loss(regions[rows], own, LENGTHS[rows], groups=GROUPS[rows])
+    elif kind == "cpc_all_times":
+        leaves = draw(5, 4, 3).requires_grad_(), draw(5, 4, 6, seed=1).requires_grad_()
+        loss = losses.cpc_all_times_loss(*(leaf[rows] for leaf in leaves), draw(2, 6, 3, seed=2))
     else:
         leaves = draw(5, 6, 4, 3).requires_grad_(), draw(5, 6, 4, 3, seed=1).requires_grad_()
         loss = losses.cpc_loss(*(leaf[rows] for leaf in leaves), offset=2, scale=1.0)
@@ -150,7 +168,7 @@ def of_rank(rank, kind):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["gloria", "cpc"])
+@pytest.mark.parametrize("kind", ["gloria", "cpc", "cpc_all_times"])
 def test_two_unequal_ranks_equal_one(kind):
     loss, gradients = run(kind, slice(0, 5))
     for found, of_ranks in run_processes(of_rank, 2, kind):
@@ -201,6 +219,10 @@ BAD = {
     ),
     "clip too short": (
         lambda: losses.cpc_time_loss(TIMES, TIMES, torch.ones(5, 3, 3), *2 * (torch.zeros(2, 1, 0).long(),)),
+        "`predictors` must be 1 to 4 matrices, got 5",
+    ),
+    "all times": (
+        lambda: losses.cpc_all_times_loss(TIMES, TIMES, torch.ones(5, 3, 3)),
         "`predictors` must be 1 to 4 matrices, got 5",
     ),
     "window": (

@@ -274,20 +274,32 @@ CASES |= {
 }
 
 
-class OfStills(lc.TemporalContrast):
-    """On clips of four frames that are made of one image each, since the suite's batches are images."""
+class Stills(lc.SelfSupervisedModule):
+    """Trains on clips of four frames that are made of one image each, since the suite's batches are images."""
 
     def batch_views(self, batch, count):
         return [torch.stack([view.roll(t, -1) for t in range(4)], 1) for view in super().batch_views(batch, count)]
 
 
+class ContrastOfStills(Stills, lc.TemporalContrast):
+    """Instance, local-local and global-local contrast."""
+
+
+class CPCOfStills(Stills, lc.TemporalCPC):
+    """Predictions of the frames that follow."""
+
+
+AHEAD = {"steps": 2, "context_dim": 5}
+
 CASES |= {
     "TemporalContrast": Case(
-        OfStills, plain={"head_norm": None}, views=6, settings={"local_clips": 2, "projection_dim": 8}
+        ContrastOfStills, plain={"head_norm": None}, views=6, settings={"local_clips": 2, "projection_dim": 8}
     ),
     "TemporalContrast instance": Case(
-        OfStills, plain={"head_norm": None}, settings={"local_weight": 0.0, "global_local_weight": 0.0}
+        ContrastOfStills, plain={"head_norm": None}, settings={"local_weight": 0.0, "global_local_weight": 0.0}
     ),
+    "TemporalCPC": Case(CPCOfStills, plain={"negatives": None}, views=1, settings=AHEAD | {"negatives": 6}),
+    "TemporalCPC all": Case(CPCOfStills, views=1, settings=AHEAD | {"negatives": None}),
 }
 
 

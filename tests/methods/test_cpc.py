@@ -7,6 +7,7 @@ from torch import nn
 import lightning_contrast as lc
 from lightning_contrast import losses
 from lightning_contrast.nn import GridContext, PatchGrid, replace_batchnorm
+from lightning_contrast.nn.patch_grid import turn_grid
 from tests.methods.cases import GRID, TinyBackbone
 from tests.methods.test_contract import run_step
 from tests.tolerances import FORMULA, NETWORK, f32
@@ -83,9 +84,7 @@ def test_step_is_the_mean_over_offsets_and_directions():
 def test_turns_bring_each_side_to_the_lower_edge():
     maps = torch.zeros(1, 1, 4, 4)
     maps[0, 0, 3], maps[0, 0, 0], maps[0, 0, 1:3, 3], maps[0, 0, 1:3, 0] = 1, 2, 3, 4  # lower, upper, right, left
-    from lightning_contrast.methods.cpc import _turned
-
-    assert [float(_turned(maps, turn)[0, 0, 3, 1]) for turn in range(4)] == [1, 2, 3, 4]
+    assert [float(turn_grid(maps, turn)[0, 0, 3, 1]) for turn in range(4)] == [1, 2, 3, 4]
 
 
 def test_drawn_negatives():

@@ -19,6 +19,9 @@ TEXTS = ["a cat", "two old dogs", "sun", "left of sun"]
 SMALL = WORDS | {"context_length": 16, "region_layer": "layers.3", "optimizer": "sgd", "lr": 0.05}
 
 
+PADDED = ByteTokenizer(16)(TEXTS) * torch.tensor([[1], [0], [1], [0]])  # two texts of padding only
+
+
 def model(backbone=None, **kwargs):
     torch.manual_seed(0)
     return lc.GLoRIA(TinyBackbone() if backbone is None else backbone, **(SMALL | kwargs))
@@ -154,7 +157,11 @@ def test_gradient_cache_gives_the_step_of_the_whole_batch(tmp_path):
         ({"text_backbone": nn.Linear(2, 2)}, TypeError, "`text_backbone` must have a method `forward_tokens`"),
         ({"tokenizer": tokenizer}, ValueError, "`tokenizer` must have a `vocab_size`"),
         ({"pieces": "max"}, ValueError, "`pieces` must be one of 'sum', 'mean'"),
-        ({"local_weight": 0.0, "global_weight": 0.0}, ValueError, "`local_weight` must be > 0 without"),
+        (
+            {"local_weight": 0.0, "global_weight": 0.0},
+            ValueError,
+            "`local_weight` must be > 0 if the other",
+        ),
         ({"global_weight": -1.0}, ValueError, "`global_weight` must be >= 0"),
         ({"word_scale": 0.0}, ValueError, "`word_scale` must be > 0"),
         ({"mask_same": "text"}, ValueError, "`mask_same` must be one of"),
@@ -172,12 +179,26 @@ def test_bad_arguments(kwargs, error, message):
         ([IMAGES, ["a", "b", " ", "c"]], ValueError, "`texts` must not be empty"),
         ([IMAGES, torch.arange(4)], ValueError, "`batch` must hold texts for GLoRIA"),
         ({"image": IMAGES}, ValueError, "`batch` must hold texts for GLoRIA"),
+        ([IMAGES, PADDED], ValueError, r"`texts` must hold a word each, got 'none at \[1, 3\]'"),
         ({"image": IMAGES, "text": [1, 2, 3, 4]}, TypeError, "`texts` must be a list of str"),
     ],
 )
 def test_bad_batches(batch, error, message):
     with pytest.raises(error, match=message):
         run_step(model(), batch)
+
+
+def test_on_an_accelerator_padding_alone_is_a_word_of_zeros(monkeypatch):
+    module = model()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # then nothing is read on the host either
+    words, counts, _ = module._words(PADDED)
+    assert counts.tolist() == [2, 1, 1, 1]
+    assert not words[1].any()
+    assert words[0, :, :2].abs().amin(0).gt(0).all()
+    loss = run_step(module, [IMAGES, PADDED])["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
 def test_long_captions_are_cut_with_a_warning():

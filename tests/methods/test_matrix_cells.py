@@ -226,6 +226,8 @@ def named(name):
     fresh = timm.create_model(backbone, num_classes=0, **kwargs)
     if name == "CPC":
         fresh = lc.nn.PatchGrid(lc.nn.replace_batchnorm(fresh), 8, 4)
+    if name == "TemporalCPC":
+        fresh = lc.nn.replace_batchnorm(fresh)
     return module, fresh
 
 

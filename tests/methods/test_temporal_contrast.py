@@ -6,7 +6,7 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast import losses
-from lightning_contrast.nn import VideoBackbone, build_clip_backbone, clip_steps
+from lightning_contrast.nn import VideoBackbone, build_clip_backbone, clip_steps, project_moments
 from tests.methods.cases import TinyBackbone
 from tests.methods.test_contract import run_step
 from tests.tolerances import CANCELLING, f32
@@ -74,11 +74,11 @@ def test_another_number_of_views_is_refused():
 def test_steps_in_a_row_are_averaged_to_the_moments():
     module = model(TinyBackbone(), local_clips=2)
     clips = views(6, frames=4)
-    steps = module._project_steps(clip_steps(module.backbone, clips[0]))
+    moments = project_moments(module.projector, clip_steps(module.backbone, clips[0]), 2)
     by_hand = torch.stack([module.backbone(clips[0][:, t]) for t in range(4)], 1)  # (B, 4, F)
     pooled = torch.stack([by_hand[:, :2].mean(1), by_hand[:, 2:].mean(1)], 1)
     expected = module.projector(pooled.flatten(0, 1)).unflatten(0, (3, 2)).transpose(0, 1)
-    torch.testing.assert_close(steps, expected, **f32(CANCELLING))
+    torch.testing.assert_close(moments, expected, **f32(CANCELLING))
 
 
 def test_forward_is_the_mean_over_time():
