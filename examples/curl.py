@@ -23,18 +23,15 @@ class Observations(Dataset):
         return len(self.emoji)
 
     def __getitem__(self, index):
-        """Return ``[a, b], index``: two crops of one observation (9, 40, 40), a function of (seed, index)."""
+        """Return ``[a, b], index``: two new crops (9, 40, 40) of an observation, which depends on (seed, index)."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         frames = 0.2 * torch.rand(3, 3, FRAME, FRAME, generator=g)
         start, speed = torch.randint(4, 13, (2,), generator=g), torch.randint(-2, 3, (2,), generator=g)
         for time, frame in enumerate(frames):
             row, column = (start + speed * time).clamp(0, FRAME - 32).tolist()
             frame[:, row : row + 32, column : column + 32] += 0.8 * self.emoji[index]
-        stack, crops = frames.flatten(0, 1), []
-        for _ in range(2):
-            row, column = torch.randint(FRAME - CROP + 1, (2,), generator=g).tolist()
-            crops.append(stack[:, row : row + CROP, column : column + CROP])
-        return crops, index
+        stack, places = frames.flatten(0, 1), torch.randint(FRAME - CROP + 1, (2, 2)).tolist()
+        return [stack[:, row : row + CROP, column : column + CROP] for row, column in places], index
 
 
 class PixelEncoder(nn.Module):
@@ -57,19 +54,21 @@ class PixelEncoder(nn.Module):
 def main():
     """Print how often a crop finds the other crop of its observation, for emoji not trained on."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20)
-    epochs = parser.parse_args().epochs
-    L.seed_everything(0, verbose=False)
-    data = lc.data.EmojiDataModule()
+    for name, default in {"epochs": 20, "lr": 1e-3, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--fold", type=int, help="report on a fold of the training things, to choose settings")
+    options = parser.parse_args()
+    L.seed_everything(options.seed, verbose=False)
+    data = lc.data.EmojiDataModule(validation_fold=options.fold)
     curl = {"loss": "bilinear", "momentum": 0.95, "symmetric": False, "projection_dim": None}
-    model = lc.PairContrast(PixelEncoder(), **curl, optimizer="adamw", lr=1e-3, weight_decay=0.0)
-    (a, b), _ = next(iter(DataLoader(Observations(data.images("test"), seed=1), 624)))
+    model = lc.PairContrast(PixelEncoder(), **curl, lr=options.lr, weight_decay=0.0)
+    (a, b), _ = next(iter(DataLoader(Observations(data.images("val"), seed=1), 624)))
     for name in ("random weights", "trained"):
         if name == "trained":
             loader = DataLoader(Observations(data.images("train"), seed=0), 128, shuffle=True, drop_last=True)
             ema = MomentumUpdate(0.95, schedule="constant")  # as in CURL, instead of a rise to 1
             quiet = {"logger": False, "enable_checkpointing": False}
-            L.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[ema], **quiet).fit(model, loader)
+            L.Trainer(max_epochs=options.epochs, accelerator="cpu", callbacks=[ema], **quiet).fit(model, loader)
         with torch.no_grad():
             scores = model.backbone(a) @ model.bilinear() @ model.momentum_backbone(b).T  # (624, 624)
         found = scores.argmax(1) == torch.arange(len(a))

@@ -6,21 +6,21 @@ unless given, where the released model has fixed multipliers (image 1, audio 20,
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast import distributed
-from lightning_contrast._checks import check_batch, check_choice, fail, require
+from lightning_contrast._checks import check_choice, fail, require
 from lightning_contrast.augment import simclr_views
 from lightning_contrast.losses import clip_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import BackboneOptions, Norm, build_backbone, build_head
-from lightning_contrast.nn.temperature import LearnedTemperature, check_temperature
+from lightning_contrast.nn.temperature import LearnedTemperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.aligned_items import check_absence, no_rows, require_modalities
 
 
 class BindModalities(SelfSupervisedModule):
@@ -29,9 +29,10 @@ class BindModalities(SelfSupervisedModule):
     A batch is a dict with the anchor and at least one other modality by name, each with one row per sample; or a list
     of tensors in the order of ``encoders`` (also as ``([...], labels, index)``). A modality that a batch lacks, or has
     as None, adds nothing to the loss of that step, so that datasets of different pairs can be mixed; a loss is the mean
-    over the modalities present. All ranks must hold the same modalities in a step, which is checked, and DDP needs
-    ``strategy="ddp_find_unused_parameters_true"`` if some are absent. An entry is given to its encoder as it is.
-    `forward` gives the features (B, F) of the anchor, and `encode` the embeddings of any modality.
+    over the modalities present. If only some ranks lack one, its loss is over the rows of the others, as in one process
+    (not with SyncBatchNorm or FSDP). If all ranks do, its encoder gets no gradient, and DDP needs
+    ``strategy="ddp_find_unused_parameters_true"``. An entry is given to its encoder as it is. `forward` gives the
+    features (B, F) of the anchor, and `encode` the embeddings of any modality.
 
     Args:
         encoders: For each modality the name of a timm model, or a module that maps its items (B, ...) to features
@@ -52,7 +53,8 @@ class BindModalities(SelfSupervisedModule):
 
     Raises:
         ValueError: If a name is unknown, or the widths without heads differ. In a step: if the anchor or all other
-            modalities are missing, a modality has another number of rows, or ranks hold different modalities.
+            modalities are missing, a modality has another number of rows, or with SyncBatchNorm or FSDP the ranks hold
+            different modalities.
     """
 
     base_lr: ClassVar[float] = 1e-3
@@ -96,31 +98,56 @@ class BindModalities(SelfSupervisedModule):
             if name != anchor:  # attributes and not a ModuleDict, which FSDP2 cannot shard: it has no forward
                 encoder, widths[name] = build_backbone(encoders[name])
                 self.add_module(f"encoder_{name}", encoder)
-        if projection_dim is None:
-            hint = "Set `projection_dim`, or give encoders of one width"
-            require(len(set(widths.values())) == 1, "encoders", "have features of one width", widths, hint)
+        dims = set(widths.values()) if projection_dim is None else {projection_dim}
+        hint = "Set `projection_dim`, or give encoders of one width"
+        require(len(dims) == 1, "encoders", "have features of one width", widths, hint)
+        head: Any = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
         for name, width in widths.items():
-            settings: Any = {"hidden_dim": hidden_dim, "out_dim": projection_dim, "norm": head_norm}
-            head = nn.Identity() if projection_dim is None else build_head("simclr", width, **settings)
-            self.add_module(f"projector_{name}", head)
-        self._add_temperatures(temperature)
+            projector = nn.Identity() if projection_dim is None else build_head("simclr", width, **head)
+            self.add_module(f"projector_{name}", projector)
+        others = [name for name in self.modalities if name != anchor]
+        given = temperature if isinstance(temperature, Mapping) else dict.fromkeys(others, temperature)
+        for name in [*given, *others]:
+            check_choice("temperature", name, others)
+            value = given.get(name)
+            ok = value is None or (isinstance(value, int | float) and value > 0)
+            require(ok, "temperature", "be > 0, or None for a learned one", value, "Give a number above 0")
+            setattr(self, f"temperature_{name}", LearnedTemperature() if value is None else value)
         self.frozen = tuple(frozen)
         for name in self.frozen:
             check_choice("frozen", name, self.modalities)
             self.encoder(name).requires_grad_(False).eval()
         self.save_hyperparameters()
 
-    def _add_temperatures(self, temperature: float | dict[str, float] | None) -> None:
-        others = [name for name in self.modalities if name != self.anchor]
-        given = temperature if isinstance(temperature, Mapping) else dict.fromkeys(others, temperature)
-        for name in given:
-            check_choice("temperature", name, others)
-        self.temperatures = {name: value for name, value in given.items() if value is not None}
-        for name in others:
-            if name in self.temperatures:
-                check_temperature(self.temperatures[name])
-            else:
-                self.add_module(f"temperature_{name}", LearnedTemperature())
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the mean over the present modalities of their loss with the anchor, and the features (B, F)."""
+        items, ranks = require_modalities(batch, self.modalities, self.anchor, self.device)
+        check_absence(ranks, self)
+        groups = sample_ids(batch, self.mask_same, "BindModalities")  # (B,)
+        features = self.backbone(items[self.anchor])  # (B, F)
+        anchor = getattr(self, f"projector_{self.anchor}")(features)  # (B, D)
+        losses = []
+        for name in ranks:
+            encoder, projector = self.encoder(name), getattr(self, f"projector_{name}")
+            rows = slice(len(features) if name in items else 0)
+            embedding = projector(encoder(items[name])) if name in items else no_rows(anchor, encoder, projector)
+            temperature = getattr(self, f"temperature_{name}")
+            scale = 1 / (temperature() if isinstance(temperature, nn.Module) else temperature)
+            own = None if groups is None else groups[rows]  # as the anchor's rows: all or none
+            losses.append(clip_loss(anchor[rows], embedding, logit_scale=scale, groups=own))
+            self.log(f"train/loss_{name}", losses[-1], batch_size=len(features))
+        loss = torch.stack(losses).mean()
+        self.log("train/loss", loss, batch_size=len(features))
+        return {"loss": loss, "features": features.detach()}
+
+    def encoder(self, name: str) -> Any:
+        """Return the encoder of a modality."""
+        check_choice("name", name, self.modalities)
+        return self.backbone if name == self.anchor else getattr(self, f"encoder_{name}")
+
+    def encode(self, name: str, items: Any) -> Tensor:
+        """Return the embeddings (B, D) of items (B, ...) of a modality, unit rows."""
+        return unit_rows(getattr(self, f"projector_{name}")(self.encoder(name)(items)))
 
     def train(self, mode: bool = True) -> "BindModalities":
         """Set the training mode; frozen encoders stay in evaluation mode."""
@@ -129,61 +156,12 @@ class BindModalities(SelfSupervisedModule):
             self.encoder(name).eval()
         return self
 
-    def encoder(self, name: str) -> nn.Module:
-        """Return the encoder of a modality."""
-        check_choice("name", name, self.modalities)
-        return self.backbone if name == self.anchor else cast("nn.Module", getattr(self, f"encoder_{name}"))
-
-    def encode(self, name: str, items: Any) -> Tensor:
-        """Return the embeddings (B, D) of items (B, ...) of a modality, unit rows."""
-        return unit_rows(self._project(name, self.encoder(name)(items)))
-
-    def _project(self, name: str, features: Tensor) -> Tensor:
-        return getattr(self, f"projector_{name}")(features)  # type: ignore[no-any-return]  # nn.Module.__call__
-
     def images(self, batch: Any) -> Any:
         """Return the anchor's items (B, ...) of an evaluation batch: by its name, else the images."""
-        if isinstance(batch, Mapping) and self.anchor in batch:
-            return batch[self.anchor]
-        return super().images(batch)
+        named = isinstance(batch, Mapping) and self.anchor in batch
+        return batch[self.anchor] if named else super().images(batch)
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the mean over the present modalities of their loss with the anchor, and the features (B, F)."""
-        items = self.items(batch)
-        groups = sample_ids(batch, self.mask_same, "BindModalities")  # (B,)
-        features = self.backbone(items.pop(self.anchor))  # (B, F)
-        anchor = self._project(self.anchor, features)  # (B, D)
-        losses = []
-        for name, item in items.items():
-            embedding = self._project(name, self.encoder(name)(item))  # (B, D)
-            fixed = self.temperatures.get(name)
-            temperature = getattr(self, f"temperature_{name}")() if fixed is None else fixed
-            losses.append(clip_loss(anchor, embedding, logit_scale=1 / temperature, groups=groups))
-            self.log(f"train/loss_{name}", losses[-1], batch_size=len(features))
-        loss = torch.stack(losses).mean()
-        self.log("train/loss", loss, batch_size=len(features))
-        return {"loss": loss, "features": features.detach()}
-
-    def items(self, batch: Any) -> dict[str, Any]:
-        """Return the modalities that a batch holds by name, the anchor among them, each with B rows."""
-        if isinstance(batch, Mapping):
-            found = {name: batch[name] for name in self.modalities if batch.get(name) is not None}
-        else:
-            nested = isinstance(batch, list | tuple) and len(batch) > 0 and isinstance(batch[0], list | tuple)
-            views = batch[0] if nested else batch
-            ok = isinstance(views, list | tuple) and len(views) == len(self.modalities)
-            got = len(views) if isinstance(views, list | tuple) else type(views).__name__
-            hint = "Yield a dict by modality, or a list in the order of `encoders`"
-            require(ok, "batch", f"hold the modalities {', '.join(self.modalities)}", got, hint)
-            found = {name: item for name, item in zip(self.modalities, views, strict=True) if item is not None}
-        present = sum(2**place for place, name in enumerate(self.modalities) if name in found)
-        hint = "Let all ranks read the same dataset in a step; the value is the sum of 2**i over the modalities i"
-        distributed.check_equal("modalities of the batch", present, hint, self.device)
-        require(self.anchor in found, "batch", f"hold the anchor {self.anchor!r}", [*found], "Each pair needs it")
-        hint = f"Yield {self.anchor!r} with at least one other modality"
-        require(len(found) > 1, "batch", f"hold a modality besides {self.anchor!r}", [*found], hint)
-        sizes = {name: len(item) for name, item in found.items()}
-        hint = "Yield one row of each modality per sample; leave a modality out of the whole batch if rows lack it"
-        require(len(set(sizes.values())) == 1, "batch", "hold as many rows of each modality", sizes, hint)
-        check_batch("batch", sizes[self.anchor], 1 if distributed.is_distributed() else 2)
-        return found
+    @property
+    def cached_modules(self) -> tuple[str, ...]:
+        """The submodules that a `GradientCache` runs in chunks: the encoders."""
+        return ("backbone", *(f"encoder_{name}" for name in self.modalities if name != self.anchor))

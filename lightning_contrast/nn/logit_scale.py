@@ -1,4 +1,4 @@
-"""The learned scale and bias of the logits of CLIP and SigLIP."""
+"""Learned parameters of logits: the scale and bias of CLIP and SigLIP, and CURL's matrix."""
 
 import math
 from typing import Any
@@ -78,3 +78,23 @@ class LogitBias(nn.Module):
     def forward(self) -> Tensor:
         """Return the bias, (1,)."""
         return self.bias.clone()  # a sharded parameter is freed after the call
+
+
+class BilinearWeight(nn.Module):
+    """The matrix W of CURL's similarity ``q W k`` (https://arxiv.org/abs/2004.04136), drawn uniformly from [0, 1).
+
+    Args:
+        dim: D, the width of the embeddings.
+
+    Example:
+        >>> BilinearWeight(8)().shape
+        torch.Size([8, 8])
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(dim, dim))
+
+    def forward(self) -> Tensor:
+        """Return the matrix, (D, D)."""
+        return self.weight.clone()  # a sharded parameter is freed after the call

@@ -9,7 +9,7 @@ from tests.launch import run_processes
 from tests.methods.cases import TinyBackbone
 from tests.methods.test_contract import run_step
 from tests.methods.test_pair_contrast import Vectors, items
-from tests.tolerances import FORMULA, assert_same_bits, f32
+from tests.tolerances import CANCELLING, FORMULA, assert_same_bits, f32, f64
 
 SMALL = {"hidden_dim": 16, "projection_dim": 8, "head_norm": None}
 
@@ -110,17 +110,100 @@ def test_refused_encoders():
         lc.BindModalities({"image": TinyBackbone(), "text": encoder}, projection_dim=None)
 
 
-def different_modalities(rank):
-    batch = dict(BATCH)
-    del batch["depth" if rank else "text"]
+def rank_batch(rank, absent=("text",), dtype=torch.float64):
+    """Return the rows of a rank, four or two; the second rank lacks modalities."""
+    rows = slice(4) if rank == 0 else slice(4, 6)
+    batch = {name: items[rows].to(dtype) for name, items in BATCH.items() if rank == 0 or name not in absent}
+    return batch | {"index": INDEX[rows]}
+
+
+INDEX = torch.tensor([0, 0, 1, 2, 3, 3])
+
+
+def rank_gradients(rank, mask_same, absent):
+    module = model(mask_same=mask_same).double()
+    loss = run_step(module, rank_batch(rank, absent))["loss"]
+    loss.backward()
+    for parameter in module.parameters():  # what DDP does, which waits for all gradients
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= 2
+    return loss.detach(), {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mask_same", [None, "index"])
+def test_a_modality_that_one_rank_lacks_gives_the_gradient_of_one_process(mask_same):
+    module = model(mask_same=mask_same).double()
+    image, depth, text = (module.encode(name, BATCH[name].double()) for name in ("image", "depth", "text"))
+    groups = None if mask_same is None else INDEX
+    expected = losses.clip_loss(image, depth, logit_scale=1 / module.temperature_depth(), groups=groups)
+    groups = None if mask_same is None else INDEX[:4]
+    expected = expected + losses.clip_loss(
+        image[:4], text[:4], logit_scale=1 / module.temperature_text(), groups=groups
+    )
+    (expected / 2).backward()
+    for loss, grads in run_processes(rank_gradients, 2, mask_same, ("text",)):
+        torch.testing.assert_close(loss, expected.detach() / 2, **f64(CANCELLING))
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, **f64(CANCELLING), msg=name)
+
+
+class Step(torch.nn.Module):
+    """A training step as a forward pass, which is what DDP wraps."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch):
+        return run_step(self.module, batch)["loss"]
+
+
+def ddp_weights(rank, absent_by_step, find_unused):
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    step = DistributedDataParallel(Step(model()), find_unused_parameters=find_unused)
+    optimizer = torch.optim.AdamW(step.parameters(), lr=0.01)
+    for absent in absent_by_step:
+        batch = rank_batch(rank, absent, torch.float32)
+        if len(absent) == 1 and find_unused:
+            batch.pop(absent[0], None)  # the first rank lacks it too
+        optimizer.zero_grad()
+        step(batch).backward()
+        optimizer.step()
+    return [weight.detach().clone() for weight in step.parameters()]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_ddp_trains_on_when_ranks_lack_modalities(find_unused):
+    absent = [("text",), ("depth",), ("text", "depth"), ()]
+    first, second = run_processes(ddp_weights, 2, absent, find_unused)
+    for a, b, start in zip(first, second, model().parameters(), strict=True):
+        assert_same_bits(a, b)
+        assert not torch.equal(a, start)
+
+
+def refused_on_ranks(rank, absent, norm):
+    module = model(head_norm=norm)
+    if norm is not None:
+        module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
     try:
-        run_step(model(), batch)
+        run_step(module, rank_batch(rank, absent, torch.float32))
     except ValueError as error:
         return str(error)
     return None
 
 
 @pytest.mark.dist
-def test_ranks_with_different_modalities_are_refused_instead_of_waiting_for_each_other():
-    for text in run_processes(different_modalities, 2):
-        assert "`modalities of the batch` must be the same on all ranks, got [3, 5]" in text
+@pytest.mark.parametrize(
+    ("absent", "norm", "text"),
+    [
+        (("image",), None, "`batch` must hold the anchor 'image'"),
+        (("text",), "batch", "`batch` must hold the same modalities on all ranks, got {'text': [True, False]}"),
+    ],
+)
+def test_all_ranks_refuse_what_one_of_them_would_wait_for(absent, norm, text):
+    for error in run_processes(refused_on_ranks, 2, absent, norm):
+        assert text in error

@@ -6,10 +6,10 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast import losses
-from lightning_contrast.methods.pair_contrast import LOSSES
+from lightning_contrast.losses.pair_losses import PAIR_LOSSES
 from tests.methods.cases import TinyBackbone
-from tests.methods.test_contract import assert_equal_states, run_step, state
-from tests.tolerances import FORMULA, assert_same_bits, f32
+from tests.methods.test_contract import assert_equal_states, gradients, run_step, state
+from tests.tolerances import CANCELLING, FORMULA, assert_same_bits, f32, f64
 
 SMALL = {"hidden_dim": 16, "projection_dim": 8}
 
@@ -57,7 +57,7 @@ def test_items_of_different_shape_with_an_encoder_each():
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(6), **f32(FORMULA))
 
 
-@pytest.mark.parametrize("name", [name for name, kind in LOSSES.items() if not kind.predictor])
+@pytest.mark.parametrize("name", [name for name, kind in PAIR_LOSSES.items() if not kind.predictor])
 def test_the_loss_is_that_of_its_name(name):
     a, b = items()
     module = model(loss=name)
@@ -88,9 +88,9 @@ def test_byol_averages_both_directions_against_networks_that_get_no_gradient():
     module = model(TinyBackbone(), TinyBackbone(), loss="byol", momentum=0.9, head_norm=None)
     with torch.no_grad():
         target_a = module.momentum_projector(module.momentum_backbone(a))
-        target_b = module.momentum_projector_b(module.momentum_encoder_b(b))
+        target_b = module.momentum_projector_b(module.momentum_backbone_b(b))
     prediction_a = module.predictor(module.projector(module.backbone(a)))
-    prediction_b = module.predictor_b(module.projector_b(module.encoder_b(b)))
+    prediction_b = module.predictor_b(module.projector_b(module.backbone_b(b)))
     expected = (losses.byol_loss(prediction_a, target_b) + losses.byol_loss(prediction_b, target_a)) / 2
     loss = run_step(module, (a, b))["loss"]
     torch.testing.assert_close(loss, expected, **f32(FORMULA))
@@ -133,9 +133,11 @@ def test_pairs_of_one_group_are_not_negatives():
         ({"loss": "byol"}, "`momentum` must be a number for 'byol'"),
         ({"momentum": 1.5}, "`momentum` must lie in"),
         ({"loss": "vicreg", "temperature": 0.1}, "`temperature` must be None for 'vicreg'"),
-        ({"loss": "siglip", "mask_same": "index"}, "`mask_same` must be None for 'siglip'"),
-        ({"loss": "vicreg", "loss_options": {"weight": 1.0}}, "`loss_options` must be one of 'invariance_weight'"),
-        ({"encoder_b_options": {"small_images": True}}, "`encoder_b_options` must be None without `encoder_b`"),
+        ({"loss": "byol", "momentum": 0.9, "mask_same": "index"}, "`mask_same` must be None for 'byol'.*'siglip'"),
+        ({"loss": "vicerg"}, "Did you mean 'vicreg'"),
+        ({"symmetric": False}, "`symmetric` must be True without `momentum` or with `encoder_b`"),
+        ({"encoder_b": TinyBackbone(), "momentum": 0.9, "symmetric": False}, "`symmetric` must be True"),
+        ({"loss": "vicreg", "loss_options": {"variance": 1.0}}, "`loss_options` must be one of .*'variance_weight'"),
         ({"keys": ("image", "image")}, "`keys` must be two different keys"),
     ],
 )
@@ -179,3 +181,65 @@ def test_evaluation_takes_items_a_by_their_key():
     with torch.no_grad():
         features = module.validation_step({"left": A, "right": B}, 0)["features"]
         assert_same_bits(features, module(A))
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_the_gradient_cache_is_exact_over_both_encoders(chunk):
+    module, batch = model(TinyBackbone(), Vectors(), head_norm=None).double(), (A.double(), TWO.double())
+    seen = {"backbone": [], "backbone_b": []}
+    for name, sizes in seen.items():
+        first = next(m for m in getattr(module, name).modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        first.register_forward_hook(lambda m, args, out, sizes=sizes: sizes.append(len(args[0])))
+    whole = gradients(module, batch)
+    assert seen == {"backbone": [6], "backbone_b": [6]}
+    module.zero_grad()
+    cache = lc.GradientCache(chunk)
+    cache.on_fit_start(None, module)
+    chunked = gradients(module, batch)
+    cache.teardown(None, module, "fit")
+    assert {name: max(sizes[1:]) for name, sizes in seen.items()} == {"backbone": chunk, "backbone_b": chunk}
+    assert whole.keys() == chunked.keys() == dict(module.named_parameters()).keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunked[name], gradient, **f64(CANCELLING))
+
+
+TWO = torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
+WIDTH = 5
+
+
+def two_sensors(count, seed):
+    """Return two linear readings (N, 5) with noise of the same hidden vectors (N, 4)."""
+    mixing = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, 4, generator=generator)
+    return [hidden @ mix + 0.1 * torch.randn(count, WIDTH, generator=generator) for mix in mixing]
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_every_loss_learns_to_find_the_other_reading_of_a_new_sample(name):
+    settings = {"momentum": 0.9} if name == "byol" else {}
+    module = model(Vectors(), Vectors(), loss=name, **settings).train()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.02)
+    recall = lc.metrics.RetrievalRecall(1)
+
+    def found():
+        a, b = two_sensors(64, seed=1)
+        module.eval()
+        with torch.no_grad():
+            share = recall(module.encode_a(a), module.encode_b(b)).item()
+        module.train()
+        recall.reset()
+        return share
+
+    start = found()
+    a, b = two_sensors(512, seed=2)
+    for step in range(150):
+        rows = torch.arange(64) + 64 * (step % 8)
+        optimizer.zero_grad()
+        run_step(module, (a[rows], b[rows]))["loss"].backward()
+        optimizer.step()
+        for online, target in module.momentum_pairs():
+            lc.nn.ema_update(online, target, 0.9)
+    print(name, start, found())
+    assert start < 0.1  # chance is 1 / 64
+    assert found() > 0.4
