@@ -242,5 +242,8 @@ def cpc_clip_views(
     Raises:
         ValueError: If a number is out of range.
     """
-    specs = [ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.1), flip=flip)]
-    return clip_views(size, mean=mean, std=std, frames=frames, stride=stride, specs=specs, **options)
+    check_at_least("frames", frames, 1)
+    check_at_least("stride", stride, 1)
+    spec = ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.1), flip=flip)
+    image = make_policy([spec], mean=mean, std=std, **options)
+    return ClipPolicy(image, frames=frames, stride=stride, local_clips=0, consistent=True)
