@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Unpack, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.augment.fused.base import Backend, to_device, uniform
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
-from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
+from lightning_contrast.augment.view_spec import ViewSpec
 from lightning_contrast.precision import full_precision
 
 Statistics = Sequence[float] | None
@@ -222,7 +222,9 @@ def cpc_clip_views(
     stride: int = 1,
     scale: tuple[float, float] = (0.5, 1.0),
     flip: float = 0.5,
-    **options: Unpack[ViewOptions],
+    channels: int = 3,
+    color: bool = True,
+    backend: Backend = None,
 ) -> ClipPolicy:
     """Return the single view of predictive coding over time, a clip of which all frames are augmented alike.
 
@@ -237,10 +239,22 @@ def cpc_clip_views(
         stride: Distance of these frames in the clip, >= 1; the start is drawn uniformly.
         scale: Range of the crop's share of the image area.
         flip: Probability of a horizontal flip, in [0, 1]; it swaps left and right motions.
-        **options: See `ViewOptions`.
+        channels: As in `clip_views`.
+        color: As in `clip_views`.
+        backend: As in `clip_views`.
 
     Raises:
         ValueError: If a number is out of range.
     """
-    specs = [ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.1), flip=flip)]
-    return clip_views(size, mean=mean, std=std, frames=frames, stride=stride, specs=specs, **options)
+    spec = ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.1), flip=flip)
+    return clip_views(
+        size,
+        mean=mean,
+        std=std,
+        frames=frames,
+        stride=stride,
+        specs=[spec],
+        channels=channels,
+        color=color,
+        backend=backend,
+    )
