@@ -44,7 +44,7 @@ def recalls(model, data, policy, split):
 def main():
     """Print the recall of random and of trained weights, for things trained on apart and for new things."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--scale", type=float, default=0.4, help="smallest share of an image that a view shows")
     parser.add_argument("--fold", type=int, help="report on a fold of the training things, to choose settings")

@@ -125,7 +125,7 @@ class PairContrast(SelfSupervisedModule):
         a, b = require_pair(batch, self.keys)
         function, arguments = self.pair_loss.function, self.loss_arguments(batch)
         features = self.backbone(a)  # (B, F)
-        z_a = self.projector(features)  # (B, D)
+        z_a = self.network("projector", "a")(features)  # (B, D)
         if self.momentum is None:
             loss = function(z_a, self.project(b, "b"), **arguments)
         else:
@@ -177,8 +177,9 @@ class PairContrast(SelfSupervisedModule):
 
     def images(self, batch: Any) -> Any:
         """Return items a of an evaluation batch: of a dict with ``keys`` the first, else the images (B, ...)."""
-        has_keys = self.keys is not None and isinstance(batch, Mapping) and self.keys[0] in batch
-        return batch[self.keys[0]] if has_keys else super().images(batch)
+        if self.keys is not None and isinstance(batch, Mapping) and self.keys[0] in batch:
+            return batch[self.keys[0]]
+        return super().images(batch)
 
     @property
     def cached_modules(self) -> tuple[str, ...]:
