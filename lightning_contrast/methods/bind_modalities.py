@@ -16,11 +16,12 @@ from lightning_contrast.augment import simclr_views
 from lightning_contrast.losses import clip_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
-from lightning_contrast.nn import BackboneOptions, Norm, build_backbone, build_head
+from lightning_contrast.nn import Norm, build_backbone, build_head
 from lightning_contrast.nn.temperature import LearnedTemperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.aligned_items import check_absence, no_rows, require_modalities
+from lightning_contrast.runtime.method_options import MethodOptions
 
 
 class BindModalities(SelfSupervisedModule):
@@ -49,7 +50,7 @@ class BindModalities(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is 0.001 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: `BackboneOptions` of the anchor's encoder.
+        **options: See `MethodOptions`; the network options are those of the anchor's encoder.
 
     Raises:
         ValueError: If a name is unknown, or the widths without heads differ. In a step: if the anchor or all other
@@ -75,7 +76,7 @@ class BindModalities(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         if not isinstance(encoders, Mapping):
             hint = 'Give for example {"image": "resnet18", "depth": DepthNet()}'

@@ -12,11 +12,12 @@ from lightning_contrast.augment import image_text_views
 from lightning_contrast.contracts import batch_texts
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, sample_ids
-from lightning_contrast.nn import BackboneOptions, ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
+from lightning_contrast.nn import ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
 from lightning_contrast.nn.open_clip_towers import OpenClipTokenizer, open_clip_parts
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.fsdp import strategy_module
+from lightning_contrast.runtime.method_options import MethodOptions
 
 Tokenizer = Callable[[list[str]], Tensor]
 _SMALL = {"width": 128, "layers": 3, "heads": 2}  # 64 channels per head, as published
@@ -51,7 +52,7 @@ class ImageTextModule(SelfSupervisedModule):
             ``no_weight_decay()``: positions and class tokens.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0; the published 10,000 steps are about one epoch
             of LAION-400M.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     adamw_options: ClassVar[dict[str, Any]]
@@ -79,7 +80,7 @@ class ImageTextModule(SelfSupervisedModule):
         lr: float = 5e-4,
         weight_decay: float = 0.2,
         warmup_epochs: int = 1,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options

@@ -19,12 +19,13 @@ from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.losses.pair_losses import pair_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
-from lightning_contrast.nn import Backbone, BackboneOptions, Norm, build_backbone, build_head
+from lightning_contrast.nn import Backbone, Norm, build_backbone, build_head
 from lightning_contrast.nn.logit_scale import BilinearWeight, LogitBias
 from lightning_contrast.nn.temperature import LearnedTemperature, Temperature, check_temperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.aligned_items import check_keys, require_pair
+from lightning_contrast.runtime.method_options import MethodOptions
 from lightning_contrast.runtime.temperature import current_temperature
 
 
@@ -58,7 +59,7 @@ class PairContrast(SelfSupervisedModule):
         lr: Peak learning rate, absolute; None is 0.001 x global batch / 256.
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up before the cosine to 0.
-        **options: `BackboneOptions` of ``encoder_a``.
+        **options: See `MethodOptions`; the network options are those of ``encoder_a``.
 
     Raises:
         ValueError: If an argument does not belong to the loss, or the widths without heads differ. In a step: if an
@@ -87,7 +88,7 @@ class PairContrast(SelfSupervisedModule):
         lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup_epochs: int = 0,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__(
             encoder_a, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
