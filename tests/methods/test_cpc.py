@@ -10,7 +10,7 @@ from lightning_contrast.nn import GridContext, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.patch_grid import turn_grid
 from tests.methods.cases import GRID, TinyBackbone
 from tests.methods.test_contract import run_step
-from tests.tolerances import FORMULA, NETWORK, f32
+from tests.tolerances import FORMULA, NETWORK, assert_same_bits, f32
 
 BATCH = [torch.rand(4, 3, 24, 20, generator=torch.Generator().manual_seed(0)), torch.arange(4)]  # 5 x 4 patches
 
@@ -40,7 +40,7 @@ def test_patches_are_those_of_the_image_and_are_encoded_alone():
     for row in range(5):
         for column in range(4):
             patch = images[:, :, 4 * row : 4 * row + 8, 4 * column : 4 * column + 8]
-            torch.testing.assert_close(maps[:, :, row, column], patch.flatten(1), rtol=0, atol=0)
+            assert_same_bits(maps[:, :, row, column], patch.flatten(1))
     torch.testing.assert_close(grid(images), maps.mean((2, 3)), **f32(FORMULA))
 
 
