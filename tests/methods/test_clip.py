@@ -345,22 +345,16 @@ def exported(path, given):
     return torch.from_numpy(found)
 
 
-@pytest.mark.parametrize("method", [lc.CLIP, lc.SigLIP, "tiny-clip"])
-def test_both_towers_are_exported(method, tmp_path, request):
-    if isinstance(method, str):
-        request.getfixturevalue("tiny_open_clip")
-        module, size = lc.CLIP.from_open_clip(method).eval(), 32
-    else:
-        module, size = make(method).eval(), 16
-    spec = {"size": size, "mean": None, "std": None}
-    paths = lc.evaluation.export_towers(module, tmp_path, input_spec=spec)
-    pictures, tokens = torch.rand(6, 3, size, size), module.tokenizer(WORDS)
+@both
+def test_both_towers_are_exported(method, tmp_path):
+    module = make(method).eval()
+    paths = lc.evaluation.export_towers(module, tmp_path, input_spec={"size": 16, "mean": None, "std": None})
+    pictures, tokens = images(), module.tokenizer(WORDS)
     with torch.no_grad():
         expected = module.encode_image(pictures), module.encode_text(tokens)
     for path, given, embeddings in zip(paths, (pictures, tokens), expected, strict=True):
         torch.testing.assert_close(exported(path, given), embeddings, **f32(FORMULA))  # 1e-5
-    if not isinstance(method, str):
-        assert tokens.shape[1] < module.text_backbone.context_length
+    assert tokens.shape[1] < module.text_backbone.context_length
 
 
 def test_what_has_no_towers_or_sizes_is_not_exported(tmp_path):
