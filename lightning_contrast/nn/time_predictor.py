@@ -1,8 +1,9 @@
 """A causal context of the frames of a clip, and linear predictions of the frames that follow."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, require
@@ -38,10 +39,20 @@ class TimePredictor(nn.Module):
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return the contexts (B, T, A) of frame features (B, T, F), and the matrices (K, F, A) that predict.
 
-        The GRU computes in the precision of its weights, also under autocast, which CPUs do not have for it.
+        The GRU computes in the precision of its weights, also under autocast. It is written out, since a clip has few
+        frames, and fused kernels exist for some devices only.
         """
         hint = "Stack the features of the frames of each clip"
         require(frames.ndim == 3, "frames", "have the shape (B, T, F)", tuple(frames.shape), hint)
+        gru: Any = self.gru
         with torch.autocast(frames.device.type, enabled=False):
-            context, _ = self.gru(frames.to(cast("Tensor", self.gru.weight_hh_l0).dtype))
-        return context, torch.stack([cast("Tensor", step.weight) for step in self.steps])
+            inputs = F.linear(frames.to(gru.weight_ih_l0.dtype), gru.weight_ih_l0, gru.bias_ih_l0)  # (B, T, 3 A)
+            state = torch.zeros_like(inputs[:, 0, : gru.hidden_size])  # (B, A)
+            states = []
+            for of_input in inputs.unbind(1):
+                reset, update, new = of_input.chunk(3, 1)
+                of_reset, of_update, of_new = F.linear(state, gru.weight_hh_l0, gru.bias_hh_l0).chunk(3, 1)
+                candidate = torch.tanh(new + torch.sigmoid(reset + of_reset) * of_new)
+                state = candidate + torch.sigmoid(update + of_update) * (state - candidate)
+                states.append(state)
+        return torch.stack(states, 1), torch.stack([cast("Tensor", step.weight) for step in self.steps])
