@@ -8,7 +8,7 @@ from lightning_contrast import losses
 from tests.launch import run_processes
 from tests.methods.cases import TinyBackbone
 from tests.methods.test_contract import run_step
-from tests.methods.test_pair_contrast import Vectors, items
+from tests.methods.test_pair_contrast import Vectors, items, sensors
 from tests.tolerances import CANCELLING, FORMULA, assert_same_bits, f32, f64
 
 SMALL = {"hidden_dim": 16, "projection_dim": 8, "head_norm": None}
@@ -66,6 +66,30 @@ def test_any_modality_can_be_the_anchor():
     assert module.backbone is module.encoder("text")
     assert module(TEXT).shape == (6, 8)
     assert module.validation_step(BATCH, 0)["features"].shape == (6, 8)
+
+
+def test_modalities_that_were_never_paired_find_each_other():
+    torch.manual_seed(0)
+    names = ("image", "depth", "text")
+    module = lc.BindModalities({name: Vectors() for name in names}, hidden_dim=32, projection_dim=16)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    new = dict(zip(names, sensors(64, seed=1, number=3), strict=True))
+
+    def found():
+        module.eval()
+        with torch.no_grad():
+            scores = module.encode("depth", new["depth"]) @ module.encode("text", new["text"]).T
+        module.train()
+        return [(part.argmax(1) == torch.arange(64)).float().mean().item() for part in (scores, scores.T)]
+
+    assert max(found()) < 0.1  # chance is 1 / 64
+    known = dict(zip(names, sensors(1024, seed=2, number=3), strict=True))
+    for step in range(300):
+        rows, other = torch.arange(128) + 128 * (step % 8), names[1 + step % 2]  # no sample has both
+        optimizer.zero_grad()
+        run_step(module, {name: known[name][rows] for name in ("image", other)})["loss"].backward()
+        optimizer.step()
+    assert min(found()) > 0.4
 
 
 @pytest.mark.parametrize(

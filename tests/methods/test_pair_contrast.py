@@ -207,9 +207,9 @@ TWO = torch.rand(6, 5, generator=torch.Generator().manual_seed(2))
 WIDTH = 5
 
 
-def two_sensors(count, seed):
-    """Return two linear readings (N, 5) with noise of the same hidden vectors (N, 4)."""
-    mixing = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+def sensors(count, seed, number=2):
+    """Return linear readings (N, 5) with noise of the same hidden vectors (N, 4)."""
+    mixing = torch.randn(number, 4, WIDTH, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(count, 4, generator=generator)
     return [hidden @ mix + 0.1 * torch.randn(count, WIDTH, generator=generator) for mix in mixing]
@@ -225,7 +225,7 @@ def test_every_loss_learns_to_find_the_other_reading_of_a_new_sample(name):
     def found():
         module.eval()
         with torch.no_grad():
-            a, b = two_sensors(64, seed=1)
+            a, b = sensors(64, seed=1)
             query, key = module.predict(module.project(a, "a"), "a"), module.project(b, "b")
             if name != "bilinear":
                 query, key = nn.functional.normalize(query, dim=1), nn.functional.normalize(key, dim=1)
@@ -234,7 +234,7 @@ def test_every_loss_learns_to_find_the_other_reading_of_a_new_sample(name):
         return (scores.argmax(1) == torch.arange(64)).float().mean().item()
 
     start = found()
-    a, b = two_sensors(1024, seed=2)
+    a, b = sensors(1024, seed=2)
     for step in range(300):
         rows = torch.arange(128) + 128 * (step % 8)
         optimizer.zero_grad()
