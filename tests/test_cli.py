@@ -16,6 +16,7 @@ from lightning_contrast.callbacks import StepSeed
 from lightning_contrast.cli import entry_point, main
 from lightning_contrast.cli._errors import user_message
 from lightning_contrast.cli._features import FeatureWriter
+from lightning_contrast.testing import run_processes
 from tests.tolerances import NETWORK, f32
 
 # Lightning 2.6 calls jsonargparse in ways that 4.49 has deprecated.
@@ -373,13 +374,14 @@ class Mean(L.LightningModule):
         return self.form(batch[0].flatten(1).bfloat16())
 
 
-def predict(tmp_path, loaders, form=lambda features: features):
+def predict(tmp_path, loaders, form=lambda features: features, **ranks):
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         callbacks=[FeatureWriter()],
         default_root_dir=tmp_path,
+        **ranks,
     )
     trainer.predict(Mean(form), loaders, return_predictions=False)
 
@@ -396,6 +398,24 @@ def test_feature_writer_keeps_rows_labels_and_paths_together(tmp_path):
     predict(tmp_path, [DataLoader(Rows(), batch_size=4), DataLoader(Subset(Rows(), [3, 1]), batch_size=4)])
     assert len(load(tmp_path / "features_0.npz")["features"]) == 10
     assert load(tmp_path / "features_1.npz")["features"][:, 0].tolist() == [3, 1]
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_feature_writer_joins_two_ranks_in_the_order_of_the_set(tmp_path):
+    order = [7, 2, 9, 4, 0]
+
+    def on_rank(rank):
+        loaders = [DataLoader(Subset(Rows(), order), batch_size=2), DataLoader(Rows(), batch_size=3)]
+        predict(tmp_path, loaders, strategy="ddp", devices=2)
+
+    run_processes(on_rank, 2, init=False)
+    for number, rows in enumerate([order, list(range(10))]):
+        written = load(tmp_path / f"features_{number}.npz")
+        assert written["features"][:, 0].tolist() == rows
+        assert written["labels"].tolist() == [row % 3 for row in rows]
+        assert written["indices"].tolist() == list(range(len(rows)))
+        assert written["paths"].tolist() == [f"/images/{row}.png" for row in rows]
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:predict returned None")

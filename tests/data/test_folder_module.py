@@ -316,6 +316,19 @@ def test_two_ranks_share_each_epoch(folder):
         assert len(rows) == len(set(rows)) == 8
 
 
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+def test_prediction_on_two_ranks_has_each_path_once_and_in_order(folder):
+    def predict(rank):
+        model = Recorder()
+        model.forward = lambda batch: batch[0][:, 0, 0, 0]
+        trainer = L.Trainer(**QUIET, strategy="ddp", devices=2)
+        data = ImageFolderDataModule(folder / "train", size=6, batch_size=2, num_workers=0)
+        return torch.cat(trainer.predict(model, datamodule=data)).tolist()
+
+    assert run_processes(predict, 2, init=False) == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+
+
 def _random_image(path):
     return torch.randint(0, 256, (1, 4, 4), dtype=torch.uint8)
 

@@ -2,11 +2,13 @@
 
 import random
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_contrast.callbacks import OnlineKNN
 from lightning_contrast.data import ResumableLoader
 from lightning_contrast.data.loading import EpochSampler, MemoryImages, make_loader
 from lightning_contrast.seeding import derived_seed
@@ -388,8 +390,36 @@ def test_prediction_on_two_ranks_repeats_nothing(tiny, recorder, make_trainer):
         trainer = make_trainer(strategy="ddp", devices=2)
         return torch.cat(trainer.predict(recorder(), datamodule=tiny())).tolist()
 
-    first, second = run_processes(predict, 2, init=False)
-    assert sorted(first + second) == list(range(7))
+    assert run_processes(predict, 2, init=False) == [[0, 2, 4, 6], [1, 3, 5]]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_evaluation_on_two_ranks_counts_each_image_once(stage, tiny, make_trainer):
+    """7 images: rank 1 repeats the first one, so that both have as many batches; a probe's figure leaves it out."""
+
+    class Learned(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.rows = torch.nn.Flatten(), []
+
+        def validation_step(self, batch, batch_idx):
+            self.rows += batch[2].tolist()
+            self.backbone(batch[0].float())
+
+        test_step = validation_step
+
+    bank = [(torch.arange(7).view(7, 1, 1, 1).expand(7, 1, 2, 2).float() + 1, torch.zeros(7, dtype=torch.int64))]
+
+    def top1(**ranks):
+        module = Learned()
+        trainer = make_trainer(callbacks=[OnlineKNN(3, k=1, dataloader=bank)], **ranks)
+        (found,) = getattr(trainer, stage)(module, datamodule=tiny(batch_size=2), verbose=False)
+        return module.rows, found["knn/top1" if stage == "validate" else "knn/test_top1"]
+
+    (first, one), (second, other) = run_processes(lambda rank: top1(strategy="ddp", devices=2), 2, init=False)
+    assert (first, second) == ([0, 2, 4, 6], [1, 3, 5, 0])
+    assert one == other == top1()[1] == pytest.approx(3 / 7)  # rows 0, 3 and 6; with the repeated one it is 4 / 8
 
 
 def test_no_advice_to_use_workers(tiny, recorder, make_trainer, monkeypatch):

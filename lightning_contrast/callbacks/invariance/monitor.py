@@ -55,7 +55,9 @@ class InvarianceMonitor(L.Callback):
     Needs no module of this package; for `lightning` and `pytorch_lightning`, DDP, FSDP1 and FSDP2; training stays
     bit-identical: features are computed in eval mode without drawing from a global random generator. Each rank encodes
     all images. Images pass through the batch transfer of the Trainer, so the evaluation transform of a
-    `ViewAugmentation` applies as in validation. Images with non-finite features are excluded with a warning.
+    `ViewAugmentation` applies as in validation. Images with non-finite features are excluded with a warning. If a
+    loader's float images leave 0..1 (normalized images without ``mean`` and ``std``), the callback warns once and logs
+    nothing.
 
     Memory: the images as yielded by their loader. A checkpoint stores the two sets of curves. Overhead: 38 forward
     passes over ``samples`` images without gradient, for the default perturbations.
@@ -84,7 +86,8 @@ class InvarianceMonitor(L.Callback):
         summary: Summary of the last measurement.
 
     Raises:
-        ValueError: If an argument is out of its range, or both ``images`` and ``dataloader`` are given.
+        ValueError: If an argument is out of its range, values of ``images`` leave 0..1 after ``mean`` and ``std`` are
+            reverted, or both ``images`` and ``dataloader`` are given.
     """
 
     def __init__(
@@ -127,6 +130,9 @@ class InvarianceMonitor(L.Callback):
         self._batches: list[Any] | None = None
         self._measured: int | None = None
         self._warned = self._unreadable = False
+        if isinstance(images, Tensor):
+            for batch in self._read(None):
+                self._check_values(batch, ValueError)
 
     @property
     def state_key(self) -> str:
@@ -242,7 +248,7 @@ class InvarianceMonitor(L.Callback):
         try:
             batches = self._read(trainer)
             for batch in batches:
-                self._check_values(batch)
+                self._check_values(batch, UnreadableBatchError)
         except UnreadableBatchError as error:
             self._unreadable = True
             warn_unreadable(self, error)
@@ -289,11 +295,11 @@ class InvarianceMonitor(L.Callback):
         shape = (1, -1, 1, 1)
         return torch.tensor(list(mean), device=device).view(shape), torch.tensor(list(std), device=device).view(shape)
 
-    def _check_values(self, batch: Any) -> None:
+    def _check_values(self, batch: Any, error: type[Exception]) -> None:
         low, high = (float(bound) for bound in torch.aminmax(self._to_pixels(self._images_of(batch))))
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
             hint = "Give the `mean` and `std` used by the loader, or `images=` in 0..1"
-            fail("images", "be in 0..1", (low, high), hint)
+            fail("images", "be in 0..1", (low, high), hint, error)
 
     def _images_of(self, batch: Any) -> Tensor:
         return find_pictures(batch, None if isinstance(batch, Tensor) else self._source)[0]

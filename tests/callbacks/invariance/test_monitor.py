@@ -1,6 +1,7 @@
 """`InvarianceMonitor` on encoders with known invariances; perturbations against torchvision."""
 
 import logging
+import math
 
 import lightning as L
 import pytest
@@ -218,8 +219,32 @@ def test_normalised_images_are_changed_in_0_to_1():
     watch(Undo(), normalised, monitor)
     for name, curve in plain.curves.items():
         assert monitor.curves[name] == [(s, near(v, NETWORK, size=1)) for s, v in curve]
-    with pytest.raises(ValueError, match=r"`images` must be in 0..1.*`mean` and `std`"):
-        watch(Undo(), normalised, InvarianceMonitor(samples=12))
+    given = InvarianceMonitor(images=normalised, **three, mean=[0.4, 0.5, 0.6], std=std.tolist())
+    watch(Undo(), pictures(8, seed=5), given)
+    assert given.curves == monitor.curves
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        (pictures() - 0.4) / 0.2,
+        pictures() * 255,
+        (pictures() * 255).round().int(),
+        torch.full((12, 3, 8, 8), math.nan),
+    ],
+    ids=["normalized", "0..255", "whole numbers", "not a number"],
+)
+def test_images_outside_0_to_1_do_not_end_a_run_and_are_not_measured(images):
+    """Those of a loader are read after an epoch: the callback is silent after one warning. Given ones are an error."""
+    monitor = InvarianceMonitor(changes=["flip"], samples=12, every_n_epochs=1)
+    with pytest.warns(UserWarning, match=r"logs nothing.*`images` must be in 0..1.*`mean` and `std`") as said:
+        run = quiet_fit(classifier()(), [monitor], labelled(16), loader(images.float()), max_epochs=3)
+    assert len([each for each in said if "logs nothing" in str(each.message)]) == 1
+    assert run.current_epoch == 3
+    assert not monitor.curves
+    assert not any("invariance" in key for key in run.callback_metrics)
+    with pytest.raises(ValueError, match=r"`images` must be in 0..1, got .*`mean` and `std`"):
+        InvarianceMonitor(images=images)
 
 
 def test_images_are_spread_over_the_set_and_may_be_given():
