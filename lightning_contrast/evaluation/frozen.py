@@ -1,37 +1,57 @@
 """Evaluation of frozen features: k-NN, linear classification and retrieval."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_contrast._checks import check_at_least, require
+from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast.contracts import split_batch
 from lightning_contrast.metrics import KNNAccuracy
 from lightning_contrast.metrics.zero_shot import eval_mode
 
 
 @torch.no_grad()
 def encode(
-    model: nn.Module, images: Tensor, preprocess: Callable[[Tensor], Tensor], *, batch_size: int = 512
+    model: nn.Module,
+    images: Tensor | Iterable[Any],
+    preprocess: Callable[[Tensor], Tensor] | None = None,
+    *,
+    batch_size: int = 512,
 ) -> Tensor:
     """Return the features of images, computed in eval mode; the mode of every submodule is restored.
 
     Args:
         model: Module from images to features (B, F): a method, a backbone or any other module.
-        images: Input of ``preprocess``, (N, C, H, W).
-        preprocess: Maps a batch of images to the model's input: ``policy.eval_transform`` of its training views.
-        batch_size: Images per forward pass, >= 1.
+        images: Images (N, C, H, W), or a loader of batches that follow the batch contract, encoded in its order.
+        preprocess: Maps a batch of images to the model's input: ``policy.eval_transform`` of its training views. None:
+            the images are the input.
+        batch_size: Images per forward pass, >= 1; a loader has its own.
 
     Returns:
         Features (N, F), float32, on the CPU.
+
+    Raises:
+        TypeError: If ``images`` is neither a tensor nor a loader, or one of its batches has no images.
+        ValueError: If a batch holds views, or there are no images.
     """
     check_at_least("batch_size", batch_size, 1)
+    if not isinstance(images, Iterable):
+        fail("images", "be a tensor or a loader", type(images).__name__, "Give images (N, C, H, W)", TypeError)
     parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else images.device
+    features = []
     with eval_mode(model):
-        batches = torch.split(images, batch_size)
-        return torch.cat([model(preprocess(batch.to(device))).float().cpu() for batch in batches])
+        for batch in torch.split(images, batch_size) if isinstance(images, Tensor) else images:
+            given, _ = split_batch(batch)
+            if not isinstance(given, Tensor):
+                hint = "Give a loader without views, such as that of the validation"
+                fail("images", "be one tensor per batch", f"{len(given)} views", hint)
+            given = given.to(given.device if parameter is None else parameter.device)
+            features.append(model(given if preprocess is None else preprocess(given)).float().cpu())
+    require(len(features) > 0, "images", "hold at least one image", 0, "Check the loader")
+    return torch.cat(features)
 
 
 def pixel_features(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
