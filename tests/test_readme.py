@@ -81,6 +81,11 @@ def test_files_and_tests_in_the_text_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_waits_for_a_text(page):
+    assert re.findall(r"\b(?:[A-Z]{9,}|TODO|FIXME|TBD|XXX)\b", page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_in_the_text_exist(page):
     text = page.read_text()
     setup = configparser.ConfigParser()

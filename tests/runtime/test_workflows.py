@@ -78,6 +78,7 @@ def test_short_runs(name, settings, steps):
     assert len(seen.losses) == module.trainer.global_step == steps
     assert all(map(math.isfinite, seen.losses))
     assert not steps or seen.losses[0] > 0.01
+    assert seen.rates == near64([0.05 * module.lr_factor(step + 1, 0, steps) for step in range(steps)])  # to its end
 
 
 @three
@@ -156,6 +157,14 @@ def test_endless_runs_and_loaders_without_length(name):
         module = make(name, warmup_epochs=0, lr_schedule="constant")
         _, seen = fit(name, module=module, data=loader, max_epochs=2)
         assert seen.rates == [0.05] * 2 * (IMAGES // BATCH)
+
+        class Stops(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                trainer.should_stop = trainer.global_step == 6
+
+        endless = make(name, warmup_epochs=0, lr_schedule="constant")
+        _, seen = fit(name, Stops(), module=endless, max_epochs=-1, max_time="00:01:00:00")
+        assert seen.rates == [0.05] * 6
 
 
 @three
