@@ -45,7 +45,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
     `color_maps`). The hue is shifted in HSV.
 
     The result equals ``torchvision.transforms.ColorJitter`` on float images except for the luma: torchvision weighs red
-    by 0.2989 instead of 0.299 (ITU-R BT.601), so that pixels differ by up to 3e-4. On 8-bit images torchvision also
+    by 0.2989 instead of 0.299 (ITU-R BT.601), so that pixels differ by up to 4e-4. On 8-bit images torchvision also
     rounds after each step.
 
     Args:

@@ -69,6 +69,21 @@ def test_subsets_of_the_operations(emoji):
             assert torch.equal(run(operation, images, draw), images)
 
 
+@pytest.mark.parametrize(
+    ("strengths", "grayscale", "most"),
+    [((0.8, 0.8, 0.8, 0.2), 0.0, 4e-4), ((0, 0, 0, 0.2), 0.0, 2e-6), ((0, 0, 0, 0), 1.0, 1.1e-4)],
+    ids=["jitter of SimCLR", "hue", "grayscale"],
+)
+def test_differences_to_torchvision_are_those_of_the_page(emoji, strengths, grayscale, most):
+    """docs/views.md and the docstring state the largest one: the weight of red, which a later step can amplify."""
+    torch.manual_seed(0)
+    images = emoji[::5].double() / 255
+    operation = FusedColorJitter(*strengths, p=1.0, grayscale=grayscale)
+    draw = operation.draw(len(images), 32, 32)
+    largest = float((run(operation, images, draw) - one_by_one(images, draw)).abs().max())
+    assert most / 4 < largest <= most
+
+
 def test_sorting_changes_nothing(emoji):
     """Contiguous rows are computed in place, others through copies, with the same result."""
     torch.manual_seed(0)
