@@ -202,6 +202,23 @@ def check_weight_decay(model, optimizer, source, length):
         assert start == end == optimizer.param_groups[0]["weight_decay"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("short", ["fast_dev_run=true", "max_epochs=1"])
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.endswith("_cifar10")])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*val_dataloader")
+def test_a_recipe_is_planned_for_a_run_that_is_shorter_than_its_warmup(name, short, tmp_path, monkeypatch):
+    """`fast_dev_run` always works; a warm-up that a recipe gives and that does not fit into a run is named."""
+    monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
+    written, given = narrow(PATHS[name], tmp_path)
+    options = [*CPU, *QUIET, f"--trainer.default_root_dir={tmp_path}", f"--trainer.{short}"]
+    cli = main(["--config", str(written), *options], run=False)
+    if short.startswith("fast_dev_run") or given["warmup_epochs"] in (None, 0):
+        assert planned(cli, SOURCES[name])
+    else:
+        with pytest.raises(ValueError, match=r"`warmup_epochs` must fit into the \d+ steps of the run, got '\d+ epo"):
+            cli.trainer.fit(cli.model, DataLoader(Rows(SOURCES[name].images), cli.datamodule.batch_size))
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_first_comment_names_the_source(name):
     text = comment(PATHS[name])
