@@ -100,6 +100,13 @@ def test_commands_in_the_text_exist(page):
         assert (ROOT / script).is_file(), script
 
 
+def test_install_names_every_extra():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = re.findall(r"(\w+)(?: \([^)]*\))?(?:,|$)", re.search(r"# extras: (.*)", README)[1])
+    assert set(named) == set(setup["options.extras_require"]) - {"dev", "bench"}
+
+
 def test_the_layout_is_that_of_the_package():
     section = README.split("## Layout")[1].split("\n## ")[0]
     listed = set(re.findall(r"^ {6}([\w.]+)/? ", section, flags=re.M))
