@@ -39,6 +39,7 @@ MOVES = {  # operations that move or select numbers without arithmetic
     "new_zeros",
     "permute",
     "repeat",
+    "roll",
     "select",
     "slice",
     "split",

@@ -43,6 +43,8 @@ class PairLoss:
 
     def scaled(self, temperature: float | Tensor) -> dict[str, float | Tensor]:
         """Return the argument that holds a temperature, a number or a tensor (1,)."""
+        if isinstance(temperature, Tensor):
+            temperature = temperature.float()  # the module's parameters may be in half precision
         return {self.scale: temperature if self.scale == "temperature" else 1 / temperature}
 
 

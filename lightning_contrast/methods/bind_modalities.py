@@ -133,7 +133,7 @@ class BindModalities(SelfSupervisedModule):
             rows = slice(len(features) if name in items else 0)
             embedding = projector(encoder(items[name])) if name in items else no_rows(anchor, encoder, projector)
             temperature = getattr(self, f"temperature_{name}")
-            scale = 1 / (temperature() if isinstance(temperature, nn.Module) else temperature)
+            scale = 1 / (temperature().float() if isinstance(temperature, nn.Module) else temperature)
             own = None if groups is None else groups[rows]  # as the anchor's rows: all or none
             losses.append(clip_loss(anchor[rows], embedding, logit_scale=scale, groups=own))
             self.log(f"train/loss_{name}", losses[-1], batch_size=len(features))

@@ -15,7 +15,7 @@ from lightning_contrast._checks import check_at_least, check_positive, check_wei
 from lightning_contrast.augment import clip_views
 from lightning_contrast.losses import nt_xent, tclr_global_local_loss, tclr_instance_loss, tclr_local_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import Norm, build_clip_backbone, build_head, clip_steps, project_moments
+from lightning_contrast.nn import Norm, build_clip_backbone, build_head, clip_steps, project_moments, time_mean
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
@@ -81,7 +81,7 @@ class TemporalContrast(SelfSupervisedModule):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return the features (B, F) of clips (B, T, C, H, W) or images (B, C, H, W)."""
-        return clip_steps(self.backbone, clips).mean(1)
+        return time_mean(clip_steps(self.backbone, clips))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the weighted sum of the losses, and features (B, F) of the first global clip."""
@@ -90,7 +90,7 @@ class TemporalContrast(SelfSupervisedModule):
         views = self.batch_views(batch, 2 + 2 * count)
         # Each view is a forward pass of its own, as in the reference implementation: BatchNorm does not mix clip kinds.
         steps = [clip_steps(self.backbone, view) for view in views[:2]]  # (B, S, F) each
-        features = [each.mean(1) for each in steps]  # (B, F) each
+        features = [time_mean(each) for each in steps]  # (B, F) each
         terms: dict[str, Tensor] = {}
         if weights["instance"] > 0:
             terms["instance"] = weights["instance"] * nt_xent(*map(self.projector, features), temperature=t)

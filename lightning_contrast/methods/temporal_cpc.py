@@ -13,7 +13,14 @@ from lightning_contrast._checks import check_at_least, require
 from lightning_contrast.augment import cpc_clip_views
 from lightning_contrast.losses import cpc_all_times_loss, cpc_time_loss, draw_time_negatives
 from lightning_contrast.methods.base import SelfSupervisedModule
-from lightning_contrast.nn import TimePredictor, VideoBackbone, build_clip_backbone, clip_steps, replace_batchnorm
+from lightning_contrast.nn import (
+    TimePredictor,
+    VideoBackbone,
+    build_clip_backbone,
+    clip_steps,
+    replace_batchnorm,
+    time_mean,
+)
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
@@ -80,7 +87,7 @@ class TemporalCPC(SelfSupervisedModule):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return the features (B, F) of clips (B, T, C, H, W), the mean over time, or of images (B, C, H, W)."""
-        return clip_steps(self.backbone, clips).mean(1)
+        return time_mean(clip_steps(self.backbone, clips))
 
     def context(self, clips: Tensor) -> Tensor:
         """Return the context (B, A) after the last frame of clips (B, T, C, H, W)."""
@@ -100,4 +107,4 @@ class TemporalCPC(SelfSupervisedModule):
             drawn = draw_time_negatives(frames, steps=self.steps, negatives=self.negatives)
             loss = cpc_time_loss(context, frames, matrices, *drawn)
         self.log("train/loss", loss, batch_size=len(clips))
-        return {"loss": loss, "features": frames.detach().mean(1)}
+        return {"loss": loss, "features": time_mean(frames.detach())}

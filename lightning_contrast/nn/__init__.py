@@ -39,6 +39,7 @@ from lightning_contrast.nn.video import (
     build_clip_backbone,
     clip_steps,
     project_moments,
+    time_mean,
 )
 from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_masked_backbone, select_patches
 from lightning_contrast.nn.weight_norm import WeightNormLinear
@@ -105,5 +106,6 @@ __all__ = [
     "sincos_positions",
     "sinkhorn",
     "small_vit",
+    "time_mean",
     "use_small_stem",
 ]

@@ -130,6 +130,11 @@ def _torchvision_trunk(name: str, kwargs: dict[str, Any]) -> nn.Sequential:
     return nn.Sequential(network.stem, network.layer1, network.layer2, network.layer3, network.layer4)
 
 
+def time_mean(steps: Tensor) -> Tensor:
+    """Return the mean over time of steps ``(B, S, F)``, ``(B, F)`` of their dtype; the sum is float32."""
+    return steps.float().mean(1).to(steps.dtype)
+
+
 def clip_steps(backbone: nn.Module, clips: Tensor) -> Tensor:
     """Return the features of each time step of clips.
 
@@ -169,6 +174,6 @@ def project_moments(projector: nn.Module, steps: Tensor, count: int) -> Tensor:
     found = steps.shape[1]
     hint = "Give global clips of more frames, or a backbone with another temporal stride, such as keep_time of r3d_18"
     require(found % count == 0, "views", f"give a multiple of {count} time steps per global clip", found, hint)
-    means = torch.unflatten(steps, 1, (count, -1)).mean(2)  # (B, J, F)
-    projected: Tensor = projector(means.flatten(0, 1))  # (B * J, D)
+    moments = torch.unflatten(steps, 1, (count, -1)).flatten(0, 1)  # (B * J, S / J, F)
+    projected: Tensor = projector(time_mean(moments))  # (B * J, D)
     return torch.unflatten(projected, 0, (-1, count)).transpose(0, 1)

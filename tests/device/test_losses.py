@@ -57,6 +57,10 @@ CALLS = {
         weighting="debiased",
     ),
     "koleo_loss": lambda a, b, y: losses.koleo_loss(a),
+    "bilinear_loss": lambda a, b, y: losses.bilinear_loss(a, b, weight=a.T @ b),
+    "clip_distillation_loss": lambda a, b, y: losses.clip_distillation_loss(
+        a, b, b.detach(), a.detach(), logit_scale=a.sum().exp(), teacher_logit_scale=10.0
+    ),
     "margin_contrastive_loss": lambda a, b, y: losses.margin_contrastive_loss(a, b, y > 0, margin=1.0),
     "masked_patch_loss": lambda a, b, y: losses.masked_patch_loss(
         a, b.detach(), a.detach()[0], y, count=3, student_temperature=0.1, teacher_temperature=0.04

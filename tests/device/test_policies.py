@@ -15,6 +15,8 @@ POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.end
 def test_a_policy_reads_nothing_and_gives_the_views_of_the_accelerator_form(name, backend):
     images = torch.randint(0, 256, (5, 3, 40, 36), dtype=torch.uint8)
     policy = POLICIES[name](size=32, backend=backend, mean=[0.5] * 3, std=[0.2] * 3)
+    if isinstance(policy, augment.ClipPolicy):
+        images = torch.randint(0, 256, (2, policy.span, 3, 40, 36), dtype=torch.uint8)
     for given in (images, images / 255):
         torch.manual_seed(0)
         with PretendedDevice() as pretended:

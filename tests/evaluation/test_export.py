@@ -107,7 +107,7 @@ class Doubling(nn.Module):
 
 
 def test_a_graph_that_differs_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="differ from those of the backbone by up to"):
+    with pytest.raises(RuntimeError, match="differ from those of the model by up to"):
         export_backbone(Doubling(), tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
 
 

@@ -94,8 +94,10 @@ def check(module, seen, *, total, warmup, batch, first=0, lr=None, steps_of=None
     for index, (rates, decays) in enumerate(zip(seen.rates, seen.decays, strict=True)):
         step = first + index
         factor = module.lr_factor(step, warmup, total)
+        options = [(owner, getattr(owner, "group_options", {})) for owner in module.modules()]
+        own = {p: given["lr"] for owner, given in options if "lr" in given for p in owner.parameters()}
         for group, rate, decay in zip(groups, rates, decays, strict=True):
-            peak = module.temperature.lr if "bounds" in group else main  # a learned temperature has a rate of its own
+            peak = own.get(next(iter(group["params"]), None), main)  # a learned temperature has a rate of its own
             expected = 1 if group.get("fixed_lr") else factor * group.get("lr_multiplier", 1)
             assert rate == near64(peak * expected), step
             if group.get("scheduled_decay"):
