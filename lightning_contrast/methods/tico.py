@@ -20,6 +20,7 @@ from lightning_contrast.losses import tico_loss
 from lightning_contrast.methods.joint_embedding import JointEmbeddingModule, JointEmbeddingOptions
 from lightning_contrast.nn import SecondMoment
 from lightning_contrast.optim import OptimizerLike
+from lightning_contrast.precision import unit_rows
 
 
 class TiCo(JointEmbeddingModule):
@@ -78,7 +79,7 @@ class TiCo(JointEmbeddingModule):
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return TiCo's loss of the two views, and features (B, F)."""
+        """Return TiCo's loss of the two views, features (B, F), and the EMA network's keys (B, D) for monitors."""
         query_view, key_view = self.batch_views(batch, 2)  # (B, C, h, w) each
         features = self.backbone(query_view)  # (B, F)
         query = self.projector(features)  # (B, D)
@@ -94,7 +95,7 @@ class TiCo(JointEmbeddingModule):
         )
         self.log("train/loss", loss, batch_size=len(query_view))
         # MomentumUpdate moves the EMA network and commits the covariance after the optimizer step.
-        return {"loss": loss, "features": features.detach()}
+        return {"loss": loss, "features": features.detach(), "keys": unit_rows(key)}
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (online, EMA) modules."""

@@ -45,7 +45,8 @@ def visreg(module, z):
 
 
 def wmse(module, z):
-    return losses.w_mse_loss(z, losses.draw_permutations(BATCH, iterations=2, generator=draws()), whitening_size=4)
+    order = losses.draw_permutations(BATCH, iterations=2, generator=draws())
+    return losses.w_mse_loss(z, order, whitening_size=4, eps=0.1)
 
 
 def mmcr(module, z):
@@ -222,7 +223,7 @@ def test_a_batch_smaller_than_the_whitening_is_refused():
         ("LeJEPA", {"t_max": 0.0}, "`t_max` must be > 0"),
         ("VISReg", {"num_slices": 0}, "`num_slices` must be >= 1"),
         ("VISReg", {"regularizer_weight": -0.1}, "`regularizer_weight` must"),
-        ("WMSE", {"projection_dim": 8, "whitening_size": 8}, "`whitening_size` must be >= 9"),
+        ("WMSE", {"projection_dim": 8, "whitening_size": 8, "whitening_eps": 0.0}, "`whitening_size` must be >= 9"),
         ("WMSE", {"whitening_iterations": 0}, "`whitening_iterations` must be >= 1"),
         ("WMSE", {"whitening_eps": -1.0}, "`whitening_eps` must"),
         ("MMCR", {"local_weight": -1.0}, "`local_weight` must be >= 0"),
