@@ -37,14 +37,17 @@ from .methods import CPC as CPC
 from .methods import DINO as DINO
 from .methods import IBOT as IBOT
 from .methods import IJEPA as IJEPA
+from .methods import MMCR as MMCR
 from .methods import MSN as MSN
 from .methods import NNCLR as NNCLR
 from .methods import NPID as NPID
+from .methods import WMSE as WMSE
 from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
 from .methods import BindModalities as BindModalities
 from .methods import DINOv2 as DINOv2
 from .methods import GLoRIA as GLoRIA
+from .methods import LeJEPA as LeJEPA
 from .methods import MoCHi as MoCHi
 from .methods import MoCo as MoCo
 from .methods import MoCoV3 as MoCoV3
@@ -59,5 +62,7 @@ from .methods import SupCon as SupCon
 from .methods import SwAV as SwAV
 from .methods import TemporalContrast as TemporalContrast
 from .methods import TemporalCPC as TemporalCPC
+from .methods import TiCo as TiCo
 from .methods import Triplet as Triplet
 from .methods import VICReg as VICReg
+from .methods import VISReg as VISReg

@@ -285,6 +285,20 @@ CIFAR10_SOURCES: dict[str, Source] = {
         statistics=PER_IMAGE,
         images=50_000,
     ),
+    "wmse_cifar10": Source(
+        1000,
+        512,
+        "Adam",
+        ADAMW,
+        lambda epoch, epochs: 3e-3 * min(1, epoch / 5) * 0.2 ** ((epoch >= epochs - 50) + (epoch >= epochs - 25)),
+        (1e-6, 1e-6),  # a warm-up of 500 steps
+        pair(32, (0.2, 1), WEAK_JITTER, gray=0.1, bicubic=True),
+        {"whitening_iterations": 1, "whitening_eps": 0.0},
+        {"hidden_dim": 1024, "projection_dim": 64, "whitening_size": 128},
+        decayed="all",
+        statistics=PER_IMAGE,
+        images=50_000,
+    ),
 }
 
 IMAGE_TEXT_SOURCES: dict[str, Source] = {

@@ -13,8 +13,10 @@ from lightning_contrast.augment.multi_crop import (
     gloria_views,
     ijepa_views,
     image_text_views,
+    lejepa_views,
     msn_views,
     swav_views,
+    visreg_views,
 )
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.two_view import (
@@ -29,6 +31,7 @@ from lightning_contrast.augment.two_view import (
     simsiam_views,
     supcon_views,
     vicreg_views,
+    wmse_views,
 )
 from lightning_contrast.augment.view_spec import ViewSpec
 from lightning_contrast.augment.whole_images import WholeImages
@@ -50,6 +53,7 @@ __all__ = [
     "gloria_views",
     "ijepa_views",
     "image_text_views",
+    "lejepa_views",
     "make_policy",
     "moco_v1_views",
     "moco_v2_views",
@@ -61,4 +65,6 @@ __all__ = [
     "supcon_views",
     "swav_views",
     "vicreg_views",
+    "visreg_views",
+    "wmse_views",
 ]

@@ -174,6 +174,85 @@ def msn_views(
     return make_policy([random] * 2 + [focal] * local_views, mean=mean, std=std, **options)
 
 
+def lejepa_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    local_size: int | None = None,
+    global_views: int = 2,
+    local_views: int = 6,
+    global_scale: Range = (0.3, 1.0),
+    local_scale: Range = (0.05, 0.3),
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return LeJEPA's multi-crop: 2 global and 6 local views, which differ in the crop only.
+
+    Crops 0.3..1 at 224 and 0.05..0.3 at 96 (98 for patches of 14; bicubic), flip 0.5, jitter (0.4, 0.4, 0.2, 0.1) at
+    0.8, grayscale 0.2, blur 0.5 with a kernel of 9, solarization 0.2.
+
+    Source: https://arxiv.org/abs/2511.08544 and https://github.com/rbalestr-lab/lejepa (its README; resampling and
+    kernel are those of VISReg, the only program that has the views).
+
+    Args:
+        size: As in `swav_views`.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        local_size: As in `swav_views`.
+        global_views: Number of global views, >= 2.
+        local_views: As in `swav_views`.
+        global_scale: As in `swav_views`.
+        local_scale: As in `swav_views`.
+        **options: See `ViewOptions`.
+    """
+    check_at_least("global_views", global_views, 2)
+    check_at_least("local_views", local_views, 0)
+    large = ViewSpec(size, global_scale, _DINO_JITTER, blur_p=0.5, solarize_p=0.2, blur_kernel=9, bicubic=True)
+    small = replace(large, size=local_size_of(size, local_size), scale=local_scale)
+    return make_policy([large] * global_views + [small] * local_views, mean=mean, std=std, **options)
+
+
+def visreg_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    local_size: int | None = None,
+    global_views: int = 4,
+    local_views: int = 6,
+    global_scale: Range = (0.3, 1.0),
+    local_scale: Range = (0.05, 0.3),
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return VISReg's multi-crop: `lejepa_views` with 4 global and 6 local views.
+
+    Source: https://arxiv.org/abs/2606.02572 and https://github.com/HaiyuWu/visreg (``multicrop.py``).
+    Difference: solarization is applied with its probability of 0.2; the reference implementation halves it once more.
+
+    Args:
+        size: As in `swav_views`.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        local_size: As in `swav_views`.
+        global_views: As in `lejepa_views`.
+        local_views: As in `swav_views`.
+        global_scale: As in `swav_views`.
+        local_scale: As in `swav_views`.
+        **options: See `ViewOptions`.
+    """
+    return lejepa_views(
+        size,
+        mean=mean,
+        std=std,
+        local_size=local_size,
+        global_views=global_views,
+        local_views=local_views,
+        global_scale=global_scale,
+        local_scale=local_scale,
+        **options,
+    )
+
+
 def ijepa_views(
     size: int = 224,
     *,

@@ -15,8 +15,9 @@ Statistics = Sequence[float] | None
 class TwoViewOptions(ViewOptions, total=False):
     """Keyword arguments of the policies of this module: `ViewOptions`, and local views after the two published ones.
 
-    SimCLR, MoCo, BYOL, SimSiam, NNCLR, SupCon, Barlow Twins and VICReg take local views. Their colors are those of the
-    first view with a blur at 0.5 at most and no solarization, as DINO has them; no paper of these methods has any.
+    SimCLR, MoCo, BYOL, SimSiam, NNCLR, SupCon, Barlow Twins, VICReg, MMCR and W-MSE take local views. Their colors are
+    those of the first view with a blur at 0.5 at most and no solarization, as DINO has them; no paper of these methods
+    has any.
 
     Attributes:
         local_views: Number of local views, >= 0; 0 by default.
@@ -300,4 +301,25 @@ def supcon_views(
         **options: See `TwoViewOptions`.
     """
     spec = ViewSpec(size, (0.2, 1.0), _WEAK_JITTER)
+    return _with_local_views(spec, spec, mean, std, options)
+
+
+def wmse_views(
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+) -> ViewPolicy:
+    """Return the two views of W-MSE.
+
+    Crop 0.2..1 (bicubic), flip 0.5, jitter (0.4, 0.4, 0.4, 0.1) at 0.8, grayscale 0.1, no blur.
+
+    Source: https://arxiv.org/abs/2007.06346 and https://github.com/htdt/self-supervised.
+    Difference: the reference implementation crops after the color operations, whose contrast then is that of the whole
+    image.
+
+    Args:
+        size: As in `moco_v1_views`.
+        mean: As in `moco_v1_views`.
+        std: As in `moco_v1_views`.
+        **options: See `TwoViewOptions`.
+    """
+    spec = ViewSpec(size, (0.2, 1.0), _WEAK_JITTER, gray_p=0.1, bicubic=True)
     return _with_local_views(spec, spec, mean, std, options)

@@ -79,5 +79,5 @@ def recipe_names() -> list[str]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that suggests names similar to ``name``, or an empty str if there are none."""
     by_lower = {option.lower(): option for option in known}
-    near = get_close_matches(name.rsplit(".", 1)[-1].lower(), by_lower, n=3)
+    near = get_close_matches(name.rsplit(".", 1)[-1].lower(), by_lower, n=3, cutoff=0.65)
     return f" Did you mean {' or '.join(by_lower[option] for option in near)}?" if near else ""

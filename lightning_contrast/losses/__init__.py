@@ -11,6 +11,15 @@ from lightning_contrast.losses.contrastive import (
     sup_con,
 )
 from lightning_contrast.losses.distillation import dino_loss, ibot_patch_loss, ijepa_loss, koleo_loss, masked_patch_loss
+from lightning_contrast.losses.gaussian import (
+    draw_directions,
+    epps_pulley,
+    lejepa_loss,
+    sigreg_loss,
+    sliced_gaussian_loss,
+    view_invariance,
+    visreg_loss,
+)
 from lightning_contrast.losses.geometric import (
     alignment,
     margin_contrastive_loss,
@@ -35,7 +44,14 @@ from lightning_contrast.losses.predictive_coding import (
     draw_row_negatives,
     draw_time_negatives,
 )
-from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
+from lightning_contrast.losses.redundancy import (
+    barlow_twins_loss,
+    draw_permutations,
+    mmcr_loss,
+    tico_loss,
+    vicreg_loss,
+    w_mse_loss,
+)
 from lightning_contrast.losses.synthetic import mochi_negatives
 from lightning_contrast.losses.temporal import tclr_global_local_loss, tclr_instance_loss, tclr_local_loss
 
@@ -55,8 +71,11 @@ __all__ = [
     "debiased_nt_xent",
     "decoupled_nt_xent",
     "dino_loss",
+    "draw_directions",
+    "draw_permutations",
     "draw_row_negatives",
     "draw_time_negatives",
+    "epps_pulley",
     "gloria_global_loss",
     "gloria_local_loss",
     "hard_negative_nt_xent",
@@ -64,8 +83,10 @@ __all__ = [
     "ijepa_loss",
     "info_nce",
     "koleo_loss",
+    "lejepa_loss",
     "margin_contrastive_loss",
     "masked_patch_loss",
+    "mmcr_loss",
     "mochi_negatives",
     "moco_v3_loss",
     "msn_loss",
@@ -73,14 +94,20 @@ __all__ = [
     "nt_xent",
     "region_attention",
     "siglip_loss",
+    "sigreg_loss",
     "sinkhorn",
+    "sliced_gaussian_loss",
     "spectral_contrastive_loss",
     "sup_con",
     "swav_loss",
     "tclr_global_local_loss",
     "tclr_instance_loss",
     "tclr_local_loss",
+    "tico_loss",
     "triplet_loss",
     "uniformity",
     "vicreg_loss",
+    "view_invariance",
+    "visreg_loss",
+    "w_mse_loss",
 ]

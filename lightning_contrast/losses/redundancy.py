@@ -1,4 +1,4 @@
-"""Losses on the statistics of embedding dimensions: Barlow Twins and VICReg.
+"""Losses on the statistics of embedding dimensions: Barlow Twins, VICReg, TiCo, W-MSE and MMCR.
 
 The sum of squares of a correlation or covariance matrix ``X'Y`` is computed from whichever is smaller: the ``D x D``
 matrix itself, or the two ``B x B`` matrices ``XX'`` and ``YY'``, whose inner product it is. The ``naive_*`` functions
@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_batch, check_not_negative, check_positive
+from lightning_contrast._checks import (
+    check_at_least,
+    check_batch,
+    check_not_negative,
+    check_positive,
+    check_probability,
+    check_same_shape,
+    fail,
+    require,
+)
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses.checks import check_pair
-from lightning_contrast.precision import full_precision
+from lightning_contrast.losses.checks import check_floating, check_matrix, check_pair
+from lightning_contrast.precision import full_precision, normalize
 
 BATCH_NORM_EPSILON = 1e-5
 
@@ -170,3 +179,178 @@ def vicreg_loss(
         covariance = covariance + off_diagonal / rows.shape[1]
     total = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return torch.as_tensor(total)
+
+
+@full_precision
+def tico_loss(
+    query: Tensor,
+    key: Tensor,
+    covariance: Tensor,
+    *,
+    covariance_momentum: float = 0.9,
+    covariance_weight: float = 8.0,
+    detach_covariance: bool = False,
+) -> Tensor:
+    """Compute TiCo's loss: agreement of two views, and little energy along the directions that recent batches use.
+
+    ``-mean(q k) + covariance_weight * mean(q' C q)`` of unit rows, with ``C = momentum * covariance +
+    (1 - momentum) * mean(q q')`` and the mean over the images of all ranks (https://arxiv.org/abs/2206.10698).
+
+    Args:
+        query: Embeddings of the first view, ``(B, D)``; normalized here.
+        key: Embeddings of the second view, ``(B, D)``; normalized here. The paper's come from an EMA network.
+        covariance: The second moment of the queries before this step, ``(D, D)``, without gradient.
+        covariance_momentum: Share of it that is kept, in [0, 1]; 0.9 in the paper.
+        covariance_weight: Weight of the second term, >= 0; 8 in the paper.
+        detach_covariance: Treat C as a constant and add 1 to the loss, as lightly does. In the paper the second moment
+            of the batch has gradient, which counts twice for it.
+
+    Returns:
+        A scalar, the same on every rank.
+
+    Raises:
+        ValueError: If shapes differ, or a number is out of range.
+        TypeError: If the embeddings are not floating point.
+    """
+    check_pair("query", query, "key", key)
+    check_matrix("covariance", covariance, query.shape[1])
+    rule = f"be square, ({query.shape[1]}, {query.shape[1]})"
+    require(len(covariance) == query.shape[1], "covariance", rule, tuple(covariance.shape), "Start with zeros")
+    check_probability("covariance_momentum", covariance_momentum)
+    check_not_negative("covariance_weight", covariance_weight)
+    q, k = normalize(query), normalize(key)
+    count = distributed.all_reduce_sum(q.new_full((), len(q)))
+    moment = distributed.all_reduce_sum_with_gradient(q.T @ q) / count  # (D, D)
+    moved = covariance_momentum * covariance + (1 - covariance_momentum) * moment
+    if detach_covariance:
+        moved = moved.detach()
+    loss = global_mean(covariance_weight * ((q @ moved) * q).sum(1) - (q * k).sum(1))
+    return loss + 1 if detach_covariance else loss
+
+
+def draw_permutations(size: int, *, iterations: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw the ``permutations`` of `w_mse_loss` on the CPU.
+
+    Args:
+        size: Number of images of the global batch, >= 1.
+        iterations: Number of permutations, >= 1.
+        generator: Generator of the CPU, equal on all ranks; None is torch's global one.
+
+    Returns:
+        Integers ``(iterations, size)`` on the CPU.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+    check_at_least("iterations", iterations, 1)
+    return torch.stack([torch.randperm(size, generator=generator, device="cpu") for _ in range(iterations)])
+
+
+@full_precision
+def w_mse_loss(views: Tensor, permutations: Tensor, *, whitening_size: int, eps: float = 0.0) -> Tensor:
+    """Compute W-MSE: the distance of the whitened and then normalized embeddings of each pair of views.
+
+    The images of the global batch are divided into sub-batches, the same for all views. In each sub-batch and view the
+    embeddings are centered and multiplied by the inverse of the Cholesky factor of their covariance. The loss is the
+    mean of ``2 - 2 cos`` over pairs of views, images and permutations: 0 for equal views, about 2 for unrelated ones
+    (https://arxiv.org/abs/2007.06346).
+
+    Source: https://github.com/htdt/self-supervised (``w_mse.py``).
+    Differs from it: the images that are left over when a permutation is divided are left out of it (the reference needs
+    a batch that is a multiple of ``whitening_size``); sub-batches take the images of all ranks.
+
+    Args:
+        views: Embeddings, ``(views, B, D)`` of two or more views.
+        permutations: An order of the images of all ranks per iteration, ``(iterations, B)`` integers, the same on every
+            rank; see `draw_permutations`.
+        whitening_size: Images of a sub-batch, more than D so that the covariance has full rank, and at most B; the
+            paper has 2 D.
+        eps: Share of the identity in the covariance, in [0, 1]; 0 in the paper. Above 0, fewer images are allowed.
+
+    Returns:
+        A scalar in [0, 4], the same on every rank; NaN if a covariance is not positive definite, as after a collapse.
+
+    Raises:
+        ValueError: If a shape or a number is out of range.
+        TypeError: If the embeddings are not floating point, or the permutations no integers.
+    """
+    check_floating("views", views)
+    hint = "Stack the embeddings of two or more views"
+    require(views.ndim == 3 and len(views) >= 2, "views", "have the shape (views >= 2, B, D)", tuple(views.shape), hint)
+    check_probability("eps", eps)
+    check_whitening("whitening_size", whitening_size, views.shape[2], eps)
+    rows = distributed.gather_with_gradient(views.transpose(0, 1))  # (N, V, D)
+    check_batch("views", len(rows), whitening_size)
+    if permutations.is_floating_point():
+        fail(
+            "permutations", "be an integer tensor", permutations.dtype, "Draw them with `draw_permutations`", TypeError
+        )
+    rule = f"have the shape (iterations, {len(rows)}), one place per image of all ranks"
+    ok = permutations.ndim == 2 and permutations.shape[1] == len(rows) and len(permutations) > 0
+    require(ok, "permutations", rule, tuple(permutations.shape), "Draw them with `draw_permutations`")
+    used = len(rows) // whitening_size * whitening_size
+    order = permutations[:, :used].reshape(-1, whitening_size).to(rows.device, non_blocking=True)  # (S, W)
+    parts = rows[order].transpose(1, 2)  # (S, V, W, D)
+    centered = parts - parts.mean(2, keepdim=True)
+    covariance = centered.mT @ centered / (whitening_size - 1)  # (S, V, D, D)
+    if eps:
+        covariance = (1 - eps) * covariance + eps * torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
+    factor, info = torch.linalg.cholesky_ex(covariance)  # reads nothing on the host, unlike `cholesky`
+    factor = factor.masked_fill((info > 0)[..., None, None], torch.nan)
+    white = torch.linalg.solve_triangular(factor, centered.mT, upper=False).mT  # (S, V, W, D)
+    unit = F.normalize(white, dim=3)
+    first, second = torch.triu_indices(len(views), len(views), 1, device="cpu").tolist()
+    return (unit[:, first] - unit[:, second]).square().sum(3).mean()
+
+
+def check_whitening(name: str, whitening_size: int, dim: int, eps: float) -> None:
+    """Check that a sub-batch of ``whitening_size`` rows can whiten ``dim`` dimensions.
+
+    Args:
+        name: Name of the size, for the message.
+        whitening_size: Rows of a sub-batch.
+        dim: D, width of the embeddings.
+        eps: Share of the identity in the covariance; above 0, 2 rows are enough.
+    """
+    hint = f"Use twice the width as the paper does ({2 * dim}), or narrower embeddings"
+    check_at_least(name, whitening_size, 2 if eps > 0 else dim + 1, hint)
+
+
+@full_precision
+def mmcr_loss(views: Tensor, momentum_views: Tensor | None = None, *, local_weight: float = 0.0) -> Tensor:
+    """Compute MMCR: the negative nuclear norm of the images' centroids, the means of their unit embeddings.
+
+    A large norm means that the views of an image agree, which makes its centroid long, and that the centroids of
+    different images span many dimensions. With N images on all ranks it is at least ``-sqrt(N min(N, D))``, and -N for
+    orthonormal centroids; loss and gradient grow with N (https://arxiv.org/abs/2303.03307).
+
+    Source: https://github.com/ThomasYerxa/mmcr (``loss_mmcr.py``, ``loss_mmcr_momentum.py``).
+    Differs from it: with several ranks the mean over ranks is the gradient of one process; in the reference it is that
+    divided by the number of ranks.
+
+    Args:
+        views: Embeddings, ``(B, V, D)``; normalized here.
+        momentum_views: Embeddings of the views by an EMA network, ``(B, V, D)``; normalized here. Each centroid is then
+            the mean of the two networks' centroids.
+        local_weight: Weight of the mean nuclear norm of the V embeddings of each image, >= 0; 0 in the paper's runs.
+
+    Returns:
+        A scalar, the same on every rank.
+
+    Raises:
+        ValueError: If a shape is another one, or the weight is negative.
+        TypeError: If the embeddings are not floating point.
+    """
+    check_floating("views", views)
+    hint = "Stack the embeddings of the views in dimension 1"
+    require(views.ndim == 3 and views.shape[1] >= 1, "views", "have the shape (B, views, D)", tuple(views.shape), hint)
+    check_not_negative("local_weight", local_weight)
+    unit = F.normalize(views, dim=2)
+    centroids = unit.mean(1)  # (B, D)
+    if momentum_views is not None:
+        check_same_shape("views", views, "momentum_views", momentum_views, 3)
+        centroids = (centroids + F.normalize(momentum_views, dim=2).mean(1)) / 2
+    loss: Tensor = -torch.linalg.svdvals(distributed.gather_with_gradient(centroids)).sum()
+    if local_weight:
+        loss = loss + local_weight * global_mean(torch.linalg.svdvals(unit).sum(1))
+    return loss

@@ -10,6 +10,8 @@ from .dinov2 import DINOv2 as DINOv2
 from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT
 from .ijepa import IJEPA as IJEPA
+from .lejepa import LeJEPA as LeJEPA
+from .mmcr import MMCR as MMCR
 from .mochi import MoCHi as MoCHi
 from .moco import MoCo as MoCo
 from .moco_v3 import MoCoV3 as MoCoV3
@@ -26,5 +28,8 @@ from .supcon import SupCon as SupCon
 from .swav import SwAV as SwAV
 from .temporal_contrast import TemporalContrast as TemporalContrast
 from .temporal_cpc import TemporalCPC as TemporalCPC
+from .tico import TiCo as TiCo
 from .triplet import Triplet as Triplet
 from .vicreg import VICReg as VICReg
+from .visreg import VISReg as VISReg
+from .wmse import WMSE as WMSE

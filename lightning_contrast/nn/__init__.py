@@ -11,7 +11,7 @@ from lightning_contrast.nn.backbones import (
     read_feature_dim,
 )
 from lightning_contrast.nn.byte_tokenizer import ByteTokenizer
-from lightning_contrast.nn.center import Center
+from lightning_contrast.nn.center import Center, SecondMoment
 from lightning_contrast.nn.distillation_heads import DistillationHead, PatchDistillationHead
 from lightning_contrast.nn.ema import ema_update
 from lightning_contrast.nn.feature_queue import FeatureQueue
@@ -76,6 +76,7 @@ __all__ = [
     "Prototypes",
     "RegionMaps",
     "ScheduledTemperature",
+    "SecondMoment",
     "SmallConvNet",
     "SmallVideoConvNet",
     "SplitBatchNorm2d",

@@ -165,6 +165,11 @@ HEADS: dict[str, Head] = {
     "simsiam_predictor": Head(512, None),
     "barlow_twins": Head(8192, 8192, layers=3, last_bias=False),
     "vicreg": Head(8192, 8192, layers=3, hidden_bias=True, last_bias=False),
+    "lejepa": Head(2048, 512, layers=3, hidden_bias=True),
+    "visreg": Head(2048, 256, layers=3, hidden_bias=True, activation="gelu"),
+    "tico": Head(4096, 256),
+    "w_mse": Head(1024, 64, hidden_bias=True),
+    "mmcr": Head(8192, 512, layers=3, last_bias=False),
     "spectral": Head(2048, 1000, last_norm="full", last_bias=False),
     "swav": Head(2048, 128, hidden_bias=True),
     "nnclr_projector": Head(2048, 256, layers=3, last_norm="full", last_bias=False),
@@ -187,6 +192,11 @@ HEADS: dict[str, Head] = {
   https://github.com/facebookresearch/simsiam
 - ``"barlow_twins"``: https://github.com/facebookresearch/barlowtwins
 - ``"vicreg"``: the expander. https://github.com/facebookresearch/vicreg
+- ``"lejepa"``: the output width is that of stable-pretraining, from 16 in small runs. https://github.com/rbalestr-lab/lejepa
+- ``"visreg"``: https://github.com/HaiyuWu/visreg
+- ``"tico"``: no reference implementation; that of https://github.com/sayannag/TiCo-pytorch.
+- ``"w_mse"``: 128 wide on STL-10 and Tiny ImageNet. https://github.com/htdt/self-supervised
+- ``"mmcr"``: that of Barlow Twins, narrower at the end; 512 and 128 on CIFAR-10. https://github.com/ThomasYerxa/mmcr
 - ``"spectral"``: the ImageNet runs have 3 layers of width 8192; no bias where a normalization with offset follows,
   which is equivalent. https://github.com/jhaochenz/spectral_contrastive_learning
 - ``"swav"``: https://github.com/facebookresearch/swav

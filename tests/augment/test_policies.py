@@ -20,7 +20,7 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 for of_clips in ("clip_views", "cpc_clip_views"):  # their input are clips: test_clips
     del POLICIES[of_clips]
-MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views"}
+MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views", "lejepa_views", "visreg_views"}
 ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"}
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
@@ -42,6 +42,9 @@ TABLE = {
     "msn_views": ((0.3, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "cpc_views": ((0.73, 1), (0.4, 0.4, 0.4, 0.2), 0.8, 0.25, (0,), (0,)),
     "gloria_views": ((0.7, 0.77), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
+    "lejepa_views": ((0.3, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (0.5, 0.5), (0.2, 0.2)),
+    "visreg_views": ((0.3, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (0.5, 0.5), (0.2, 0.2)),
+    "wmse_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.1, (0, 0), (0, 0)),
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
@@ -51,7 +54,11 @@ LOCAL = {
     "dino_views": (8, (0.05, 0.4), 0.5),
     "dinov2_views": (8, (0.05, 0.32), 0.5),
     "msn_views": (10, (0.05, 0.3), 0.5),
+    "lejepa_views": (6, (0.05, 0.3), 0.5),
+    "visreg_views": (6, (0.05, 0.3), 0.5),
 }
+GLOBAL = {"visreg_views": 4}
+SOLARIZED = ("lejepa_views", "visreg_views")  # local views too
 
 
 def operations(view):
@@ -81,16 +88,18 @@ def test_numbers(name):
         assert getattr(found.get("FusedGaussianBlur"), "probability", 0) == blur[i]
         assert getattr(found.get("FusedSolarize"), "probability", 0) == solarize[i]
     bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text", "gloria"}
+    bicubic |= {"lejepa", "visreg", "wmse"}
     expected = "bicubic" if name.removesuffix("_views") in bicubic else "bilinear"
     assert operations(views[0])["FusedResizedCrop"].interpolation == expected
     if name in MULTI_CROP:
         count, scale, local_blur = LOCAL[name]
-        assert len(views) == 2 + count
-        for view in views[2:]:
+        large = GLOBAL.get(name, 2)
+        assert len(views) == large + count
+        for view in views[large:]:
             found = operations(view)
             assert (found["FusedResizedCrop"].size, found["FusedResizedCrop"].scale) == (96, scale)
             assert found["FusedGaussianBlur"].probability == local_blur
-            assert "FusedSolarize" not in found
+            assert ("FusedSolarize" in found) == (name in SOLARIZED)
     else:
         assert len(views) == (1 if name in ONE_VIEW else 2)
 
@@ -130,7 +139,7 @@ def test_views_of_every_policy(emoji, name, fused):
     torch.manual_seed(0)
     views = policy(images)
     assert torch.equal(images, before)
-    large = 1 if name in ONE_VIEW else 2
+    large = 1 if name in ONE_VIEW else GLOBAL.get(name, 2)
     local = [(len(images), 3, 12, 12)] * (len(views) - large)
     assert [tuple(view.shape) for view in views] == [(len(images), 3, 24, 24)] * large + local
     for view in views:

@@ -13,6 +13,9 @@ LIGHTNING = {
     ),
 }
 METHODS = {
+    "MMCR": {
+        "losses/redundancy.py:mmcr_loss": (math.inf, "a singular value decomposition checks that it converged"),
+    },
     "NPID": {
         "callbacks/queue_update.py:on_train_batch_end": (4, "the first batch of an epoch: as in `training_step`"),
         "methods/npid.py:training_step": (

@@ -100,6 +100,17 @@ CALLS = {
     "triplet_loss": lambda a, b, y: losses.triplet_loss(a, b, b.flip(0), margin=1.0),
     "uniformity": lambda a, b, y: losses.uniformity(a),
     "vicreg_loss": lambda a, b, y: losses.vicreg_loss(a, b),
+    "epps_pulley": lambda a, b, y: losses.epps_pulley(a),
+    "lejepa_loss": lambda a, b, y: losses.lejepa_loss(_views(a, b), _views(b), _drawn(a), regularizer_weight=0.1),
+    "mmcr_loss": lambda a, b, y: losses.mmcr_loss(_views(a, b).transpose(0, 1), local_weight=0.1),
+    "sigreg_loss": lambda a, b, y: losses.sigreg_loss(a, _drawn(a)),
+    "sliced_gaussian_loss": lambda a, b, y: losses.sliced_gaussian_loss(_views(a, b), _drawn(a)),
+    "tico_loss": lambda a, b, y: losses.tico_loss(a, b.detach(), b.detach()[:6]),
+    "view_invariance": lambda a, b, y: losses.view_invariance(_views(a, b)),
+    "visreg_loss": lambda a, b, y: losses.visreg_loss(_views(a, b), _drawn(a)),
+    "w_mse_loss": lambda a, b, y: losses.w_mse_loss(
+        _views(a, b), losses.draw_permutations(len(a), iterations=2), whitening_size=8
+    ),
 }
 
 
@@ -108,12 +119,13 @@ DOCUMENTED = {
     "ibot_patch_loss": {
         "losses/distillation.py:ibot_patch_loss": (3, "selects the masked patches"),
         "_dynamo/eval_frame.py:_fn": (1, "the gradient of that selection"),
-    }
+    },
+    "mmcr_loss": {"losses/redundancy.py:mmcr_loss": (2, "a singular value decomposition checks that it converged")},
 }
 
 
 def test_every_loss_is_called():
-    draws = {"draw_row_negatives", "draw_time_negatives"}  # on the CPU, as all random numbers
+    draws = {name for name in losses.__all__ if name.startswith("draw_")}  # on the CPU, as all random numbers
     assert {name.split()[0] for name in CALLS} == set(losses.__all__) - {"Negatives"} - draws
 
 
@@ -121,6 +133,14 @@ def _places(a, b):
     """Return 3 words (4, 6, 3) out of 8 rows (8, 6), and maps of 2 x 1 places (4, 6, 2, 1)."""
     words = a.unflatten(0, (4, 2)).mT
     return torch.cat([words, words[..., :1]], dim=2), b.unflatten(0, (4, 2)).mT[..., None]
+
+
+def _views(*rows):
+    return torch.stack(rows)
+
+
+def _drawn(rows):
+    return losses.draw_directions(rows, slices=3)
 
 
 def _moments(rows):

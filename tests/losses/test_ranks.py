@@ -31,7 +31,38 @@ def _clips(rows: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(rows).unflatten(0, (2, 2))
 
 
+def _views(*rows: Tensor) -> Tensor:
+    """Return the embeddings of several views, ``(V, B, DIM)``."""
+    return torch.stack(rows)
+
+
+def _directions(z: Tensor) -> Tensor:
+    return losses.draw_directions(z, slices=5, generator=torch.Generator().manual_seed(4))
+
+
+def _second_moment(z: Tensor) -> Tensor:
+    return torch.eye(DIM, dtype=z.dtype) + 0.1
+
+
 MORE = {
+    "sigreg": _case(lambda *x: losses.sigreg_loss(_views(*x), _directions(x[0])), 3),
+    "lejepa": _case(
+        lambda a, b, c: losses.lejepa_loss(_views(a, b), _views(c), _directions(a), regularizer_weight=0.3), 3
+    ),
+    "visreg": _case(lambda *x: losses.visreg_loss(_views(*x), _directions(x[0])), 2),
+    "sliced gaussian": _case(lambda *x: losses.sliced_gaussian_loss(_views(*x), _directions(x[0])), 2),
+    "tico": _case(lambda a, b: losses.tico_loss(a, b, _second_moment(a)), 2),
+    "tico, detached": _case(lambda a, b: losses.tico_loss(a, b, _second_moment(a), detach_covariance=True), 2),
+    "w_mse": _case(
+        lambda *x: losses.w_mse_loss(
+            _views(*x)[..., :2], torch.tensor([[6, 1, 0, 3, 7, 5, 2, 4], [0, 1, 2, 3, 7, 6, 5, 4]]), whitening_size=4
+        ),
+        3,
+    ),
+    "mmcr": _case(
+        lambda *x: losses.mmcr_loss(_views(*x).transpose(0, 1), _views(*x[1:], x[0]).transpose(0, 1), local_weight=0.4),
+        3,
+    ),
     "barlow": _case(lambda a, b: losses.barlow_twins_loss(a, b, off_diagonal_weight=0.0051), 2),
     "vicreg": _case(losses.vicreg_loss, 2),
     "koleo": _case(losses.koleo_loss, 1),

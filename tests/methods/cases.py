@@ -303,6 +303,19 @@ CASES |= {
 }
 
 
+VIEWS = {"plain": {"head_norm": None}}
+CASES |= {
+    "LeJEPA": Case(lc.LeJEPA, **VIEWS, settings=HEADS | {"num_slices": 16}),
+    "VISReg": Case(lc.VISReg, **VIEWS, views=3, settings=HEADS | {"num_slices": 16}),
+    "TiCo": Case(lc.TiCo, **VIEWS, settings=HEADS),
+    "WMSE": Case(
+        lc.WMSE, **VIEWS, settings=HEADS | {"projection_dim": 2, "whitening_iterations": 2, "whitening_eps": 0.1}
+    ),
+    "MMCR": Case(lc.MMCR, **VIEWS, views=4, settings=HEADS),
+    "MMCR momentum": Case(lc.MMCR, **VIEWS, settings=HEADS | {"momentum": 0.9, "local_weight": 0.1}),
+}
+
+
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
     torch.manual_seed(0)
