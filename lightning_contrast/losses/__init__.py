@@ -25,6 +25,17 @@ from lightning_contrast.losses.local_image_text import (
     gloria_local_loss,
     region_attention,
 )
+from lightning_contrast.losses.masked_prediction import (
+    average_layers,
+    data2vec_loss,
+    jepa_loss,
+    masked_l1_loss,
+    masked_pixel_loss,
+    patchify,
+    pixel_targets,
+    unpatchify,
+    vjepa_loss,
+)
 from lightning_contrast.losses.negatives import Negatives
 from lightning_contrast.losses.predictive import byol_loss, moco_v3_loss, negative_cosine
 from lightning_contrast.losses.predictive_coding import (
@@ -42,6 +53,7 @@ __all__ = [
     "Negatives",
     "alignment",
     "attend_regions",
+    "average_layers",
     "barlow_twins_loss",
     "bilinear_loss",
     "byol_loss",
@@ -50,6 +62,7 @@ __all__ = [
     "cpc_loss",
     "cpc_sampled_loss",
     "cpc_time_loss",
+    "data2vec_loss",
     "debiased_nt_xent",
     "decoupled_nt_xent",
     "dino_loss",
@@ -61,14 +74,19 @@ __all__ = [
     "ibot_patch_loss",
     "ijepa_loss",
     "info_nce",
+    "jepa_loss",
     "koleo_loss",
     "margin_contrastive_loss",
+    "masked_l1_loss",
     "masked_patch_loss",
+    "masked_pixel_loss",
     "mochi_negatives",
     "moco_v3_loss",
     "msn_loss",
     "negative_cosine",
     "nt_xent",
+    "patchify",
+    "pixel_targets",
     "region_attention",
     "siglip_loss",
     "sinkhorn",
@@ -80,5 +98,7 @@ __all__ = [
     "tclr_local_loss",
     "triplet_loss",
     "uniformity",
+    "unpatchify",
     "vicreg_loss",
+    "vjepa_loss",
 ]

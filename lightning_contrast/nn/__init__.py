@@ -17,13 +17,14 @@ from lightning_contrast.nn.ema import ema_update
 from lightning_contrast.nn.feature_queue import FeatureQueue
 from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototypeHead, PrototypeHead, build_head
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
-from lightning_contrast.nn.jepa_predictor import JepaPredictor, sincos_positions
+from lightning_contrast.nn.jepa_predictor import JepaPredictor
 from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
 from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
 from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
 from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
+from lightning_contrast.nn.positions import sincos_positions, sincos_positions_2d, sincos_positions_3d
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
 from lightning_contrast.nn.small_vit import small_vit
@@ -91,6 +92,8 @@ __all__ = [
     "replace_batchnorm",
     "select_patches",
     "sincos_positions",
+    "sincos_positions_2d",
+    "sincos_positions_3d",
     "sinkhorn",
     "small_vit",
     "use_small_stem",

@@ -7,31 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, require
-
-
-def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """Return the fixed sine-cosine positions of MAE and I-JEPA: first those of the column, then of the row.
-
-    Implements the positions of the reference implementations (https://arxiv.org/abs/2111.06377 and 2301.08243):
-    frequencies decrease from 1 to nearly 1 / 10,000.
-
-    Args:
-        width: Length of a position, a multiple of 4.
-        grid: Rows and columns of patches.
-
-    Returns:
-        One position for each patch in raster order, ``(rows * columns, width)``, float32 in [-1, 1].
-
-    Raises:
-        ValueError: If the width is no multiple of 4.
-    """
-    check_at_least("width", width, 4)
-    require(width % 4 == 0, "width", "be a multiple of 4", width, "Half of it is for rows, half of that for sines")
-    count = width // 4
-    frequencies = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)  # (width / 4,)
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = [places.reshape(-1, 1) * frequencies for places in (columns, rows)]  # (N, width / 4) each
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+from lightning_contrast.nn.positions import sincos_positions
 
 
 class JepaPredictor(nn.Module):
