@@ -19,11 +19,29 @@ from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototype
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
 from lightning_contrast.nn.jepa_predictor import JepaPredictor
 from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
-from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
+from lightning_contrast.nn.masking import (
+    MaskedPatches,
+    MaskSplit,
+    check_mask_ratios,
+    dinov2_masks,
+    ibot_masks,
+    masked_patches,
+    split_masks,
+)
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
 from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
 from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
+from lightning_contrast.nn.patch_masks import (
+    MASKS,
+    MaskSampler,
+    block_masks,
+    build_masks,
+    grid_masks,
+    inverse_block_masks,
+    random_masks,
+    tubelet_masks,
+)
 from lightning_contrast.nn.positions import sincos_positions, sincos_positions_2d, sincos_positions_3d
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
@@ -38,6 +56,7 @@ from lightning_contrast.nn.weight_norm import WeightNormLinear
 
 __all__ = [
     "HEADS",
+    "MASKS",
     "Backbone",
     "BackboneOptions",
     "ByteTokenizer",
@@ -53,6 +72,8 @@ __all__ = [
     "LearnedTemperature",
     "LogitBias",
     "LogitScale",
+    "MaskSampler",
+    "MaskSplit",
     "MaskedPatches",
     "MaskedViT",
     "MemoryBank",
@@ -73,10 +94,12 @@ __all__ = [
     "Tokens",
     "VideoBackbone",
     "WeightNormLinear",
+    "block_masks",
     "build_backbone",
     "build_clip_backbone",
     "build_head",
     "build_masked_backbone",
+    "build_masks",
     "check_image_size",
     "check_mask_ratios",
     "checkpoint_activations",
@@ -84,10 +107,13 @@ __all__ = [
     "convert_split_batchnorm",
     "dinov2_masks",
     "ema_update",
+    "grid_masks",
     "hidden_layers",
     "ibot_masks",
+    "inverse_block_masks",
     "masked_patches",
     "mlp_head",
+    "random_masks",
     "read_feature_dim",
     "replace_batchnorm",
     "select_patches",
@@ -96,5 +122,7 @@ __all__ = [
     "sincos_positions_3d",
     "sinkhorn",
     "small_vit",
+    "split_masks",
+    "tubelet_masks",
     "use_small_stem",
 ]
