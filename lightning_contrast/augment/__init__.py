@@ -7,11 +7,14 @@ is made. `lightning_contrast.augment.fused` has the operations of which policies
 
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views
 from lightning_contrast.augment.multi_crop import (
+    data2vec_views,
     dino_views,
     dinov2_views,
     ijepa_views,
     image_text_views,
+    mae_views,
     msn_views,
+    simmim_views,
     swav_views,
 )
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
@@ -41,10 +44,12 @@ __all__ = [
     "byol_views",
     "clip_distance",
     "clip_views",
+    "data2vec_views",
     "dino_views",
     "dinov2_views",
     "ijepa_views",
     "image_text_views",
+    "mae_views",
     "make_policy",
     "moco_v1_views",
     "moco_v2_views",
@@ -52,6 +57,7 @@ __all__ = [
     "msn_views",
     "simclr_cifar_views",
     "simclr_views",
+    "simmim_views",
     "simsiam_views",
     "supcon_views",
     "swav_views",

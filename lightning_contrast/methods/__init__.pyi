@@ -5,11 +5,13 @@ from .bind_modalities import BindModalities as BindModalities
 from .byol import BYOL as BYOL
 from .clip import CLIP as CLIP
 from .cpc import CPC as CPC
+from .data2vec import Data2Vec as Data2Vec
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
 from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT
 from .ijepa import IJEPA as IJEPA
+from .mae import MAE as MAE
 from .mochi import MoCHi as MoCHi
 from .moco import MoCo as MoCo
 from .moco_v3 import MoCoV3 as MoCoV3
@@ -20,6 +22,7 @@ from .pair_contrast import PairContrast as PairContrast
 from .siamese import SiameseMargin as SiameseMargin
 from .siglip import SigLIP as SigLIP
 from .simclr import SimCLR as SimCLR
+from .simmim import SimMIM as SimMIM
 from .simsiam import SimSiam as SimSiam
 from .spectral import SpectralContrastive as SpectralContrastive
 from .supcon import SupCon as SupCon

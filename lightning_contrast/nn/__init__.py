@@ -42,6 +42,7 @@ from lightning_contrast.nn.patch_masks import (
     random_masks,
     tubelet_masks,
 )
+from lightning_contrast.nn.pixel_decoder import PixelDecoder
 from lightning_contrast.nn.positions import sincos_positions, sincos_positions_2d, sincos_positions_3d
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
@@ -83,6 +84,7 @@ __all__ = [
     "PatchDistillationHead",
     "PatchGrid",
     "PatchPrototypeHead",
+    "PixelDecoder",
     "PrototypeHead",
     "Prototypes",
     "RegionMaps",

@@ -288,6 +288,17 @@ def draw_masks(sampler: Callable[..., Tensor], backbone: MaskedViT, images: Tens
     return masked_patches(sampler(len(images), backbone.grid_size(images), **settings), images.device)
 
 
+def draw_split(sampler: Callable[..., Tensor], backbone: MaskedViT, images: Tensor) -> MaskSplit:
+    """Draw a mask for each image, and split its patches into visible and hidden ones.
+
+    Args:
+        sampler: A sampler that hides as many patches in every image, such as `random_masks`.
+        backbone: What cuts the images into patches.
+        images: Images (B, C, h, w).
+    """
+    return split_masks(sampler(len(images), backbone.grid_size(images)), images.device)
+
+
 def gather(patches: Tensor, index: Tensor) -> Tensor:
     """Return the patches at an index into those of all images.
 

@@ -214,8 +214,8 @@ def tubelet_masks(
     for name, values, high in (("scale", scale, 1.0), ("aspect", aspect, math.inf), ("time_scale", time_scale, 1.0)):
         check_range(name, values, 0.0, high)
         require(values[0] > 0, name, "start above 0", tuple(values), "Give a smallest value above 0")
-    for size in grid:
-        check_at_least("grid", size, 1)
+    for length in grid:
+        check_at_least("grid", length, 1)
     depth, rows, columns = grid
     area = rows * columns * scale[1]
     covers = max(aspect[0], (rows - 0.5) ** 2 / area) <= min(aspect[1], area / (columns - 0.5) ** 2)
@@ -230,10 +230,11 @@ def tubelet_masks(
     places = [torch.arange(length, device="cpu") for length in (depth, rows, columns)]
     while len(pending) > 0:  # terminates: all blocks may lie in one place
         hidden = torch.ones(len(pending), blocks, *grid, dtype=torch.bool, device="cpu")
-        for axis, (length, edge, place) in enumerate(zip(grid, size, places, strict=True)):
-            corner = torch.randint(0, length - edge + 1, (len(pending), blocks, 1), generator=generator, device="cpu")
-            inside = (place >= corner) & (place < corner + edge)  # (B, blocks, length)
-            hidden &= inside.view(len(pending), blocks, *(length if axis == i else 1 for i in range(3)))
+        for axis, place in enumerate(places):
+            shape = (len(pending), blocks, 1)
+            corner = torch.randint(0, grid[axis] - size[axis] + 1, shape, generator=generator, device="cpu")
+            inside = (place >= corner) & (place < corner + size[axis])  # (B, blocks, length)
+            hidden &= inside.view(len(pending), blocks, *(grid[axis] if axis == i else 1 for i in range(3)))
         mask[pending] = hidden.any(1)
         pending = pending[mask[pending].flatten(1).all(1)]
     return mask.flatten(1)
@@ -290,7 +291,7 @@ def check_mask(mask: Tensor, images: int, grid: tuple[int, ...]) -> None:
     hidden = mask.sum(1)
     partly = bool(((hidden > 0) & (hidden < mask.shape[1])).all())
     rule = f"hide some of the {mask.shape[1]} patches of every image, and not all"
-    require(partly, "mask", rule, hidden.unique().tolist(), "Change the share of hidden patches")
+    require(partly, "mask", rule, sorted(set(hidden.tolist())), "Change the share of hidden patches")
 
 
 def _check_ratio(ratio: float) -> None:

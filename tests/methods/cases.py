@@ -173,6 +173,14 @@ CASES |= {
     ),
 }
 
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+MASKED = {"plain": {"mask": "grid", "mask_ratio": 0.75}, "views": 1, "backbone": tiny_vit}  # nothing to draw
+CASES |= {
+    "MAE": Case(lc.MAE, **MASKED, settings=DECODER),
+    "SimMIM": Case(lc.SimMIM, **MASKED),
+    "Data2Vec": Case(lc.Data2Vec, **MASKED, settings={"top_k": 1}),
+}
+
 PAIR = {"hidden_dim": 16, "projection_dim": 8}
 PAIRED = {"plain": {"head_norm": None}, "argument": "encoder_a"}
 

@@ -21,6 +21,8 @@ VALUES = {
     "projector": nn.Linear(8, 8),
     "patch_projector": nn.Linear(16, 8),
     "predictor": nn.Linear(8, 8),
+    "decoder": nn.Linear(8, 8),
+    "mask": lc.nn.random_masks,
 }
 """A value that no checkpoint holds, for each argument whose type allows one."""
 

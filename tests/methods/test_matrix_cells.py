@@ -219,6 +219,10 @@ def named(name):
         backbone, kwargs = "test_vit", {"img_size": PIXELS, "patch_size": 4, "depth": 2}
     if name == "IJEPA":
         kwargs |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if name in ("MAE", "SimMIM", "Data2Vec"):
+        kwargs |= {"global_pool": "avg", "fc_norm": False}  # their defaults
+    if name == "Data2Vec":
+        kwargs |= {"init_values": 1e-4}  # as well
     if name == "DINOv2":
         kwargs |= {"init_values": 1e-5}  # its default, LayerScale
     settings = {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings
