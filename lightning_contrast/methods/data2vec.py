@@ -38,7 +38,8 @@ class Data2Vec(SelfSupervisedModule):
         backbone: ``"small_vit"``, the name of a timm vision transformer, or such a module, whose patches can be masked.
             By name it has ``global_pool="avg", fc_norm=False``, a class token, a drop path of 0.25 and LayerScale from
             1e-4.
-        top_k: Number of the teacher's last blocks whose outputs are averaged, >= 1; 6 of 12 in the paper.
+        top_k: Number of the teacher's last blocks whose outputs are averaged, >= 1; None is 6 as in the paper (of 12 or
+            24), or all of a network with fewer.
         layer_norm_layers: Normalize each block's patches over the channels before the average.
         instance_norm_layers: Normalize each block's channels over the patches before the average; data2vec 2.0 does
             this instead.
@@ -68,7 +69,7 @@ class Data2Vec(SelfSupervisedModule):
         self,
         backbone: str | nn.Module,
         *,
-        top_k: int = 6,
+        top_k: int | None = None,
         layer_norm_layers: bool = True,
         instance_norm_layers: bool = False,
         layer_norm_targets: bool = True,
@@ -94,6 +95,7 @@ class Data2Vec(SelfSupervisedModule):
         )
         self.backbone.check_patches_trained()
         depth = len(self.backbone.vit.blocks)
+        top_k = min(6, depth) if top_k is None else top_k
         check_at_least("top_k", top_k, 1)
         require(top_k <= depth, "top_k", f"be at most the {depth} blocks of the backbone", top_k, "Average fewer")
         check_not_negative("beta", beta)

@@ -209,7 +209,7 @@ def seeded_random(images: int, grid: tuple[int, int], generator: torch.Generator
     """
     for name, value in (("images", images), ("grid", grid[0]), ("grid", grid[1])):
         check_at_least(name, value, 1)
-    return random.Random(torch.randint(2**62, (1,), generator=generator).numpy().item())  # noqa: S311  (no secret)
+    return random.Random(torch.randint(2**62, (1,), generator=generator, device="cpu").numpy().item())  # noqa: S311  (no secret)
 
 
 def draw_blocks(rng: random.Random, rows: int, columns: int, target: float, smallest: float, largest: float) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_contrast import distributed, losses, nn
 from tests.launch import run_processes
-from tests.tolerances import CANCELLING, NETWORK, f64, near
+from tests.tolerances import CANCELLING, FORMULA, NETWORK, f32, f64, near
 
 RECORDS = {
     record["name"]: record
@@ -51,7 +51,7 @@ def test_equals_the_reference_implementation(name: str) -> None:
     inputs = {key: torch.tensor(value).requires_grad_(key in norms) for key, value in record["inputs"].items()}
     value = CALLS[name](**inputs, **record["params"])
     if "value" in record:
-        torch.testing.assert_close(value, torch.tensor(record["value"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(value, torch.tensor(record["value"]), **f32(FORMULA))
         return
     value.backward()
     assert float(value.detach()) == near(record["loss"])

@@ -178,7 +178,7 @@ def test_two_ranks_with_other_numbers_of_hidden_patches_give_the_gradient_of_one
 
 @pytest.mark.parametrize("name", NAMES)
 def test_published_settings(name):
-    module = getattr(lc, name)("small_vit", **({"top_k": 2} if name == "Data2Vec" else {}))
+    module = getattr(lc, name)("small_vit")
     assert module.backbone.vit.global_pool == "avg"
     assert module.backbone.vit.num_prefix_tokens == 1
     images = torch.rand(2, 3, 32, 32)
@@ -190,6 +190,11 @@ def test_published_settings(name):
     assert fixed.requires_grad == (name != "MAE")
     if name == "MAE":
         assert torch.equal(fixed[0], lc.nn.sincos_positions_2d(192, 8))
+
+
+def test_data2vec_averages_six_blocks_or_all():
+    assert lc.Data2Vec("small_vit", backbone_kwargs={"depth": 8}).top_k == 6
+    assert lc.Data2Vec(tiny_vit()).top_k == 2
 
 
 def pooled():
@@ -213,7 +218,7 @@ ERRORS = {
     "pooling": (lambda: lc.SimMIM(pooled()), "`backbone` must pool its patches without parameters"),
     "width": (lambda: lc.MAE(tiny_vit(), decoder_dim=10), "`decoder_dim` must be a multiple of 4 and of the 16 heads"),
     "depth": (lambda: lc.MAE(tiny_vit(), decoder_depth=0), "`decoder_depth` must be >= 1"),
-    "layers": (lambda: lc.Data2Vec(tiny_vit()), "`top_k` must be at most the 2 blocks"),
+    "layers": (lambda: lc.Data2Vec(tiny_vit(), top_k=3), "`top_k` must be at most the 2 blocks"),
     "beta": (lambda: lc.Data2Vec(tiny_vit(), top_k=1, beta=-1), "`beta` must be >= 0"),
     "momentum": (lambda: lc.Data2Vec(tiny_vit(), top_k=1, momentum=1.5), r"`momentum` must lie in \[0, 1\]"),
     "size": (
