@@ -41,6 +41,7 @@ from .methods import MAE as MAE
 from .methods import MSN as MSN
 from .methods import NNCLR as NNCLR
 from .methods import NPID as NPID
+from .methods import VJEPA as VJEPA
 from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
 from .methods import BindModalities as BindModalities

@@ -31,7 +31,7 @@ CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 # Widths that a test cannot wait for; everything else is built as the recipe has it.
 SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 8, "projection_dim": 8, "queue_size": 64}
 SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8}
-SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "r3d_18")
+SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "small_video_vit", "r3d_18")
 
 
 def method_names():
@@ -69,10 +69,12 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     augmentation = next(c for c in cli.trainer.callbacks if isinstance(c, lc.ViewAugmentation))
     policy = recipe["trainer"]["callbacks"][0]["init_args"]["policy"]["init_args"]
     size = policy["size"] if "size" in policy else policy["specs"][0]["size"]
-    if type(cli.model) is lc.TemporalContrast:
+    if type(cli.model) in (lc.TemporalContrast, lc.VJEPA):
         clips = torch.randint(0, 256, (2, cli.datamodule.frames, 3, size, size), dtype=torch.uint8)
         frames = policy["frames"]
-        assert [view.shape for view in augmentation.policy(clips)] == [(2, frames, 3, size, size)] * 10
+        assert [view.shape for view in augmentation.policy(clips)] == [(2, frames, 3, size, size)] * (
+            10 if type(cli.model) is lc.TemporalContrast else 1
+        )
     else:
         views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
         count = 1 if type(cli.model) in (*ONE_VIEW, *TEXTS) else 2
@@ -81,7 +83,7 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)
 
 
-OTHER_DATA = {"TemporalContrast": {"ucf101", "emoji"}}
+OTHER_DATA = {"TemporalContrast": {"ucf101", "emoji"}, "VJEPA": {"emoji"}}
 """Data of the recipes of methods that do not train on images alone."""
 
 

@@ -5,7 +5,7 @@ Every policy takes ``size`` first and all else by keyword, starting with ``mean`
 is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
 """
 
-from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views
+from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, vjepa_views
 from lightning_contrast.augment.multi_crop import (
     data2vec_views,
     dino_views,
@@ -62,4 +62,5 @@ __all__ = [
     "supcon_views",
     "swav_views",
     "vicreg_views",
+    "vjepa_views",
 ]

@@ -44,7 +44,7 @@ class ClipPolicy(ViewPolicy):
     """Map clips to a list of random shorter clips, on the device of the clips; made by `clip_views`.
 
     Args:
-        images: Policy of two image views, the first and the second augmentation.
+        images: Policy of two image views, the first and the second augmentation; or of one, for a single clip.
         frames: T, frames of each clip.
         stride: Distance of the frames of a global clip.
         local_clips: J, number of local clips of consecutive frames per augmentation; 0 for none.
@@ -86,6 +86,9 @@ class ClipPolicy(ViewPolicy):
         """
         self._check(clips)
         length = clips.shape[1]
+        if len(self.views) == 1:
+            start = np.floor(uniform(len(clips), 1)[:, 0].astype(np.float64) * (length - self.span + 1))
+            return [self._view(clips, start.astype(np.int64), self.stride, 0)]
         if self.local_clips == 0:
             numbers = uniform(len(clips), 3).astype(np.float64)
             starts = length - self.span + 1
@@ -203,3 +206,38 @@ def clip_views(
     require(edges == [size, size], "specs", f"be two of size {size}", edges, "Give the two augmentations of a clip")
     images = make_policy(specs, mean=mean, std=std, channels=channels, color=color, backend=backend)
     return ClipPolicy(images, frames=frames, stride=stride, local_clips=local_clips, consistent=consistent)
+
+
+def vjepa_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    frames: int = 16,
+    stride: int = 4,
+    scale: tuple[float, float] = (0.3, 1.0),
+    flip: float = 0.5,
+) -> ClipPolicy:
+    """Return V-JEPA's single clip of a video, with one crop for all frames.
+
+    Frames ``stride`` apart from a random start; crop 0.3..1 with aspect 0.75..1.35, flip 0.5, no color operations.
+
+    Source: https://arxiv.org/abs/2404.08471 and https://github.com/facebookresearch/jepa.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `clip_views`.
+        std: As in `clip_views`.
+        frames: T, frames of the view, >= 1.
+        stride: Distance of the frames, >= 1.
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1]; 0 where left and right differ.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    check_at_least("frames", frames, 1)
+    check_at_least("stride", stride, 1)
+    spec = ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip, ratio=(0.75, 1.35))
+    images = make_policy([spec], mean=mean, std=std)
+    return ClipPolicy(images, frames=frames, stride=stride, local_clips=0, consistent=True)

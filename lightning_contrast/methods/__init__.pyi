@@ -30,3 +30,4 @@ from .swav import SwAV as SwAV
 from .temporal_contrast import TemporalContrast as TemporalContrast
 from .triplet import Triplet as Triplet
 from .vicreg import VICReg as VICReg
+from .vjepa import VJEPA as VJEPA

@@ -95,9 +95,9 @@ class Data2Vec(SelfSupervisedModule):
         )
         self.backbone.check_patches_trained()
         depth = len(self.backbone.vit.blocks)
-        top_k = min(6, depth) if top_k is None else top_k
-        check_at_least("top_k", top_k, 1)
-        require(top_k <= depth, "top_k", f"be at most the {depth} blocks of the backbone", top_k, "Average fewer")
+        self.top_k = min(6, depth) if top_k is None else top_k
+        check_at_least("top_k", self.top_k, 1)
+        require(self.top_k <= depth, "top_k", f"be at most the {depth} blocks of the backbone", top_k, "Average fewer")
         check_not_negative("beta", beta)
         check_probability("momentum", momentum)
         self.norms = {
@@ -105,7 +105,7 @@ class Data2Vec(SelfSupervisedModule):
             "instance_norm_layers": instance_norm_layers,
             "layer_norm_targets": layer_norm_targets,
         }
-        self.top_k, self.beta, self.momentum = top_k, beta, momentum
+        self.beta, self.momentum = beta, momentum
         self.mask_sampler = build_masks(mask, self.backbone.own_grid, ratio=mask_ratio)
         self.predictor = predictor or build_head("data2vec", self.feature_dim)
         self.momentum_backbone = teacher_of(self.backbone)

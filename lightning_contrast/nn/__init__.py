@@ -51,6 +51,7 @@ from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_spli
 from lightning_contrast.nn.stems import use_small_stem
 from lightning_contrast.nn.temperature import LearnedTemperature, ScheduledTemperature
 from lightning_contrast.nn.text_transformer import TextTransformer
+from lightning_contrast.nn.tubelets import VIDEO_VITS, TubeletPredictor, TubeletViT, build_tubelet_backbone
 from lightning_contrast.nn.video import SmallVideoConvNet, VideoBackbone, build_clip_backbone, clip_steps
 from lightning_contrast.nn.vision_transformers import MaskedViT, Tokens, build_masked_backbone, select_patches
 from lightning_contrast.nn.weight_norm import WeightNormLinear
@@ -58,6 +59,7 @@ from lightning_contrast.nn.weight_norm import WeightNormLinear
 __all__ = [
     "HEADS",
     "MASKS",
+    "VIDEO_VITS",
     "Backbone",
     "BackboneOptions",
     "ByteTokenizer",
@@ -94,6 +96,8 @@ __all__ = [
     "SplitBatchNorm2d",
     "TextTransformer",
     "Tokens",
+    "TubeletPredictor",
+    "TubeletViT",
     "VideoBackbone",
     "WeightNormLinear",
     "block_masks",
@@ -102,6 +106,7 @@ __all__ = [
     "build_head",
     "build_masked_backbone",
     "build_masks",
+    "build_tubelet_backbone",
     "check_image_size",
     "check_mask_ratios",
     "checkpoint_activations",

@@ -64,10 +64,21 @@ class JepaPredictor(nn.Module):
         Returns:
             Predictions, ``(B, T, N_t, F)``.
         """
+        return self.predict(tokens, context, targets, self.mask_token)
+
+    def predict(self, tokens: Tensor, context: Tensor, targets: Tensor, mask_token: Tensor) -> Tensor:
+        """Return what `forward` does, with a given mask token.
+
+        Args:
+            tokens: The context encoder's output, ``(B, N_c, F)``.
+            context: Positions of its patches in the grid, ``(B, N_c)`` int64.
+            targets: Positions of the target patches, ``(B, T, N_t)`` int64.
+            mask_token: ``(width,)``.
+        """
         images, blocks, length = targets.shape
         seen = self.enter(tokens)
         seen = seen + self.positions[context].to(seen.dtype)  # (B, N_c, W)
-        hidden = (self.mask_token + self.positions[targets]).to(seen.dtype)  # (B, T, N_t, W)
+        hidden = (mask_token + self.positions[targets]).to(seen.dtype)  # (B, T, N_t, W)
         seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
         sequence = torch.cat([seen, hidden], dim=2).flatten(0, 1)  # (B T, N_c + N_t, W)
         predicted: Tensor = self.leave(self.norm(self.blocks(sequence))[:, -length:])  # (B T, N_t, F)

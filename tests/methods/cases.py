@@ -299,6 +299,34 @@ CASES |= {
 }
 
 
+class VJEPAOfStills(lc.VJEPA):
+    """On clips of four frames that are made of one image each."""
+
+    def batch_views(self, batch, count):
+        return [torch.stack([view.roll(t, -1) for t in range(4)], 1) for view in super().batch_views(batch, count)]
+
+
+def tiny_video_vit(norm: bool = True):
+    """A transformer of clips of four frames of 16 pixels; it has no BatchNorm anyway."""
+    return lc.nn.TubeletViT(frames=4, img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+
+
+def same_tubelets(clips, grid, generator=None):
+    """Hide the same tubelets in every clip."""
+    return (torch.arange(32) % 3 != 0).expand(clips, -1)
+
+
+CASES |= {
+    "VJEPA": Case(
+        VJEPAOfStills,
+        plain={"masks": [same_tubelets]},
+        views=1,
+        settings={"predictor_dim": 16, "predictor_depth": 1},
+        backbone=tiny_video_vit,
+    ),
+}
+
+
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
     torch.manual_seed(0)
