@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_contrast import optim
-from lightning_contrast._checks import require
+from lightning_contrast._checks import check_at_least, require
 from lightning_contrast.augment import vjepa_views
 from lightning_contrast.losses import vjepa_loss
 from lightning_contrast.methods.distillation import StretchedModule
@@ -124,13 +124,18 @@ class VJEPA(StretchedModule):
         require(len(samplers) > 0, "masks", "hold at least one sampler", len(samplers), hint)
         self.mask_samplers = [build_masks(sampler, grid) for sampler in samplers]
         self.exponent = exponent
+        heads = self.backbone.heads if predictor_heads is None else predictor_heads
+        check_at_least("predictor_heads", heads, 1)
+        fits = predictor_dim > 0 and predictor_dim % 4 == 0 and predictor_dim % heads == 0
+        rule = f"be a multiple of 4 and of its {heads} heads"
+        require(fits, "predictor_dim", rule, predictor_dim, "Change it or `predictor_heads`")
         self.predictor = TubeletPredictor(
             self.feature_dim,
             grid,
             len(samplers),
             width=predictor_dim,
             depth=predictor_depth,
-            heads=predictor_heads or self.backbone.heads,
+            heads=heads,
         )
         self.momentum_backbone = teacher_of(self.backbone)
         self.save_hyperparameters()

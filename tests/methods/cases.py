@@ -321,7 +321,7 @@ CASES |= {
         VJEPAOfStills,
         plain={"masks": [same_tubelets]},
         views=1,
-        settings={"predictor_dim": 16, "predictor_depth": 1},
+        settings={"predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 2},
         backbone=tiny_video_vit,
     ),
 }

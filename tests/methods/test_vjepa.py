@@ -118,6 +118,7 @@ ERRORS = {
     "clip": (lambda: model()(clips_of()[:, :2]), r"`clips` must be \(B, 4, 3, 16, 16\)"),
     "masks": (lambda: lc.VJEPA(tiny_video_vit(), masks=[]), "`masks` must hold at least one sampler"),
     "all hidden": (lambda: lc.VJEPA(tiny_video_vit(), long_scale=1.0), "`scale` must leave something visible"),
+    "heads": (lambda: lc.VJEPA("small_video_vit", predictor_dim=16), "`predictor_dim` must be a multiple of 4 and of"),
     "exponent": (lambda: lc.VJEPA(tiny_video_vit(), exponent=0), "`exponent` must be > 0"),
     "stem": (lambda: lc.VJEPA("small_video_vit", small_images=True), "`small_images` must be False"),
 }
