@@ -37,14 +37,17 @@ from .methods import CPC as CPC
 from .methods import DINO as DINO
 from .methods import IBOT as IBOT
 from .methods import IJEPA as IJEPA
+from .methods import MAE as MAE
 from .methods import MMCR as MMCR
 from .methods import MSN as MSN
 from .methods import NNCLR as NNCLR
 from .methods import NPID as NPID
+from .methods import VJEPA as VJEPA
 from .methods import WMSE as WMSE
 from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
 from .methods import BindModalities as BindModalities
+from .methods import Data2Vec as Data2Vec
 from .methods import DINOv2 as DINOv2
 from .methods import GLoRIA as GLoRIA
 from .methods import LeJEPA as LeJEPA
@@ -56,6 +59,7 @@ from .methods import SelfSupervisedModule as SelfSupervisedModule
 from .methods import SiameseMargin as SiameseMargin
 from .methods import SigLIP as SigLIP
 from .methods import SimCLR as SimCLR
+from .methods import SimMIM as SimMIM
 from .methods import SimSiam as SimSiam
 from .methods import SpectralContrastive as SpectralContrastive
 from .methods import SupCon as SupCon

@@ -185,7 +185,7 @@ class _AllReduceSum(torch.autograd.Function):
         return all_reduce_sum(grad)
 
 
-def global_mean(values: Tensor) -> Tensor:
+def global_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the mean of ``values`` over all rows of all ranks, the same on every rank.
 
     The gradient on this rank is ``world_size`` times that of this rank's share, so that the mean over ranks, which DDP
@@ -193,14 +193,17 @@ def global_mean(values: Tensor) -> Tensor:
 
     Args:
         values: One value per row of this rank, ``(B_r,)``.
+        weights: Weight of each row, ``(B_r,)``, >= 0, for a weighted mean; None weighs all alike.
 
     Returns:
         The mean, a scalar.
     """
+    if weights is not None:
+        values = values * weights
     if not is_distributed():
-        return values.mean()
+        return values.mean() if weights is None else values.sum() / weights.sum()
     own = values.sum()
-    both = torch.stack([own.detach(), own.new_tensor(float(len(values)))])
-    total, count = all_reduce_sum(both).unbind()
+    rows = own.new_tensor(float(len(values))) if weights is None else weights.sum()
+    total, count = all_reduce_sum(torch.stack([own.detach(), rows])).unbind()
     share = own * world_size() / count
     return share + (total / count - share.detach())

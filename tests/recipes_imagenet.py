@@ -103,6 +103,18 @@ IMAGENET_SOURCES: dict[str, Source] = {
         (0.996, 1.0, "cosine"),
         statistics=IMAGENET,
     ),
+    "mae_imagenet": Source(
+        800,
+        4096,
+        "AdamW",
+        {"betas": (0.9, 0.95)},
+        cosine(2.4e-3, 40),
+        (0.05, 0.05),
+        [View(224, (0.2, 1), jitter_p=0.0, gray=0.0, bicubic=True)],
+        {"patch_size": 16, "normalize_pixels": True},
+        {"mask": "random", "mask_ratio": 0.75, "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
+        statistics=IMAGENET,
+    ),
     "ijepa_imagenet": Source(
         600,
         2048,

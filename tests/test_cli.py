@@ -33,7 +33,7 @@ CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 # Widths that a test cannot wait for; everything else is built as the recipe has it.
 SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 8, "projection_dim": 8, "queue_size": 64}
 SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8}
-SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "r3d_18")
+SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "small_video_vit", "r3d_18")
 
 
 def method_names():
@@ -55,6 +55,7 @@ def small(path, tmp_path):
     return recipe, written
 
 
+ONE_VIEW = (lc.NPID, lc.IJEPA, lc.CPC, lc.MAE, lc.SimMIM, lc.Data2Vec)
 TEXTS = (lc.CLIP, lc.SigLIP, lc.GLoRIA)  # take one view, and data with captions, which CIFAR-10 and ImageNet lack
 
 
@@ -70,22 +71,25 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
     augmentation = next(c for c in cli.trainer.callbacks if isinstance(c, lc.ViewAugmentation))
     policy = recipe["trainer"]["callbacks"][0]["init_args"]["policy"]["init_args"]
     size = policy["size"] if "size" in policy else policy["specs"][0]["size"]
-    if type(cli.model) is lc.TemporalContrast:
+    if type(cli.model) in (lc.TemporalContrast, lc.TemporalCPC, lc.VJEPA):
         clips = torch.randint(0, 256, (2, cli.datamodule.frames, 3, size, size), dtype=torch.uint8)
         frames = policy["frames"]
-        assert [view.shape for view in augmentation.policy(clips)] == [(2, frames, 3, size, size)] * 10
-    elif type(cli.model) is lc.TemporalCPC:
-        clips = torch.randint(0, 256, (2, cli.datamodule.frames, 3, size, size), dtype=torch.uint8)
-        assert [view.shape for view in augmentation.policy(clips)] == [(2, policy["frames"], 3, size, size)]
+        views = {lc.TemporalContrast: 10}.get(type(cli.model), 1)
+        assert [view.shape for view in augmentation.policy(clips)] == [(2, frames, 3, size, size)] * views
     else:
         views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
-        count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA, lc.CPC, *TEXTS) else count_global_views(views)
+        count = 1 if type(cli.model) in (*ONE_VIEW, *TEXTS) else count_global_views(views)
         assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count
         assert all(view.shape[2] < size for view in views[count:])  # local ones
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)
 
 
-OTHER_DATA = {"TemporalContrast": {"ucf101", "emoji"}, "TemporalCPC": {"emoji"}, "GLoRIA": {"chexpert", "emoji"}}
+OTHER_DATA = {
+    "TemporalContrast": {"ucf101", "emoji"},
+    "TemporalCPC": {"emoji"},
+    "VJEPA": {"emoji"},
+    "GLoRIA": {"chexpert", "emoji"},
+}
 """Data of the recipes of methods that do not train on images alone."""
 
 

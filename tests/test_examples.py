@@ -53,6 +53,17 @@ def test_quickstart(tmp_path):
 
 
 @pytest.mark.slow
+def test_reconstruct_emoji(tmp_path):
+    out = run(ROOT / "examples" / "reconstruct_emoji.py", "--epochs", "1", "--images", "3", cwd=tmp_path)
+    errors = re.findall(r"pixels ([\d.]+), of a gray guess ([\d.]+)", out)
+    assert len(errors) == 2
+    for own, gray in errors:
+        assert 0 < float(own) < 1.2 * float(gray)
+    for name in ("mae", "simmim"):
+        assert (tmp_path / "reconstructions" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_invariance(tmp_path):
     out = run(ROOT / "examples" / "invariance.py", "--epochs", "1", "--samples", "16", "--output", "out", cwd=tmp_path)
     assert "without color jitter; knn 0." in out

@@ -5,16 +5,19 @@ Every policy takes ``size`` first and all else by keyword, starting with ``mean`
 is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
 """
 
-from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views
+from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
 from lightning_contrast.augment.multi_crop import (
     cpc_views,
+    data2vec_views,
     dino_views,
     dinov2_views,
     gloria_views,
     ijepa_views,
     image_text_views,
     lejepa_views,
+    mae_views,
     msn_views,
+    simmim_views,
     swav_views,
     visreg_views,
 )
@@ -48,12 +51,14 @@ __all__ = [
     "clip_views",
     "cpc_clip_views",
     "cpc_views",
+    "data2vec_views",
     "dino_views",
     "dinov2_views",
     "gloria_views",
     "ijepa_views",
     "image_text_views",
     "lejepa_views",
+    "mae_views",
     "make_policy",
     "moco_v1_views",
     "moco_v2_views",
@@ -61,10 +66,12 @@ __all__ = [
     "msn_views",
     "simclr_cifar_views",
     "simclr_views",
+    "simmim_views",
     "simsiam_views",
     "supcon_views",
     "swav_views",
     "vicreg_views",
     "visreg_views",
+    "vjepa_views",
     "wmse_views",
 ]

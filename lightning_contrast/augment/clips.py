@@ -258,3 +258,38 @@ def cpc_clip_views(
         color=color,
         backend=backend,
     )
+
+
+def vjepa_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    frames: int = 16,
+    stride: int = 4,
+    scale: tuple[float, float] = (0.3, 1.0),
+    flip: float = 0.5,
+) -> ClipPolicy:
+    """Return V-JEPA's single clip of a video, with one crop for all frames.
+
+    Frames ``stride`` apart from a random start; crop 0.3..1 with aspect 0.75..1.35, flip 0.5, no color operations.
+
+    Source: https://arxiv.org/abs/2404.08471 and https://github.com/facebookresearch/jepa.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `clip_views`.
+        std: As in `clip_views`.
+        frames: T, frames of the view, >= 1.
+        stride: Distance of the frames, >= 1.
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1]; 0 where left and right differ.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    check_at_least("frames", frames, 1)
+    check_at_least("stride", stride, 1)
+    spec = ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip, ratio=(0.75, 1.35))
+    images = make_policy([spec], mean=mean, std=std)
+    return ClipPolicy(images, frames=frames, stride=stride, local_clips=0, consistent=True)

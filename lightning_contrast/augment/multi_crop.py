@@ -279,6 +279,82 @@ def ijepa_views(
     return make_policy([ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip)], mean=mean, std=std, **options)
 
 
+def mae_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    scale: Range = (0.2, 1.0),
+    flip: float = 0.5,
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return MAE's single view, a crop with a flip.
+
+    Crop 0.2..1 (bicubic) at 224, flip 0.5, no color operations, no blur. SimMIM crops 0.67..1.
+
+    Source: https://arxiv.org/abs/2111.06377 and https://github.com/facebookresearch/mae.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        scale: Range of the crop's share of the image area.
+        flip: Probability of a horizontal flip, in [0, 1].
+        **options: See `ViewOptions`.
+    """
+    spec = ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip, bicubic=True)
+    return make_policy([spec], mean=mean, std=std, **options)
+
+
+def simmim_views(
+    size: int = 192,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    scale: Range = (0.67, 1.0),
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return SimMIM's single view, a large crop with a flip.
+
+    Crop 0.67..1 at 192 for Swin or 224 for ViT, flip 0.5, no color operations, no blur.
+
+    Source: https://arxiv.org/abs/2111.09886 and https://github.com/microsoft/SimMIM.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        scale: Range of the crop's share of the image area.
+        **options: See `ViewOptions`.
+    """
+    return make_policy([ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0)], mean=mean, std=std, **options)
+
+
+def data2vec_views(
+    size: int = 224,
+    *,
+    mean: Statistics = None,
+    std: Statistics = None,
+    scale: Range = (0.08, 1.0),
+    **options: Unpack[ViewOptions],
+) -> ViewPolicy:
+    """Return data2vec's single view, which student and teacher share.
+
+    Crop 0.08..1 (bicubic) at 224, flip 0.5, jitter (0.4, 0.4, 0.4, 0) at 1, no grayscale, no blur.
+
+    Source: https://arxiv.org/abs/2202.03555 and https://github.com/facebookresearch/data2vec_vision.
+
+    Args:
+        size: Edge of the view in pixels, >= 1.
+        mean: As in `swav_views`.
+        std: As in `swav_views`.
+        scale: Range of the crop's share of the image area.
+        **options: See `ViewOptions`.
+    """
+    spec = ViewSpec(size, scale, (0.4, 0.4, 0.4, 0.0), jitter_p=1.0, gray_p=0.0, bicubic=True)
+    return make_policy([spec], mean=mean, std=std, **options)
+
+
 def image_text_views(
     size: int = 224,
     *,

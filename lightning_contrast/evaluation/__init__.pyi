@@ -7,6 +7,7 @@ from .exported import load_backbone as load_backbone
 from .figures import caption_strips as caption_strips
 from .figures import image_map as image_map
 from .figures import neighbour_strips as neighbour_strips
+from .figures import reconstruction_grid as reconstruction_grid
 from .figures import view_grid as view_grid
 from .frozen import encode as encode
 from .frozen import knn_top1 as knn_top1

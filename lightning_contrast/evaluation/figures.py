@@ -1,5 +1,6 @@
 """Figures of views, nearest neighbors and image maps. Needs matplotlib."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -56,12 +57,52 @@ def view_grid(
     Returns:
         A figure of N rows and 1 + V columns.
     """
-    if mean is not None and std is not None:
-        scale, shift = (torch.tensor(values, device=views[0].device).view(1, -1, 1, 1) for values in (std, mean))
-        views = [view * scale + shift for view in views]
+    views = [_without_statistics(view, mean, std) for view in views]
     rows = [[images[i], *(view[i] for view in views)] for i in range(len(images))]
     titles = ["original", *(f"view {v + 1}" for v in range(len(views)))]
     return image_grid(rows, titles)
+
+
+def reconstruction_grid(
+    images: Tensor,
+    filled: Tensor,
+    mask: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> "Figure":
+    """Draw one row per image: the image, what a method of masked prediction saw of it, and what it made of that.
+
+    Args:
+        images: Images as the method got them, (N, C, H, W), with square patches.
+        filled: The same with predictions in the hidden patches, (N, C, H, W), as ``MAE.reconstruct`` returns them.
+        mask: (N, patches) bool, True where hidden; hidden patches are drawn in gray.
+        mean: Mean per channel if the images are normalized.
+        std: Standard deviation per channel if the images are normalized.
+
+    Returns:
+        A figure of N rows and 3 columns.
+
+    Raises:
+        ValueError: If the images differ in shape, or the mask is not one of square patches.
+
+    Example:
+        >>> figure = reconstruction_grid(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.rand(2, 4) > 0.5)
+        >>> len(figure.axes)
+        6
+    """
+    hint = "Give the images, and both results of `reconstruct`"
+    require(images.shape == filled.shape, "filled", "have the shape of the images", tuple(filled.shape), hint)
+    height, width = images.shape[2:]
+    size = math.isqrt(height * width // max(1, mask.shape[-1]))
+    fits = mask.ndim == 2 and len(mask) == len(images) and size > 0 and height % size == width % size == 0
+    fits = fits and mask.shape[1] == height * width // size**2
+    require(fits, "mask", f"be ({len(images)}, patches) of square patches", tuple(mask.shape), hint)
+    pixels = mask.view(len(mask), 1, height // size, width // size)
+    pixels = pixels.repeat_interleave(size, 2).repeat_interleave(size, 3)
+    images, filled = (_without_statistics(part, mean, std) for part in (images, filled))
+    seen = torch.where(pixels, 0.5, images)
+    return image_grid(list(zip(images, seen, filled, strict=True)), ["image", "visible", "filled"])
 
 
 def neighbour_strips(
@@ -153,6 +194,14 @@ def image_map(images: Tensor, features: Tensor, *, size: float = 10.0, seed: int
         picture = OffsetImage(_pixels(image), zoom=0.7)
         axes.add_artist(AnnotationBbox(picture, tuple(place), frameon=False))
     return figure
+
+
+def _without_statistics(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """Return images (N, C, H, W) with their normalization undone, if there was one."""
+    if mean is None or std is None:
+        return images
+    scale, shift = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (std, mean))
+    return images * scale + shift
 
 
 def _show(axes: "Axes", image: Tensor, title: str) -> None:

@@ -5,12 +5,14 @@ from .bind_modalities import BindModalities as BindModalities
 from .byol import BYOL as BYOL
 from .clip import CLIP as CLIP
 from .cpc import CPC as CPC
+from .data2vec import Data2Vec as Data2Vec
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
 from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT
 from .ijepa import IJEPA as IJEPA
 from .lejepa import LeJEPA as LeJEPA
+from .mae import MAE as MAE
 from .mmcr import MMCR as MMCR
 from .mochi import MoCHi as MoCHi
 from .moco import MoCo as MoCo
@@ -22,6 +24,7 @@ from .pair_contrast import PairContrast as PairContrast
 from .siamese import SiameseMargin as SiameseMargin
 from .siglip import SigLIP as SigLIP
 from .simclr import SimCLR as SimCLR
+from .simmim import SimMIM as SimMIM
 from .simsiam import SimSiam as SimSiam
 from .spectral import SpectralContrastive as SpectralContrastive
 from .supcon import SupCon as SupCon
@@ -32,4 +35,5 @@ from .tico import TiCo as TiCo
 from .triplet import Triplet as Triplet
 from .vicreg import VICReg as VICReg
 from .visreg import VISReg as VISReg
+from .vjepa import VJEPA as VJEPA
 from .wmse import WMSE as WMSE

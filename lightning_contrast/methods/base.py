@@ -36,6 +36,8 @@ class SelfSupervisedModule(MethodModule):
     lr_rule: ClassVar[str] = "linear"
     lr_schedules: ClassVar[tuple[str | None, ...]] = (None, "constant")
     """The choices of ``lr_schedule``."""
+    adamw_options: ClassVar[dict[str, Any]] = {}
+    """Options of ``optimizer="adamw"`` as published, such as ``betas``."""
     views: ClassVar[Callable[..., ViewPolicy]]
     """The published view policy: ``SimCLR.views(224, mean=..., std=...)``."""
     encodes_whole_images: ClassVar[bool] = True
@@ -62,10 +64,9 @@ class SelfSupervisedModule(MethodModule):
             check_not_negative("warmup_epochs", warmup_epochs)
         check_choice("lr_schedule", lr_schedule, self.lr_schedules)
         optim.check_optimizer(optimizer)
-        built = backbone if isinstance(backbone, Backbone) else build_backbone(backbone, **options)
-        self.backbone, self.feature_dim = built
-        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
-        self.warmup_epochs, self.lr_schedule = warmup_epochs, lr_schedule
+        network = backbone if isinstance(backbone, Backbone) else build_backbone(backbone, **options)
+        (self.backbone, self.feature_dim), self.optimizer, self.lr = network, optimizer, lr
+        self.weight_decay, self.warmup_epochs, self.lr_schedule = weight_decay, warmup_epochs, lr_schedule
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (B, F) of images (B, C, H, W) for downstream use."""
@@ -103,7 +104,8 @@ class SelfSupervisedModule(MethodModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups: no weight decay on norms and biases; ``"fixed_lr"`` skips the schedule."""
-        return optim.parameter_groups(strategy_module(self), self.weight_decay)
+        groups = optim.parameter_groups(strategy_module(self), self.weight_decay)
+        return [group | self.adamw_options for group in groups] if self.optimizer == "adamw" else groups
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the learning rate at an optimizer step as a share of its peak: linear warm-up, then cosine to 0."""

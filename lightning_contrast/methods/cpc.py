@@ -148,11 +148,6 @@ class CPC(SelfSupervisedModule):
         reach = self.steps + self.skip
         require(min(edges) > reach, "images", f"give more than {reach} rows of patches", tuple(maps.shape[2:]), hint)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups: no weight decay on norms and biases."""
-        groups = super().parameter_groups()
-        return [group | self.adamw_options for group in groups] if self.optimizer == "adamw" else groups
-
 
 _turned_targets = full_precision(turn_grid)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, require
 from lightning_contrast.augment import ijepa_views
 from lightning_contrast.losses import ijepa_loss
 from lightning_contrast.methods.distillation import StretchedModule
@@ -20,9 +20,9 @@ from lightning_contrast.nn import (
     BackboneOptions,
     JepaMaskSampler,
     JepaPredictor,
+    MaskedViT,
     build_masked_backbone,
     select_patches,
-    sincos_positions,
 )
 from lightning_contrast.nn.jepa_masking import repeat_rows
 from lightning_contrast.nn.small_vit import SMALL_VIT
@@ -121,9 +121,8 @@ class IJEPA(StretchedModule):
             warmup_epochs=warmup_epochs,
             lr_schedule=options.get("lr_schedule"),
         )
-        vit = self.backbone.vit
-        _check_patches_only(vit)
-        grid: tuple[int, int] = tuple(vit.patch_embed.grid_size)
+        _check_patches_only(self.backbone)
+        vit, grid = self.backbone.vit, self.backbone.own_grid
         self.mask_sampler = JepaMaskSampler(
             grid,
             targets=targets,
@@ -135,7 +134,7 @@ class IJEPA(StretchedModule):
             disjoint_targets=disjoint_targets,
         )
         if fixed_positions:
-            vit.pos_embed.requires_grad_(False).copy_(sincos_positions(self.feature_dim, grid))
+            self.backbone.fix_positions()
         heads = vit.blocks[0].attn.num_heads if predictor_heads is None else predictor_heads
         _check_predictor(predictor_dim, predictor_depth, heads)
         self.predictor = predictor or JepaPredictor(
@@ -147,7 +146,7 @@ class IJEPA(StretchedModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the smooth L1 loss of predictions and the teacher's normalized patches, and features (B, F)."""
         (images,) = self.batch_views(batch, count=1)  # (B, C, h, w)
-        self._check_grid(images)
+        self.backbone.check_grid(images)
         masks = self.mask_sampler(len(images)).to(images.device)
         count = masks.context.shape[1] if masks.context.ndim == 3 else 1  # C contexts per image
         kept = masks.context.reshape(count * len(images), -1)  # (C B, N_c): C contexts of an image are C images
@@ -171,13 +170,6 @@ class IJEPA(StretchedModule):
         agreement = F.cosine_similarity(prediction.float(), normalized, dim=-1).mean()
         self.log("train/agreement", agreement, batch_size=batch_size)
 
-    def _check_grid(self, images: Tensor) -> None:
-        grid, size = self.mask_sampler.grid, tuple(images.shape[-2:])
-        if self.backbone.grid_size(images) != grid:
-            hint = f"Make such views, or build the backbone with backbone_kwargs=dict(img_size={size[0]})"
-            patch = self.backbone.vit.patch_embed.patch_size
-            fail("images", f"be {grid[0] * patch[0]} x {grid[1] * patch[1]} pixels for its masks", size, hint)
-
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (context encoder, target encoder); the predictor has no teacher."""
         return [(self.backbone, self.momentum_backbone)]
@@ -199,12 +191,10 @@ def _check_predictor(dim: int, depth: int, heads: int) -> None:
     require(dim > 0 and dim % 4 == 0 and dim % heads == 0, "predictor_dim", rule, dim, "Change it or `predictor_heads`")
 
 
-def _check_patches_only(vit: Any) -> None:
+def _check_patches_only(backbone: MaskedViT) -> None:
     """Refuse a network whose features are not the mean of its patches, since parts of it would not be trained."""
-    unused = any(
-        True for part in (vit.fc_norm, vit.attn_pool) if isinstance(part, nn.Module) for _ in part.parameters()
-    )
-    plain = vit.num_prefix_tokens == 0 and vit.global_pool == "avg" and not unused
+    vit = backbone.vit
+    plain = vit.num_prefix_tokens == 0 and vit.global_pool == "avg" and not backbone.pools_with_parts
     rule = "average its patches, without class or register tokens and without a norm after the mean"
     found = f"{type(vit).__name__} with {vit.num_prefix_tokens} such tokens and global_pool={vit.global_pool!r}"
     hint = 'Build it with class_token=False, global_pool="avg" and fc_norm=False'

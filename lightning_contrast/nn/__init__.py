@@ -17,14 +17,34 @@ from lightning_contrast.nn.ema import ema_update
 from lightning_contrast.nn.feature_queue import FeatureQueue
 from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototypeHead, PrototypeHead, build_head
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
-from lightning_contrast.nn.jepa_predictor import JepaPredictor, sincos_positions
+from lightning_contrast.nn.jepa_predictor import JepaPredictor
 from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
-from lightning_contrast.nn.masking import MaskedPatches, check_mask_ratios, dinov2_masks, ibot_masks, masked_patches
+from lightning_contrast.nn.masking import (
+    MaskedPatches,
+    MaskSplit,
+    check_mask_ratios,
+    dinov2_masks,
+    ibot_masks,
+    masked_patches,
+    split_masks,
+)
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm, hidden_layers, mlp_head
 from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
 from lightning_contrast.nn.open_clip_towers import OpenClipTokenizer
 from lightning_contrast.nn.patch_grid import GridContext, GridPredictors, PatchGrid, replace_batchnorm
+from lightning_contrast.nn.patch_masks import (
+    MASKS,
+    MaskSampler,
+    block_masks,
+    build_masks,
+    grid_masks,
+    inverse_block_masks,
+    random_masks,
+    tubelet_masks,
+)
+from lightning_contrast.nn.pixel_decoder import PixelDecoder
+from lightning_contrast.nn.positions import sincos_positions, sincos_positions_2d, sincos_positions_3d
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
 from lightning_contrast.nn.small_vit import small_vit
@@ -33,6 +53,7 @@ from lightning_contrast.nn.stems import use_small_stem
 from lightning_contrast.nn.temperature import LearnedTemperature, ScheduledTemperature
 from lightning_contrast.nn.text_transformer import TextTransformer
 from lightning_contrast.nn.time_predictor import TimePredictor
+from lightning_contrast.nn.tubelets import VIDEO_VITS, TubeletPredictor, TubeletViT, build_tubelet_backbone
 from lightning_contrast.nn.video import (
     SmallVideoConvNet,
     VideoBackbone,
@@ -46,6 +67,8 @@ from lightning_contrast.nn.weight_norm import WeightNormLinear
 
 __all__ = [
     "HEADS",
+    "MASKS",
+    "VIDEO_VITS",
     "Backbone",
     "BackboneOptions",
     "ByteTokenizer",
@@ -62,6 +85,8 @@ __all__ = [
     "LearnedTemperature",
     "LogitBias",
     "LogitScale",
+    "MaskSampler",
+    "MaskSplit",
     "MaskedPatches",
     "MaskedViT",
     "MemoryBank",
@@ -72,6 +97,7 @@ __all__ = [
     "PatchDistillationHead",
     "PatchGrid",
     "PatchPrototypeHead",
+    "PixelDecoder",
     "PrototypeHead",
     "Prototypes",
     "RegionMaps",
@@ -83,12 +109,17 @@ __all__ = [
     "TextTransformer",
     "TimePredictor",
     "Tokens",
+    "TubeletPredictor",
+    "TubeletViT",
     "VideoBackbone",
     "WeightNormLinear",
+    "block_masks",
     "build_backbone",
     "build_clip_backbone",
     "build_head",
     "build_masked_backbone",
+    "build_masks",
+    "build_tubelet_backbone",
     "check_image_size",
     "check_mask_ratios",
     "checkpoint_activations",
@@ -96,17 +127,24 @@ __all__ = [
     "convert_split_batchnorm",
     "dinov2_masks",
     "ema_update",
+    "grid_masks",
     "hidden_layers",
     "ibot_masks",
+    "inverse_block_masks",
     "masked_patches",
     "mlp_head",
     "project_moments",
+    "random_masks",
     "read_feature_dim",
     "replace_batchnorm",
     "select_patches",
     "sincos_positions",
+    "sincos_positions_2d",
+    "sincos_positions_3d",
     "sinkhorn",
     "small_vit",
+    "split_masks",
     "time_mean",
+    "tubelet_masks",
     "use_small_stem",
 ]

@@ -178,6 +178,7 @@ HEADS: dict[str, Head] = {
     "cvrl": Head(2048, 128, layers=4),
     "dino": PrototypeHead(2048),
     "ibot": PatchPrototypeHead(2048, num_prototypes=8192),
+    "data2vec": Head(None, None, layers=1, norm=None, init=_normal_002),
     "msn": Head(2048, 256, layers=3, hidden_bias=True, activation="gelu", init=_normal_002),
 }
 """The published heads by name.
@@ -205,6 +206,7 @@ HEADS: dict[str, Head] = {
 - ``"cvrl"``: three hidden layers. https://github.com/tensorflow/models (``official/projects/video_ssl``)
 - ``"dino"``: ``DINOHead`` of https://github.com/facebookresearch/dino; DINOv2 has ``norm_last_layer=False``.
 - ``"ibot"``: ``iBOTHead`` of https://github.com/bytedance/ibot, shared as in the published runs of ViTs.
+- ``"data2vec"``: one linear layer. https://github.com/facebookresearch/data2vec_vision
 - ``"msn"``: ``init_model`` of https://github.com/facebookresearch/msn
 """
 

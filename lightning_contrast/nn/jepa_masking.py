@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_range, require
+from lightning_contrast.nn.masking import send
 
 TRIES = 20  # positions of a context block before one more target may overlap it
 
@@ -29,7 +30,7 @@ class JepaMasks(NamedTuple):
 
     def to(self, device: torch.device) -> "JepaMasks":
         """Return the masks with their indices on ``device``, without synchronizing with the host."""
-        return JepaMasks(_send(self.context, device), _send(self.targets, device), self.relaxed)
+        return JepaMasks(send(self.context, device), send(self.targets, device), self.relaxed)
 
 
 class JepaMaskSampler:
@@ -186,13 +187,6 @@ class JepaMaskSampler:
             relaxed[pending[enough]] = avoided < targets
             pending, failures = pending[~enough], failures + 1
         return visible, relaxed
-
-
-def _send(indices: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device; from pinned memory, because a copy from other memory synchronizes."""
-    if device.type == "cpu":
-        return indices
-    return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)
 
 
 def repeat_rows(rows: Tensor, count: int) -> Tensor:

@@ -7,31 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, require
-
-
-def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """Return the fixed sine-cosine positions of MAE and I-JEPA: first those of the column, then of the row.
-
-    Implements the positions of the reference implementations (https://arxiv.org/abs/2111.06377 and 2301.08243):
-    frequencies decrease from 1 to nearly 1 / 10,000.
-
-    Args:
-        width: Length of a position, a multiple of 4.
-        grid: Rows and columns of patches.
-
-    Returns:
-        One position for each patch in raster order, ``(rows * columns, width)``, float32 in [-1, 1].
-
-    Raises:
-        ValueError: If the width is no multiple of 4.
-    """
-    check_at_least("width", width, 4)
-    require(width % 4 == 0, "width", "be a multiple of 4", width, "Half of it is for rows, half of that for sines")
-    count = width // 4
-    frequencies = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)  # (width / 4,)
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = [places.reshape(-1, 1) * frequencies for places in (columns, rows)]  # (N, width / 4) each
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+from lightning_contrast.nn.positions import sincos_positions
 
 
 class JepaPredictor(nn.Module):
@@ -88,10 +64,21 @@ class JepaPredictor(nn.Module):
         Returns:
             Predictions, ``(B, T, N_t, F)``.
         """
+        return self.predict(tokens, context, targets, self.mask_token)
+
+    def predict(self, tokens: Tensor, context: Tensor, targets: Tensor, mask_token: Tensor) -> Tensor:
+        """Return what `forward` does, with a given mask token.
+
+        Args:
+            tokens: The context encoder's output, ``(B, N_c, F)``.
+            context: Positions of its patches in the grid, ``(B, N_c)`` int64.
+            targets: Positions of the target patches, ``(B, T, N_t)`` int64.
+            mask_token: ``(width,)``.
+        """
         images, blocks, length = targets.shape
         seen = self.enter(tokens)
         seen = seen + self.positions[context].to(seen.dtype)  # (B, N_c, W)
-        hidden = (self.mask_token + self.positions[targets]).to(seen.dtype)  # (B, T, N_t, W)
+        hidden = (mask_token + self.positions[targets]).to(seen.dtype)  # (B, T, N_t, W)
         seen = seen.unsqueeze(1).expand(-1, blocks, -1, -1)
         sequence = torch.cat([seen, hidden], dim=2).flatten(0, 1)  # (B T, N_c + N_t, W)
         predicted: Tensor = self.leave(self.norm(self.blocks(sequence))[:, -length:])  # (B T, N_t, F)

@@ -44,10 +44,55 @@ def masked_patches(mask: Tensor, device: torch.device) -> MaskedPatches:
         device: Target device.
     """
     rows = mask.flatten().nonzero().squeeze(1)
-    parts = [mask, rows, rows // mask.shape[1]]
-    if device.type == "cuda":  # copies from pageable memory are synchronous
-        parts = [part.pin_memory() for part in parts]
-    return MaskedPatches(*(part.to(device, non_blocking=True) for part in parts))
+    return MaskedPatches(*(send(part, device) for part in (mask, rows, rows // mask.shape[1])))
+
+
+class MaskSplit(NamedTuple):
+    """Visible and hidden patches of each image, on the device of the images.
+
+    Attributes:
+        mask: ``(images, N)`` bool, True where hidden.
+        visible: Their positions among the N patches, ``(images, K)`` int64, ascending.
+        hidden: The same of the hidden ones, ``(images, M)`` int64.
+    """
+
+    mask: Tensor
+    visible: Tensor
+    hidden: Tensor
+
+
+def split_masks(mask: Tensor, device: torch.device, *, cut: bool = False) -> MaskSplit:
+    """Return which patches are visible and hidden, computed on the host without synchronization.
+
+    Args:
+        mask: Masks ``(images, N)`` bool on the CPU.
+        device: Target device.
+        cut: Accept masks with different numbers of hidden patches: the visible and the hidden ones of all images are
+            cut to the smallest number, from the end. The mask itself stays as it is.
+
+    Raises:
+        ValueError: If the numbers differ and ``cut`` is False.
+    """
+    hidden, patches = mask.sum(1), mask.shape[1]
+    least, most = int(hidden.min()), int(hidden.max())
+    hint = "Use a sampler with a fixed number, such as `random_masks`"
+    require(cut or least == most, "mask", "hide as many patches in every image", (least, most), hint)
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # visible ones first, each in raster order
+    rest = torch.arange(least, device="cpu") + (patches - hidden).unsqueeze(1)
+    parts = (mask, order[:, : patches - most].contiguous(), order.gather(1, rest))
+    return MaskSplit(*(send(part, device) for part in parts))
+
+
+def send(indices: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of any shape to a device; from pinned memory, because a copy from other memory synchronizes.
+
+    Args:
+        indices: Tensor on the CPU.
+        device: Target device.
+    """
+    if device.type == "cpu":
+        return indices
+    return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)
 
 
 def ibot_masks(
@@ -81,7 +126,7 @@ def ibot_masks(
         TypeError: If a number that counts is not whole.
     """
     check_mask_ratios(ratios, spreads, shape)
-    rng, (rows, columns) = _generator(images, grid, generator), grid
+    rng, (rows, columns) = seeded_random(images, grid, generator), grid
     drawn = []
     for _ in range(images):
         choices = [rng.uniform(r - s, r + s) if s > 0 else r for r, s in zip(ratios, spreads, strict=True)]
@@ -89,8 +134,8 @@ def ibot_masks(
         if shape == "random":
             drawn.append(sum(1 << patch for patch in rng.sample(range(rows * columns), int(target))))
         else:
-            drawn.append(_blocks(rng, rows, columns, target, (min(rows, columns) // 3) ** 2, rows * columns))
-    return _unpack(drawn, rows * columns)
+            drawn.append(draw_blocks(rng, rows, columns, target, (min(rows, columns) // 3) ** 2, rows * columns))
+    return unpack_masks(drawn, rows * columns)
 
 
 def dinov2_masks(
@@ -123,15 +168,15 @@ def dinov2_masks(
     """
     check_probability("probability", probability)
     check_range("ratio", ratio, 0, 1)
-    rng, (rows, columns) = _generator(images, grid, generator), grid
+    rng, (rows, columns) = seeded_random(images, grid, generator), grid
     masked, patches = int(images * probability), rows * columns
     edges = np.linspace(*ratio, masked + 1).tolist()
     drawn = [0] * (images - masked)
     for low, high in pairwise(edges):
         target = int(patches * rng.uniform(low, high))
-        drawn.append(_blocks(rng, rows, columns, target, _DINOV2_SMALLEST, 0.5 * patches))
+        drawn.append(draw_blocks(rng, rows, columns, target, _DINOV2_SMALLEST, 0.5 * patches))
     rng.shuffle(drawn)
-    return _unpack(drawn, patches)
+    return unpack_masks(drawn, patches)
 
 
 def check_mask_ratios(ratios: Sequence[float], spreads: Sequence[float], shape: str = "block") -> None:
@@ -154,14 +199,20 @@ def check_mask_ratios(ratios: Sequence[float], spreads: Sequence[float], shape: 
     check_choice("mask_shape", shape, ("block", "random"))
 
 
-def _generator(images: int, grid: tuple[int, int], generator: torch.Generator | None) -> random.Random:
-    """Check the sizes and return a generator whose numbers are fast to draw one by one."""
+def seeded_random(images: int, grid: tuple[int, int], generator: torch.Generator | None) -> random.Random:
+    """Check the sizes and return a generator of Python's, whose numbers are fast to draw one by one.
+
+    Args:
+        images: Number of masks.
+        grid: Rows and columns of patches.
+        generator: Where the seed is drawn from; None is torch's global CPU generator.
+    """
     for name, value in (("images", images), ("grid", grid[0]), ("grid", grid[1])):
         check_at_least(name, value, 1)
-    return random.Random(torch.randint(2**62, (1,), generator=generator).numpy().item())  # noqa: S311  (no secret)
+    return random.Random(torch.randint(2**62, (1,), generator=generator, device="cpu").numpy().item())  # noqa: S311  (no secret)
 
 
-def _blocks(rng: random.Random, rows: int, columns: int, target: float, smallest: float, largest: float) -> int:
+def draw_blocks(rng: random.Random, rows: int, columns: int, target: float, smallest: float, largest: float) -> int:
     """Return a mask as the bits of a number: blocks until ``target`` patches are masked or none fits any more.
 
     Args:
@@ -197,8 +248,13 @@ def _block(rng: random.Random, rows: int, columns: int, mask: int, smallest: flo
     return 0
 
 
-def _unpack(masks: Sequence[int], patches: int) -> Tensor:
-    """Return masks ``(images, patches)`` bool of numbers whose bit i represents patch i."""
+def unpack_masks(masks: Sequence[int], patches: int) -> Tensor:
+    """Return masks ``(images, patches)`` bool of numbers whose bit i represents patch i.
+
+    Args:
+        masks: One number per image.
+        patches: Number of patches.
+    """
     size = -(-patches // 8)
     packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for mask in masks), np.uint8)
     bits = np.unpackbits(packed.reshape(len(masks), size), axis=1, count=patches, bitorder="little")
@@ -230,6 +286,17 @@ def draw_masks(sampler: Callable[..., Tensor], backbone: MaskedViT, images: Tens
         settings: Further arguments of the sampler.
     """
     return masked_patches(sampler(len(images), backbone.grid_size(images), **settings), images.device)
+
+
+def draw_split(sampler: Callable[..., Tensor], backbone: MaskedViT, images: Tensor) -> MaskSplit:
+    """Draw a mask for each image, and split its patches into visible and hidden ones.
+
+    Args:
+        sampler: A sampler that hides as many patches in every image, such as `random_masks`.
+        backbone: What cuts the images into patches.
+        images: Images (B, C, h, w).
+    """
+    return split_masks(sampler(len(images), backbone.grid_size(images)), images.device)
 
 
 def gather(patches: Tensor, index: Tensor) -> Tensor:

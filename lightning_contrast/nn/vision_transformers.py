@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_contrast._checks import fail, require
 from lightning_contrast.nn.backbones import Backbone, build_backbone
 from lightning_contrast.nn.feature_output import TokenPooling
+from lightning_contrast.nn.positions import sincos_positions
 from lightning_contrast.nn.small_vit import SMALL_VIT
 
 _TIMM_MODULES = ["vision_transformer", "deit"]  # whose models are a `VisionTransformer`, but for two families
@@ -21,10 +22,17 @@ _WHO_CAN = (
 
 
 class Tokens(NamedTuple):
-    """Output of a vision transformer: pooled features ``(B, F)`` and patches ``(B, N, F)``."""
+    """Output of a vision transformer.
+
+    Attributes:
+        features: Pooled features ``(B, F)``.
+        patches: Patches ``(B, N, F)``.
+        prefix: Class and register tokens ``(B, P, F)``, of which there may be none.
+    """
 
     features: Tensor
     patches: Tensor
+    prefix: Tensor
 
 
 class MaskedViT(nn.Module):
@@ -79,8 +87,8 @@ class MaskedViT(nn.Module):
             keep: The only patches that enter the blocks, ``(B, K)`` int, each in 0 .. N - 1.
 
         Returns:
-            The features ``(B, F)``, pooled as in `forward`, and the patches ``(B, N, F)``, or ``(B, K, F)`` in the
-            order of ``keep``, after the last norm; class and register tokens are not among them.
+            The features ``(B, F)``, pooled as in `forward`; the patches ``(B, N, F)``, or ``(B, K, F)`` in the order of
+            ``keep``, and class and register tokens ``(B, P, F)``, both after the last norm.
 
         Raises:
             ValueError: If ``mask`` or ``keep`` do not fit the images.
@@ -93,12 +101,83 @@ class MaskedViT(nn.Module):
             first = torch.arange(prefix, device=keep.device).expand(len(keep), -1)
             keep = torch.cat([first, keep + prefix], dim=1)
         tokens = self.masked.encode(images, mask=mask, idx_keep=keep)  # (B, prefix + N or K, F)
-        return Tokens(self.vit.forward_head(tokens), tokens[:, prefix:])
+        return Tokens(self.vit.forward_head(tokens), tokens[:, prefix:], tokens[:, :prefix])
+
+    def layers(self, images: Tensor, count: int) -> list[Tensor]:
+        """Return the patches after each of the last blocks, before the last norm.
+
+        Args:
+            images: Images ``(B, C, H, W)``.
+            count: Number of blocks.
+
+        Returns:
+            ``count`` tensors ``(B, N, F)``, in the order of depth.
+        """
+        found: list[Tensor] = self.vit.forward_intermediates(
+            images, indices=count, output_fmt="NLC", intermediates_only=True
+        )
+        return found
 
     def grid_size(self, images: Tensor) -> tuple[int, int]:
         """Return the rows and columns of patches of images ``(B, C, H, W)``."""
         height, width = self.vit.patch_embed.dynamic_feat_size(images.shape[-2:])
         return int(height), int(width)
+
+    @property
+    def own_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of the images that the network was built for."""
+        rows, columns = self.vit.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    @property
+    def patch_size(self) -> int:
+        """Edge of a patch in pixels.
+
+        Raises:
+            ValueError: If patches are not square.
+        """
+        height, width = self.vit.patch_embed.patch_size
+        require(height == width, "backbone", "have square patches", (height, width), "Set one `patch_size`")
+        return int(height)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return int(self.vit.patch_embed.proj.in_channels)
+
+    def check_grid(self, images: Tensor) -> None:
+        """Refuse images ``(B, C, H, W)`` of another size than the network was built for.
+
+        Raises:
+            ValueError: If the grid of patches differs.
+        """
+        grid, size = self.own_grid, tuple(images.shape[-2:])
+        if self.grid_size(images) != grid:
+            hint = f"Make such views, or build the backbone with backbone_kwargs=dict(img_size={size[0]})"
+            patch = self.vit.patch_embed.patch_size
+            fail("images", f"be {grid[0] * patch[0]} x {grid[1] * patch[1]} pixels for its masks", size, hint)
+
+    def fix_positions(self) -> None:
+        """Replace the learned positions by fixed sine-cosine ones; those of class and register tokens are zero."""
+        positions = sincos_positions(self.num_features, self.own_grid)
+        rows = self.vit.pos_embed.shape[1] - len(positions)
+        self.vit.pos_embed.requires_grad_(False).copy_(F.pad(positions, (0, 0, rows, 0)))
+
+    @property
+    def pools_with_parts(self) -> bool:
+        """Whether features are made with parameters that patches do not pass: a norm after the mean, or attention."""
+        parts = (self.vit.fc_norm, self.vit.attn_pool)
+        return any(True for part in parts if isinstance(part, nn.Module) for _ in part.parameters())
+
+    def check_patches_trained(self) -> None:
+        """Refuse a network with parts that a loss of the patches would not train.
+
+        Raises:
+            ValueError: If it pools with parameters.
+        """
+        found = f"{type(self.vit).__name__} with global_pool={self.vit.global_pool!r}"
+        hint = 'Build it with global_pool="avg" and fc_norm=False'
+        require(not self.pools_with_parts, "backbone", "pool its patches without parameters", found, hint)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass to save memory, also with masks."""

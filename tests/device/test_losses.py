@@ -9,6 +9,21 @@ from tests.device.pretended import OnDevice, PretendedDevice, in_own_process
 
 # How each is called with two batches of rows (B, D) that require a gradient, and labels (B,).
 CALLS = {
+    "average_layers": lambda a, b, y: losses.average_layers(torch.stack([a, b]).view(2, 2, 4, 6), top_k=1),
+    "data2vec_loss": lambda a, b, y: losses.data2vec_loss(a, b, beta=1.0),
+    "jepa_loss": lambda a, b, y: losses.jepa_loss(
+        a.view(4, 2, 6), b.view(2, 4, 6), y[:4].view(2, 2, 1).repeat(1, 1, 2)
+    ),
+    "masked_l1_loss": lambda a, b, y: losses.masked_l1_loss(
+        _images(b), _images(a), y[:4].view(1, 2, 2) > 0, patch_size=2
+    ),
+    "masked_pixel_loss": lambda a, b, y: losses.masked_pixel_loss(
+        _images(b), a.view(1, 4, 12), y[None, :4] > 0, patch_size=2, normalize_pixels=True
+    ),
+    "patchify": lambda a, b, y: losses.patchify(_images(a), patch_size=2),
+    "pixel_targets": lambda a, b, y: losses.pixel_targets(_images(a), patch_size=2, normalize_pixels=True),
+    "unpatchify": lambda a, b, y: losses.unpatchify(a.view(1, 4, 12), (2, 2), patch_size=2),
+    "vjepa_loss": lambda a, b, y: losses.vjepa_loss([a.view(2, 4, 6)], b.view(2, 4, 6), [y.view(2, 4)]),
     "attend_regions": lambda a, b, y: losses.attend_regions(*_places(a, b), lengths=y[:4] + 1),
     "cpc_all_times_loss": lambda a, b, y: losses.cpc_all_times_loss(
         *(_places(b, x)[1].flatten(2).mT for x in (b, a)), torch.ones_like(b[:6, :6])[None]
@@ -124,6 +139,9 @@ DOCUMENTED = {
 }
 
 
+WITHOUT_GRADIENT = ("sinkhorn", "mochi_negatives", "average_layers", "pixel_targets")
+
+
 def test_every_loss_is_called():
     draws = {name for name in losses.__all__ if name.startswith("draw_")}  # on the CPU, as all random numbers
     assert {name.split()[0] for name in CALLS} == set(losses.__all__) - {"Negatives"} - draws
@@ -141,6 +159,11 @@ def _views(*rows):
 
 def _drawn(rows):
     return losses.draw_directions(rows, slices=3)
+
+
+def _images(rows):
+    """Return an image of 4 x 4 pixels out of 8 rows, (1, 3, 4, 4)."""
+    return rows.reshape(1, 3, 4, 4)
 
 
 def _moments(rows):
@@ -167,6 +190,6 @@ def test_a_loss_reads_nothing_and_gives_the_number_of_the_cpu(name):
     expected, of_cpu = _run(name, torch.device("cpu"))
     assert isinstance(value, OnDevice)
     torch.testing.assert_close(value.host, expected)
-    assert (gradient is None) == (name in ("sinkhorn", "mochi_negatives"))
+    assert (gradient is None) == (name in WITHOUT_GRADIENT)
     if gradient is not None:
         torch.testing.assert_close(gradient.host, of_cpu)

@@ -173,6 +173,14 @@ CASES |= {
     ),
 }
 
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+MASKED = {"plain": {"mask": "grid", "mask_ratio": 0.75}, "views": 1, "backbone": tiny_vit}  # nothing to draw
+CASES |= {
+    "MAE": Case(lc.MAE, **MASKED, settings=DECODER),
+    "SimMIM": Case(lc.SimMIM, **MASKED),
+    "Data2Vec": Case(lc.Data2Vec, **MASKED, settings={"top_k": 1}),
+}
+
 PAIR = {"hidden_dim": 16, "projection_dim": 8}
 PAIRED = {"plain": {"head_norm": None}, "argument": "encoder_a"}
 
@@ -313,6 +321,34 @@ CASES |= {
     ),
     "MMCR": Case(lc.MMCR, **VIEWS, views=4, settings=HEADS),
     "MMCR momentum": Case(lc.MMCR, **VIEWS, settings=HEADS | {"momentum": 0.9, "local_weight": 0.1}),
+}
+
+
+class VJEPAOfStills(lc.VJEPA):
+    """On clips of four frames that are made of one image each."""
+
+    def batch_views(self, batch, count):
+        return [torch.stack([view.roll(t, -1) for t in range(4)], 1) for view in super().batch_views(batch, count)]
+
+
+def tiny_video_vit(norm: bool = True):
+    """A transformer of clips of four frames of 16 pixels; it has no BatchNorm anyway."""
+    return lc.nn.TubeletViT(frames=4, img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+
+
+def same_tubelets(clips, grid, generator=None):
+    """Hide the same tubelets in every clip."""
+    return (torch.arange(32) % 3 != 0).expand(clips, -1)
+
+
+CASES |= {
+    "VJEPA": Case(
+        VJEPAOfStills,
+        plain={"masks": [same_tubelets]},
+        views=1,
+        settings={"predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 2},
+        backbone=tiny_video_vit,
+    ),
 }
 
 

@@ -13,12 +13,13 @@ from lightning_contrast.cli import main
 from tests.methods.cases import CASES
 
 METHODS = [name for name in lc.methods.__all__ if name != "SelfSupervisedModule"]
-VITS = {"IBOT", "DINOv2", "MSN", "IJEPA"}
+VITS = {"IBOT", "DINOv2", "MSN", "IJEPA", "MAE", "SimMIM", "Data2Vec", "VJEPA"}
 
 
 def build(name, **options):
     method = getattr(lc, name)
-    first = ("small_vit" if name in VITS else "resnet18", *([16] if name == "NPID" else []))
+    vit = "small_video_vit" if name == "VJEPA" else "small_vit"
+    first = (vit if name in VITS else "resnet18", *([16] if name == "NPID" else []))
     if name == "BindModalities":
         first = ({"image": "resnet18", "depth": "resnet18"},)
     with torch.device("meta"):
@@ -34,7 +35,7 @@ def network_of(module):
 def test_options_reach_the_backbone(name):
     if name in VITS:
         module = build(name, backbone_kwargs={"depth": 1, "embed_dim": 48})
-        assert len(module.backbone.vit.blocks) == 1
+        assert len(getattr(module.backbone, "vit", module.backbone).blocks) == 1
         assert module.feature_dim == 48
         with pytest.raises(ValueError, match="`small_images` must be False"):
             build(name, small_images=True)
@@ -56,6 +57,8 @@ def test_unknown_options_are_refused(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_hyperparameters_hold_the_given_options(name):
     options = {"backbone_kwargs": {"drop_path_rate": 0.25}, "feature_dim": 192 if name in VITS else 512}
+    if name == "VJEPA":
+        options["feature_dim"] = 96
     if name not in VITS:
         options["small_images"] = True
     module = build(name, **options)

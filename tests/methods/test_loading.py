@@ -21,6 +21,9 @@ VALUES = {
     "projector": nn.Linear(8, 8),
     "patch_projector": nn.Linear(16, 8),
     "predictor": nn.Linear(8, 8),
+    "decoder": nn.Linear(8, 8),
+    "mask": lc.nn.random_masks,
+    "masks": [lc.nn.tubelet_masks],
 }
 """A value that no checkpoint holds, for each argument whose type allows one."""
 

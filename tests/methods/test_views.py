@@ -33,8 +33,8 @@ def drawn(policy, seed):
     return policy(torch.rand(6, 3, 48, 48, generator=torch.Generator().manual_seed(1)))
 
 
-WITHOUT_RECIPE = {lc.TemporalContrast, lc.PairContrast, lc.BindModalities}
-"""Their batches are not the images of one public dataset: see test_temporal_contrast, and the examples of pairs."""
+WITHOUT_RECIPE = {lc.TemporalContrast, lc.VJEPA, lc.PairContrast, lc.BindModalities}
+"""Their batches are not the images of one public dataset: see test_temporal_contrast, test_vjepa, examples of pairs."""
 WITHOUT_RECIPE |= {lc.TemporalCPC, lc.GLoRIA, lc.CLIP, lc.SigLIP}
 
 
