@@ -43,6 +43,7 @@ from .methods import NPID as NPID
 from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
 from .methods import BindModalities as BindModalities
+from .methods import DenseCL as DenseCL
 from .methods import DINOv2 as DINOv2
 from .methods import GLoRIA as GLoRIA
 from .methods import MoCHi as MoCHi

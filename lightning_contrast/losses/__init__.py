@@ -10,6 +10,7 @@ from lightning_contrast.losses.contrastive import (
     nt_xent,
     sup_con,
 )
+from lightning_contrast.losses.dense import dense_info_nce
 from lightning_contrast.losses.distillation import dino_loss, ibot_patch_loss, ijepa_loss, koleo_loss, masked_patch_loss
 from lightning_contrast.losses.geometric import (
     alignment,
@@ -52,6 +53,7 @@ __all__ = [
     "cpc_time_loss",
     "debiased_nt_xent",
     "decoupled_nt_xent",
+    "dense_info_nce",
     "dino_loss",
     "draw_row_negatives",
     "draw_time_negatives",

@@ -5,6 +5,7 @@ from .bind_modalities import BindModalities as BindModalities
 from .byol import BYOL as BYOL
 from .clip import CLIP as CLIP
 from .cpc import CPC as CPC
+from .densecl import DenseCL as DenseCL
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
 from .gloria import GLoRIA as GLoRIA

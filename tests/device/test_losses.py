@@ -26,6 +26,9 @@ CALLS = {
     "clip_loss": lambda a, b, y: losses.clip_loss(a, b, logit_scale=a.sum().exp(), weighting="hard", groups=y),
     "debiased_nt_xent": lambda a, b, y: losses.debiased_nt_xent(a, b, temperature=0.5, tau_plus=0.1),
     "decoupled_nt_xent": lambda a, b, y: losses.decoupled_nt_xent(a, b, temperature=0.1, sigma=0.5),
+    "dense_info_nce": lambda a, b, y: losses.dense_info_nce(
+        *(_places(x, b)[1].flatten(2).detach() + x.sum() * (x is a) for x in (a, b, a, b)), temperature=0.1
+    ),
     "dino_loss": lambda a, b, y: losses.dino_loss(
         [a, b, a + b], [a.detach(), b.detach()], a.detach()[0], student_temperature=0.1, teacher_temperature=0.04
     ),

@@ -131,6 +131,17 @@ CASES |= {
     "MoCHi": Case(lc.MoCHi, plain={"start_epoch": 9}, settings=QUEUE | MIXES),
 }
 
+
+class CellsDenseCL(lc.DenseCL):
+    """Its cells are those of the second convolution, where the backbone is a module."""
+
+    def __init__(self, backbone, **kwargs):
+        layer = "layers.3" if isinstance(backbone, nn.Module) else None
+        super().__init__(backbone, **({"region_layer": layer} | kwargs))
+
+
+CASES |= {"DenseCL": Case(CellsDenseCL, settings=QUEUE)}
+
 CASES |= {"DINO": Case(lc.DINO, views=4, settings={"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8})}
 
 SWAV = HEADS | {"num_prototypes": 12, "freeze_prototypes_epochs": 1}
