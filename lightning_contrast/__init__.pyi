@@ -45,6 +45,7 @@ from .methods import BarlowTwins as BarlowTwins
 from .methods import BindModalities as BindModalities
 from .methods import DenseCL as DenseCL
 from .methods import DINOv2 as DINOv2
+from .methods import ExemplarCNN as ExemplarCNN
 from .methods import GLoRIA as GLoRIA
 from .methods import MoCHi as MoCHi
 from .methods import MoCo as MoCo
@@ -61,3 +62,4 @@ from .methods import SwAV as SwAV
 from .methods import TemporalContrast as TemporalContrast
 from .methods import Triplet as Triplet
 from .methods import VICReg as VICReg
+from .methods import VICRegL as VICRegL

@@ -288,4 +288,16 @@ IMAGENET_SOURCES: dict[str, Source] = {
         {"hidden_dim": 8192, "projection_dim": 8192},
         statistics=IMAGENET,
     ),
+    "vicregl_imagenet": Source(
+        100,
+        512,
+        "LARS",
+        LARS,
+        cosine(0.6, 10, end=0.0006),
+        (1e-6, 1e-6),
+        asymmetric(224, (0.08, 1), blur=(1.0, 0.1), bicubic=True),
+        {"global_weight": 0.75, "match_locations": True, "matching.matches": (20, 4)},
+        {"hidden_dim": 8192, "projection_dim": 8192, "map_hidden_dim": 512, "map_projection_dim": 512},
+        statistics=IMAGENET,
+    ),
 }

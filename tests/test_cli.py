@@ -74,7 +74,7 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
         assert [view.shape for view in augmentation.policy(clips)] == [(2, frames, 3, size, size)] * 10
     else:
         views = augmentation.policy(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
-        count = 1 if type(cli.model) in (lc.NPID, lc.IJEPA, lc.CPC, *TEXTS) else 2
+        count = 1 if type(cli.model) in (lc.NPID, lc.ExemplarCNN, lc.IJEPA, lc.CPC, *TEXTS) else 2
         assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count
         assert all(view.shape[2] < size for view in views[count:])  # local ones
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)

@@ -10,7 +10,7 @@ from lightning_contrast.losses.contrastive import (
     nt_xent,
     sup_con,
 )
-from lightning_contrast.losses.dense import dense_info_nce
+from lightning_contrast.losses.dense import dense_info_nce, vicregl_global_loss, vicregl_local_loss
 from lightning_contrast.losses.distillation import dino_loss, ibot_patch_loss, ijepa_loss, koleo_loss, masked_patch_loss
 from lightning_contrast.losses.geometric import (
     alignment,
@@ -83,4 +83,6 @@ __all__ = [
     "triplet_loss",
     "uniformity",
     "vicreg_loss",
+    "vicregl_global_loss",
+    "vicregl_local_loss",
 ]

@@ -8,6 +8,7 @@ from .cpc import CPC as CPC
 from .densecl import DenseCL as DenseCL
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
+from .exemplar_cnn import ExemplarCNN as ExemplarCNN
 from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT
 from .ijepa import IJEPA as IJEPA
@@ -28,3 +29,4 @@ from .swav import SwAV as SwAV
 from .temporal_contrast import TemporalContrast as TemporalContrast
 from .triplet import Triplet as Triplet
 from .vicreg import VICReg as VICReg
+from .vicregl import VICRegL as VICRegL

@@ -165,6 +165,7 @@ HEADS: dict[str, Head] = {
     "simsiam_predictor": Head(512, None),
     "barlow_twins": Head(8192, 8192, layers=3, last_bias=False),
     "vicreg": Head(8192, 8192, layers=3, hidden_bias=True, last_bias=False),
+    "vicregl_maps": Head(512, 512, layers=3, hidden_bias=True, last_bias=False),
     "spectral": Head(2048, 1000, last_norm="full", last_bias=False),
     "swav": Head(2048, 128, hidden_bias=True),
     "nnclr_projector": Head(2048, 256, layers=3, last_norm="full", last_bias=False),
@@ -187,6 +188,7 @@ HEADS: dict[str, Head] = {
   https://github.com/facebookresearch/simsiam
 - ``"barlow_twins"``: https://github.com/facebookresearch/barlowtwins
 - ``"vicreg"``: the expander. https://github.com/facebookresearch/vicreg
+- ``"vicregl_maps"``: of the cells of maps. https://github.com/facebookresearch/VICRegL
 - ``"spectral"``: the ImageNet runs have 3 layers of width 8192; no bias where a normalization with offset follows,
   which is equivalent. https://github.com/jhaochenz/spectral_contrastive_learning
 - ``"swav"``: https://github.com/facebookresearch/swav

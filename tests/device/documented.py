@@ -13,6 +13,9 @@ LIGHTNING = {
     ),
 }
 METHODS = {
+    "ExemplarCNN": {
+        "methods/exemplar_cnn.py:training_step": (4, "the first batch of an epoch: an index beyond the classes"),
+    },
     "NPID": {
         "callbacks/queue_update.py:on_train_batch_end": (4, "the first batch of an epoch: as in `training_step`"),
         "methods/npid.py:training_step": (

@@ -96,6 +96,13 @@ CALLS = {
     "triplet_loss": lambda a, b, y: losses.triplet_loss(a, b, b.flip(0), margin=1.0),
     "uniformity": lambda a, b, y: losses.uniformity(a),
     "vicreg_loss": lambda a, b, y: losses.vicreg_loss(a, b),
+    "vicregl_global_loss": lambda a, b, y: losses.vicregl_global_loss([a, b, a * b]),
+    "vicregl_local_loss": lambda a, b, y: losses.vicregl_local_loss(
+        [x.unflatten(0, (4, 2)) for x in (a, b)],
+        [x[:, :2].detach().view(4, 2, 1, 2) for x in (a, b)],
+        matches=(1, 2),
+        all_feature_matches=False,
+    ),
 }
 
 

@@ -15,7 +15,11 @@ RECORDS = {
     record["name"]: record
     for record in json.loads((Path(__file__).parents[1] / "official_dense.json").read_text(encoding="utf-8"))
 }
-CALLS = {"dense_cl": losses.dense_info_nce}
+CALLS = {
+    "dense_cl": losses.dense_info_nce,
+    "vicregl_global": losses.vicregl_global_loss,
+    "vicregl_local": losses.vicregl_local_loss,
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -62,10 +66,63 @@ def test_dense_contrast_equals_its_loops(queue):
     torch.testing.assert_close(found, dense_by_loops(queue), **f64(CANCELLING))
 
 
+MAPS, LOCATIONS = [draw(5, 4, 6), draw(5, 4, 6, seed=1), draw(5, 2, 6, seed=2)], [draw(5, 2, 2, 2), draw(5, 4, 1, 2)]
+LOCATIONS.append(draw(5, 1, 2, 2, seed=2))
+WEIGHTS = {"invariance_weight": 3.0, "variance_weight": 5.0, "covariance_weight": 7.0}
+
+
+def regularization(rows):
+    """Return the weighted variance and covariance of rows (B, C)."""
+    c = rows.T.cov()
+    off_diagonal = sum(c[i, j] ** 2 for i in range(6) for j in range(6) if i != j) / 6
+    return 5 * (1 - (c.diagonal() + 1e-4).sqrt()).relu().mean() + 7 * off_diagonal
+
+
+def matched(x, y, points, others, count):
+    """Return the loss of the cells of x that are nearest to a cell of y, slot by slot."""
+    mine, theirs = [], []
+    for i in range(5):
+        near = [[float((p - q).square().sum()) for q in others[i]] for p in points[i]]
+        best = [min(range(len(row)), key=row.__getitem__) for row in near]
+        order = sorted(range(len(near)), key=lambda s, near=near: min(near[s]))[:count]
+        mine.append(torch.stack([x[i, s] for s in sorted(order)]))
+        theirs.append(torch.stack([y[i, best[s]] for s in sorted(order)]))
+    mine, theirs = torch.stack(mine), torch.stack(theirs)  # (B, M, C)
+    slots = [(regularization(mine[:, m]) + regularization(theirs[:, m])) / 2 for m in range(mine.shape[1])]
+    return 3 * (mine - theirs).square().mean() + torch.stack(slots).mean()
+
+
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("located", [True, False])
+def test_local_loss_equals_its_loops(every, located):
+    places = [place.flatten(1, 2) for place in LOCATIONS]
+    pairs, total = [(0, 1), (0, 2), (1, 0), (1, 2)], 0.0
+    for i, j in pairs:
+        for points, counts in [(MAPS, (9, 9) if every else (3, 2)), *([(places, (3, 2))] if located else [])]:
+            total = total + matched(MAPS[i], MAPS[j], points[i], points[j], counts[0]) / 2
+            total = total + matched(MAPS[j], MAPS[i], points[j], points[i], counts[1]) / 2
+    options = WEIGHTS | {"matches": (3, 2), "all_feature_matches": every}
+    found = losses.vicregl_local_loss(MAPS, LOCATIONS if located else None, **options)
+    torch.testing.assert_close(found, total / len(pairs), **f64(CANCELLING))
+
+
+def test_global_loss_equals_its_formula():
+    views = [view[:, 0] for view in MAPS]
+    squares = [(views[i] - views[j]).square().mean() for i, j in [(0, 1), (0, 2), (1, 0), (1, 2)]]
+    expected = 3 * sum(squares) / 4 + sum(map(regularization, views)) / 3
+    torch.testing.assert_close(losses.vicregl_global_loss(views, **WEIGHTS), expected, **f64(CANCELLING))
+
+
 def run(kind, rows):
     """Return a loss of five images, of which a rank has some, and the gradients."""
-    leaves = [grid.clone().requires_grad_() for grid in GRIDS[:1]]
-    loss = losses.dense_info_nce(*(grid[rows] for grid in (*leaves, *GRIDS[1:])), temperature=0.2)
+    leaves = [grid.clone().requires_grad_() for grid in (GRIDS[:1] if kind == "dense" else MAPS)]
+    own = [leaf[rows] for leaf in leaves]
+    if kind == "dense":
+        loss = losses.dense_info_nce(*own, *(grid[rows] for grid in GRIDS[1:]), temperature=0.2)
+    elif kind == "global":
+        loss = losses.vicregl_global_loss([view.mean(1) for view in own])
+    else:
+        loss = losses.vicregl_local_loss(own, [place[rows] for place in LOCATIONS], matches=(3, 2))
     loss.backward()
     return loss.detach(), [leaf.grad for leaf in leaves]
 
@@ -79,7 +136,7 @@ def of_rank(rank, kind):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["dense"])
+@pytest.mark.parametrize("kind", ["dense", "global", "local"])
 def test_two_unequal_ranks_equal_one(kind):
     loss, gradients = run(kind, slice(0, 5))
     for found, of_ranks in run_processes(of_rank, 2, kind):
@@ -106,6 +163,23 @@ BAD = {
     "queue": (
         lambda: losses.dense_info_nce(GRID, GRID, PLACES, PLACES, GRID[0].mT[:, :2], temperature=1.0),
         r"`negatives` must have shape \(rows, 3\)",
+    ),
+    "one view": (lambda: losses.vicregl_global_loss([GRID[0]]), "`embeddings` must be a list of at least 2 tensors"),
+    "one image": (lambda: losses.vicregl_global_loss(2 * [GRID[0, :1]]), "have a batch of at least 2"),
+    "weight": (lambda: losses.vicregl_global_loss(GRID, variance_weight=-1.0), "`variance_weight` must be >= 0"),
+    "one map": (lambda: losses.vicregl_local_loss([GRID], None), "`maps` must be a list of at least 2 maps"),
+    "many matches": (
+        lambda: losses.vicregl_local_loss([GRID, GRID], None, matches=(4, 1)),
+        r"`matches` must be at most the 3 cells of a view, got \(4, 1\)",
+    ),
+    "no matches": (lambda: losses.vicregl_local_loss([GRID, GRID], None, matches=(1, 0)), "`matches` must be >= 1"),
+    "other cells": (
+        lambda: losses.vicregl_local_loss([GRID, GRID], 2 * [torch.ones(2, 2, 2, 2)], matches=(1, 1)),
+        r"`locations` must be \(B, h, w, 2\) with 3 cells",
+    ),
+    "other channels": (
+        lambda: losses.vicregl_local_loss([GRID, GRID[..., :2]], None, matches=(1, 1)),
+        r"`maps` must be \(B, S, C\) with one B and C",
     ),
 }
 

@@ -121,6 +121,14 @@ CASES |= {
         indices=True,
         settings={"num_samples": 32, "projection_dim": 8, "num_negatives": 5},
     ),
+    "ExemplarCNN": Case(lc.ExemplarCNN, plain={"dropout": 0.0}, views=1, indices=True, settings={"num_samples": 32}),
+    "ExemplarCNN drawn": Case(
+        lc.ExemplarCNN,
+        plain={"dropout": 0.0},
+        views=1,
+        indices=True,
+        settings={"num_samples": 32, "num_negatives": 12},
+    ),
     "NNCLR": Case(lc.NNCLR, plain={"head_norm": None}, settings=HEADS | {"queue_size": 24, "predictor_dim": 12}),
     "SupCon": Case(lc.SupCon, settings={"projection_dim": 8}),
     "SpectralContrastive": Case(lc.SpectralContrastive, plain={"head_norm": None}, settings=HEADS),
@@ -140,7 +148,28 @@ class CellsDenseCL(lc.DenseCL):
         super().__init__(backbone, **({"region_layer": layer} | kwargs))
 
 
-CASES |= {"DenseCL": Case(CellsDenseCL, settings=QUEUE)}
+class PlacedVICRegL(lc.VICRegL):
+    """The same; its views are plain tensors, whose places are read off their corners."""
+
+    def __init__(self, backbone, **kwargs):
+        layer = "layers.3" if isinstance(backbone, nn.Module) else None
+        super().__init__(backbone, **({"region_layer": layer} | kwargs))
+
+    def locations(self, views, grids):
+        corners = [view.detach()[:, :, :2, :2].flatten(1)[:, :5].abs() for view in views]
+        return [lc.augment.cell_locations(box, *grid) for box, grid in zip(corners, grids, strict=True)]
+
+
+LOCAL = {"map_hidden_dim": 12, "map_projection_dim": 6, "matches": (2, 1)}
+CASES |= {
+    "DenseCL": Case(CellsDenseCL, settings=QUEUE),
+    "VICRegL": Case(PlacedVICRegL, plain={"head_norm": None}, views=3, settings=HEADS | LOCAL),
+    "VICRegL features": Case(
+        PlacedVICRegL,
+        plain={"head_norm": None},
+        settings=HEADS | LOCAL | {"match_locations": False, "all_feature_matches": False},
+    ),
+}
 
 CASES |= {"DINO": Case(lc.DINO, views=4, settings={"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8})}
 

@@ -18,7 +18,7 @@ VITS = {"IBOT", "DINOv2", "MSN", "IJEPA"}
 
 def build(name, **options):
     method = getattr(lc, name)
-    first = ("small_vit" if name in VITS else "resnet18", *([16] if name == "NPID" else []))
+    first = ("small_vit" if name in VITS else "resnet18", *([16] if name in ("NPID", "ExemplarCNN") else []))
     if name == "BindModalities":
         first = ({"image": "resnet18", "depth": "resnet18"},)
     with torch.device("meta"):
