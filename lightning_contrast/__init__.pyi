@@ -45,6 +45,7 @@ from .methods import BarlowTwins as BarlowTwins
 from .methods import BindModalities as BindModalities
 from .methods import DenseCL as DenseCL
 from .methods import DINOv2 as DINOv2
+from .methods import DINOv3 as DINOv3
 from .methods import ExemplarCNN as ExemplarCNN
 from .methods import GLoRIA as GLoRIA
 from .methods import MoCHi as MoCHi

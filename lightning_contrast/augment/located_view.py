@@ -22,10 +22,10 @@ class LocatedView(Tensor):
 
     @staticmethod
     def __new__(cls, pixels: Tensor, boxes: Tensor) -> "LocatedView":
-        """Return the pixels as a tensor with boxes, of the same memory."""
-        view = pixels.as_subclass(cls)
+        """Return the pixels as a tensor with boxes, of the same memory; one of another subclass keeps its type."""
+        view: Any = pixels.as_subclass(cls) if type(pixels) is Tensor else pixels
         view.boxes = boxes
-        return view
+        return view  # type: ignore[no-any-return]
 
     def to(self, *args: Any, **kwargs: Any) -> "LocatedView":
         """Return the view on another device or of another dtype, as `Tensor.to`."""

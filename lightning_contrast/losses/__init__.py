@@ -11,7 +11,14 @@ from lightning_contrast.losses.contrastive import (
     sup_con,
 )
 from lightning_contrast.losses.dense import dense_info_nce, vicregl_global_loss, vicregl_local_loss
-from lightning_contrast.losses.distillation import dino_loss, ibot_patch_loss, ijepa_loss, koleo_loss, masked_patch_loss
+from lightning_contrast.losses.distillation import (
+    dino_loss,
+    gram_loss,
+    ibot_patch_loss,
+    ijepa_loss,
+    koleo_loss,
+    masked_patch_loss,
+)
 from lightning_contrast.losses.geometric import (
     alignment,
     margin_contrastive_loss,
@@ -59,6 +66,7 @@ __all__ = [
     "draw_time_negatives",
     "gloria_global_loss",
     "gloria_local_loss",
+    "gram_loss",
     "hard_negative_nt_xent",
     "ibot_patch_loss",
     "ijepa_loss",

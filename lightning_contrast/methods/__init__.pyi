@@ -8,6 +8,7 @@ from .cpc import CPC as CPC
 from .densecl import DenseCL as DenseCL
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
+from .dinov3 import DINOv3 as DINOv3
 from .exemplar_cnn import ExemplarCNN as ExemplarCNN
 from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_contrast import optim
 from lightning_contrast._checks import check_at_least, check_not_negative, check_probability, require
-from lightning_contrast.augment import LocatedView, cell_locations, vicregl_views
+from lightning_contrast.augment import cell_locations, vicregl_views
 from lightning_contrast.losses import vicregl_global_loss, vicregl_local_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Norm, RegionMaps, build_head
@@ -140,7 +140,7 @@ class VICRegL(SelfSupervisedModule):
         Returns:
             One tensor (B, h', w', 2) per view.
         """
-        found = [view.boxes for view in views if isinstance(view, LocatedView)]
+        found = [boxes for view in views if (boxes := getattr(view, "boxes", None)) is not None]
         hint = "Give `VICRegL.views(...)` or a policy with `locations=True`, or set `match_locations=False`"
         require(len(found) == len(views), "views", "know their places in the image", f"{len(found)} that do", hint)
         return [cell_locations(boxes, *grid) for boxes, grid in zip(found, grids, strict=True)]

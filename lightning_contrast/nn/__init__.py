@@ -26,6 +26,7 @@ from lightning_contrast.nn.ngrams import NGramTokenizer, NGramTower
 from lightning_contrast.nn.patch_grid import GridContext, PatchGrid, replace_batchnorm
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
+from lightning_contrast.nn.rope import Rope, rope_positions, use_rope
 from lightning_contrast.nn.small_vit import small_vit
 from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_split_batchnorm
 from lightning_contrast.nn.stems import use_small_stem
@@ -64,6 +65,7 @@ __all__ = [
     "PrototypeHead",
     "Prototypes",
     "RegionMaps",
+    "Rope",
     "ScheduledTemperature",
     "SmallConvNet",
     "SmallVideoConvNet",
@@ -89,9 +91,11 @@ __all__ = [
     "mlp_head",
     "read_feature_dim",
     "replace_batchnorm",
+    "rope_positions",
     "select_patches",
     "sincos_positions",
     "sinkhorn",
     "small_vit",
+    "use_rope",
     "use_small_stem",
 ]

@@ -35,6 +35,7 @@ CALLS = {
     "dino_loss sinkhorn": lambda a, b, y: losses.dino_loss(
         [b, a], [a.detach()], None, student_temperature=0.1, teacher_temperature=0.04, centering="sinkhorn"
     ),
+    "gram_loss": lambda a, b, y: losses.gram_loss(a.view(2, 4, 6), b.view(2, 4, 6), clip_negative=True),
     "hard_negative_nt_xent": lambda a, b, y: losses.hard_negative_nt_xent(a, b, temperature=0.5, tau_plus=0.1, beta=1),
     "ibot_patch_loss": lambda a, b, y: losses.ibot_patch_loss(
         a.view(2, 4, 6),

@@ -15,10 +15,25 @@ RECORDS = {
     record["name"]: record
     for record in json.loads((Path(__file__).parents[1] / "official_dense.json").read_text(encoding="utf-8"))
 }
+
+
+def gram(student, teacher, *, normalize, clip_negative, clip_teacher_negative):
+    assert (normalize, clip_teacher_negative) == (True, False)
+    return losses.gram_loss(student, teacher, clip_negative=clip_negative)
+
+
 CALLS = {
     "dense_cl": losses.dense_info_nce,
     "vicregl_global": losses.vicregl_global_loss,
     "vicregl_local": losses.vicregl_local_loss,
+    "gram": gram,
+    "gram_clip_both": gram,
+    "gram_batch": lambda student, teacher: losses.gram_loss(student, teacher, per_image=False),
+    "dinov3_dino": lambda student, teacher, **p: losses.dino_loss(student, teacher.softmax(2), **p),
+    "dinov3_ibot": lambda student, teacher, mask, **p: losses.ibot_patch_loss(
+        student, teacher, None, mask, teacher_temperature=1.0, **p
+    ),
+    "dinov3_koleo": losses.koleo_loss,
 }
 
 
@@ -35,7 +50,7 @@ def test_equals_the_reference_implementation(name):
 
 
 def test_every_official_record_is_used():
-    assert {*CALLS} == set(RECORDS)
+    assert {*CALLS, "rope"} == set(RECORDS)
 
 
 def draw(*shape, seed=0):
@@ -119,12 +134,16 @@ def run(kind, rows):
     own = [leaf[rows] for leaf in leaves]
     if kind == "dense":
         loss = losses.dense_info_nce(*own, *(grid[rows] for grid in GRIDS[1:]), temperature=0.2)
+    elif kind.startswith("gram"):
+        loss = losses.gram_loss(own[0], own[1].detach().flip(1), per_image=kind == "gram")
+    elif kind == "koleo":
+        loss = losses.koleo_loss(own[0].mean(1), neighbours=3)
     elif kind == "global":
         loss = losses.vicregl_global_loss([view.mean(1) for view in own])
     else:
         loss = losses.vicregl_local_loss(own, [place[rows] for place in LOCATIONS], matches=(3, 2))
     loss.backward()
-    return loss.detach(), [leaf.grad for leaf in leaves]
+    return loss.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def of_rank(rank, kind):
@@ -136,7 +155,7 @@ def of_rank(rank, kind):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["dense", "global", "local"])
+@pytest.mark.parametrize("kind", ["dense", "global", "local", "gram", "gram of all", "koleo"])
 def test_two_unequal_ranks_equal_one(kind):
     loss, gradients = run(kind, slice(0, 5))
     for found, of_ranks in run_processes(of_rank, 2, kind):
@@ -167,6 +186,8 @@ BAD = {
     "one view": (lambda: losses.vicregl_global_loss([GRID[0]]), "`embeddings` must be a list of at least 2 tensors"),
     "one image": (lambda: losses.vicregl_global_loss(2 * [GRID[0, :1]]), "have a batch of at least 2"),
     "weight": (lambda: losses.vicregl_global_loss(GRID, variance_weight=-1.0), "`variance_weight` must be >= 0"),
+    "gram": (lambda: losses.gram_loss(GRID, GRID[:, :2]), r"`student` must have the patches \(B, P\) of the teacher"),
+    "neighbours": (lambda: losses.koleo_loss(GRID[0], neighbours=3), "`z` must have a batch of at least 4, got 3"),
     "one map": (lambda: losses.vicregl_local_loss([GRID], None), "`maps` must be a list of at least 2 maps"),
     "many matches": (
         lambda: losses.vicregl_local_loss([GRID, GRID], None, matches=(4, 1)),

@@ -213,6 +213,17 @@ CASES |= {
     ),
 }
 
+GRAM = {"gram_start_epoch": 1, "gram_every_epochs": 1, "freeze_last_layer_epochs": 1}
+CASES |= {
+    "DINOv3": Case(
+        lc.DINOv3,
+        plain={"mask_probability": 0.0},
+        views=4,
+        settings=DISTILLED | GRAM | {"patch_lr_multiplier": 1.0},
+        backbone=lambda norm: lc.nn.use_rope(tiny_vit()),
+    )
+}
+
 PAIR = {"hidden_dim": 16, "projection_dim": 8}
 PAIRED = {"plain": {"head_norm": None}, "argument": "encoder_a"}
 

@@ -13,7 +13,7 @@ from lightning_contrast.cli import main
 from tests.methods.cases import CASES
 
 METHODS = [name for name in lc.methods.__all__ if name != "SelfSupervisedModule"]
-VITS = {"IBOT", "DINOv2", "MSN", "IJEPA"}
+VITS = {"IBOT", "DINOv2", "DINOv3", "MSN", "IJEPA"}
 
 
 def build(name, **options):

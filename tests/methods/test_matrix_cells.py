@@ -219,7 +219,7 @@ def named(name):
         backbone, kwargs = "test_vit", {"img_size": PIXELS, "patch_size": 4, "depth": 2}
     if name == "IJEPA":
         kwargs |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    if name == "DINOv2":
+    if name in ("DINOv2", "DINOv3"):
         kwargs |= {"init_values": 1e-5}  # its default, LayerScale
     settings = {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings
     module = case.make(backbone, backbone_kwargs=kwargs or None, **settings)
