@@ -5,7 +5,7 @@ Reference implementation: facebookresearch/dinov3, sizes of its ImageNet-1k conf
 Differs from it: the Gram teacher sees the student's own global views, not the same crops at a higher resolution and
 without color distortion; the weight of its loss has no warm-up; the last layers are weight-normalized as in DINOv2, and
 frozen by dropping their gradients; gradients are clipped per parameter instead of per network; rotary positions
-are not augmented; no second stage at a high resolution; no weight decay on vectors such as LayerScale.
+are not augmented; no second stage at a high resolution; FSDP is not supported yet; no weight decay on vectors such as LayerScale.
 """
 
 from typing import Any, ClassVar, Unpack
@@ -27,6 +27,7 @@ from lightning_contrast.losses import dino_loss, gram_loss, koleo_loss, masked_p
 from lightning_contrast.methods.distillation import DistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
 from lightning_contrast.nn import HeadOptions, MaskedViT, build_head, build_masked_backbone
+from lightning_contrast.nn.ema_sharded import Averager
 from lightning_contrast.nn.masking import dinov2_masks, draw_masks, gather, join_globals
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
@@ -193,8 +194,9 @@ class DINOv3(DistillationModule):
         """Copy the teacher to the Gram teacher before the epochs that begin with a new one."""
         number, rest = divmod(self.current_epoch + 1 - self.gram_start_epoch, self.gram_every_epochs)
         if rest == 0 and 0 <= number <= self.gram_updates:
-            for kept, now in zip(self.gram_backbone.parameters(), self.momentum_backbone.parameters(), strict=True):
-                kept.copy_(now)
+            pair, copying = [(self.momentum_backbone, self.gram_backbone)], Averager("none")
+            copying.start(pair, self.trainer.strategy.model)
+            copying.update(pair, self.trainer.strategy.model, 0.0)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (student, teacher) modules."""
