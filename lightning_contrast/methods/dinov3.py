@@ -3,9 +3,8 @@
 Paper: https://arxiv.org/abs/2508.10104.
 Reference implementation: facebookresearch/dinov3, sizes of its ImageNet-1k configuration.
 Differs from it: the Gram teacher sees the student's own global views, not the same crops at a higher resolution and
-without color distortion; the weight of its loss has no warm-up; the last layers are weight-normalized as in DINOv2, and
-frozen by dropping their gradients; gradients are clipped per parameter instead of per network; rotary positions
-are not augmented; no second stage at a high resolution; no weight decay on vectors.
+without color distortion; its loss has no warm-up; last layers are weight-normalized as in DINOv2; gradients are clipped
+per parameter; rotary positions are not augmented; no second stage at a high resolution; no weight decay on vectors.
 Under FSDP, runs do not equal those under DDP yet.
 """
 
