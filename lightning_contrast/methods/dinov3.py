@@ -4,8 +4,7 @@ Paper: https://arxiv.org/abs/2508.10104.
 Reference implementation: facebookresearch/dinov3, sizes of its ImageNet-1k configuration.
 Differs from it: the Gram teacher sees the student's own global views, not the same crops at a higher resolution and
 without color distortion; its loss has no warm-up; last layers are weight-normalized as in DINOv2; gradients are clipped
-per parameter; rotary positions are not augmented; no second stage at a high resolution; no weight decay on vectors.
-Under FSDP, runs do not equal those under DDP yet.
+per parameter; rotary positions are not augmented; no second stage at a high resolution; FSDP does not equal DDP yet.
 """
 
 from typing import Any, ClassVar, Unpack
@@ -144,19 +143,18 @@ class DINOv3(DistillationModule):
         check_range("mask_ratio", mask_ratio, 0, 1)
         for name, weight in (("gram", gram_weight), ("patch", patch_weight), ("koleo", koleo_weight)):
             check_not_negative(f"{name}_weight", weight)
-        check_positive("layer_decay", layer_decay)
-        check_positive("patch_lr_multiplier", patch_lr_multiplier)
+        for name, factor in (("layer_decay", layer_decay), ("patch_lr_multiplier", patch_lr_multiplier)):
+            check_positive(name, factor)
         self.gram_start_epoch, self.gram_every_epochs = gram_start_epoch, gram_every_epochs
         self.gram_updates, self.student_temperature = gram_updates, student_temperature
         self.gram_weight, self.patch_weight, self.koleo_weight = gram_weight, patch_weight, koleo_weight
         self.layer_decay, self.patch_lr_multiplier = layer_decay, patch_lr_multiplier
         self.mask_settings: dict[str, Any] = {"probability": mask_probability, "ratio": mask_ratio}
         head: HeadOptions = {"hidden_dim": hidden_dim, "num_prototypes": num_prototypes, "norm_last_layer": False}
-        head["bottleneck_dim"] = bottleneck_dim
-        self.projector, self.patch_projector = (build_head("dino", self.feature_dim, **head) for _ in range(2))
+        heads = (build_head("dino", self.feature_dim, bottleneck_dim=bottleneck_dim, **head) for _ in range(2))
+        self.projector, self.patch_projector = heads
         self.momentum_backbone, self.gram_backbone = teacher_of(self.backbone), teacher_of(self.backbone)
-        self.momentum_projector = teacher_of(self.projector)
-        self.momentum_patch_projector = teacher_of(self.patch_projector)
+        self.momentum_projector, self.momentum_patch_projector = map(teacher_of, (self.projector, self.patch_projector))
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -173,7 +171,7 @@ class DINOv3(DistillationModule):
             targets = self.momentum_projector(teacher.features).split(size)  # 2 x (B, K)
             patch_targets = self.momentum_patch_projector(gather(teacher.patches, masked))  # (M, K)
         kind: dict[str, Any] = {"student_temperature": self.student_temperature, "centering": "sinkhorn"}
-        kind |= {"teacher_temperature": self.teacher_temperature}
+        kind["teacher_temperature"] = self.teacher_temperature
         parts = {
             "class_loss": dino_loss(logits, targets, None, **kind),
             "patch_loss": masked_patch_loss(patch_logits, patch_targets, None, images, count=2 * size, **kind),
@@ -185,8 +183,8 @@ class DINOv3(DistillationModule):
                 anchors = self.gram_backbone.tokens(global_views).patches  # (2B, N, F)
             parts["gram_loss"] = gram_loss(student.patches, anchors)
             loss = loss + self.gram_weight * parts["gram_loss"]
-        statistics = teacher_statistics(logits, targets, None, self.teacher_temperature, "sinkhorn")
-        self.log_all({"loss": loss, **parts, **statistics}, batch_size=size)
+        parts |= teacher_statistics(logits, targets, None, self.teacher_temperature, "sinkhorn")
+        self.log_all({"loss": loss, **parts}, batch_size=size)
         return {"loss": loss, "features": features[:size].detach()}
 
     @torch.no_grad()
