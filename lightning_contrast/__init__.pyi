@@ -48,7 +48,10 @@ from .methods import AlignUniform as AlignUniform
 from .methods import BarlowTwins as BarlowTwins
 from .methods import BindModalities as BindModalities
 from .methods import Data2Vec as Data2Vec
+from .methods import DenseCL as DenseCL
 from .methods import DINOv2 as DINOv2
+from .methods import DINOv3 as DINOv3
+from .methods import ExemplarCNN as ExemplarCNN
 from .methods import GLoRIA as GLoRIA
 from .methods import LeJEPA as LeJEPA
 from .methods import MoCHi as MoCHi
@@ -69,4 +72,5 @@ from .methods import TemporalCPC as TemporalCPC
 from .methods import TiCo as TiCo
 from .methods import Triplet as Triplet
 from .methods import VICReg as VICReg
+from .methods import VICRegL as VICRegL
 from .methods import VISReg as VISReg

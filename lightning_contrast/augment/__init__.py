@@ -6,6 +6,7 @@ is made. `lightning_contrast.augment.fused` has the operations of which policies
 """
 
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
+from lightning_contrast.augment.located_view import LocatedView, cell_locations
 from lightning_contrast.augment.multi_crop import (
     cpc_views,
     data2vec_views,
@@ -34,6 +35,7 @@ from lightning_contrast.augment.two_view import (
     simsiam_views,
     supcon_views,
     vicreg_views,
+    vicregl_views,
     wmse_views,
 )
 from lightning_contrast.augment.view_spec import ViewSpec
@@ -41,12 +43,14 @@ from lightning_contrast.augment.whole_images import WholeImages
 
 __all__ = [
     "ClipPolicy",
+    "LocatedView",
     "ViewPolicy",
     "ViewSpec",
     "WholeImages",
     "align_uniform_views",
     "barlow_twins_views",
     "byol_views",
+    "cell_locations",
     "clip_distance",
     "clip_views",
     "cpc_clip_views",
@@ -71,6 +75,7 @@ __all__ = [
     "supcon_views",
     "swav_views",
     "vicreg_views",
+    "vicregl_views",
     "visreg_views",
     "vjepa_views",
     "wmse_views",

@@ -132,6 +132,7 @@ def make_policy(
     color: bool = True,
     auto: Auto | None = None,
     backend: Backend = None,
+    locations: bool = False,
 ) -> ViewPolicy:
     """Build a policy with one view per spec.
 
@@ -144,6 +145,7 @@ def make_policy(
         color: Apply saturation, hue and grayscale.
         auto: Automatic augmentation before each view.
         backend: See `Backend`.
+        locations: See `ViewOptions`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -156,6 +158,8 @@ def make_policy(
     hint = "Set `color=False`, which skips saturation, hue and grayscale"
     require(channels in (1, _RGB) or not color, "channels", "be 3 (or 1) for the color operations", channels, hint)
     require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Remove `auto`")
+    hint = "Leave `fused` at True: stock Kornia's crops are not recorded"
+    require(fused or not locations, "locations", "be False with `fused=False`", locations, hint)
     mean, std = statistics(mean, std, channels)
     views: list[nn.Module] = []
     for spec, same in itertools.groupby(specs):
@@ -166,6 +170,7 @@ def make_policy(
         view: nn.Module
         if fused:
             view = fused_view(spec, mean, std, pre_transform, backend)
+            view.locates = locations
         else:
             view = StockView(spec, mean, std, pre_transform)
         views += [view] * len(list(same))

@@ -250,6 +250,24 @@ def vicreg_views(
     return barlow_twins_views(size, mean=mean, std=std, **options)
 
 
+def vicregl_views(
+    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+) -> ViewPolicy:
+    """Return VICRegL's views of a ResNet-50, which are VICReg's and remember their places in the image.
+
+    Source: https://arxiv.org/abs/2210.01571 and https://github.com/facebookresearch/VICRegL. Its ConvNeXts have crops
+    0.4..1 and six local views 0.08..0.4.
+
+    Args:
+        size: As in `moco_v1_views`.
+        mean: As in `moco_v1_views`.
+        std: As in `moco_v1_views`.
+        **options: See `TwoViewOptions`; ``locations`` is True by default.
+    """
+    options.setdefault("locations", True)
+    return vicreg_views(size, mean=mean, std=std, **options)
+
+
 def simsiam_views(
     size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:

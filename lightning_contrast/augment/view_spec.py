@@ -26,6 +26,7 @@ class ViewOptions(TypedDict, total=False):
             view, with one call of Kornia for each operation in use. Kornia's code reads single values on the host and
             so may synchronize with an accelerator; no other option does.
         backend: ``"cpu"``, ``"accelerator"``, or None to choose by the device of the images.
+        locations: Make every view a `LocatedView`, which remembers its place in the image; needs ``fused=True``.
     """
 
     fused: bool
@@ -33,6 +34,7 @@ class ViewOptions(TypedDict, total=False):
     color: bool
     auto: Auto | None
     backend: Backend
+    locations: bool
 
 
 @dataclasses.dataclass(frozen=True)

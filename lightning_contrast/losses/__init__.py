@@ -10,7 +10,15 @@ from lightning_contrast.losses.contrastive import (
     nt_xent,
     sup_con,
 )
-from lightning_contrast.losses.distillation import dino_loss, ibot_patch_loss, ijepa_loss, koleo_loss, masked_patch_loss
+from lightning_contrast.losses.dense import dense_info_nce, vicregl_global_loss, vicregl_local_loss
+from lightning_contrast.losses.distillation import (
+    dino_loss,
+    gram_loss,
+    ibot_patch_loss,
+    ijepa_loss,
+    koleo_loss,
+    masked_patch_loss,
+)
 from lightning_contrast.losses.gaussian import (
     draw_directions,
     epps_pulley,
@@ -83,6 +91,7 @@ __all__ = [
     "data2vec_loss",
     "debiased_nt_xent",
     "decoupled_nt_xent",
+    "dense_info_nce",
     "dino_loss",
     "draw_directions",
     "draw_permutations",
@@ -91,6 +100,7 @@ __all__ = [
     "epps_pulley",
     "gloria_global_loss",
     "gloria_local_loss",
+    "gram_loss",
     "hard_negative_nt_xent",
     "ibot_patch_loss",
     "ijepa_loss",
@@ -126,6 +136,8 @@ __all__ = [
     "uniformity",
     "unpatchify",
     "vicreg_loss",
+    "vicregl_global_loss",
+    "vicregl_local_loss",
     "view_invariance",
     "visreg_loss",
     "vjepa_loss",

@@ -1,4 +1,4 @@
-"""Losses of the DINO family: class tokens, masked patches, KoLeo; and the patch regression of I-JEPA."""
+"""Losses of the DINO family: class tokens, masked patches, KoLeo, Gram anchoring; and I-JEPA's patch regression."""
 
 from collections.abc import Sequence
 
@@ -53,35 +53,38 @@ def check_center(center: Tensor | None, width: int) -> None:
 def dino_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    center: Tensor | None,
+    center: Tensor | None = None,
     *,
     student_temperature: float,
-    teacher_temperature: float,
+    teacher_temperature: float | None = None,
     centering: str = "mean",
+    ignore_diagonal: bool = True,
 ) -> Tensor:
     """Compute the cross entropy of DINO between all student views and the teacher's global views.
 
     Implements Algorithm 1 of DINO (https://arxiv.org/abs/2104.14294), and with ``centering="sinkhorn"`` the balanced
-    targets of DINOv2 (https://arxiv.org/abs/2304.07193). No view is compared with itself. The teacher receives no
-    gradient.
+    targets of DINOv2 (https://arxiv.org/abs/2304.07193). The teacher receives no gradient.
 
     Args:
-        student: Logits, one ``(B, K)`` per view, the global views first and in the teacher's order.
+        student: Logits, one ``(B, K)`` per view, the global views first and in the teacher's order; or ``(V, B, K)``.
         teacher: Logits of the global views, one ``(B, K)`` per view; at most as many as the student has.
         center: Running mean of the teacher's logits, ``(K,)`` or ``(1, K)``; None: zero.
         student_temperature: Divisor of the student's logits; unitless, > 0; 0.1 in the paper.
-        teacher_temperature: Divisor of the teacher's logits; unitless, > 0; 0.04 in the paper.
+        teacher_temperature: Divisor of the teacher's logits; unitless, > 0; 0.04 in the paper. None: ``teacher`` holds
+            probabilities instead of logits.
         centering: ``"mean"`` subtracts the center; ``"sinkhorn"`` instead balances the targets over the teacher's views
             and all ranks together.
+        ignore_diagonal: Compare no view with itself.
 
     Returns:
-        The mean over all pairs of different views and the images of all ranks, a scalar in nats.
+        The mean over all these pairs of views and the images of all ranks, a scalar in nats.
 
     Raises:
         ValueError: If shapes do not match or a number is out of range.
         TypeError: If the logits are not floating point.
     """
-    check_teacher(student_temperature, teacher_temperature, centering)
+    check_teacher(student_temperature, 1.0 if teacher_temperature is None else teacher_temperature, centering)
+    student, teacher = (list(views) if getattr(views, "ndim", 0) == 3 else views for views in (student, teacher))
     check_views("teacher", teacher, 1)
     check_views("student", student, max(2, len(teacher)))
     if teacher[0].shape != student[0].shape:
@@ -89,10 +92,14 @@ def dino_loss(
         fail("teacher", "have the student's shape", shapes, "Pass logits of the same images and prototypes")
     check_center(center, student[0].shape[1])
     predictions = [(view / student_temperature).log_softmax(1) for view in student]
-    targets = teacher_probabilities(torch.cat(list(teacher)), center, teacher_temperature, centering)
+    if teacher_temperature is None:
+        targets = torch.cat(list(teacher)).detach()
+    else:
+        targets = teacher_probabilities(torch.cat(list(teacher)), center, teacher_temperature, centering)
     terms = []
     for index, target in enumerate(targets.chunk(len(teacher))):
-        terms += [-(target * p).sum(1) for other, p in enumerate(predictions) if other != index]
+        pairs = [p for other, p in enumerate(predictions) if other != index or not ignore_diagonal]
+        terms += [-(target * p).sum(1) for p in pairs]
     return global_mean(torch.stack(terms).mean(0))
 
 
@@ -192,42 +199,80 @@ def ibot_patch_loss(
 
 
 @full_precision
-def koleo_loss(z: Tensor) -> Tensor:
-    """Compute the KoLeo regularizer, the negative mean log distance of features to their nearest neighbor.
+def koleo_loss(z: Tensor, *, neighbours: int = 1) -> Tensor:
+    """Compute the KoLeo regularizer, the negative mean log distance of features to their nearest neighbors.
 
     Implements the KoLeo term of DINOv2 (https://arxiv.org/abs/2304.07193). Inputs are L2-normalized here.
     Differs from it: nearest neighbors are searched over all ranks, as in DINOv3, not on each device.
 
     Args:
         z: Features of one view, ``(B, D)``.
+        neighbours: Number of nearest neighbors of each feature, >= 1 and less than the images of all ranks.
 
     Returns:
         The negative mean logarithm of the distances over all ranks, a scalar.
 
     Raises:
-        ValueError: If the shape is wrong or the batch is smaller than 2.
+        ValueError: If the shape is wrong or the batch is smaller than 2 or not larger than ``neighbours``.
         TypeError: If the features are not floating point.
     """
     check_matrix("z", z)
+    check_at_least("neighbours", neighbours, 1)
     if not distributed.is_distributed():
-        check_batch("z", len(z))
+        check_batch("z", len(z), neighbours + 1)
     unit = F.normalize(z, dim=1, eps=1e-8)
     gathered = distributed.gather_with_gradient(unit)
-    nearest = gathered[_nearest(unit.detach(), gathered.detach())]
-    distances = F.pairwise_distance(unit, nearest, eps=1e-8)
-    return -global_mean((distances + 1e-8).log())
+    nearest = gathered[_nearest(unit.detach(), gathered.detach(), neighbours)]  # (B, k, D)
+    distances = F.pairwise_distance(unit[:, None], nearest, eps=1e-8)
+    return -global_mean((distances + 1e-8).log().mean(1))
 
 
-def _nearest(own: Tensor, gathered: Tensor) -> Tensor:
-    """Find the index ``(B,)`` of the most similar other row of each row of this rank, a few rows at a time."""
+@full_precision
+def gram_loss(student: Tensor, teacher: Tensor, *, clip_negative: bool = False, per_image: bool = True) -> Tensor:
+    """Compute the mean squared difference of the patch similarities of a student and a Gram teacher.
+
+    Implements the Gram anchoring of DINOv3 (https://arxiv.org/abs/2508.10104): the matrices of the cosine similarities
+    of all pairs of patches. Patches are L2-normalized here. The teacher receives no gradient.
+    Differs from it: no option clips the similarities of the teacher alone, which the reference implementation has.
+
+    Args:
+        student: Patches, ``(B, P, D)``.
+        teacher: Patches of the same places, ``(B, P, D')``; the width may differ.
+        clip_negative: Set negative similarities of both to 0.
+        per_image: Compare the patches of each image with each other; False: the patches of all images of all ranks.
+
+    Returns:
+        The mean over the pairs of patches, and over the images of all ranks, a scalar.
+
+    Raises:
+        ValueError: If the shapes do not match.
+        TypeError: If the patches are not floating point.
+    """
+    check_floating("student", student)
+    check_floating("teacher", teacher)
+    if student.ndim != 3 or student.shape[:2] != teacher.shape[:2] or teacher.ndim != 3:
+        shapes = tuple(student.shape), tuple(teacher.shape)
+        fail("student", "have the patches (B, P) of the teacher", shapes, "Pass (B, P, D) of the same images")
+    x, y = F.normalize(student, dim=2), F.normalize(teacher.detach(), dim=2)
+    if not per_image:
+        x, y = distributed.gather_with_gradient(x).flatten(0, 1), distributed.gather(y).flatten(0, 1)
+    mine, theirs = x @ x.mT, y @ y.mT
+    if clip_negative:
+        mine, theirs = mine.clamp_min(0), theirs.clamp_min(0)
+    squares = (mine - theirs).square()
+    return global_mean(squares.mean((1, 2))) if per_image else squares.mean()
+
+
+def _nearest(own: Tensor, gathered: Tensor, count: int) -> Tensor:
+    """Find the indices ``(B, count)`` of the most similar other rows of each row of this rank, a few rows at a time."""
     sizes = distributed.batch_sizes(len(own), own.device)
-    check_batch("z", sum(sizes))
+    check_batch("z", sum(sizes), count + 1)
     start = sum(sizes[: distributed.rank()])
     found = []
     for rows in split(len(own), CPU_TILE):
         similarities = own[rows] @ gathered.T
         similarities.diagonal(start + rows.start).fill_(-torch.inf)
-        found.append(similarities.argmax(1))
+        found.append(similarities.topk(count, dim=1).indices)
     return torch.cat(found)
 
 

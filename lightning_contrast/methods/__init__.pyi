@@ -6,8 +6,11 @@ from .byol import BYOL as BYOL
 from .clip import CLIP as CLIP
 from .cpc import CPC as CPC
 from .data2vec import Data2Vec as Data2Vec
+from .densecl import DenseCL as DenseCL
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
+from .dinov3 import DINOv3 as DINOv3
+from .exemplar_cnn import ExemplarCNN as ExemplarCNN
 from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT
 from .ijepa import IJEPA as IJEPA
@@ -34,6 +37,7 @@ from .temporal_cpc import TemporalCPC as TemporalCPC
 from .tico import TiCo as TiCo
 from .triplet import Triplet as Triplet
 from .vicreg import VICReg as VICReg
+from .vicregl import VICRegL as VICRegL
 from .visreg import VISReg as VISReg
 from .vjepa import VJEPA as VJEPA
 from .wmse import WMSE as WMSE

@@ -24,7 +24,7 @@ from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
-from lightning_contrast.optim.layer_decay import apply_rates, split_by_rate
+from lightning_contrast.optim.layer_decay import split_by_rate
 from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 
@@ -207,9 +207,3 @@ class DINOv2(DistillationModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups, one per learning rate and kind of weight decay."""
         return split_by_rate(super().parameter_groups(), self.backbone, self.layer_decay, self.patch_lr_multiplier)
-
-    def configure_optimizers(self) -> Any:
-        """Build the optimizer and its schedule, with layer-wise learning rates."""
-        configured = super().configure_optimizers()
-        apply_rates(configured)
-        return configured

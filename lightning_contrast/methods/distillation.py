@@ -13,6 +13,7 @@ from lightning_contrast.callbacks import MomentumUpdate
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import Backbone, MaskedViT
 from lightning_contrast.optim.distillation import Schedules
+from lightning_contrast.optim.layer_decay import apply_rates
 from lightning_contrast.optim.schedules import warmed_up
 from lightning_contrast.runtime.gradient_scaling import check_unscaled
 from lightning_contrast.runtime.run_length import run_length
@@ -76,12 +77,13 @@ class DistillationModule(SelfSupervisedModule):
         return [decayed | {_SCHEDULED: True}, others]
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer and its schedule."""
+        """Build the optimizer and its schedule, with the groups' own factors of the learning rate."""
         configured = super().configure_optimizers()
         peak = max(group["initial_lr"] for group in configured["optimizer"].param_groups)
         final_lr, hint = self.schedules.final_lr, "Lower it: the learning rate falls to it from its peak"
         require(final_lr <= peak, "final_lr", f"be at most the peak of {peak:g}", final_lr, hint)
         self._final_factor = final_lr / peak  # read from step 1 on; a schedule starts at 0 or at its peak
+        apply_rates(configured)
         return configured
 
     def scale_lr(self, ratio: float) -> None:

@@ -125,9 +125,7 @@ class GLoRIA(SelfSupervisedModule):
             fail("text_backbone", "have a method `forward_tokens`", kind, hint, TypeError)
         width = read_feature_dim(self.text_backbone)
         self.region_maps = RegionMaps(self.backbone, region_layer)
-        channels = region_dim or self.region_maps.num_channels or (None if self.region_maps.layer else self.feature_dim)
-        if channels is None:
-            fail("region_dim", "be given", None, f"It is the number of channels of `{self.region_maps.layer}`")
+        channels = self.region_maps.channels(region_dim, self.feature_dim)
         self.image_projection = nn.Linear(self.feature_dim, width)
         self.region_projection = nn.Conv2d(channels, width, 1, bias=False)
         self.save_hyperparameters()

@@ -47,6 +47,7 @@ from lightning_contrast.nn.pixel_decoder import PixelDecoder
 from lightning_contrast.nn.positions import sincos_positions, sincos_positions_2d, sincos_positions_3d
 from lightning_contrast.nn.prototypes import Prototypes
 from lightning_contrast.nn.region_maps import RegionMaps
+from lightning_contrast.nn.rope import Rope, rope_positions, use_rope
 from lightning_contrast.nn.small_vit import small_vit
 from lightning_contrast.nn.split_batchnorm import SplitBatchNorm2d, convert_split_batchnorm
 from lightning_contrast.nn.stems import use_small_stem
@@ -101,6 +102,7 @@ __all__ = [
     "PrototypeHead",
     "Prototypes",
     "RegionMaps",
+    "Rope",
     "ScheduledTemperature",
     "SecondMoment",
     "SmallConvNet",
@@ -137,6 +139,7 @@ __all__ = [
     "random_masks",
     "read_feature_dim",
     "replace_batchnorm",
+    "rope_positions",
     "select_patches",
     "sincos_positions",
     "sincos_positions_2d",
@@ -146,5 +149,6 @@ __all__ = [
     "split_masks",
     "time_mean",
     "tubelet_masks",
+    "use_rope",
     "use_small_stem",
 ]

@@ -170,6 +170,7 @@ HEADS: dict[str, Head] = {
     "tico": Head(4096, 256),
     "w_mse": Head(1024, 64, hidden_bias=True),
     "mmcr": Head(8192, 512, layers=3, last_bias=False),
+    "vicregl_maps": Head(512, 512, layers=3, hidden_bias=True, last_bias=False),
     "spectral": Head(2048, 1000, last_norm="full", last_bias=False),
     "swav": Head(2048, 128, hidden_bias=True),
     "nnclr_projector": Head(2048, 256, layers=3, last_norm="full", last_bias=False),
@@ -198,6 +199,7 @@ HEADS: dict[str, Head] = {
 - ``"tico"``: no reference implementation; that of https://github.com/sayannag/TiCo-pytorch.
 - ``"w_mse"``: 128 wide on STL-10 and Tiny ImageNet. https://github.com/htdt/self-supervised
 - ``"mmcr"``: that of Barlow Twins, narrower at the end; 512 and 128 on CIFAR-10. https://github.com/ThomasYerxa/mmcr
+- ``"vicregl_maps"``: of the cells of maps. https://github.com/facebookresearch/VICRegL
 - ``"spectral"``: the ImageNet runs have 3 layers of width 8192; no bias where a normalization with offset follows,
   which is equivalent. https://github.com/jhaochenz/spectral_contrastive_learning
 - ``"swav"``: https://github.com/facebookresearch/swav

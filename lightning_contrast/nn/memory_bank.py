@@ -83,12 +83,22 @@ class MemoryBank(nn.Module):
 
     def check_indices(self, indices: Tensor) -> None:
         """Raise a ValueError if an index (B,) lies outside [0, N); synchronizes with the device."""
-        if len(indices) == 0:
-            return
-        low, high = int(indices.min()), int(indices.max())
-        hint = "Set `num_samples` to the size of the training set"
-        require(low >= 0 and high < self.num_samples, "indices", f"lie in [0, {self.num_samples})", (low, high), hint)
+        check_sample_indices(indices, self.num_samples)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows between the parentheses."""
         return f"num_samples={self.num_samples}, dim={self.dim}, momentum={self.momentum}"
+
+
+def check_sample_indices(indices: Tensor, num_samples: int) -> None:
+    """Raise a ValueError if an index lies outside ``[0, num_samples)``; synchronizes with the device.
+
+    Args:
+        indices: Sample indices ``(B,)``, integers.
+        num_samples: Number of samples.
+    """
+    if len(indices) == 0:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    hint = "Set `num_samples` to the size of the training set"
+    require(low >= 0 and high < num_samples, "indices", f"lie in [0, {num_samples})", (low, high), hint)

@@ -1,15 +1,17 @@
 """Maps of regions out of a backbone whose forward pass gives features, and words out of the states of tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.nn.byte_tokenizer import START
 
+LAST_MAPS = ("layer4", "stages")
+"""Names of submodules whose output is the last map, in ResNets and in `SmallConvNet`."""
 _SPACE = ord(" ") + 1  # the token of the byte
 
 
@@ -21,8 +23,9 @@ class RegionMaps:
 
     Args:
         network: The backbone.
-        layer: Name of the submodule whose output is the map; None is "layer3" if there is one, as in ResNets, else the
-            network itself, which must then return a map.
+        layer: Name of the submodule whose output is the map; None is the first of ``defaults`` that the network has,
+            else the network itself, which must then return a map.
+        defaults: Names of submodules; "layer3" is a stage of ResNets.
 
     Attributes:
         layer: The name, "" for the network itself.
@@ -32,9 +35,9 @@ class RegionMaps:
         ValueError: If there is no such submodule.
     """
 
-    def __init__(self, network: nn.Module, layer: str | None = None) -> None:
+    def __init__(self, network: nn.Module, layer: str | None = None, defaults: Sequence[str] = ("layer3",)) -> None:
         modules = dict(network.named_modules())
-        self.layer = layer if layer is not None else "layer3" if "layer3" in modules else ""
+        self.layer = layer if layer is not None else next((name for name in defaults if name in modules), "")
         if self.layer not in modules:
             names = [name for name in modules if name and name.count(".") < 2]
             hint = f"The backbone has {', '.join(names[:12])}"
@@ -73,6 +76,34 @@ class RegionMaps:
                 found = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
                 fail("region_layer", f"return a map (B, C, H, W) from {name}", found, hint)
         return torch.cat(maps) if len(maps) > 1 else maps[0]
+
+    def channels(self, given: int | None, feature_dim: int) -> int:
+        """Return the number of channels of the maps.
+
+        Args:
+            given: As given by the user, >= 1, or None.
+            feature_dim: Width of the backbone's features, which are the mean of the map if that is its output.
+
+        Raises:
+            ValueError: If it cannot be read from the layer.
+        """
+        if given is not None:
+            check_at_least("region_dim", given, 1)
+        found = given or self.num_channels or (None if self.layer else feature_dim)
+        if found is None:
+            fail("region_dim", "be given", None, f"It is the number of channels of `{self.layer}`")
+        return found
+
+
+def project_cells(projector: nn.Module, cells: Tensor) -> Tensor:
+    """Return the projections ``(B, D, S)`` of the cells of a map.
+
+    Args:
+        projector: Maps vectors ``(N, C)`` to ``(N, D)``; it sees the cells of all images as one batch.
+        cells: ``(B, C, S)``.
+    """
+    rows: Tensor = projector(cells.mT.flatten(0, 1))  # (B S, D)
+    return rows.view(len(cells), -1, rows.shape[1]).mT
 
 
 def _last_channels(layer: nn.Module) -> int | None:

@@ -16,6 +16,9 @@ METHODS = {
     "MMCR": {
         "losses/redundancy.py:mmcr_loss": (math.inf, "a singular value decomposition checks that it converged"),
     },
+    "ExemplarCNN": {
+        "methods/exemplar_cnn.py:training_step": (4, "the first batch of an epoch: an index beyond the classes"),
+    },
     "NPID": {
         "callbacks/queue_update.py:on_train_batch_end": (4, "the first batch of an epoch: as in `training_step`"),
         "methods/npid.py:training_step": (

@@ -44,12 +44,16 @@ CALLS = {
     "clip_loss": lambda a, b, y: losses.clip_loss(a, b, logit_scale=a.sum().exp(), weighting="hard", groups=y),
     "debiased_nt_xent": lambda a, b, y: losses.debiased_nt_xent(a, b, temperature=0.5, tau_plus=0.1),
     "decoupled_nt_xent": lambda a, b, y: losses.decoupled_nt_xent(a, b, temperature=0.1, sigma=0.5),
+    "dense_info_nce": lambda a, b, y: losses.dense_info_nce(
+        *(_places(x, b)[1].flatten(2).detach() + x.sum() * (x is a) for x in (a, b, a, b)), temperature=0.1
+    ),
     "dino_loss": lambda a, b, y: losses.dino_loss(
         [a, b, a + b], [a.detach(), b.detach()], a.detach()[0], student_temperature=0.1, teacher_temperature=0.04
     ),
     "dino_loss sinkhorn": lambda a, b, y: losses.dino_loss(
         [b, a], [a.detach()], None, student_temperature=0.1, teacher_temperature=0.04, centering="sinkhorn"
     ),
+    "gram_loss": lambda a, b, y: losses.gram_loss(a.view(2, 4, 6), b.view(2, 4, 6), clip_negative=True),
     "hard_negative_nt_xent": lambda a, b, y: losses.hard_negative_nt_xent(a, b, temperature=0.5, tau_plus=0.1, beta=1),
     "ibot_patch_loss": lambda a, b, y: losses.ibot_patch_loss(
         a.view(2, 4, 6),
@@ -125,6 +129,13 @@ CALLS = {
     "visreg_loss": lambda a, b, y: losses.visreg_loss(_views(a, b), _drawn(a)),
     "w_mse_loss": lambda a, b, y: losses.w_mse_loss(
         _views(a, b), losses.draw_permutations(len(a), iterations=2), whitening_size=8
+    ),
+    "vicregl_global_loss": lambda a, b, y: losses.vicregl_global_loss([a, b, a * b]),
+    "vicregl_local_loss": lambda a, b, y: losses.vicregl_local_loss(
+        [x.unflatten(0, (4, 2)) for x in (a, b)],
+        [x[:, :2].detach().view(4, 2, 1, 2) for x in (a, b)],
+        matches=(1, 2),
+        all_feature_matches=False,
     ),
 }
 

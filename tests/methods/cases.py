@@ -121,6 +121,14 @@ CASES |= {
         indices=True,
         settings={"num_samples": 32, "projection_dim": 8, "num_negatives": 5},
     ),
+    "ExemplarCNN": Case(lc.ExemplarCNN, plain={"dropout": 0.0}, views=1, indices=True, settings={"num_samples": 32}),
+    "ExemplarCNN drawn": Case(
+        lc.ExemplarCNN,
+        plain={"dropout": 0.0},
+        views=1,
+        indices=True,
+        settings={"num_samples": 32, "num_negatives": 12},
+    ),
     "NNCLR": Case(lc.NNCLR, plain={"head_norm": None}, settings=HEADS | {"queue_size": 24, "predictor_dim": 12}),
     "SupCon": Case(lc.SupCon, settings={"projection_dim": 8}),
     "SpectralContrastive": Case(lc.SpectralContrastive, plain={"head_norm": None}, settings=HEADS),
@@ -129,6 +137,38 @@ CASES |= {
     "Triplet": Case(lc.Triplet, settings={"projection_dim": 8}),
     "Triplet labels": Case(lc.Triplet, settings={"projection_dim": 8, "use_labels": True, "miner": "hardest"}),
     "MoCHi": Case(lc.MoCHi, plain={"start_epoch": 9}, settings=QUEUE | MIXES),
+}
+
+
+class CellsDenseCL(lc.DenseCL):
+    """Its cells are those of the second convolution, where the backbone is a module."""
+
+    def __init__(self, backbone, **kwargs):
+        layer = "layers.3" if isinstance(backbone, nn.Module) else None
+        super().__init__(backbone, **({"region_layer": layer} | kwargs))
+
+
+class PlacedVICRegL(lc.VICRegL):
+    """The same; its views are plain tensors, whose places are read off their corners."""
+
+    def __init__(self, backbone, **kwargs):
+        layer = "layers.3" if isinstance(backbone, nn.Module) else None
+        super().__init__(backbone, **({"region_layer": layer} | kwargs))
+
+    def locations(self, views, grids):
+        corners = [view.detach()[:, :, :2, :2].flatten(1)[:, :5].abs() for view in views]
+        return [lc.augment.cell_locations(box, *grid) for box, grid in zip(corners, grids, strict=True)]
+
+
+LOCAL = {"map_hidden_dim": 12, "map_projection_dim": 6, "matches": (2, 1)}
+CASES |= {
+    "DenseCL": Case(CellsDenseCL, settings=QUEUE),
+    "VICRegL": Case(PlacedVICRegL, plain={"head_norm": None}, views=3, settings=HEADS | LOCAL),
+    "VICRegL features": Case(
+        PlacedVICRegL,
+        plain={"head_norm": None},
+        settings=HEADS | LOCAL | {"match_locations": False, "all_feature_matches": False},
+    ),
 }
 
 CASES |= {"DINO": Case(lc.DINO, views=4, settings={"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8})}
@@ -179,6 +219,17 @@ CASES |= {
     "MAE": Case(lc.MAE, **MASKED, settings=DECODER),
     "SimMIM": Case(lc.SimMIM, **MASKED),
     "Data2Vec": Case(lc.Data2Vec, **MASKED, settings={"top_k": 1}),
+}
+
+GRAM = {"gram_start_epoch": 1, "gram_every_epochs": 1, "freeze_last_layer_epochs": 1}
+CASES |= {
+    "DINOv3": Case(
+        lc.DINOv3,
+        plain={"mask_probability": 0.0},
+        views=4,
+        settings=DISTILLED | GRAM | {"patch_lr_multiplier": 1.0},
+        backbone=lambda norm: lc.nn.use_rope(tiny_vit()),
+    )
 }
 
 PAIR = {"hidden_dim": 16, "projection_dim": 8}

@@ -13,13 +13,13 @@ from lightning_contrast.cli import main
 from tests.methods.cases import CASES
 
 METHODS = [name for name in lc.methods.__all__ if name != "SelfSupervisedModule"]
-VITS = {"IBOT", "DINOv2", "MSN", "IJEPA", "MAE", "SimMIM", "Data2Vec", "VJEPA"}
+VITS = {"IBOT", "DINOv2", "DINOv3", "MSN", "IJEPA", "MAE", "SimMIM", "Data2Vec", "VJEPA"}
 
 
 def build(name, **options):
     method = getattr(lc, name)
     vit = "small_video_vit" if name == "VJEPA" else "small_vit"
-    first = (vit if name in VITS else "resnet18", *([16] if name == "NPID" else []))
+    first = (vit if name in VITS else "resnet18", *([16] if name in ("NPID", "ExemplarCNN") else []))
     if name == "BindModalities":
         first = ({"image": "resnet18", "depth": "resnet18"},)
     with torch.device("meta"):

@@ -223,7 +223,7 @@ def named(name):
         kwargs |= {"global_pool": "avg", "fc_norm": False}  # their defaults
     if name == "Data2Vec":
         kwargs |= {"init_values": 1e-4}  # as well
-    if name == "DINOv2":
+    if name in ("DINOv2", "DINOv3"):
         kwargs |= {"init_values": 1e-5}  # its default, LayerScale
     settings = {"optimizer": "sgd", "lr": 0.05, "warmup_epochs": 0} | case.settings
     if name == "VJEPA":

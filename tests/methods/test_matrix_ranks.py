@@ -17,7 +17,7 @@ from tests.tolerances import CANCELLING, NETWORK, assert_same_bits, bound
 
 pytestmark = pytest.mark.dist
 
-OWN_CLIPPING = {name: {"clip_grad": 0.05} for name in ("DINO", "IBOT", "DINOv2", "MSN")}
+OWN_CLIPPING = {name: {"clip_grad": 0.05} for name in ("DINO", "IBOT", "DINOv2", "DINOv3", "MSN")}
 """The methods that clip gradients themselves do it in each step."""
 
 

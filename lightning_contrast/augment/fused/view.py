@@ -18,6 +18,7 @@ from lightning_contrast.augment.fused.base import (
     uses_accelerator_backend,
 )
 from lightning_contrast.augment.images import as_float
+from lightning_contrast.augment.located_view import LocatedView
 
 _BLOCK_BYTES = 1 << 23  # of float32 views on a CPU: smaller blocks add call overhead, larger ones exceed the cache
 _JOINT_BYTES = 1 << 30  # of float32 images and views on an accelerator: larger kernels gain nothing from being joined
@@ -64,6 +65,7 @@ class FusedView(nn.Module):
         self.pre_transform = pre_transform
         self.operations = nn.ModuleList(cast("Sequence[nn.Module]", [crop, *operations]))
         self.backend = backend
+        self.locates = False  # make each view a `LocatedView`
         for operation in self._operations():
             operation.backend = backend
         self.offset = np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32).reshape(1, -1, 1, 1)
@@ -104,18 +106,32 @@ class FusedView(nn.Module):
         batch, channels, height, width = images.shape
         size = self._size
         if not uses_accelerator_backend(self.backend, images):
-            return [self._in_blocks(images, self._draw(images, sizes, frames)) for _ in range(count)]
+            drawn = [self._draw(images, sizes, frames) for _ in range(count)]
+            return self._located([self._in_blocks(images, draw) for draw in drawn], drawn, images, sizes)
         joint = max(1, _JOINT_BYTES // (4 * batch * channels * (height * width + size * size)))
         views: list[Tensor] = []
+        drawn = []
         while len(views) < count:
             draws = [self._draw(images, sizes, frames) for _ in range(min(joint, count - len(views)))]
+            drawn += draws
             together = [
                 {name: np.concatenate([draw[name] for draw in same]) for name in same[0]}
                 for same in zip(*draws, strict=True)
             ]
             result, back = self._compute(images, together)
             views += [result.index_select(0, rows) for rows in back.view(-1, batch).unbind()]
-        return views
+        return self._located(views, drawn, images, sizes)
+
+    def _located(
+        self, views: list[Tensor], drawn: list[list[Draw]], images: Tensor, sizes: NDArray[np.int64] | None
+    ) -> list[Tensor]:
+        """Return the views, each with its boxes if wanted, in pixels of images ``(B, C, H, W)`` before stretching."""
+        if not self.locates:
+            return views
+        stretch = 1.0 if sizes is None else sizes[:, [0, 1, 0, 1]] / np.array(images.shape[-2:] * 2)
+        boxes = [np.column_stack([draw[0]["box"] * stretch, draw[0]["flip"]]).astype(np.float32) for draw in drawn]
+        moved = to_device({str(place): box for place, box in enumerate(boxes)}, images.device)
+        return [LocatedView(view, moved[str(place)]) for place, view in enumerate(views)]
 
     def _draw(self, images: Tensor, sizes: NDArray[np.int64] | None, frames: int = 1) -> list[Draw]:
         """Draw the parameters of every operation for one view of images ``(B, C, H, W)``, equal for each ``frames``."""
