@@ -19,7 +19,7 @@ from lightning_contrast.methods.false_negatives import SameImages, check_mask_sa
 from lightning_contrast.nn import Norm, build_backbone, build_head
 from lightning_contrast.nn.temperature import LearnedTemperature
 from lightning_contrast.optim import OptimizerLike
-from lightning_contrast.precision import unit_rows
+from lightning_contrast.precision import unit_rows, upcast
 from lightning_contrast.runtime.aligned_items import check_absence, no_rows, require_modalities
 from lightning_contrast.runtime.method_options import MethodOptions
 
@@ -133,7 +133,7 @@ class BindModalities(SelfSupervisedModule):
             rows = slice(len(features) if name in items else 0)
             embedding = projector(encoder(items[name])) if name in items else no_rows(anchor, encoder, projector)
             temperature = getattr(self, f"temperature_{name}")
-            scale = 1 / (temperature().float() if isinstance(temperature, nn.Module) else temperature)
+            scale = 1 / (upcast(temperature()) if isinstance(temperature, nn.Module) else temperature)
             own = None if groups is None else groups[rows]  # as the anchor's rows: all or none
             losses.append(clip_loss(anchor[rows], embedding, logit_scale=scale, groups=own))
             self.log(f"train/loss_{name}", losses[-1], batch_size=len(features))
