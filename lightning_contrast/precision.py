@@ -78,8 +78,8 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with float32_products(_device_type((*args, *kwargs.values()))):
-            upcast = {name: upcast(value) for name, value in kwargs.items()}
-            return function(*map(upcast, args), **upcast)
+            named = {name: upcast(value) for name, value in kwargs.items()}
+            return function(*map(upcast, args), **named)
 
     return wrapper
 

@@ -132,7 +132,7 @@ def _torchvision_trunk(name: str, kwargs: dict[str, Any]) -> nn.Sequential:
 
 
 def time_mean(steps: Tensor) -> Tensor:
-    """Return the mean over time of steps ``(B, S, F)``, ``(B, F)`` of their dtype; of 16 bits it is summed in float32."""
+    """Return the mean over time of steps ``(B, S, F)``, ``(B, F)`` of their dtype; 16 bits are summed in float32."""
     return cast("Tensor", upcast(steps)).mean(1).to(steps.dtype)
 
 
