@@ -32,8 +32,9 @@ class BindModalities(SelfSupervisedModule):
     as None, adds nothing to the loss of that step, so that datasets of different pairs can be mixed; a loss is the mean
     over the modalities present. If only some ranks lack one, its loss is over the rows of the others, as in one process
     (not with SyncBatchNorm or FSDP). If all ranks do, its encoder gets no gradient, and DDP needs
-    ``strategy="ddp_find_unused_parameters_true"``. An entry is given to its encoder as it is. `forward` gives the
-    features (B, F) of the anchor, and `encode` the embeddings of any modality.
+    ``strategy="ddp_find_unused_parameters_true"``. On several ranks each step first exchanges and reads which of them
+    has what, for which an accelerator waits. An entry is given to its encoder as it is. `forward` gives the features
+    (B, F) of the anchor, and `encode` the embeddings of any modality.
 
     Args:
         encoders: For each modality the name of a timm model, or a module that maps its items (B, ...) to features
