@@ -13,12 +13,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _upcast(value: Any) -> Any:
-    """Convert 16-bit tensors to float32, also inside lists and tuples."""
+def upcast(value: Any) -> Any:
+    """Convert 16-bit tensors to float32, also inside lists and tuples; other values are returned as they are.
+
+    Args:
+        value: Of any type.
+    """
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-        return [_upcast(item) for item in value]
+        return [upcast(item) for item in value]
     return value
 
 
@@ -74,8 +78,8 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         with float32_products(_device_type((*args, *kwargs.values()))):
-            upcast = {name: _upcast(value) for name, value in kwargs.items()}
-            return function(*map(_upcast, args), **upcast)
+            named = {name: upcast(value) for name, value in kwargs.items()}
+            return function(*map(upcast, args), **named)
 
     return wrapper
 

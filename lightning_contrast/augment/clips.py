@@ -13,7 +13,7 @@ from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.augment.fused.base import Backend, to_device, uniform
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
-from lightning_contrast.augment.view_spec import ViewSpec
+from lightning_contrast.augment.view_spec import ViewSpec, odd_tenth
 from lightning_contrast.precision import full_precision
 
 Statistics = Sequence[float] | None
@@ -200,8 +200,7 @@ def clip_views(
     require(ok, "local_clips", f"be 0 or in 2..{stride}, the stride", local_clips, hint)
     if specs is None and local_clips == 0:
         jitter = (0.8, 0.8, 0.8, 0.2)
-        kernel = size // 10 // 2 * 2 + 1
-        first = ViewSpec(size, (0.3, 1.0), jitter, blur_p=1.0, blur_kernel=kernel, ratio=(0.5, 2.0))
+        first = ViewSpec(size, (0.3, 1.0), jitter, blur_p=1.0, blur_kernel=odd_tenth(size), ratio=(0.5, 2.0))
         specs = [first, replace(first, blur_p=0.1, solarize_p=0.2)]
     elif specs is None:
         jitter = (0.25, 0.25, 0.25, 0.1)

@@ -16,7 +16,7 @@ from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import as_float, check_policy_input, statistics
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
-from lightning_contrast.augment.whole_images import WholeImages
+from lightning_contrast.augment.whole_images import WholeImages, center_squares
 from lightning_contrast.precision import full_precision
 
 _RGB = 3
@@ -106,7 +106,8 @@ class ViewPolicy(nn.Module):
         Returns:
             ``(B, C, size, size)``, float32.
         """
-        pixels = as_float(check_policy_input(images, self.channels))
+        squares = center_squares(images) if isinstance(images, WholeImages) else images
+        pixels = as_float(check_policy_input(squares, self.channels))
         height, width = pixels.shape[-2:]
         if min(height, width) != self.size:
             scale = self.size / min(height, width)

@@ -7,7 +7,7 @@ from typing import Unpack, cast
 from lightning_contrast._checks import check_at_least, check_not_negative, check_probability
 from lightning_contrast.augment.multi_crop import local_size_of
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
-from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
+from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec, odd_tenth
 
 Statistics = Sequence[float] | None
 
@@ -36,18 +36,13 @@ _WEAK_JITTER = (0.4, 0.4, 0.4, 0.1)
 _BYOL_JITTER = (0.4, 0.4, 0.2, 0.1)
 
 
-def _tenth(size: int) -> int:
-    """Return the blur's kernel size of SimCLR and BYOL: a tenth of ``size``, rounded to an odd number."""
-    return size // 10 // 2 * 2 + 1
-
-
 def _with_local_views(
     first: ViewSpec, second: ViewSpec, mean: Statistics, std: Statistics, options: TwoViewOptions
 ) -> ViewPolicy:
     """Return the policy of two views and the local views of the options."""
     count, size = options.get("local_views", 0), local_size_of(first.size, options.get("local_size"))
     check_at_least("local_views", count, 0)
-    kernel = None if first.blur_kernel is None else _tenth(size)
+    kernel = None if first.blur_kernel is None else odd_tenth(size)
     scale = options.get("local_scale", (0.05, 0.14))
     blur = min(first.blur_p, 0.5)
     local = replace(first, size=size, scale=scale, blur_p=blur, blur_kernel=kernel, solarize_p=0.0)
@@ -91,7 +86,7 @@ def simclr_views(
         (0.08, 1.0),
         (brightness, contrast, saturation, hue),
         blur_p=blur,
-        blur_kernel=_tenth(size),
+        blur_kernel=odd_tenth(size),
         bicubic=True,
     )
     return _with_local_views(spec, spec, mean, std, options)
@@ -204,7 +199,7 @@ def byol_views(
         (0.08, 1.0),
         _BYOL_JITTER,
         blur_p=1.0,
-        blur_kernel=_tenth(size),
+        blur_kernel=odd_tenth(size),
         bicubic=True,
         additive_brightness=True,
         clamp=True,

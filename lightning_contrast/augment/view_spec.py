@@ -86,3 +86,8 @@ class ViewSpec:
 
 
 BLUR_SIGMA = (0.1, 2.0)  # standard deviation in pixels, the same in all published pipelines
+
+
+def odd_tenth(size: int) -> int:
+    """Return the blur's kernel size of SimCLR and BYOL: a tenth of ``size``, rounded to an odd number."""
+    return size // 10 // 2 * 2 + 1

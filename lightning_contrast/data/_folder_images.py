@@ -164,13 +164,16 @@ class FolderImages(Dataset[Sample | None]):
         return resized(image, self.size, self.resize, seed)
 
 
-def takes_whole_images(trainer: Any) -> bool:
-    """Return whether a callback of the Trainer replaces `WholeImages` by views; True without a Trainer.
+def training_resize(resize: str, trainer: Any) -> str:
+    """Return how training images become squares: "crop" instead of "whole" where nothing makes views of `WholeImages`.
 
     Args:
-        trainer: The Trainer of a data module, or None.
+        resize: "whole", "crop", "center" or "squash".
+        trainer: The Trainer of a data module, of which a callback may take `WholeImages`; None: somebody does.
     """
-    return trainer is None or any(getattr(callback, "takes_whole_images", False) for callback in trainer.callbacks)
+    callbacks = [] if trainer is None else trainer.callbacks
+    taken = trainer is None or any(getattr(callback, "takes_whole_images", False) for callback in callbacks)
+    return "crop" if resize == "whole" and not taken else resize
 
 
 def stacked(images: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.data._folder_files import FileId, find_images
-from lightning_contrast.data._folder_images import FolderImages, Loader, read_rgb, takes_whole_images
+from lightning_contrast.data._folder_images import FolderImages, Loader, read_rgb, training_resize
 from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader
 
@@ -28,7 +28,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
     the device. Hidden files and folders, whose names begin with a dot, are left out, and an image to which several
     links lead counts once.
 
-    Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``), in training a
+    Batches are ``(images, labels)``: ``(B, C, size, size)``, uint8 (or float in 0..1, see ``loader``), in training an
     `augment.WholeImages` (see ``resize``), and int64 ``(B,)``; ``indices=True`` adds the position in
     `paths`, int64 ``(B,)``.
 
@@ -199,9 +199,9 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
 
     def _loader(self, split: str, *, train: bool) -> ResumableLoader:
         dataset = self._set(split)
-        if train and self.resize == "whole" and not takes_whole_images(self.trainer):
+        if train:
             dataset = copy.copy(dataset)
-            dataset.resize = "crop"
+            dataset.resize = training_resize(self.resize, self.trainer)
         if self.on_error == "skip":
             dataset = dataset.reading("replace" if train else "leave out")
         return make_loader(

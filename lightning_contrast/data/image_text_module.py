@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from lightning_contrast._checks import check_at_least, check_choice, check_word, fail, require
-from lightning_contrast.data._folder_images import Loader, read_rgb, takes_whole_images
+from lightning_contrast.data._folder_images import Loader, read_rgb, training_resize
 from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader, replicas_and_rank
 from lightning_contrast.data.pair_shards import ShardLoader, ShardPairs
@@ -156,11 +156,9 @@ class ImageTextDataModule(RemembersPosition, L.LightningDataModule):
         return make_loader(dataset, self.batch_size, **options)
 
     def _resize(self, train: bool) -> str:
-        if self.resize == "squash" or (train and self.resize != "whole"):
-            return self.resize
-        if not train:
-            return "center"
-        return "whole" if takes_whole_images(self.trainer) else "crop"
+        if train:
+            return training_resize(self.resize, self.trainer)
+        return "squash" if self.resize == "squash" else "center"
 
     def _shard_loader(self, split: str, *, train: bool, **options: Any) -> ShardLoader:
         replicas, rank = replicas_and_rank(self.trainer)

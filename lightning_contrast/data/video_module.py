@@ -1,14 +1,15 @@
 """Data module for folders of video files, of which each step decodes a window."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast._checks import check_at_least, check_choice, fail
 from lightning_contrast.data._folder_images import FolderImages
 from lightning_contrast.data.folder_module import ImageFolderDataModule
 
@@ -89,12 +90,12 @@ class FolderVideos(FolderImages):
         stride: int,
         indices: bool,
     ) -> None:
-        super().__init__(paths, labels, size, resize, lambda path: read_frames(path, frames, stride), indices=indices)
-        self.frames, self.stride = frames, stride
+        reads = partial(read_frames, frames=frames, stride=stride)  # and no lambda: spawned workers pickle it
+        super().__init__(paths, labels, size, resize, reads, indices=indices)
 
     def load(self, path: str, seed: int | None) -> Tensor:
         """Return frames ``(T, 3, H, W)`` of one file: in training at a place drawn by ``seed``, else of the middle."""
-        return read_frames(path, self.frames, self.stride, seed)
+        return cast("partial[Tensor]", self.loader)(path, seed=seed)
 
     def checked(self, value: Any) -> Tensor:
         """Return the frames ``(T, 3, H, W)`` unchanged."""
@@ -119,7 +120,7 @@ class VideoFolderDataModule(ImageFolderDataModule):
         size: Height and width of the frames, in pixels, >= 1.
         batch_size: Videos per batch on each rank, >= 1. In training a short last batch is dropped.
         num_workers: Worker processes on each rank, >= 0.
-        resize: As in `ImageFolderDataModule`; all frames of a clip are cut alike.
+        resize: "crop", "center" or "squash", as in `ImageFolderDataModule`; all frames of a clip are cut alike.
         on_error: "raise" or "skip", for files that cannot be decoded or have fewer frames than a window needs.
         extensions: File extensions in lower case. None: common video formats.
         seed: Seed of the order, of the windows and of the workers, >= 0.
@@ -151,6 +152,7 @@ class VideoFolderDataModule(ImageFolderDataModule):
         indices: bool = False,
         pin_memory: bool = False,
     ) -> None:
+        check_choice("resize", resize, ("crop", "center", "squash"))
         super().__init__(
             train_dir,
             val_dir,

@@ -13,6 +13,7 @@ from lightning_contrast.losses.geometric import spectral_contrastive_loss
 from lightning_contrast.losses.image_text import clip_loss, siglip_loss
 from lightning_contrast.losses.predictive import byol_loss
 from lightning_contrast.losses.redundancy import barlow_twins_loss, vicreg_loss
+from lightning_contrast.precision import upcast
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class PairLoss:
 
     def scaled(self, temperature: float | Tensor) -> dict[str, float | Tensor]:
         """Return the argument that holds a temperature, a number or a tensor (1,)."""
-        if isinstance(temperature, Tensor):
-            temperature = temperature.float()  # the module's parameters may be in half precision
+        temperature = upcast(temperature)  # the module's parameters may be in half precision
         return {self.scale: temperature if self.scale == "temperature" else 1 / temperature}
 
 

@@ -19,7 +19,7 @@ from lightning_contrast.methods.false_negatives import SameImages, check_mask_sa
 from lightning_contrast.nn import Norm, build_backbone, build_head
 from lightning_contrast.nn.temperature import LearnedTemperature
 from lightning_contrast.optim import OptimizerLike
-from lightning_contrast.precision import unit_rows
+from lightning_contrast.precision import unit_rows, upcast
 from lightning_contrast.runtime.aligned_items import check_absence, no_rows, require_modalities
 from lightning_contrast.runtime.method_options import MethodOptions
 
@@ -32,8 +32,9 @@ class BindModalities(SelfSupervisedModule):
     as None, adds nothing to the loss of that step, so that datasets of different pairs can be mixed; a loss is the mean
     over the modalities present. If only some ranks lack one, its loss is over the rows of the others, as in one process
     (not with SyncBatchNorm or FSDP). If all ranks do, its encoder gets no gradient, and DDP needs
-    ``strategy="ddp_find_unused_parameters_true"``. An entry is given to its encoder as it is. `forward` gives the
-    features (B, F) of the anchor, and `encode` the embeddings of any modality.
+    ``strategy="ddp_find_unused_parameters_true"``. On several ranks each step first exchanges and reads which of them
+    has what, for which an accelerator waits. An entry is given to its encoder as it is. `forward` gives the features
+    (B, F) of the anchor, and `encode` the embeddings of any modality.
 
     Args:
         encoders: For each modality the name of a timm model, or a module that maps its items (B, ...) to features
@@ -133,7 +134,7 @@ class BindModalities(SelfSupervisedModule):
             rows = slice(len(features) if name in items else 0)
             embedding = projector(encoder(items[name])) if name in items else no_rows(anchor, encoder, projector)
             temperature = getattr(self, f"temperature_{name}")
-            scale = 1 / (temperature().float() if isinstance(temperature, nn.Module) else temperature)
+            scale = 1 / (upcast(temperature()) if isinstance(temperature, nn.Module) else temperature)
             own = None if groups is None else groups[rows]  # as the anchor's rows: all or none
             losses.append(clip_loss(anchor[rows], embedding, logit_scale=scale, groups=own))
             self.log(f"train/loss_{name}", losses[-1], batch_size=len(features))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.nn.backbones import BUILT_AS, Backbone, BackboneOptions, build_backbone
+from lightning_contrast.precision import upcast
 
 SMALL_VIDEO_CONVNET = "small_video_convnet"
 TORCHVISION_NAMES = ("r3d_18", "mc3_18", "r2plus1d_18")
@@ -131,8 +132,8 @@ def _torchvision_trunk(name: str, kwargs: dict[str, Any]) -> nn.Sequential:
 
 
 def time_mean(steps: Tensor) -> Tensor:
-    """Return the mean over time of steps ``(B, S, F)``, ``(B, F)`` of their dtype; the sum is float32."""
-    return steps.float().mean(1).to(steps.dtype)
+    """Return the mean over time of steps ``(B, S, F)``, ``(B, F)`` of their dtype; 16 bits are summed in float32."""
+    return cast("Tensor", upcast(steps)).mean(1).to(steps.dtype)
 
 
 def clip_steps(backbone: nn.Module, clips: Tensor) -> Tensor:

@@ -7,14 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import require
-from lightning_contrast.contracts import (
-    IMAGE_KEY,
-    Images,
-    ImageSource,
-    is_views,
-    replace_images,
-    split_batch,
-)
+from lightning_contrast.contracts import IMAGE_KEY, Images, ImageSource, is_views, replace_images, split_batch
 
 HOOK = "batch_to_device"
 
@@ -98,10 +91,7 @@ def _is_collection(batch: Any) -> bool:
 
 
 def transform_images(
-    batch: Any,
-    transform: Callable[[Tensor], Images],
-    views: Callable[[list[Tensor]], Images],
-    source: ImageSource,
+    batch: Any, transform: Callable[[Tensor], Images], views: Callable[[list[Tensor]], Images], source: ImageSource
 ) -> Any:
     """Return a copy of the batch with transformed images.
 
@@ -118,5 +108,4 @@ def transform_images(
     if isinstance(images, Tensor) and images.ndim != 4 and labels is not None:
         agrees = images.shape[:1] == labels.shape[:1]
         require(agrees, "images", "have the shape (B, C, H, W)", tuple(images.shape), "Yield one row per label")
-    new = transform(images) if isinstance(images, Tensor) else views(images)
-    return replace_images(batch, new, source)
+    return replace_images(batch, transform(images) if isinstance(images, Tensor) else views(images), source)

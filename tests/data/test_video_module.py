@@ -1,5 +1,6 @@
 """Folders of video files that the tests write: windows, labels, resume, and files that cannot be used."""
 
+import pickle
 import warnings
 
 import numpy as np
@@ -115,3 +116,14 @@ def test_damaged_files_and_arguments(folder, tmp_path):
     for name in ("frames", "stride", "size"):
         with pytest.raises(ValueError, match=f"`{name}`"):
             module(folder, **{name: 0})
+
+
+def test_spawned_workers_can_take_the_dataset(folder):
+    data = module(folder)
+    again = pickle.loads(pickle.dumps(data.train_dataloader().dataset))
+    assert torch.equal(again[0][0], data.train_dataloader().dataset[0][0])
+
+
+def test_whole_frames_are_refused(folder):
+    with pytest.raises(ValueError, match=r"`resize` must be one of 'crop', 'center', 'squash', got 'whole'"):
+        module(folder, resize="whole")

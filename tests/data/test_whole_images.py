@@ -196,6 +196,13 @@ def test_view_augmentation_replaces_whole_images(folder, make_trainer, workers):
     assert [view.shape for view in seen(OwnPolicy())[0]] == [(4, 3, 32, 32)] * 2  # the pixels, stretched
 
 
+def test_a_policy_evaluates_the_central_squares():
+    images = WholeImages(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), np.array([[60, 90], [32, 8]] * 2))
+    policy = lc.augment.simclr_views(16)
+    assert_same_bits(policy.eval_transform(images), policy.eval_transform(center_squares(images)))
+    assert (policy.eval_transform(images) - policy.eval_transform(images.pixels)).abs().max() > 0.01  # stretched
+
+
 def test_accelerator_backend_and_stock_views(folder):
     images = WholeImages(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), np.array([[60, 90]] * 4))
     for options in ({"backend": "accelerator"}, {"backend": "cpu"}, {"fused": False}):

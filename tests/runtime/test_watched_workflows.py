@@ -20,20 +20,14 @@ from lightning_contrast.testing import assert_callback_changes_nothing
 from tests.callbacks.step_modules import QUIET
 from tests.callbacks.watchers import Images, Shows, watchers
 from tests.methods.cases import make
+from tests.runtime.test_workflows import IGNORED, three
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*Consider setting",
-    "ignore:SWA is currently only supported every epoch",
-    "ignore:.*Swapping",
-    "ignore:.*shuffling",
-    "ignore:You're using the WeightAveraging callback with a model that overrides the configure_model",
-    "ignore:The provided params to be frozen already exist",  # BatchNorm, which it does not freeze
+    *IGNORED,
     "ignore:CollapseMonitor",  # these networks are small
     'ignore:`knn`. with `bank="train"` it compares features of the training weights',  # of EMAWeightAveraging
     "ignore:.*this run has no validation data",
 )
-three = pytest.mark.parametrize("name", ["SimCLR", "MoCo", "DINO"])
 VIEWS = {"SimCLR": 2, "MoCo": 2, "DINO": 4}
 
 

@@ -23,16 +23,16 @@ from tests.rank_runs import on_ranks
 from tests.runtime.test_schedules_follow_the_run import BATCH, IMAGES, NAMES, QUIET, Views
 from tests.tolerances import ROUNDED, near, near64
 
-pytestmark = pytest.mark.filterwarnings(
+IGNORED = (
     "ignore:.*does not have many workers",
     "ignore:.*Consider setting",
     "ignore:SWA is currently only supported every epoch",
     "ignore:.*Swapping",
     "ignore:.*shuffling",
     "ignore:You're using the WeightAveraging callback with a model that overrides the configure_model",
-    "ignore:You defined a `validation_step` but have no",
     "ignore:The provided params to be frozen already exist",  # BatchNorm, which it does not freeze
 )
+pytestmark = pytest.mark.filterwarnings(*IGNORED, "ignore:You defined a `validation_step` but have no")
 METHODS = ("SimCLR", "MoCo", "DINO")
 three = pytest.mark.parametrize("name", METHODS)
 
@@ -87,9 +87,22 @@ def test_fast_dev_run_works_with_a_given_warmup_too(name):
     assert module.trainer.global_step == 1
 
 
-def test_a_default_warmup_is_cut_and_a_given_one_is_refused(caplog):
-    caplog.set_level(logging.INFO, logger="lightning.pytorch")
-    logging.getLogger("lightning.pytorch").propagate = True
+class Said(logging.Handler):
+    """Keeps records; unlike caplog, each once and whether or not the logger passes them on."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = []
+
+    def emit(self, record):
+        self.records.append(record)
+
+
+def test_a_default_warmup_is_cut_and_a_given_one_is_refused(monkeypatch):
+    logger, said = logging.getLogger("lightning.pytorch"), Said()
+    monkeypatch.setattr(logger, "handlers", [said])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
     module = lc.SimCLR(CASES["SimCLR"].backbone(False), optimizer="sgd", lr=1.0)  # 10 epochs
     rates = []
 
@@ -99,7 +112,7 @@ def test_a_default_warmup_is_cut_and_a_given_one_is_refused(caplog):
 
     fit("SimCLR", Rates(), module=module, max_epochs=5)
     assert rates == near64([lc.optim.warmup_cosine(step, 2, 20) for step in range(20)])
-    (line,) = [r.getMessage() for r in caplog.records if "warm-up" in r.getMessage()]
+    (line,) = [r.getMessage() for r in said.records if "warm-up" in r.getMessage()]
     assert "The warm-up of 10 epochs (40 steps) does not fit into the 20 steps of the run and is cut to 2 steps" in line
     words = r"`warmup_epochs` must fit into the 20 steps of the run, got '9 epochs of 4 steps'"
     with pytest.raises(ValueError, match=words):
