@@ -152,8 +152,24 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def origin(results: Path) -> str:
+    """Return sentences that name the machine and the torch version of each row: most rows' first, the others by name.
+
+    Args:
+        results: The folder, one file a run.
+    """
+    rows: dict[str, set[str]] = {}
+    for path in sorted(results.glob("*.json")):
+        record = json.loads(path.read_text())
+        rows.setdefault(f"{record['processor']}, torch {record['torch']}", set()).add(record["row"])
+    most, *others = sorted(rows, key=lambda machine: -len(rows[machine]))
+    lines = [f"`python -m benchmarks.learn`, one thread a run, bf16-mixed. Processor: {most}."]
+    lines += [f"{other}: {'; '.join(sorted(rows[other]))}." for other in others]
+    return "\n".join(lines)
+
+
 def write_page(results: Path) -> None:
-    """Put the table into docs/learn.md between its two marks, with the date and the machine.
+    """Put the table into docs/learn.md between its two marks, with the machines.
 
     Args:
         results: The folder, one file a run.
@@ -161,10 +177,7 @@ def write_page(results: Path) -> None:
     begin, end = "<!-- table -->", "<!-- end of table -->"
     before, rest = PAGE.read_text().split(begin)
     _, after = rest.split(end)
-    here = machine()
-    where = f"`python -m benchmarks.learn`, {here['date']}, {here['processor']}, one thread a run, bf16-mixed,"
-    where += f" torch {here['versions']['torch']}."
-    PAGE.write_text(f"{before}{begin}\n\n{where}\n\n{table(results)}\n\n{end}{after}")
+    PAGE.write_text(f"{before}{begin}\n\n{origin(results)}\n\n{table(results)}\n\n{end}{after}")
 
 
 def main() -> None:
@@ -183,7 +196,8 @@ def main() -> None:
         parser.error("settings are chosen with --fold, never on the test things")
     results = options.output or (RESULTS / "learn" if options.fold is None else Path("runs") / "learn")
     results.mkdir(parents=True, exist_ok=True)
-    waiting = {}
+    waiting, here = {}, machine()
+    origin_of_run = {"date": here["date"], "processor": here["processor"], "torch": here["versions"]["torch"]}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for seed in options.seeds:
             for name in options.rows:
@@ -198,6 +212,7 @@ def main() -> None:
         for done in as_completed(waiting):
             path, config = waiting[done]
             record = done.result() | {"config": fingerprint(config), "changes": options.set, "fold": options.fold}
+            record |= origin_of_run
             path.write_text(json.dumps(record, indent=1) + "\n")
             print(json.dumps(record), flush=True)
     if options.fold is None:

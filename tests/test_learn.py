@@ -52,6 +52,16 @@ def test_table_gives_means_and_the_spread_of_the_seeds(tmp_path):
     assert lines[3] == "| simclr | 3 | 0.600 | 0.500-0.700 | 0.500 | 0.250 | 10 | 3 |"
 
 
+def test_the_page_names_the_machine_of_each_row(tmp_path):
+    here, other = ({"processor": name, "torch": "2.14.1"} for name in ("A", "B"))
+    for row, where in (("simclr", here), ("moco", here), ("byol", other)):
+        (tmp_path / f"{row}-0.json").write_text(json.dumps(record(row, 0, 0.5) | where))
+    assert learn.origin(tmp_path).splitlines() == [
+        "`python -m benchmarks.learn`, one thread a run, bf16-mixed. Processor: A, torch 2.14.1.",
+        "B, torch 2.14.1: byol.",
+    ]
+
+
 @pytest.mark.slow
 def test_a_run_trains_and_judges_the_frozen_features(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["learn"])
