@@ -16,8 +16,11 @@ def test_every_row_has_a_recipe_and_carries_its_seed():
     for row in rows:
         config = learn.settings_of(row, 7, None, [], "32-true")
         seeds = [c["init_args"]["seed"] for c in config["trainer"]["callbacks"] if c["class_path"] == "StepSeed"]
-        assert [config["seed_everything"], config["data"]["init_args"]["seed"], *seeds] == [7, 7, 7]
-        assert config["data"]["init_args"]["validation_fold"] is None
+        data = learn.data_arguments(config)
+        assert len(seeds) == 1
+        assert {config["seed_everything"], *seeds, *(arguments["seed"] for arguments in data)} == {7}
+        assert data[-1]["validation_fold"] is None
+        assert not any("validation_fold" in arguments for arguments in data[:-1])
         assert not {c["class_path"] for c in config["trainer"]["callbacks"]} & set(learn.PROBES)
 
 
