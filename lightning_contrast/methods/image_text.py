@@ -124,7 +124,7 @@ class ImageTextModule(FrozenParts, SelfSupervisedModule):
     def tokenize(self, texts: list[str] | Tensor) -> Tensor:
         """Return the tokens of B texts, int64 (B, L), on the module's device; tokens are only moved there."""
         tokens = texts if isinstance(texts, Tensor) else self.tokenizer(check_captions(texts))
-        return tokens.to(self.device, non_blocking=True)  # type: ignore[no-any-return]  # a tokenizer's result
+        return tokens.to(self.device, non_blocking=True)
 
     def batch_texts(self, batch: Any) -> list[str] | Tensor:
         """Return the texts of a training batch: B str, or int64 tokens (B, L)."""

@@ -19,7 +19,7 @@ from lightning_contrast.methods.image_text import text_ids
 from tests.methods.cases import TEXTS, TinyBackbone
 from tests.methods.matrix_runs import run
 from tests.methods.test_contract import gradients, run_step
-from tests.tolerances import CANCELLING, FORMULA, assert_same_bits, f32, f64, near
+from tests.tolerances import CANCELLING, FORMULA, NETWORK, assert_same_bits, f32, f64, near
 
 WORDS = ["a red cat", "a dog", "a red cat", "the sun", "Öl", "two birds"]
 both = pytest.mark.parametrize("method", [lc.CLIP, lc.SigLIP])
@@ -374,6 +374,19 @@ def test_both_towers_are_exported(method, tmp_path):
     for path, given, embeddings in zip(paths, (pictures, tokens), expected, strict=True):
         torch.testing.assert_close(exported(path, given), embeddings, **f32(FORMULA))  # 1e-5
     assert tokens.shape[1] < module.text_backbone.context_length
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", *(pytest.param(n, marks=pytest.mark.slow) for n in [*KINDS][1:])])
+def test_open_clips_towers_are_exported(name, tiny_open_clip, tmp_path):
+    module = KINDS[name][0].from_open_clip(name).eval()
+    paths = lc.evaluation.export_towers(module, tmp_path, input_spec={"size": 32, "mean": None, "std": None})
+    pictures, tokens = torch.rand(6, 3, 32, 32), module.tokenizer(WORDS)
+    with torch.no_grad():
+        expected = [module.encode_image(pictures), module.encode_text(WORDS)]
+    for path, given, embeddings in zip(paths, (pictures, tokens), expected, strict=True):
+        torch.testing.assert_close(
+            exported(path, given), embeddings, **f32(NETWORK)
+        )  # 1.2e-4; `export_towers` checks 1e-4
 
 
 def test_what_has_no_towers_or_sizes_is_not_exported(tmp_path):
