@@ -56,11 +56,12 @@ def test_table_gives_means_and_the_spread_of_the_seeds(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_trains_and_judges_the_frozen_features(monkeypatch):
+@pytest.mark.parametrize("name", ["triplet", "bind_modalities"])  # the images themselves, and a wrapper of them
+def test_a_run_trains_and_judges_the_frozen_features(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["learn"])
-    config = learn.settings_of("triplet", 0, 1, ["trainer.max_epochs=1", "model.init_args.warmup_epochs=0"], "32-true")
+    config = learn.settings_of(name, 0, 1, ["trainer.max_epochs=1", "model.init_args.warmup_epochs=0"], "32-true")
     config["trainer"]["limit_train_batches"] = 1
-    found = learn.run("triplet", 0, config)
+    found = learn.run(name, 0, config)
     assert found["epochs"] == 1
     assert all(0 < found[figure] <= 1 for figure in ("knn", "linear", "recall@1"))
     assert found["seconds"] > 0
