@@ -58,7 +58,10 @@ def settings_of(name: str, seed: int, fold: int | None, changes: list[str], prec
     recipe = "simclr" if recipe in (*RAW, *TRAINED) else recipe
     config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{recipe}_emoji.yaml").read_text())
     config["seed_everything"] = seed
-    config["data"]["init_args"] |= {"seed": seed, "validation_fold": fold}
+    *wrappers, images = data_arguments(config)
+    for arguments in (*wrappers, images):
+        arguments["seed"] = seed
+    images["validation_fold"] = fold
     trainer = config["trainer"]
     trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"] not in PROBES]
     for callback in trainer["callbacks"]:
@@ -74,6 +77,18 @@ def settings_of(name: str, seed: int, fold: int | None, changes: list[str], prec
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
         place[last] = yaml.safe_load(value)
     return config
+
+
+def data_arguments(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the arguments of the data module and of each one that it wraps; those of the images are the last.
+
+    Args:
+        config: Configuration of a run.
+    """
+    found = [config["data"]["init_args"]]
+    while "source" in found[-1]:
+        found.append(found[-1]["source"]["init_args"])
+    return found
 
 
 def run(name: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +115,8 @@ def run(name: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(config))
         cli = main(["--config", str(path), f"--trainer.default_root_dir={folder}"], run=False)
-        data, model, trainer = cli.datamodule, cli.model, cli.trainer
+        pairs, model, trainer = cli.datamodule, cli.model, cli.trainer
+        data = getattr(pairs, "source", pairs)
         policy = next(c.policy for c in trainer.callbacks if hasattr(c, "policy"))
         if name in RAW:
             spaces = raw_features(name, data)
@@ -109,7 +125,7 @@ def run(name: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
                 backbone = config["model"]["init_args"]["backbone"]
                 model = Classifier(backbone, task=name, num_classes=data.num_classes)
             if name not in RANDOM:
-                trainer.fit(model, datamodule=data)
+                trainer.fit(model, datamodule=pairs)
             groups = (data.images("train"), *data.artists("val"))
             spaces = [evaluation.encode(model, images, policy.eval_transform) for images in groups]
     train, noto, fluent = spaces

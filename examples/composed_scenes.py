@@ -27,53 +27,54 @@ def exchanged(images, masks):
     return swapped
 
 
+def winoground(similarity, tie=1e-5):
+    """Return text, image and group score (Winoground) of similarities (N, 2 images, 2 texts); pairs on the diagonal."""
+    own, other = (part.diagonal(dim1=1, dim2=2) for part in (similarity, similarity.flip(2)))
+    text = (own - other > tie).all(1)  # each image prefers its caption; what differs by less is equal, and so wrong
+    image = (own - other.flip(1) > tie).all(1)  # each caption prefers its image
+    scores = {"text": text, "image": image, "group": text & image}
+    return {name: round(float(right.float().mean()), 3) for name, right in scores.items()}
+
+
 @torch.no_grad()
 def scores(model, policy, data, split, count):
-    """Return the share of scenes where both captions, both images, or all four comparisons are right (Winoground)."""
+    """Return the scores of the last scenes of a split, each beside the scene with both things exchanged."""
     model.eval()
     images = data.images(split)[-count:]
     pictures = (images, exchanged(images, data.masks(split)[-count:]))
-    first, second = (model.encode_image(policy.eval_transform(picture)) for picture in pictures)
-    right, wrong = (model.encode_text(texts[-count:]) for texts in (data.captions(split), data.swapped_captions(split)))
-    own, cross, other_own, other_cross = (
-        (a * b).sum(1) for a, b in ((first, right), (first, wrong), (second, wrong), (second, right))
-    )
-    tie = 1e-5  # similarities that differ by less are equal, and so wrong
-    text = (own - cross > tie) & (other_own - other_cross > tie)
-    image = (own - other_cross > tie) & (other_own - cross > tie)
-    names = {"text": text, "image": image, "group": text & image}
-    return {name: round(float(value.float().mean()), 3) for name, value in names.items()}
+    texts = (data.captions(split)[-count:], data.swapped_captions(split)[-count:])
+    encoded = torch.stack([model.encode_image(policy.eval_transform(picture)) for picture in pictures], 1)
+    return winoground(encoded @ torch.stack([model.encode_text(captions) for captions in texts], 2))
 
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--epochs", type=int, default=20)
-parser.add_argument("--scenes", type=int, default=4096)
-parser.add_argument("--words", action="store_true", help="a text tower without word order")
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--output", type=Path, default=Path("runs/composed_scenes"))
-args = parser.parse_args()
-L.seed_everything(args.seed)
-data = lc.data.EmojiScenesDataModule(128, scenes=args.scenes, seed=args.seed)
-unseen_scenes = lc.data.EmojiScenesDataModule(scenes=args.scenes + 512)  # its last scenes are not in training
-policy = lc.augment.image_text_views(80, mean=(0.84, 0.8, 0.75), std=(0.28, 0.26, 0.33))
-tower = (lc.nn.NGramTower(), lc.nn.NGramTokenizer()) if args.words else (None, None)
-options = {
-    "embedding_dim": 128,
-    "context_length": 80,
-    "lr": 1e-3,
-    "weight_decay": 0.1,
-    "warmup_epochs": args.epochs // 10,
-}
-model = lc.CLIP(lc.nn.SmallConvNet(), tower[0], tokenizer=tower[1], mask_same="text", **options)
-quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-callbacks = [lc.ViewAugmentation(policy, seed=args.seed)]
-L.Trainer(max_epochs=args.epochs, accelerator="cpu", callbacks=callbacks, **quiet).fit(model, datamodule=data)
-results = {
-    "new scenes of things seen in training": scores(model, policy, unseen_scenes, "train", 512),
-    "scenes of unseen things": scores(model, policy, data, "val", 512),
-    "chance": {"text": 0.25, "image": 0.25, "group": 1 / 6},
-}
-args.output.mkdir(parents=True, exist_ok=True)
-name = "words" if args.words else "bytes"
-(args.output / f"{name}_{args.seed}.json").write_text(json.dumps(results, indent=1) + "\n")
-print(json.dumps(results, indent=1))
+def main():
+    """Train, and print the scores and those of chance."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in {"--epochs": 20, "--scenes": 4096, "--seed": 0}.items():
+        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--words", action="store_true", help="a text tower without word order")
+    parser.add_argument("--output", type=Path, default=Path("runs/composed_scenes"))
+    args = parser.parse_args()
+    L.seed_everything(args.seed)
+    data = lc.data.EmojiScenesDataModule(128, scenes=args.scenes, seed=args.seed)
+    unseen_scenes = lc.data.EmojiScenesDataModule(scenes=args.scenes + 512)  # its last scenes are not in training
+    policy = lc.augment.image_text_views(80, mean=(0.84, 0.8, 0.75), std=(0.28, 0.26, 0.33))
+    tower = (lc.nn.NGramTower(), lc.nn.NGramTokenizer()) if args.words else (None, None)
+    options = {"embedding_dim": 128, "context_length": 80, "lr": 1e-3, "weight_decay": 0.1, "mask_same": "text"}
+    model = lc.CLIP(lc.nn.SmallConvNet(), tower[0], tokenizer=tower[1], warmup_epochs=args.epochs // 10, **options)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    callbacks = [lc.ViewAugmentation(policy, seed=args.seed)]
+    L.Trainer(max_epochs=args.epochs, accelerator="cpu", callbacks=callbacks, **quiet).fit(model, datamodule=data)
+    results = {
+        "new scenes of things seen in training": scores(model, policy, unseen_scenes, "train", 512),
+        "scenes of unseen things": scores(model, policy, data, "val", 512),
+        "chance": {"text": 0.25, "image": 0.25, "group": 1 / 6},
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    name, text = "words" if args.words else "bytes", json.dumps(results, indent=1)
+    (args.output / f"{name}_{args.seed}.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

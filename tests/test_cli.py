@@ -18,7 +18,7 @@ from lightning_contrast.cli._errors import user_message
 from lightning_contrast.cli._features import FeatureWriter
 from lightning_contrast.nn.multi_crop import count_global_views
 from lightning_contrast.testing import run_processes
-from tests.tolerances import NETWORK, f32
+from tests.tolerances import NETWORK, assert_same_bits, f32
 
 # Lightning 2.6 calls jsonargparse in ways that 4.49 has deprecated.
 pytestmark = pytest.mark.filterwarnings(
@@ -44,9 +44,10 @@ def small(path, tmp_path):
     """Write the recipe with narrow heads and a small backbone."""
     recipe = yaml.safe_load(path.read_text())
     arguments = recipe["model"]["init_args"]
-    if arguments["backbone"].startswith("vit_"):
+    backbone = arguments.get("backbone", "small_convnet")  # methods with several encoders name small ones
+    if backbone.startswith("vit_"):
         arguments["backbone"] = "vit_tiny_patch16_224"
-    elif arguments["backbone"] not in SMALL_BACKBONES:
+    elif backbone not in SMALL_BACKBONES:
         arguments["backbone"] = SMALL["backbone"]
     for name in set(SMALL) & set(arguments) - {"backbone"}:
         arguments[name] = SMALL[name]
@@ -55,7 +56,7 @@ def small(path, tmp_path):
     return recipe, written
 
 
-ONE_VIEW = (lc.NPID, lc.ExemplarCNN, lc.IJEPA, lc.CPC, lc.MAE, lc.SimMIM, lc.Data2Vec)
+ONE_VIEW = (lc.NPID, lc.ExemplarCNN, lc.IJEPA, lc.CPC, lc.MAE, lc.SimMIM, lc.Data2Vec, lc.BindModalities)
 TEXTS = (lc.CLIP, lc.SigLIP, lc.GLoRIA)  # take one view, and data with captions, which CIFAR-10 and ImageNet lack
 
 
@@ -89,8 +90,26 @@ OTHER_DATA = {
     "TemporalCPC": {"emoji"},
     "VJEPA": {"emoji"},
     "GLoRIA": {"chexpert", "emoji"},
+    "PairContrast": {"emoji"},
+    "BindModalities": {"emoji"},
 }
 """Data of the recipes of methods that do not train on images alone."""
+
+
+@pytest.mark.parametrize("name", ["pair_contrast_emoji", "bind_modalities_emoji"])
+def test_recipes_of_pairs_train_and_their_checkpoints_load(name, tmp_path, monkeypatch):
+    """GroupPairs with its source, and encoders and tokenizers by modality, come from the file."""
+    short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
+    cli = main(["fit", "--config", name, *CPU, *QUIET, *short, "--data.init_args.batch_size=16"])
+    assert type(cli.datamodule.source) is lc.data.EmojiDataModule
+    (path,) = tmp_path.rglob("*.ckpt")
+    loaded = type(cli.model).load_from_checkpoint(path).eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert_same_bits(loaded(images), cli.model.cpu().eval()(images))
+    if name == "bind_modalities_emoji":
+        assert loaded.encode("text", ["cat face", "sun"]).shape == (2, 128)
+        assert all(cli.trainer.callback_metrics[f"train/loss_{other}"] > 0 for other in ("fluent", "text"))
 
 
 def test_every_method_of_the_contrastive_family_has_three_recipes():

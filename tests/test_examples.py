@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -143,6 +145,82 @@ def test_wrong_captions(tmp_path):
     assert len(aurocs) == 2
     assert all(0.4 < value < 0.7 for value in aurocs)  # one epoch finds almost none
     assert 0 < results["calibration, seen things, other artist"]["ECE of all pairs"] < 0.1
+
+
+COMPOSED = runpy.run_path(str(ROOT / "examples" / "composed_scenes.py"))
+
+
+@pytest.mark.parametrize(
+    ("similarity", "text", "image"),
+    [
+        ([[0.9, 0.1], [0.2, 0.8]], 1, 1),
+        ([[0.1, 0.9], [0.8, 0.2]], 0, 0),
+        ([[0.5, 0.4], [0.9, 0.95]], 1, 0),  # the second image is preferred by both captions
+        ([[0.5, 0.9], [0.4, 0.95]], 0, 1),  # the second caption is preferred by both images
+        ([[0.5, 0.5], [0.5, 0.5]], 0, 0),  # ties are wrong
+    ],
+)
+def test_scores_of_composed_scenes_by_hand(similarity, text, image):
+    found = COMPOSED["winoground"](torch.tensor([similarity]))
+    assert found == {"text": text, "image": image, "group": text * image}
+
+
+def test_scores_of_composed_scenes_by_chance():
+    draws = torch.randn(100_000, 2, 2, generator=torch.Generator().manual_seed(0))
+    found = COMPOSED["winoground"](draws)
+    for name, chance in {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}.items():
+        assert abs(found[name] - chance) < 0.01, name
+
+
+class Squares:
+    """Scenes of a red and a blue square, the red one left in the first, and captions that say so."""
+
+    def masks(self, split):
+        masks = torch.zeros(2, 2, 16, 16, dtype=torch.bool)
+        for scene, left in enumerate((0, 1)):
+            masks[scene, left, 3:7, 1:5] = masks[scene, 1 - left, 5:8, 9:12] = True
+        return masks
+
+    def images(self, split):
+        images = torch.full((2, 3, 16, 16), 255, dtype=torch.uint8)
+        for image, pair in zip(images, self.masks(split), strict=True):
+            for mask, channel in zip(pair, (0, 2), strict=True):
+                image[:, mask] = 0
+                image[channel, mask] = 255
+        return images
+
+    def captions(self, split):
+        return ["red left of blue", "red right of blue"]
+
+    def swapped_captions(self, split):
+        return ["blue left of red", "blue right of red"]
+
+
+class Reader(torch.nn.Module):
+    """Knows from an image and from a caption on which side red is; the sign of the images' answer is given."""
+
+    def __init__(self, sign):
+        super().__init__()
+        self.sign = sign
+
+    def eval_transform(self, images):
+        return images.float() / 255
+
+    def encode_image(self, images):
+        columns = torch.arange(16.0)
+        red, blue = (((1 - images[:, other]).sum(1) * columns).sum(1) for other in (2, 0))  # what the other lacks
+        sizes = [(1 - images[:, other]).sum((1, 2)) for other in (2, 0)]
+        return self.sign * torch.sign(red / sizes[0] - blue / sizes[1])[:, None]
+
+    def encode_text(self, texts):
+        return torch.tensor([[-1.0 if ("left" in text) == text.startswith("red") else 1.0] for text in texts])
+
+
+@pytest.mark.parametrize(("sign", "score"), [(1, 1), (-1, 0)])
+def test_a_perfect_and_an_inverted_reader_of_scenes(sign, score):
+    reader = Reader(sign)
+    found = COMPOSED["scores"](reader, reader, Squares(), "train", 2)
+    assert found == {"text": score, "image": score, "group": score}
 
 
 @pytest.mark.slow

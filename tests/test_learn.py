@@ -16,8 +16,11 @@ def test_every_row_has_a_recipe_and_carries_its_seed():
     for row in rows:
         config = learn.settings_of(row, 7, None, [], "32-true")
         seeds = [c["init_args"]["seed"] for c in config["trainer"]["callbacks"] if c["class_path"] == "StepSeed"]
-        assert [config["seed_everything"], config["data"]["init_args"]["seed"], *seeds] == [7, 7, 7]
-        assert config["data"]["init_args"]["validation_fold"] is None
+        data = learn.data_arguments(config)
+        assert len(seeds) == 1
+        assert {config["seed_everything"], *seeds, *(arguments["seed"] for arguments in data)} == {7}
+        assert data[-1]["validation_fold"] is None
+        assert not any("validation_fold" in arguments for arguments in data[:-1])
         assert not {c["class_path"] for c in config["trainer"]["callbacks"]} & set(learn.PROBES)
 
 
@@ -63,11 +66,12 @@ def test_the_page_names_the_machine_of_each_row(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_trains_and_judges_the_frozen_features(monkeypatch):
+@pytest.mark.parametrize("name", ["triplet", "bind_modalities"])  # the images themselves, and a wrapper of them
+def test_a_run_trains_and_judges_the_frozen_features(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["learn"])
-    config = learn.settings_of("triplet", 0, 1, ["trainer.max_epochs=1", "model.init_args.warmup_epochs=0"], "32-true")
+    config = learn.settings_of(name, 0, 1, ["trainer.max_epochs=1", "model.init_args.warmup_epochs=0"], "32-true")
     config["trainer"]["limit_train_batches"] = 1
-    found = learn.run("triplet", 0, config)
+    found = learn.run(name, 0, config)
     assert found["epochs"] == 1
     assert all(0 < found[figure] <= 1 for figure in ("knn", "linear", "recall@1"))
     assert found["seconds"] > 0

@@ -1,6 +1,6 @@
 """Images in memory with a caption each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,9 +19,11 @@ class CaptionedImages(MemoryImages):
         captions: One caption per image, none of them empty.
         templates: Sentences with ``{}`` for the caption. The training order draws one per image and epoch; everything
             else uses the first.
+        columns: Further entries of a batch by name, one row for each image, ``(N, ...)``.
 
     Raises:
-        ValueError: If a caption is empty, their number is not N, or a template has no ``{}``.
+        ValueError: If a caption is empty, the number of captions or of rows of a column is not N, or a template has no
+            ``{}``.
         TypeError: If a caption is not a string.
     """
 
@@ -29,29 +31,33 @@ class CaptionedImages(MemoryImages):
     """The training order gives `SeededIndex`es, which draw the template."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, captions: Sequence[str], templates: Sequence[str] = ("{}",)
+        self,
+        images: Tensor,
+        labels: Tensor,
+        captions: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+        columns: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(images, labels, indices=True)
-        require(
-            len(captions) == len(images),
-            "captions",
-            f"have one for each of the {len(images)} images",
-            len(captions),
-            "Give one caption per image",
-        )
+        self.columns = dict(columns or {})
+        sizes = {"captions": len(captions)} | {name: len(column) for name, column in self.columns.items()}
+        for name, size in sizes.items():
+            rule = f"have one for each of the {len(images)} images"
+            require(size == len(images), name, rule, size, "Give one row per image")
         for position, caption in enumerate(captions):
             check_caption(caption, f"caption {position}")
         self.captions, self.templates = list(captions), check_templates(templates)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one image ``(C, H, W)``, its text, its label ``()`` and its position ``()``."""
+        """Return one image ``(C, H, W)``, its text, its label ``()``, its position ``()`` and its columns."""
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return the images ``(B, C, H, W)``, B texts, labels ``(B,)`` and positions ``(B,)`` of a batch."""
+        """Return the images ``(B, C, H, W)``, B texts, labels ``(B,)``, positions ``(B,)`` and columns of a batch."""
         images, labels, rows = super().__getitems__(indices)
         texts = [self._sentence(index).replace("{}", self.captions[int(index)]) for index in indices]
-        return {IMAGE_KEY: images, TEXT_KEY: texts, LABEL_KEY: labels, INDEX_KEY: rows}
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return columns | {IMAGE_KEY: images, TEXT_KEY: texts, LABEL_KEY: labels, INDEX_KEY: rows}
 
     def _sentence(self, index: int) -> str:
         return self.templates[getattr(index, "seed", 0) % len(self.templates)]

@@ -16,6 +16,7 @@ from lightning_contrast.data.in_memory import InMemoryDataModule, Split
 from lightning_contrast.data.loading import MemoryImages
 
 _COLORS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+_ARTISTS = ("noto", "fluent")
 _TEST_FOLD, _FOLDS = 0, 5
 
 
@@ -29,9 +30,9 @@ class EmojiDataModule(InMemoryDataModule):
     Images of a split are ordered: all of its emoji by Noto, then the same emoji by Fluent. Batches are
     ``(images, labels)``: uint8 ``(B, 3, 32, 32)`` and int64 ``(B,)``, the Unicode group; ``indices=True`` adds the
     position in the split, int64 ``(B,)``. ``captions=True`` yields dicts for image-text methods instead: "image",
-    "text" (a list of B strings), "label" and "index". `val_dataloader` yields the test set, unless
-    ``validation_fold`` holds out a part of the training set: tune with a fold, and report results on the test set
-    without one.
+    "text" (a list of B strings), "label", "index" and "artist" (0 is Noto, 1 Fluent). `val_dataloader` yields
+    the test set, unless ``validation_fold`` holds out a part of the training set: tune with a fold, and report results
+    on the test set without one.
 
     Example:
         >>> data = EmojiDataModule()
@@ -90,7 +91,7 @@ class EmojiDataModule(InMemoryDataModule):
         self.templates = check_templates(templates)
         plain = captions or self.templates == ("{}",)
         require(plain, "templates", "be left out without captions", self.templates, "Set `captions=True`")
-        check_choice("artist", artist, (None, "noto", "fluent"))
+        check_choice("artist", artist, (None, *_ARTISTS))
         self.artist, self._with_captions = artist, captions
         folds = range(1, _FOLDS)
         ok = validation_fold is None or (type(validation_fold) is int and validation_fold in folds)
@@ -153,7 +154,11 @@ class EmojiDataModule(InMemoryDataModule):
         """
         if not self._with_captions:
             return super().make_dataset(split)
-        return CaptionedImages(*self.read(split), self.captions(split), self.templates)
+        images, labels = self.read(split)
+        artist = torch.arange(len(images)) // len(self.things(split))  # all Noto, then all Fluent
+        if split == "train" and self.artist is not None:
+            artist = torch.full_like(artist, _ARTISTS.index(self.artist))
+        return CaptionedImages(images, labels, self.captions(split), self.templates, {"artist": artist})
 
     def read(self, split: Split) -> tuple[Tensor, Tensor]:
         """Return the images of a split on the background, ``(2T, 3, 32, 32)`` uint8, and its labels ``(2T,)`` int64.
@@ -164,7 +169,7 @@ class EmojiDataModule(InMemoryDataModule):
         images, labels = self._draw(split)
         if split != "train" or self.artist is None:
             return images, labels
-        place = 0 if self.artist == "noto" else 1
+        place = _ARTISTS.index(self.artist)
         return images.chunk(2)[place], labels.chunk(2)[place]
 
     def _draw(self, split: Split) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_contrast._checks import check_not_negative, fail, require
-from lightning_contrast.contracts import IMAGE_KEY, LABEL_KEY
+from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY, LABEL_KEY
 from lightning_contrast.data._position import RemembersPosition
-from lightning_contrast.data.loading import MemoryImages, ResumableLoader, as_is, check_loading, make_loader
+from lightning_contrast.data.loading import (
+    MemoryImages,
+    ResumableLoader,
+    SeededIndex,
+    as_is,
+    check_loading,
+    make_loader,
+)
 
 Key: TypeAlias = str | int | Callable[[Any], Any] | Sequence[Any] | Tensor
 """Where the group of an item is: a key or position in it, a function of it, or a value for each item of the set."""
@@ -25,9 +32,10 @@ class GroupPairs(RemembersPosition, L.LightningDataModule):
     other items of its group by (seed, epoch, item), so a resumed run continues exactly. Batches are
     ``([a, b], labels, groups)``: the items ``(B, ...)`` as the dataset yields them, the label of a (-1 without labels),
     int64 ``(B,)``, and the number of the group, int64 ``(B,)``, which stands where other loaders have the index: with
-    ``mask_same="index"`` pairs of one group are not negatives of each other. Items whose group is None or below 0, and
-    those without a partner, are left out of the training, with one warning that counts them. Evaluation loaders are
-    those of ``source``, if it is a data module.
+    ``mask_same="index"`` pairs of one group are not negatives of each other. Of a dataset of dicts, batches are
+    dicts: ``[a, b]`` as "image", "label", the group as "index", and the other entries of the items a. Items whose group
+    is None or below 0, and those without a partner, are left out of the training, with one warning that counts them.
+    Evaluation loaders are those of ``source``, if it is a data module.
 
     Example:
         >>> emoji = EmojiDataModule()
@@ -57,7 +65,7 @@ class GroupPairs(RemembersPosition, L.LightningDataModule):
 
     def __init__(
         self,
-        source: Any,
+        source: L.LightningDataModule | Dataset[Any],
         *,
         key: Key = LABEL_KEY,
         role: Key | None = None,
@@ -98,7 +106,8 @@ class GroupPairs(RemembersPosition, L.LightningDataModule):
             ValueError: If no group has two items.
         """
         if self._pairs is None:
-            items = self.source.dataset("train") if callable(getattr(self.source, "dataset", None)) else self.source
+            dataset: Any = getattr(self.source, "dataset", None)
+            items = dataset("train") if callable(dataset) else self.source
             self._pairs = _PairDataset(items, *_partners(items, self.key, self.role), self.seed)
         return self._pairs
 
@@ -124,6 +133,10 @@ class GroupPairs(RemembersPosition, L.LightningDataModule):
         """Return the source's test loader; none for a bare dataset."""
         return self.source.test_dataloader() if isinstance(self.source, L.LightningDataModule) else []
 
+    def predict_dataloader(self) -> "DataLoader[Any] | list[Any]":
+        """Return the source's loader for prediction; none for a bare dataset."""
+        return self.source.predict_dataloader() if isinstance(self.source, L.LightningDataModule) else []
+
 
 class _PairDataset(Dataset[Any]):
     """Pairs of two items of a group; the partner is drawn by the seed of the index."""
@@ -145,21 +158,27 @@ class _PairDataset(Dataset[Any]):
         return int(others[torch.randint(len(others), (), generator=generator)])
 
     def __getitem__(self, index: int) -> Any:
-        """Return ``([a, b], label, group)`` of one pair."""
-        if self.in_memory:
-            (a, b), labels, groups = self.__getitems__([index])
-            return [a[0], b[0]], labels[0], groups[0]
+        """Return ``([a, b], label, group)`` of one pair, or a dict of them."""
         one, other = self.items[int(self.first[index])], self.items[self._partner(index)]
         label = _label(one)
-        return [_item(one), _item(other)], -1 if label is None else int(label), int(self.groups[index])
+        return _pair(one, [_item(one), _item(other)], -1 if label is None else int(label), int(self.groups[index]))
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return the pairs of a batch: of images in memory as one batch, else a list to collate."""
         if not self.in_memory:
             return [self[index] for index in indices]
-        rows, partners = self.first[list(indices)], torch.tensor([self._partner(index) for index in indices])
-        images = self.items.images
-        return [images[rows], images[partners]], self.items.labels[rows], self.groups[list(indices)]
+        rows = [SeededIndex(int(self.first[index]), getattr(index, "seed", self.seed)) for index in indices]
+        partners = torch.tensor([self._partner(index) for index in indices])
+        first = self.items.__getitems__(rows)
+        views = [_item(first), self.items.images[partners]]
+        return _pair(first, views, self.items.labels[torch.tensor(rows)], self.groups[list(indices)])
+
+
+def _pair(record: Any, views: list[Any], label: Any, group: Any) -> Any:
+    """Return a pair, or a batch of pairs, in the layout of a record, or a batch, of items a."""
+    if isinstance(record, Mapping):
+        return {**record, IMAGE_KEY: views, LABEL_KEY: label, INDEX_KEY: group}
+    return views, label, group
 
 
 def _item(record: Any) -> Any:

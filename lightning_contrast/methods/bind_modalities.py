@@ -11,24 +11,27 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_choice, fail, require
+from lightning_contrast._checks import check_captions, check_choice, fail, require
 from lightning_contrast.augment import simclr_views
 from lightning_contrast.losses import clip_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import Norm, build_backbone, build_head
+from lightning_contrast.nn.byte_tokenizer import Tokenizer
 from lightning_contrast.nn.temperature import LearnedTemperature
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows, upcast
 from lightning_contrast.runtime.aligned_items import check_absence, no_rows, require_modalities
+from lightning_contrast.runtime.frozen_parts import FrozenParts
 from lightning_contrast.runtime.method_options import MethodOptions
 
 
-class BindModalities(SelfSupervisedModule):
+class BindModalities(FrozenParts, SelfSupervisedModule):
     """Contrast each modality with the anchor; two others meet through it, without a pair of them.
 
     A batch is a dict with the anchor and at least one other modality by name, each with one row per sample; or a list
-    of tensors in the order of ``encoders`` (also as ``([...], labels, index)``). A modality that a batch lacks, or has
+    of tensors in the order of ``encoders`` (also as ``([...], labels, index)``). A list of tensors under "image" holds
+    the first modalities in that order, if none is named "image". A modality that a batch lacks, or has
     as None, adds nothing to the loss of that step, so that datasets of different pairs can be mixed; a loss is the mean
     over the modalities present. If only some ranks lack one, its loss is over the rows of the others, as in one process
     (not with SyncBatchNorm or FSDP). If all ranks do, its encoder gets no gradient, and DDP needs
@@ -46,6 +49,8 @@ class BindModalities(SelfSupervisedModule):
         hidden_dim: Width of the heads' hidden layer.
         head_norm: Norm of the heads' hidden layer, "batch", "layer" or None.
         frozen: Modalities whose encoders are not trained and stay in evaluation mode; their heads are trained.
+        tokenizers: For modalities that batches hold as lists of B str, a function of them that returns int64 tokens
+            (B, L) for the encoder.
         mask_same: Samples with the same "label" or "index" are not negatives of each other.
         optimizer: "adamw", "sgd", "lars", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is 0.001 x global batch / 256.
@@ -72,6 +77,7 @@ class BindModalities(SelfSupervisedModule):
         hidden_dim: int = 512,
         head_norm: Norm = "batch",
         frozen: Sequence[str] = (),
+        tokenizers: Mapping[str, Tokenizer] | None = None,
         mask_same: SameImages | None = None,
         optimizer: OptimizerLike = "adamw",
         lr: float | None = None,
@@ -115,15 +121,20 @@ class BindModalities(SelfSupervisedModule):
             ok = value is None or (isinstance(value, int | float) and value > 0)
             require(ok, "temperature", "be > 0, or None for a learned one", value, "Give a number above 0")
             setattr(self, f"temperature_{name}", LearnedTemperature() if value is None else value)
-        self.frozen = tuple(frozen)
-        for name in self.frozen:
+        self.tokenizers = dict(tokenizers or {})
+        for name, tokenizer in self.tokenizers.items():
+            check_choice("tokenizers", name, self.modalities)
+            hint = "Give functions of a list of str that return int64 tokens (B, L)"
+            require(callable(tokenizer), "tokenizers", "be callable", type(tokenizer).__name__, hint)
+        for name in frozen:
             check_choice("frozen", name, self.modalities)
-            self.encoder(name).requires_grad_(False).eval()
+            self.freeze_parts("backbone" if name == anchor else f"encoder_{name}")
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Return the mean over the present modalities of their loss with the anchor, and the features (B, F)."""
         items, ranks = require_modalities(batch, self.modalities, self.anchor, self.device)
+        items = {name: self.tokenize(name, item) for name, item in items.items()}
         check_absence(ranks, self)
         groups = sample_ids(batch, self.mask_same, "BindModalities")  # (B,)
         features = self.backbone(items[self.anchor])  # (B, F)
@@ -147,21 +158,21 @@ class BindModalities(SelfSupervisedModule):
         check_choice("name", name, self.modalities)
         return self.backbone if name == self.anchor else getattr(self, f"encoder_{name}")
 
-    def encode(self, name: str, items: Any) -> Tensor:
-        """Return the embeddings (B, D) of items (B, ...) of a modality, unit rows."""
-        return unit_rows(getattr(self, f"projector_{name}")(self.encoder(name)(items)))
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of strings it would compile one step per batch
+    def tokenize(self, name: str, items: Any) -> Any:
+        """Return the tokens (B, L) of B str of a modality with a tokenizer; other items unchanged."""
+        if name not in self.tokenizers or isinstance(items, Tensor):
+            return items
+        return self.tokenizers[name](check_captions(items)).to(self.device, non_blocking=True)
 
-    def train(self, mode: bool = True) -> "BindModalities":
-        """Set the training mode; frozen encoders stay in evaluation mode."""
-        super().train(mode)
-        for name in getattr(self, "frozen", ()):
-            self.encoder(name).eval()
-        return self
+    def encode(self, name: str, items: Any) -> Tensor:
+        """Return the embeddings (B, D) of items (B, ...), or of B texts, of a modality, unit rows."""
+        return unit_rows(getattr(self, f"projector_{name}")(self.encoder(name)(self.tokenize(name, items))))
 
     def images(self, batch: Any) -> Any:
         """Return the anchor's items (B, ...) of an evaluation batch: by its name, else the images."""
         named = isinstance(batch, Mapping) and self.anchor in batch
-        return batch[self.anchor] if named else super().images(batch)
+        return self.tokenize(self.anchor, batch[self.anchor]) if named else super().images(batch)
 
     @property
     def cached_modules(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from lightning_contrast.losses import gloria_global_loss, gloria_local_loss, reg
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, check_mask_same, sample_ids
 from lightning_contrast.nn import ByteTokenizer, RegionMaps, TextTransformer, read_feature_dim
+from lightning_contrast.nn.byte_tokenizer import Tokenizer
 from lightning_contrast.nn.region_maps import byte_words, token_words, word_vectors
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision, unit_rows
@@ -87,7 +88,7 @@ class GLoRIA(SelfSupervisedModule):
         embedding_dim: int = 128,
         region_layer: str | None = None,
         region_dim: int | None = None,
-        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        tokenizer: Tokenizer | None = None,
         context_length: int = 97,
         text_kwargs: Mapping[str, int] | None = None,
         word_ids: Callable[[Tensor], Tensor] | None = None,
@@ -114,9 +115,7 @@ class GLoRIA(SelfSupervisedModule):
             check_positive(name, scale)
         self.scales, self.pieces, self.mask_same = scales, pieces, check_mask_same(mask_same)
         self.local_weight, self.global_weight = local_weight, global_weight
-        self.tokenizer: Callable[[list[str]], Tensor] = (
-            ByteTokenizer(context_length) if tokenizer is None else tokenizer
-        )
+        self.tokenizer: Tokenizer = ByteTokenizer(context_length) if tokenizer is None else tokenizer
         self.word_ids = byte_words if word_ids is None and isinstance(self.tokenizer, ByteTokenizer) else word_ids
         self.text_backbone = text_backbone or _small_tower(self.tokenizer, context_length, embedding_dim, text_kwargs)
         if not callable(getattr(self.text_backbone, "forward_tokens", None)):
@@ -158,9 +157,8 @@ class GLoRIA(SelfSupervisedModule):
 
     def tokenize(self, texts: list[str] | Tensor) -> Tensor:
         """Return the tokens of B texts, int64 (B, L), on the module's device; tokens are only moved there."""
-        if not isinstance(texts, Tensor):
-            texts = self.tokenizer(check_captions(texts))
-        return texts.to(self.device, non_blocking=True)
+        tokens = texts if isinstance(texts, Tensor) else self.tokenizer(check_captions(texts))
+        return tokens.to(self.device, non_blocking=True)
 
     def batch_texts(self, batch: Any) -> list[str] | Tensor:
         """Return the texts of a training batch: B str, or int64 tokens (B, L)."""

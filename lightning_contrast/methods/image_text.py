@@ -1,6 +1,6 @@
 """Base class of the methods that contrast images with texts: towers, projections, texts, and open_clip's models."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, Unpack
 
 import torch
@@ -13,17 +13,18 @@ from lightning_contrast.contracts import batch_texts
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, sample_ids
 from lightning_contrast.nn import ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
+from lightning_contrast.nn.byte_tokenizer import Tokenizer
 from lightning_contrast.nn.open_clip_towers import OpenClipTokenizer, open_clip_parts
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
+from lightning_contrast.runtime.frozen_parts import FrozenParts
 from lightning_contrast.runtime.fsdp import strategy_module
 from lightning_contrast.runtime.method_options import MethodOptions
 
-Tokenizer = Callable[[list[str]], Tensor]
 _SMALL = {"width": 128, "layers": 3, "heads": 2}  # 64 channels per head, as published
 
 
-class ImageTextModule(SelfSupervisedModule):
+class ImageTextModule(FrozenParts, SelfSupervisedModule):
     """Two towers, their projections to a common space, and the learned scale of their similarities.
 
     A batch holds images (B, C, H, W) and texts: ``(images, texts)``, or a dict with "image" and "text". Texts are a
@@ -104,20 +105,8 @@ class ImageTextModule(SelfSupervisedModule):
         self.text_projection: nn.Module = _projection(read_feature_dim(tower), embedding_dim)
         self.logit_scale = LogitScale(logit_scale, max_logit_scale)
         if locked_image:
-            self.backbone.requires_grad_(False)
+            self.freeze_parts("backbone")
         self.save_hyperparameters()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keep a locked backbone in eval mode; Lightning warns if it is so before the run."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self.locked_image and self.backbone.training:
-            self.backbone.eval()
-
-    def on_train_end(self) -> None:
-        """Put a locked backbone into the mode of the module."""
-        super().on_train_end()
-        if self.locked_image:
-            self.backbone.train(self.training)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Return the embeddings of images (B, C, H, W), unit rows (B, D)."""
@@ -134,9 +123,8 @@ class ImageTextModule(SelfSupervisedModule):
 
     def tokenize(self, texts: list[str] | Tensor) -> Tensor:
         """Return the tokens of B texts, int64 (B, L), on the module's device; tokens are only moved there."""
-        if not isinstance(texts, Tensor):
-            texts = self.tokenizer(check_captions(texts))
-        return texts.to(self.device, non_blocking=True)
+        tokens = texts if isinstance(texts, Tensor) else self.tokenizer(check_captions(texts))
+        return tokens.to(self.device, non_blocking=True)
 
     def batch_texts(self, batch: Any) -> list[str] | Tensor:
         """Return the texts of a training batch: B str, or int64 tokens (B, L)."""
@@ -154,8 +142,7 @@ class ImageTextModule(SelfSupervisedModule):
         """Return the loss of a batch of images and texts, and features (B, F)."""
         (images,) = self.batch_views(batch, count=1)
         tokens = self.batch_tokens(batch, len(images))  # (B, L)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked_image):
-            features = self.backbone(images)  # (B, F)
+        features = self.backbone(images)  # (B, F)
         image = self.image_projection(features)  # (B, D)
         text = self.text_projection(self.text_backbone(tokens))  # (B, D)
         loss = self.pair_loss(image, text, self.groups(batch, tokens))

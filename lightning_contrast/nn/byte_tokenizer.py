@@ -1,6 +1,8 @@
 """UTF-8 bytes as tokens: a tokenizer without a vocabulary file."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -8,6 +10,10 @@ from torch import Tensor
 from lightning_contrast._checks import check_at_least, check_captions
 
 START, END = 257, 258
+
+Tokenizer: TypeAlias = Callable[[list[str]], Any]
+"""A function of a list of B str that returns int64 tokens (B, L). Any: LightningCLI would take a class named for a
+function that returns a Tensor as that function, and build no instance of it."""
 
 
 class CutTexts:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_batch, fail, require
-from lightning_contrast.contracts import split_batch
+from lightning_contrast.contracts import IMAGE_KEY, split_batch
 from lightning_contrast.sharding import is_fsdp1_shard
 
 
@@ -79,7 +79,8 @@ def require_modalities(
 
     Args:
         batch: A dict with modalities ``(B, ...)`` by name, or a sequence of them in the order of ``names`` (also as its
-            first entry); a modality that is left out or None is absent.
+            first entry); a modality that is left out or None is absent. A list under "image", which is not one of
+            them, holds the first of ``names``.
         names: All modalities.
         anchor: The one that no batch may lack.
         device: Device on which the process group communicates.
@@ -145,7 +146,17 @@ def no_rows(like: Tensor, *networks: nn.Module) -> Tensor:
 
 def _by_name(batch: Any, names: Sequence[str]) -> dict[str, Any]:
     if isinstance(batch, Mapping):
-        return {name: batch[name] for name in names if batch.get(name) is not None}
+        found = {name: batch[name] for name in names if batch.get(name) is not None}
+        views = batch.get(IMAGE_KEY) if IMAGE_KEY not in names else None
+        if not isinstance(views, list | tuple):
+            return found
+        first = names[: len(views)]
+        hint = "Yield each modality once: by its name, or in the list of images in the order of `encoders`"
+        ok = len(views) <= len(names) and not found.keys() & set(first)
+        require(
+            ok, "batch", f"hold modalities in {IMAGE_KEY!r} that it does not name", f"{len(views)}, {[*found]}", hint
+        )
+        return dict(zip(first, views, strict=True)) | found
     nested = isinstance(batch, list | tuple) and len(batch) > 0 and isinstance(batch[0], list | tuple)
     views = batch[0] if nested else batch
     ok = isinstance(views, list | tuple) and len(views) == len(names)

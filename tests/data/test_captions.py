@@ -11,10 +11,13 @@ def test_batches_hold_images_texts_labels_and_positions_that_belong_together():
     data = EmojiDataModule(16, captions=True)
     for loader, split in ((data.train_dataloader(), "train"), (data.val_dataloader(), "val")):
         batch = next(iter(loader))
-        assert set(batch) == {"image", "text", "label", "index"}
+        assert set(batch) == {"image", "text", "label", "index", "artist"}
         rows = batch["index"]
         assert torch.equal(batch["image"], data.images(split)[rows])
         assert torch.equal(batch["label"], data.labels(split)[rows])
+        for place, drawings in enumerate(data.artists(split)):
+            own = batch["artist"] == place
+            assert torch.equal(batch["image"][own], drawings[rows[own] - place * len(drawings)])
         assert batch["text"] == [data.captions(split)[row] for row in rows.tolist()]
         assert rows.shape == (16,)
     assert "kissing cat" in data.captions("train")
@@ -27,6 +30,7 @@ def test_one_artist_trains_on_one_drawing_per_thing():
         assert torch.equal(data.images("train"), both.artists("train")[place])
         assert len(data.captions("train")) == len(data.labels("train")) == len(set(data.captions("train"))) == 1246
         assert torch.equal(data.images("test"), both.images("test"))
+        assert set(next(iter(data.train_dataloader()))["artist"].tolist()) == {place}
         assert all(torch.equal(*pair) for pair in zip(data.artists("train"), both.artists("train"), strict=True))
 
 
@@ -58,5 +62,7 @@ def test_bad_input_is_named():
         CaptionedImages(images, labels, ["cat", " "])
     with pytest.raises(TypeError, match="`caption 0` must be a string, got 'float'"):
         CaptionedImages(images, labels, [float("nan"), "cat"])
+    with pytest.raises(ValueError, match="`artist` must have one for each of the 2 images, got 3"):
+        CaptionedImages(images, labels, ["cat", "dog"], columns={"artist": torch.zeros(3)})
     with pytest.raises(ValueError, match="`captions` must have one for each of the 2 images, got 1"):
         CaptionedImages(images, labels, ["cat"])

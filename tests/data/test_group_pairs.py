@@ -42,7 +42,8 @@ def read(pairs, epoch=0):
     """Return the rows of a and b, the labels and the groups of an epoch."""
     loader = pairs.train_dataloader()
     loader.sampler.set_epoch(epoch)
-    batches = [([a.flatten(1)[:, 0].long(), b.flatten(1)[:, 0].long()], *rest) for (a, b), *rest in loader]
+    tuples = [[b["image"], b["label"], b["index"]] if isinstance(b, dict) else b for b in loader]
+    batches = [([a.flatten(1)[:, 0].long(), b.flatten(1)[:, 0].long()], *rest) for (a, b), *rest in tuples]
     return [torch.cat(parts).tolist() for parts in zip(*([*views, *rest] for views, *rest in batches), strict=True)]
 
 
@@ -102,6 +103,24 @@ def test_the_drawings_of_two_artists():
     assert torch.equal(b, fluent[groups])
     assert torch.equal(labels, emoji.labels("train")[groups])
     assert torch.equal(pairs.val_dataloader().dataset.images, emoji.images("val"))
+
+
+def test_dicts_keep_the_other_entries_of_the_first_item():
+    emoji = EmojiDataModule(captions=True, templates=["{}", "a drawing of {}"])
+    pairs = GroupPairs(emoji, key="text", role="artist", batch_size=1246)
+    batch = next(iter(pairs.train_dataloader()))
+    groups, names = batch["index"], emoji.captions("train")
+    assert set(batch) == {"image", "text", "label", "index", "artist"}
+    assert all(
+        torch.equal(*pair) for pair in zip(batch["image"], [d[groups] for d in emoji.artists("train")], strict=True)
+    )
+    assert torch.equal(batch["label"], emoji.labels("train")[groups])
+    assert batch["artist"].tolist() == [0] * 1246
+    assert [text.removeprefix("a drawing of ") for text in batch["text"]] == [names[row] for row in groups.tolist()]
+    assert 0.4 < sum(text.startswith("a drawing") for text in batch["text"]) / 1246 < 0.6
+    batch = next(iter(GroupPairs(Records(as_dict=True), key="eye", batch_size=2).train_dataloader()))
+    patients = [f"p{row % 3}" for row in batch["image"][0][:, 0].long().tolist()]
+    assert batch["patient"] == patients
 
 
 class Policy(torch.nn.Module):

@@ -40,6 +40,35 @@ def test_layouts_give_the_same_loss():
         assert_same_bits(loss, found[0])
 
 
+def test_the_list_of_images_holds_the_first_modalities():
+    found = []
+    for batch in (
+        {"color": IMAGE, "depth": DEPTH, "text": TEXT},
+        {"image": [IMAGE, DEPTH], "text": TEXT},
+        {"image": [IMAGE], "depth": DEPTH, "text": TEXT},
+    ):
+        torch.manual_seed(0)
+        encoders = {"color": TinyBackbone(), "depth": TinyBackbone(), "text": Vectors()}
+        found.append(run_step(lc.BindModalities(encoders, "color", **SMALL), batch)["loss"])
+    assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
+    for batch in ({"image": [IMAGE, DEPTH], "depth": DEPTH}, {"image": [IMAGE] * 4}):
+        with pytest.raises(ValueError, match="`batch` must hold modalities in 'image' that it does not name"):
+            run_step(lc.BindModalities(encoders, "color", **SMALL), batch)
+
+
+def test_a_tokenizer_turns_texts_into_tokens():
+    tokenizer, words = lc.nn.NGramTokenizer(100), ["cat", "dog", "sun", "red cat", "moon", "tree"]
+    torch.manual_seed(0)
+    encoders = {"image": TinyBackbone(), "text": lc.nn.NGramTower(100, 8, dropout=0.0)}
+    module = lc.BindModalities(encoders, tokenizers={"text": tokenizer}, **SMALL)
+    given = [run_step(module, {"image": IMAGE, "text": texts})["loss"] for texts in (words, tokenizer(words))]
+    assert_same_bits(*given)
+    assert_same_bits(module.encode("text", words), module.encode("text", tokenizer(words)))
+    with pytest.raises(ValueError, match="must not be empty"):
+        module.encode("text", ["cat", ""])
+
+
 @pytest.mark.parametrize("absent", [{}, {"text": None}])
 def test_an_absent_modality_adds_nothing_and_gets_no_gradient(absent):
     module = model()
@@ -56,6 +85,8 @@ def test_frozen_encoders_stay_in_evaluation_mode_and_their_heads_are_trained():
     module = model(frozen=["image"]).train()
     assert not module.backbone.training
     assert module.encoder("depth").training
+    held = {parameter for group in module.parameter_groups() for parameter in group["params"]}
+    assert not held & set(module.backbone.parameters())
     run_step(module, BATCH)["loss"].backward()
     assert all(parameter.grad is None for parameter in module.backbone.parameters())
     assert all(parameter.grad is not None for parameter in module.projector_image.parameters())
@@ -114,6 +145,8 @@ def test_refused_batches(batch, text):
         ({"temperature": {"image": 0.1}}, "`temperature` must be one of 'depth', 'text'"),
         ({"temperature": -1.0}, "`temperature` must be > 0"),
         ({"frozen": ["sound"]}, "`frozen` must be one of"),
+        ({"tokenizers": {"sound": str.split}}, "`tokenizers` must be one of"),
+        ({"tokenizers": {"text": "words"}}, "`tokenizers` must be callable"),
     ],
 )
 def test_refused_arguments(settings, text):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
 from lightning_contrast.losses.image_text import naive_clip_loss, naive_siglip_loss
@@ -18,7 +19,7 @@ from lightning_contrast.methods.image_text import text_ids
 from tests.methods.cases import TEXTS, TinyBackbone
 from tests.methods.matrix_runs import run
 from tests.methods.test_contract import gradients, run_step
-from tests.tolerances import CANCELLING, FORMULA, assert_same_bits, f32, f64, near
+from tests.tolerances import CANCELLING, FORMULA, NETWORK, assert_same_bits, f32, f64, near
 
 WORDS = ["a red cat", "a dog", "a red cat", "the sun", "Öl", "two birds"]
 both = pytest.mark.parametrize("method", [lc.CLIP, lc.SigLIP])
@@ -100,11 +101,29 @@ def test_the_scale_is_clamped_after_every_optimizer_step(maximum):
 def test_a_locked_image_tower_does_not_change_and_its_projection_does():
     module = lc.CLIP(TinyBackbone(norm=True), locked_image=True, warmup_epochs=0, **TEXTS)
     before = copy.deepcopy(module.state_dict())
+    assert module.training
+    assert not any(part.training for part in module.backbone.modules())
     run(module, [[images(), torch.randint(1, 200, (6, 8))]] * 2)
     changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
     assert not any(name.startswith("backbone.") for name in changed)
     assert {"image_projection.weight", "text_projection.weight", "logit_scale.log_scale"} <= changed
     assert all(not name.startswith("backbone.") for name, p in module.named_parameters() if p.requires_grad)
+    held = {parameter for group in module.parameter_groups() for parameter in group["params"]}
+    assert not held & set(module.backbone.parameters())
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_lightning_warns_of_eval_mode_only_where_it_was_not_asked_for(other):
+    module = lc.CLIP(TinyBackbone(norm=True), locked_image=True, warmup_epochs=0, **TEXTS)
+    if other:
+        module.text_backbone.eval()
+    loader = DataLoader([[images(), torch.randint(1, 200, (6, 8))]] * 2, batch_size=None)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        L.Trainer(max_steps=1, enable_model_summary=False, **quiet).fit(module, loader)
+    assert any("in eval mode at the start of training" in str(warning.message) for warning in found) == other
+    assert not module.backbone.training
 
 
 def test_frozen_parts_stay_out_of_the_optimizer():
@@ -355,6 +374,19 @@ def test_both_towers_are_exported(method, tmp_path):
     for path, given, embeddings in zip(paths, (pictures, tokens), expected, strict=True):
         torch.testing.assert_close(exported(path, given), embeddings, **f32(FORMULA))  # 1e-5
     assert tokens.shape[1] < module.text_backbone.context_length
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", *(pytest.param(n, marks=pytest.mark.slow) for n in [*KINDS][1:])])
+def test_open_clips_towers_are_exported(name, tiny_open_clip, tmp_path):
+    module = KINDS[name][0].from_open_clip(name).eval()
+    paths = lc.evaluation.export_towers(module, tmp_path, input_spec={"size": 32, "mean": None, "std": None})
+    pictures, tokens = torch.rand(6, 3, 32, 32), module.tokenizer(WORDS)
+    with torch.no_grad():
+        expected = [module.encode_image(pictures), module.encode_text(WORDS)]
+    for path, given, embeddings in zip(paths, (pictures, tokens), expected, strict=True):
+        torch.testing.assert_close(
+            exported(path, given), embeddings, **f32(NETWORK)
+        )  # 1.2e-4; `export_towers` checks 1e-4
 
 
 def test_what_has_no_towers_or_sizes_is_not_exported(tmp_path):
