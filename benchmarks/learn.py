@@ -34,6 +34,7 @@ TRAINED = ("rotation", "supervised")
 RANDOM = {
     "random convnet": "simclr",
     "random ViT": "dino",
+    "random ViT of DINOv3": "dinov3",
     "random ViT, mean of patches": "ijepa",
     "random ViT, registers": "dinov2",
     "random video convnet, on clips": "temporal_contrast",

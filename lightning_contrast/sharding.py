@@ -1,4 +1,4 @@
-"""Norms and trust ratios of full tensors computed from the shards of each rank."""
+"""Names of wrapped tensors; norms and trust ratios of full tensors computed from the shards of each rank."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "clean_name",
     "is_fsdp1_shard",
     "local",
     "local_gradient",
@@ -16,7 +17,17 @@ __all__ = [
     "trust_ratios",
 ]
 
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _Groups: TypeAlias = tuple[Any, ...]
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a tensor or module without what FSDP, torch.compile and activation checkpointing insert.
+
+    Args:
+        name: A name as `named_parameters`, `named_buffers` or `named_modules` of ``torch.nn`` gives it.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def test_a_recipe_is_planned_for_a_run_that_is_shorter_than_its_warmup(name, sho
     written, given = narrow(PATHS[name], tmp_path)
     options = [*CPU, *QUIET, f"--trainer.default_root_dir={tmp_path}", f"--trainer.{short}"]
     cli = main(["--config", str(written), *options], run=False)
-    if short.startswith("fast_dev_run") or given["warmup_epochs"] in (None, 0):
+    if short.startswith("fast_dev_run") or given.get("warmup_epochs") in (None, 0):
         assert planned(cli, SOURCES[name])
     else:
         with pytest.raises(ValueError, match=r"`warmup_epochs` must fit into the \d+ steps of the run, got '\d+ epo"):

@@ -8,21 +8,23 @@ is made. `lightning_contrast.augment.fused` has the operations of which policies
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
 from lightning_contrast.augment.located_view import LocatedView, cell_locations
 from lightning_contrast.augment.multi_crop import (
-    cpc_views,
-    data2vec_views,
     dino_views,
     dinov2_views,
-    gloria_views,
-    ijepa_views,
-    image_text_views,
     lejepa_views,
-    mae_views,
     msn_views,
-    simmim_views,
     swav_views,
     visreg_views,
 )
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
+from lightning_contrast.augment.single_view import (
+    cpc_views,
+    data2vec_views,
+    gloria_views,
+    ijepa_views,
+    image_text_views,
+    mae_views,
+    simmim_views,
+)
 from lightning_contrast.augment.two_view import (
     align_uniform_views,
     barlow_twins_views,

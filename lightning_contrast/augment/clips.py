@@ -268,6 +268,7 @@ def vjepa_views(
     stride: int = 4,
     scale: tuple[float, float] = (0.3, 1.0),
     flip: float = 0.5,
+    backend: Backend = None,
 ) -> ClipPolicy:
     """Return V-JEPA's single clip of a video, with one crop for all frames.
 
@@ -283,6 +284,7 @@ def vjepa_views(
         stride: Distance of the frames, >= 1.
         scale: Range of the crop's share of the image area.
         flip: Probability of a horizontal flip, in [0, 1]; 0 where left and right differ.
+        backend: As in `clip_views`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -290,5 +292,5 @@ def vjepa_views(
     check_at_least("frames", frames, 1)
     check_at_least("stride", stride, 1)
     spec = ViewSpec(size, scale, jitter_p=0.0, gray_p=0.0, flip=flip, ratio=(0.75, 1.35))
-    images = make_policy([spec], mean=mean, std=std)
+    images = make_policy([spec], mean=mean, std=std, backend=backend)
     return ClipPolicy(images, frames=frames, stride=stride, local_clips=0, consistent=True)

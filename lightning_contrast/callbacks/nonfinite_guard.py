@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice
-from lightning_contrast.nn.ema import clean_name
 from lightning_contrast.runtime.optimizer_steps import clear_skipped, mark_skipped
+from lightning_contrast.sharding import clean_name
 
 _RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

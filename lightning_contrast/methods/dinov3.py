@@ -4,7 +4,7 @@ Paper: https://arxiv.org/abs/2508.10104.
 Reference implementation: facebookresearch/dinov3, sizes of its ImageNet-1k configuration.
 Differs from it: the Gram teacher sees the student's own global views, not the same crops at a higher resolution and
 without color distortion; its loss has no warm-up; last layers are weight-normalized as in DINOv2; gradients are clipped
-per parameter; rotary positions are not augmented; no second stage at a high resolution; FSDP does not equal DDP yet.
+per parameter; rotary positions are not augmented; no second stage at a high resolution.
 """
 
 from typing import Any, ClassVar, Unpack
@@ -26,22 +26,22 @@ from lightning_contrast.losses import dino_loss, gram_loss, koleo_loss, masked_p
 from lightning_contrast.methods.distillation import DistillationModule
 from lightning_contrast.metrics.teacher import teacher_statistics
 from lightning_contrast.nn import HeadOptions, MaskedViT, build_head, build_masked_backbone
-from lightning_contrast.nn.ema_sharded import Averager
+from lightning_contrast.nn.ema_sharded import copy_weights
 from lightning_contrast.nn.masking import dinov2_masks, draw_masks, gather, join_globals
 from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
 from lightning_contrast.optim.layer_decay import split_by_rate
+from lightning_contrast.runtime.fsdp import full_weights
 from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 
 class DINOv3(DistillationModule):
     """Distill an EMA teacher as in DINOv2, and keep the similarities of the patches near those of an earlier teacher.
 
-    A batch holds two global views (B, C, h, w) of one size and then any number of local views, of any size; `forward`
-    gives features (B, F). ``momentum_backbone`` is the teacher, ``gram_backbone`` its copy of an earlier epoch. Logs as
-    `DINOv2`, and ``train/gram_loss``. Registers and rotary positions are options of the backbone:
+    Batches and logs are those of `DINOv2`, with ``train/gram_loss``. ``momentum_backbone`` is the teacher,
+    ``gram_backbone`` its copy of an earlier epoch. Registers and rotary positions are options of the backbone:
     ``backbone_kwargs=dict(reg_tokens=4, rope=True)`` of "small_vit", or `nn.use_rope` of a module.
 
     Args:
@@ -124,10 +124,9 @@ class DINOv3(DistillationModule):
             teacher_temperature=teacher_temperature,
             warmup_teacher_temperature_epochs=warmup_teacher_temperature_epochs,
         )
+        defaults = {"drop_path_rate": 0.3, "init_values": 1e-5}
         super().__init__(
-            build_masked_backbone(
-                backbone, defaults={"drop_path_rate": 0.3, "init_values": 1e-5}, **backbone_options(options)
-            ),
+            build_masked_backbone(backbone, defaults=defaults, **backbone_options(options)),
             schedules=schedules,
             optimizer=optimizer,
             lr=lr,
@@ -150,9 +149,9 @@ class DINOv3(DistillationModule):
         self.gram_weight, self.patch_weight, self.koleo_weight = gram_weight, patch_weight, koleo_weight
         self.layer_decay, self.patch_lr_multiplier = layer_decay, patch_lr_multiplier
         self.mask_settings: dict[str, Any] = {"probability": mask_probability, "ratio": mask_ratio}
-        head: HeadOptions = {"hidden_dim": hidden_dim, "num_prototypes": num_prototypes, "norm_last_layer": False}
-        heads = (build_head("dino", self.feature_dim, bottleneck_dim=bottleneck_dim, **head) for _ in range(2))
-        self.projector, self.patch_projector = heads
+        head: HeadOptions = {"hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim}
+        head |= {"num_prototypes": num_prototypes, "norm_last_layer": False}
+        self.projector, self.patch_projector = (build_head("dino", self.feature_dim, **head) for _ in range(2))
         self.momentum_backbone, self.gram_backbone = teacher_of(self.backbone), teacher_of(self.backbone)
         self.momentum_projector, self.momentum_patch_projector = map(teacher_of, (self.projector, self.patch_projector))
         self.save_hyperparameters()
@@ -187,14 +186,13 @@ class DINOv3(DistillationModule):
         self.log_all({"loss": loss, **parts}, batch_size=size)
         return {"loss": loss, "features": features[:size].detach()}
 
-    @torch.no_grad()
-    def on_train_epoch_end(self) -> None:
-        """Copy the teacher to the Gram teacher before the epochs that begin with a new one."""
-        number, rest = divmod(self.current_epoch + 1 - self.gram_start_epoch, self.gram_every_epochs)
-        if rest == 0 and 0 <= number <= self.gram_updates:
-            pair, copying = [(self.momentum_backbone, self.gram_backbone)], Averager("none")
-            copying.start(pair, self.trainer.strategy.model)
-            copying.update(pair, self.trainer.strategy.model, 0.0)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Copy the teacher to the Gram teacher before the first batch of the epochs that begin with a new one."""
+        super().on_train_batch_start(batch, batch_idx)
+        number, rest = divmod(self.current_epoch - self.gram_start_epoch, self.gram_every_epochs)
+        if batch_idx == 0 and rest == 0 and 0 <= number <= self.gram_updates:
+            with full_weights(self, self.gram_backbone):
+                copy_weights(self.momentum_backbone, self.gram_backbone)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (student, teacher) modules."""

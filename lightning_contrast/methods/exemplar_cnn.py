@@ -1,9 +1,9 @@
 """Exemplar-CNN: every training image is a class, and its random transformations are the examples of the class.
 
 Paper: https://arxiv.org/abs/1406.6909. There is no public implementation.
-Differs from it: any backbone; a new transformation at every step instead of a fixed set per image; crops, flips and
-color jitter instead of translation, scaling, rotation and powers of HSV; whole images instead of chosen patches; a
-sampled softmax for many classes; no weight decay on norms and biases.
+Differs from it: any backbone; a new transformation at every step instead of a fixed set per image; crops and color
+jitter instead of translation, scaling, rotation and powers of HSV; whole images instead of chosen patches; a sampled
+softmax for many classes; no weight decay on norms and biases.
 """
 
 import math

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_choice, check_probability
+from lightning_contrast.sharding import clean_name
 
 BufferRule: TypeAlias = Literal["none", "copy", "ema"]
 BUFFER_RULES: tuple[BufferRule, ...] = ("none", "copy", "ema")
@@ -117,13 +118,6 @@ def check_same_structure(online: nn.Module, target: nn.Module, *, shapes: bool =
 
 def _same_shapes(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
     return len(sources) == len(targets) and all(s.shape == t.shape for s, t in zip(sources, targets, strict=True))
-
-
-def clean_name(name: str) -> str:
-    """Return the name of a tensor without the prefixes of FSDP, torch.compile and activation checkpointing."""
-    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_contrast import distributed
-from lightning_contrast.nn.ema import BufferRule, check_same_structure, clean_name, lerp_tensors, update_buffers
+from lightning_contrast.nn.ema import BufferRule, check_same_structure, lerp_tensors, update_buffers
+from lightning_contrast.sharding import clean_name
 
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
@@ -33,6 +34,21 @@ def check_pairs(pairs: Pairs, root: nn.Module) -> None:
                 "momentum modules or is its own source. Copy the online module with `copy.deepcopy`."
             )
         seen |= own
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy all parameters and buffers of a module into another of the same structure, which is sharded alike.
+
+    Under FSDP1 it is called where the weights are whole: see `runtime.fsdp.full_weights`.
+
+    Args:
+        source: The module to copy.
+        target: The copy, changed in place.
+    """
+    for ours, theirs in zip(*_alike(_parameters(source), _parameters(target)), strict=True):
+        theirs.copy_(ours)
+    update_buffers(list(source.buffers()), list(target.buffers()), 0.0, "copy")
 
 
 class Averager:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_contrast.sharding import clean_name
+
 _BLOCK = re.compile(r"\bblocks\.(\d+)\.")
 _INPUT = re.compile(r"\b(patch_embed|pos_embed|cls_token|reg_token|mask_token)\b")
 RATE_MULTIPLIER = "lr_multiplier"  # key of a parameter group
@@ -28,7 +30,7 @@ def layer_rates(backbone: nn.Module, layer_decay: float, patch_multiplier: float
         layer_decay: Learning rate of each block as a share of the next block's, > 0.
         patch_multiplier: Additional factor of the patch embedding, > 0.
     """
-    named = dict(backbone.named_parameters())
+    named = {clean_name(name): parameter for name, parameter in backbone.named_parameters()}
     depth = 1 + max((int(found[1]) for found in map(_BLOCK.search, named) if found), default=-1)
     rates = {}
     for name, parameter in named.items():

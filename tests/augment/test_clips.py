@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_contrast.augment import ViewSpec, clip_distance, clip_views, cpc_clip_views
+from lightning_contrast.augment import ViewSpec, clip_distance, clip_views, cpc_clip_views, vjepa_views
 from lightning_contrast.testing import HostSyncs
 from tests.tolerances import CANCELLING, f32, near
 
@@ -60,6 +60,23 @@ def test_the_single_clip_of_predictive_coding_starts_anywhere():
     for argument in ("frames", "stride", "size"):
         with pytest.raises(ValueError, match=f"`{argument}` must be >= 1"):
             cpc_clip_views(**({"size": 8} | {argument: 0}))
+
+
+def test_the_single_clip_of_v_jepa_has_one_crop_for_all_frames():
+    torch.manual_seed(0)
+    still = vjepa_views(8, frames=6, stride=4, scale=(1.0, 1.0), flip=0.0)
+    (view,) = still(numbered(256).float() / 255)
+    assert view.shape == (256, 6, 3, 8, 8)
+    found = places(view)
+    assert (found.diff(dim=1) == 4).all()
+    assert (found[:, 0].min(), found[:, 0].max()) == (0, 40 - 5 * 4 - 1)
+    columns = torch.arange(8.0)[None, None, None, None].expand(64, 6, 3, 8, 8) / 8
+    (cropped,) = vjepa_views(8, frames=6, stride=1)(columns)
+    torch.testing.assert_close(cropped, cropped[:, :1].expand_as(cropped), **f32(CANCELLING))  # all frames alike
+    assert (cropped[:, 0, 0, 0].diff(dim=1).mean(1) < 0).float().mean().item() == pytest.approx(0.5, abs=0.25)  # flips
+    for argument in ("frames", "stride", "size"):
+        with pytest.raises(ValueError, match=f"`{argument}` must be >= 1"):
+            vjepa_views(**({"size": 8} | {argument: 0}))
 
 
 def test_local_clips_lie_one_after_another_in_the_global_one():

@@ -18,10 +18,11 @@ from lightning_contrast.testing import HostSyncs
 from tests.tolerances import FORMULA, NETWORK, bound, f32
 
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
-for of_clips in ("clip_views", "cpc_clip_views"):  # their input are clips: test_clips
+for of_clips in ("clip_views", "cpc_clip_views", "vjepa_views"):  # their input are clips: test_clips
     del POLICIES[of_clips]
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views", "lejepa_views", "visreg_views"}
-ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"}
+MASKED = {"data2vec_views", "mae_views", "simmim_views"}
+ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"} | MASKED
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
@@ -34,6 +35,7 @@ TABLE = {
     "moco_v3_views": ((0.2, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "byol_views": ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "barlow_twins_views": ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
+    "vicregl_views": ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "vicreg_views": ((0.08, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (1, 0.1), (0, 0.2)),
     "simsiam_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "swav_views": ((0.14, 1), (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, (0.5, 0.5), (0, 0)),
@@ -45,6 +47,9 @@ TABLE = {
     "lejepa_views": ((0.3, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (0.5, 0.5), (0.2, 0.2)),
     "visreg_views": ((0.3, 1), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, (0.5, 0.5), (0.2, 0.2)),
     "wmse_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.1, (0, 0), (0, 0)),
+    "mae_views": ((0.2, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
+    "simmim_views": ((0.67, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
+    "data2vec_views": ((0.08, 1), (0.4, 0.4, 0.4, 0), 1.0, 0.0, (0,), (0,)),
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
@@ -57,6 +62,7 @@ LOCAL = {
     "lejepa_views": (6, (0.05, 0.3), 0.5),
     "visreg_views": (6, (0.05, 0.3), 0.5),
 }
+SIZES = {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64, "cpc_views": 256, "simmim_views": 192}
 GLOBAL = {"visreg_views": 4}
 SOLARIZED = ("lejepa_views", "visreg_views")  # local views too
 
@@ -80,7 +86,7 @@ def test_numbers(name):
         color = found["FusedColorJitter"]
         assert found["FusedResizedCrop"].scale == crop
         assert found["FusedResizedCrop"].size == 224
-        assert found["FusedResizedCrop"].flip == (0 if name in ONE_VIEW - {"cpc_views"} else 0.5)
+        assert found["FusedResizedCrop"].flip == (0 if name in ONE_VIEW - MASKED - {"cpc_views"} else 0.5)
         assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx(jitter)
         assert (color.probability, color.grayscale) == (jitter_p, gray)
         assert color.gray_first is (name == "moco_v1_views")
@@ -88,7 +94,7 @@ def test_numbers(name):
         assert getattr(found.get("FusedGaussianBlur"), "probability", 0) == blur[i]
         assert getattr(found.get("FusedSolarize"), "probability", 0) == solarize[i]
     bicubic = {"simclr", "simclr_cifar", "byol", "barlow_twins", "vicreg", "dino", "dinov2", "image_text", "gloria"}
-    bicubic |= {"lejepa", "visreg", "wmse"}
+    bicubic |= {"lejepa", "visreg", "wmse", "vicregl", "mae", "data2vec"}
     expected = "bicubic" if name.removesuffix("_views") in bicubic else "bilinear"
     assert operations(views[0])["FusedResizedCrop"].interpolation == expected
     if name in MULTI_CROP:
@@ -133,7 +139,8 @@ def test_local_sizes():
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", POLICIES)
 def test_views_of_every_policy(emoji, name, fused):
-    policy = POLICIES[name](size=24, fused=fused)
+    options = {} if fused or name != "vicregl_views" else {"locations": False}
+    policy = POLICIES[name](size=24, fused=fused, **options)
     images = emoji[::200]
     before = images.clone()
     torch.manual_seed(0)
@@ -417,7 +424,7 @@ def test_everything_but_the_size_is_given_by_keyword(name):
     assert {p.kind for p in parameters[1:-1]} == {inspect.Parameter.KEYWORD_ONLY}
     assert (parameters[-1].name, parameters[0].default) == (
         "options",
-        {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64, "cpc_views": 256}.get(name, 224),
+        SIZES.get(name, 224),
     )
     with pytest.raises(TypeError, match="positional argument"):
         POLICIES[name](8, [0.5] * 3, [0.5] * 3)

@@ -1,14 +1,21 @@
 """DINOv3's own properties."""
 
 import inspect
+import warnings
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import lightning_contrast as lc
-from lightning_contrast.callbacks import MomentumUpdate
+from lightning_contrast.callbacks import MomentumUpdate, StepSeed
+from tests.callbacks.step_modules import QUIET
+from tests.launch import run_processes
 from tests.methods.cases import CASES, make
-from tests.methods.test_contract import BATCHES, data, run_step, step_batch, trainer
+from tests.methods.matrix_runs import PATIENCE, Record, assert_close, batches, strategy
+from tests.methods.test_contract import BATCHES, as_is, data, run_step, step_batch, trainer
+from tests.tolerances import NETWORK, bound
 
 CASE = CASES["DINOv3"]
 
@@ -39,7 +46,7 @@ def test_gram_loss_joins_at_its_epoch_with_its_weight():
             network.tokens(torch.cat(batch[0][:2])).patches for network in (module.backbone, module.gram_backbone)
         ]
         gram = lc.losses.gram_loss(*patches).detach()
-    assert gram > 1e-4
+    assert gram > bound(NETWORK)
     assert torch.equal(losses[1, 2.0], losses[2, 0.0])
     torch.testing.assert_close(losses[2, 2.0], losses[2, 0.0] + 2 * gram)
     torch.testing.assert_close(losses[2, 5.0], losses[2, 0.0] + 5 * gram)
@@ -72,7 +79,7 @@ def test_gram_teacher_is_replaced_between_its_epochs_and_no_more(tmp_path):
     seen = []
 
     class Watch(lc.callbacks.StepSeed):
-        def on_train_epoch_start(self, trainer, pl_module):
+        def on_before_backward(self, trainer, pl_module, loss):
             pairs = zip(module.gram_backbone.parameters(), module.momentum_backbone.parameters(), strict=True)
             kept = [parameter.clone() for parameter in module.gram_backbone.parameters()]
             same = bool(seen) and all(torch.equal(a, b) for a, b in zip(seen[-1][1], kept, strict=True))
@@ -83,6 +90,35 @@ def test_gram_teacher_is_replaced_between_its_epochs_and_no_more(tmp_path):
     assert [equal for equal, _, _ in seen] == [True, False, True, False, True, False, False]
     assert [unmoved for _, _, unmoved in seen][1:] == [True, False, True, False, True, True]
     assert not any(parameter.requires_grad for parameter in module.gram_backbone.parameters())
+
+
+def validated(rank, kind):
+    """Return the state after three epochs, each with a validation that reads the Gram teacher."""
+    module, seen = make("DINOv3", norm=False), Record()
+
+    def validation_step(batch, batch_idx):
+        for network in (module.gram_backbone, module.momentum_backbone):
+            network.tokens(batch[0][0])
+
+    module.validation_step = validation_step
+    loader = DataLoader(batches("DINOv3", rank), batch_size=None, collate_fn=as_is)
+    settings = QUIET | {"max_epochs": 3, "limit_val_batches": 1, "devices": 2, "use_distributed_sampler": False}
+    run = L.Trainer(**settings, strategy=strategy(kind), callbacks=[StepSeed(3), seen])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(module, loader, loader)
+    return seen.state
+
+
+@pytest.mark.dist
+def test_gram_teacher_is_replaced_where_a_validation_has_left_weights_gathered():
+    expected, *others = (
+        run_processes(validated, 2, kind, init=False, timeout=PATIENCE)[0] for kind in ("DDP", "FSDP1", "FSDP2")
+    )
+    names = [name for name in expected if name.startswith("gram_backbone.")]
+    assert any(not torch.equal(expected[name], expected[name.replace("gram_", "momentum_")]) for name in names)
+    for state, kind in zip(others, ("FSDP1", "FSDP2"), strict=True):
+        assert_close(state, expected, bound(NETWORK), f"{kind} and DDP")
 
 
 def test_schedules_are_constant(tmp_path):

@@ -1,6 +1,7 @@
 """Layer-wise learning rates, against the rule of DINOv2's reference implementation and against timm's."""
 
 import pytest
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 
@@ -33,6 +34,17 @@ def test_rates_are_those_of_the_reference(wrapped):
     for name, parameter in network.named_parameters():
         assert rates.get(parameter, 1.0) == pytest.approx(reference_rate(name.removeprefix("masked.vit."))), name
     assert len({round(rate, 9) for rate in rates.values()}) == DEPTH + 2
+
+
+def test_wrapped_blocks_keep_their_rates():
+    """FSDP1 and torch.compile insert a part into the names of what they wrap."""
+    plain, compiled = vit(), vit()
+    compiled.blocks = torch.compile(compiled.blocks)
+    rates = [layer_rates(network, DECAY, PATCH) for network in (plain, compiled)]
+    names = [name for name, _ in compiled.named_parameters()]
+    assert any("blocks._orig_mod.0." in name for name in names)
+    for ours, theirs, name in zip(plain.parameters(), compiled.parameters(), names, strict=True):
+        assert rates[0].get(ours, 1.0) == rates[1].get(theirs, 1.0), name
 
 
 def test_timm_has_other_rates():

@@ -11,12 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_contrast._checks import check_choice, fail, require
 from lightning_contrast.contracts import split_batch
+from lightning_contrast.sharding import clean_name
 
 OUTPUT_KEY = "features"
 OUTPUT_NAMES = ("backbone", OUTPUT_KEY)
 """Names for which the step output ``"features"`` takes precedence over a layer of that name."""
-
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 Unusable: TypeAlias = torch.Size | type
 """The shape of an output that does not fit the images, or the type of an output that is not a tensor."""
@@ -176,7 +175,7 @@ def named_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Return the submodules by name, without the parts that wrappers (compile, FSDP, checkpointing) insert."""
     layers: dict[str, nn.Module] = {}
     for name, layer in module.named_modules():
-        own_name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        own_name = clean_name(name)
         if own_name:
             layers.setdefault(own_name, layer)  # the outermost: a wrapper comes before the wrapped module
     return layers
