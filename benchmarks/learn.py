@@ -36,8 +36,12 @@ RANDOM = {
     "random ViT": "dino",
     "random ViT, mean of patches": "ijepa",
     "random ViT, registers": "dinov2",
+    "random ViT of MAE": "mae",
+    "random ViT of SimMIM": "simmim",
+    "random ViT of data2vec": "data2vec",
     "random video convnet, on clips": "temporal_contrast",
     "random convnet, on clips": "temporal_cpc",
+    "random video ViT, on clips": "vjepa",
 }
 PROBES = ("OnlineLinearProbe", "OnlineKNN")
 FIGURES = ("knn", "linear", "recall@1", "seconds")
