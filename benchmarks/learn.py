@@ -37,8 +37,12 @@ RANDOM = {
     "random ViT of DINOv3": "dinov3",
     "random ViT, mean of patches": "ijepa",
     "random ViT, registers": "dinov2",
+    "random ViT of MAE": "mae",
+    "random ViT of SimMIM": "simmim",
+    "random ViT of data2vec": "data2vec",
     "random video convnet, on clips": "temporal_contrast",
     "random convnet, on clips": "temporal_cpc",
+    "random video ViT, on clips": "vjepa",
 }
 PROBES = ("OnlineLinearProbe", "OnlineKNN")
 FIGURES = ("knn", "linear", "recall@1", "seconds")

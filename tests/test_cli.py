@@ -31,7 +31,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.ya
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 # Widths that a test cannot wait for; everything else is built as the recipe has it.
-SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 8, "projection_dim": 8, "queue_size": 64}
+SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 12, "projection_dim": 8, "queue_size": 64}
 SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8}
 SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "small_video_vit", "r3d_18")
 

@@ -56,13 +56,26 @@ def test_quickstart(tmp_path):
 
 @pytest.mark.slow
 def test_reconstruct_emoji(tmp_path):
-    out = run(ROOT / "examples" / "reconstruct_emoji.py", "--epochs", "1", "--images", "3", cwd=tmp_path)
+    out = run(ROOT / "examples" / "reconstruct_emoji.py", "--epochs", "3", "--images", "3", cwd=tmp_path)
     errors = re.findall(r"pixels ([\d.]+), of a gray guess ([\d.]+)", out)
     assert len(errors) == 2
     for own, gray in errors:
-        assert 0 < float(own) < 1.2 * float(gray)
+        assert 0 < float(own) < float(gray)
     for name in ("mae", "simmim"):
         assert (tmp_path / "reconstructions" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_mae_contrast_emoji(tmp_path):
+    script = ROOT / "examples" / "mae_contrast_emoji.py"
+    run(script, "--epochs", "0", "--weights", "0", "--fold", "1", cwd=tmp_path)
+    run(script, "--epochs", "2", "--weights", "0", "1", "--fold", "1", cwd=tmp_path)
+    lines = (tmp_path / "mae_contrast_emoji.jsonl").read_text().splitlines()
+    random, pixels, contrast = map(json.loads, lines)
+    assert [line["weight"] for line in (random, pixels, contrast)] == [0, 0, 1]
+    assert pixels["hidden pixels"] < 1 < contrast["hidden pixels"]  # 1: every pixel of a patch is told its mean
+    assert contrast["recall@1"] > random["recall@1"]
+    assert all(0 < line[key] < 1 for line in (random, pixels, contrast) for key in ("k-NN", "linear", "recall@1"))
 
 
 @pytest.mark.slow
@@ -251,6 +264,15 @@ def test_temporal_emoji(tmp_path):
     assert found["random"]["moment"] == pytest.approx(0.31, abs=0.02)
     assert found["instance + temporal"]["moment"] > found["random"]["moment"]
     assert all(0 < value < 1 for line in found.values() for key, value in line.items() if " " in key)
+
+
+@pytest.mark.slow
+def test_vjepa_emoji(tmp_path):
+    run(ROOT / "examples" / "vjepa_emoji.py", "--epochs", "1", "--seeds", "0", cwd=tmp_path)
+    random, trained = map(json.loads, (tmp_path / "vjepa_emoji.jsonl").read_text().splitlines())
+    assert (random["row"], trained["row"]) == ("random", "V-JEPA")
+    assert trained != random | {"row": "V-JEPA"}  # an epoch is too short to learn: see docs/masked.md
+    assert all(0 < value < 1 for line in (random, trained) for key, value in line.items() if " " in key)
 
 
 @pytest.mark.slow

@@ -34,9 +34,9 @@ class VJEPA(StretchedModule):
 
     A batch holds one view (B, T, C, h, w) of the size that the backbone was built for; `forward` gives features (B, F),
     the mean of the tubelets, of clips, or of images (B, C, h, w), which are clips that stand still. Each kind of mask
-    has an encoder and a predictor pass of its own; the teacher's pass, of the whole clip, is shared. Masks of a batch
-    are cut to the smallest number of visible and of hidden tubelets, from the end. The step's ``"features"`` are the
-    mean of the visible tubelets of the first kind; ``momentum_backbone`` is the teacher, which the paper evaluates.
+    has an encoder and a predictor pass of its own; the teacher's pass, of the whole clip, is shared. Masks of a rank's
+    batch are cut to the smallest number of visible and of hidden tubelets, from the end. The step's ``"features"`` are
+    the mean of the visible tubelets of the first kind; ``momentum_backbone`` is the teacher, which the paper evaluates.
     Logs ``train/target_std``, the standard deviation of the targets over tubelets and clips, 0 in a collapse.
 
     Args:

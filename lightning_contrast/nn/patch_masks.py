@@ -191,6 +191,8 @@ def tubelet_masks(
     One draw of time, scale and aspect sets the size of all blocks of a batch; positions are drawn per block, and again
     for a clip of which nothing would stay visible. Source: V-JEPA (https://arxiv.org/abs/2404.08471), whose short-range
     masks have 8 blocks of 0.15 and whose long-range masks have 2 blocks of 0.7.
+    Differs from the reference implementation: it draws the size from a step counter of its own, alike on all ranks;
+    here ranks whose generators differ draw different sizes.
 
     Args:
         images: Number of masks, one per clip, >= 1.

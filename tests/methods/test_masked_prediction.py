@@ -141,24 +141,27 @@ def test_data2vec_moves_its_teacher_by_a_constant_momentum():
     assert (callback.start, callback.schedule) == (0.9, "constant")
 
 
-def test_masks_depend_on_the_step_seed_only():
-    drawn = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        drawn.append(make("MAE", mask="random").predict_pixels(images_of().float())[2].mask)  # seeds by itself
-        torch.manual_seed(seed)
-        drawn.append(make("MAE").mask_sampler(3, (4, 4)))
-    assert torch.equal(drawn[0], drawn[2])
+def places(images):
+    """Return the places of the images of a rank in the whole batch."""
+    first = 3 * distributed.rank() if distributed.is_distributed() else 0
+    return range(first, first + images)
 
 
 def unequal(images, grid, generator=None):
     """Hide as many patches as the place of the image in the whole batch says."""
-    first = 3 * distributed.rank() if distributed.is_distributed() else 0
-    return torch.stack([torch.arange(16) < (i + first) * 2 + 1 for i in range(images)])
+    return torch.stack([torch.arange(16) < i * 2 + 1 for i in places(images)])
+
+
+def rolled(images, grid, generator=None):
+    """Hide as many patches in every image, but other ones."""
+    return torch.stack([DOTTED.roll(i) for i in places(images)])
+
+
+MASKS_OF = {"MAE": rolled, "SimMIM": unequal, "Data2Vec": unequal}
 
 
 def of_rank(rank, name):
-    module = model(name, mask=unequal, norm=False)
+    module = model(name, mask=MASKS_OF[name], norm=False)
     grads = gradients(module, [[images_of(5)[3 * rank : 3 * rank + 3]]])
     for gradient in grads.values():  # what DDP does
         torch.distributed.all_reduce(gradient)
@@ -167,9 +170,9 @@ def of_rank(rank, name):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["SimMIM", "Data2Vec"])
-def test_two_ranks_with_other_numbers_of_hidden_patches_give_the_gradient_of_one(name):
-    alone = gradients(model(name, mask=unequal, norm=False), [[images_of(5)]])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_with_other_masks_and_numbers_of_images_give_the_gradient_of_one(name):
+    alone = gradients(model(name, mask=MASKS_OF[name], norm=False), [[images_of(5)]])
     for grads in run_processes(of_rank, 2, name):
         assert grads.keys() == alone.keys()
         for key, gradient in grads.items():

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import lightning_contrast as lc
 from lightning_contrast.testing import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
-from tests.rank_runs import SETTINGS, on_ranks
+from tests.rank_runs import SETTINGS, batch_of, fit, on_ranks
 
 
 class Draws(lc.SimCLR):
@@ -100,3 +100,56 @@ def test_an_exception_in_a_step_restores_the_generators(hook):
     assert restored
     assert restored_too
     assert first == second
+
+
+MASKED = ("MAE", "SimMIM", "Data2Vec", "VJEPA", "IJEPA", "IBOT", "DINOv2", "MSN")
+
+
+class DrawsMore(L.Callback):
+    """Draws numbers between the steps, as a resumed run would not have."""
+
+    def on_train_batch_end(self, *args):
+        torch.rand(5)
+
+
+def masks_of_a_fit(name, seed, *others, **ranks):
+    """Return what the student's passes of four steps hide or keep."""
+    module, drawn = make(name), []
+    tokens = module.backbone.tokens
+
+    def recorded(images, **chosen):
+        drawn.extend(value.clone() for value in chosen.values() if value is not None)
+        return tokens(images, **chosen)
+
+    module.backbone.tokens = recorded
+    fit(module, [batch_of(name)] * 2, callbacks=[*others, lc.StepSeed(seed)], **ranks)
+    return drawn
+
+
+def same(first, second):
+    """Return for each pass whether two fits drew the same."""
+    return [a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_a_function_of_seed_and_step(name):
+    masks = masks_of_a_fit(name, 3)
+    assert all(same(masks, masks_of_a_fit(name, 3, DrawsMore())))
+    assert not all(same(masks, masks_of_a_fit(name, 4)))
+    half = len(masks) // 2
+    assert half > 0
+    assert not all(same(masks[:half], masks[half:]))  # the second epoch
+
+
+def masks_on_a_rank(rank):
+    return [masks_of_a_fit(name, 3, **on_ranks(2)) for name in MASKED]
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_draw_different_masks():
+    first, second = run_processes(masks_on_a_rank, 2, init=False)
+    for name, a, b in zip(MASKED, first, second, strict=True):
+        assert len(a) == len(b) > 0
+        assert not all(same(a, b)), name
+        assert all(same(a, masks_of_a_fit(name, 3))), name  # those of the first rank are the run's of one process
