@@ -193,4 +193,4 @@ def test_a_method_is_read_in_500_lines(path):
 
 def test_a_method_fits_on_a_page():
     lengths = sorted(len(path.read_text().splitlines()) for path in PAGES)
-    assert lengths[len(lengths) // 2] <= 110
+    assert lengths[len(lengths) // 2] <= 120
