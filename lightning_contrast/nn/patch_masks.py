@@ -255,7 +255,7 @@ def build_masks(mask: str | MaskSampler, grid: tuple[int, ...], **settings: Any)
     """Return a sampler with its settings, after one trial that shows that it fits the grid.
 
     Args:
-        mask: A key of `MASKS`, or a sampler, which gets no settings.
+        mask: A key of `MASKS`, or a sampler, which gets no settings and whose masks are checked at every call.
         grid: The grid of patches of the trial.
         **settings: Arguments of the named sampler, such as ``ratio``.
 
@@ -268,7 +268,7 @@ def build_masks(mask: str | MaskSampler, grid: tuple[int, ...], **settings: Any)
         check_choice("mask", mask, tuple(MASKS))
         sampler: MaskSampler = partial(MASKS[mask], **settings)
     elif callable(mask):
-        sampler = mask
+        sampler = partial(_checked, mask)
     else:
         hint = f"Pass one of {', '.join(map(repr, MASKS))}, or a function (images, grid, generator=None) -> masks"
         fail("mask", "be a name or a callable", type(mask).__name__, hint, TypeError)
@@ -294,6 +294,15 @@ def check_mask(mask: Tensor, images: int, grid: tuple[int, ...]) -> None:
     partly = bool(((hidden > 0) & (hidden < mask.shape[1])).all())
     rule = f"hide some of the {mask.shape[1]} patches of every image, and not all"
     require(partly, "mask", rule, sorted(set(hidden.tolist())), "Change the share of hidden patches")
+
+
+def _checked(
+    sampler: MaskSampler, images: int, grid: tuple[int, ...], *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return the masks of a sampler after `check_mask`; a module-level function, so that methods can be pickled."""
+    mask = sampler(images, grid, generator=generator)
+    check_mask(mask, images, grid)
+    return mask
 
 
 def _check_ratio(ratio: float) -> None:

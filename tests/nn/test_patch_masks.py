@@ -1,6 +1,7 @@
 """Mask samplers of masked prediction: counts, shapes of what is hidden, randomness, splits, and bad input."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -154,6 +155,20 @@ def test_bad_input_is_refused(name):
     call, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def rarely(images, grid, generator=None):
+    """Hide nothing in the third image."""
+    return torch.arange(16).expand(images, -1) < torch.tensor([4, 8, 0, 2])[:images, None]
+
+
+def test_masks_of_your_own_sampler_are_checked_at_every_call():
+    sampler = pickle.loads(pickle.dumps(build_masks(rarely, (4, 4))))
+    assert sampler(2, (4, 4)).sum(1).tolist() == [4, 8]
+    with pytest.raises(ValueError, match=r"hide some of the 16 patches of every image, and not all, got \[0"):
+        sampler(3, (4, 4))
+    with pytest.raises(ValueError, match=r"`mask` must give bool masks \(2, 36\)"):
+        sampler(2, (6, 6))
 
 
 def test_other_objects_are_no_masks():
