@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_contrast.callbacks import MomentumUpdate
-from lightning_contrast.nn import Center, FeatureQueue, MemoryBank
+from lightning_contrast.nn import FeatureQueue, MemoryBank
+from lightning_contrast.nn.center import StepAverage
 from tests.callbacks.step_modules import QUIET
 from tests.methods.cases import CASES, fill_queue, make
 from tests.methods.test_contract import as_is, step_batch
@@ -168,7 +169,7 @@ def check_float32(name, kind, module, trainer, losses):
         assert queue.bits.dtype == torch.int32  # no strategy casts it
         assert queue.features.isfinite().all()
     for state in module.step_states() if hasattr(module, "step_states") else []:
-        assert isinstance(state, Center)
+        assert isinstance(state, StepAverage)
         assert state.value.dtype == torch.float32
         assert state.value.abs().sum() > 0 or (name, kind) == (TOO_SHORT, "16-mixed")
     update = next((c for c in trainer.callbacks if isinstance(c, MomentumUpdate)), None)

@@ -26,9 +26,34 @@ def offences(source):
             yield f"line {node.lineno}: a bare `except` hides what it was not meant for"
 
 
+def draws_without_dtype(source):
+    """Yield the draws whose dtype is that of a step: with "bf16-true" half precision, where many are equal."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and "dtype" not in {keyword.arg for keyword in node.keywords}:
+            names = {ast.unparse(part) for part in (node.func, *node.args)}  # partial(torch.rand, ...) too
+            if names & {"torch.rand", "torch.randn"}:
+                yield f"line {node.lineno}: `{ast.unparse(node)}` needs a `dtype`"
+
+
 def test_no_assert_on_data_and_no_bare_except():
     found = [f"{path.relative_to(PACKAGE)}, {offence}" for path in FILES for offence in offences(path.read_text())]
     assert not found
+
+
+WEIGHTS = {"nn/logit_scale.py"}  # random initial weights have the dtype of weights
+
+
+def test_what_a_step_draws_has_a_dtype():
+    files = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ("losses", "methods", "nn", "callbacks")]
+    found = {
+        f"{path.relative_to(PACKAGE)}, {offence}"
+        for path in files
+        if str(path.relative_to(PACKAGE)) not in WEIGHTS
+        for offence in draws_without_dtype(path.read_text())
+    }
+    assert not found
+    seen = "torch.rand(3)\npartial(torch.rand, 3)\ntorch.randn(3, dtype=x)\ntorch.rand_like(x)"
+    assert len(list(draws_without_dtype(seen))) == 2
 
 
 @pytest.mark.parametrize(

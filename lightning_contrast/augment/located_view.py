@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_contrast.precision import upcast
+
 
 class LocatedView(Tensor):
     """A view with the box that it shows: a tensor that remembers its place in the image.
@@ -54,6 +56,7 @@ def cell_locations(boxes: Tensor, rows: int, columns: int) -> Tensor:
         >>> cell_locations(torch.tensor([[10.0, 20.0, 4.0, 8.0, 1.0]]), 1, 2).tolist()
         [[[[12.0, 26.0], [12.0, 22.0]]]]
     """
+    boxes = upcast(boxes)
     top, left, height, width, flip = boxes[:, :, None, None].unbind(1)  # (B, 1, 1) each
     down = (torch.arange(rows, device=boxes.device, dtype=boxes.dtype) + 0.5)[:, None] / rows  # (h, 1)
     across = (torch.arange(columns, device=boxes.device, dtype=boxes.dtype) + 0.5) / columns  # (w,)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_contrast._checks import check_at_least, check_batch, check_choice, check_not_negative, fail, require
 from lightning_contrast.distributed import global_mean, is_distributed
 from lightning_contrast.losses.checks import check_floating
-from lightning_contrast.precision import full_precision
+from lightning_contrast.precision import full_precision, upcast
 
 
 def patchify(images: Tensor, *, patch_size: int) -> Tensor:
@@ -187,9 +187,9 @@ def average_layers(
     count = len(layers) if top_k is None else top_k
     check_at_least("top_k", count, 1)
     require(count <= len(layers), "top_k", f"be at most the {len(layers)} layers", count, "Average fewer layers")
-    total = torch.zeros((), device=layers[0].device)
+    total = torch.zeros((), dtype=torch.float32, device=layers[0].device)
     for layer in list(layers)[-count:]:
-        values = layer.detach()
+        values = upcast(layer.detach())
         if instance_norm_layers:
             values = F.instance_norm(values.transpose(1, 2)).transpose(1, 2)
         if layer_norm_layers:

@@ -61,5 +61,5 @@ def mine(
 
 def _draw(allowed: Tensor) -> Tensor:
     """Draw a random True column of each row of ``(B, N)``."""
-    scores = torch.rand(allowed.shape, device=allowed.device)
+    scores = torch.rand(allowed.shape, dtype=torch.float32, device=allowed.device)
     return scores.masked_fill(~allowed, -1.0).argmax(1)

@@ -26,6 +26,7 @@ from lightning_contrast.nn.patch_masks import tubelet_masks
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.optim.distillation import Schedules
+from lightning_contrast.precision import upcast
 from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 
@@ -148,7 +149,7 @@ class VJEPA(StretchedModule):
             split = split_masks(sampler(len(clips), self.backbone.grid), clips.device, cut=True)
             tokens = self.backbone.tokens(clips, keep=split.visible)  # (B, K, F)
             predictions.append(self.predictor(tokens, split.visible, split.hidden, kind))  # (B, M, F)
-            features.append(tokens.mean(1))
+            features.append(upcast(tokens).mean(1))
             hidden.append(split.hidden)
         with torch.no_grad():
             target = self.momentum_backbone.tokens(clips)  # (B, N, F)

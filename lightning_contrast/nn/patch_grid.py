@@ -1,5 +1,7 @@
 """A network that sees an image as a grid of overlapping patches, each encoded alone, and contexts of that grid."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,9 +62,9 @@ class PatchGrid(nn.Module):
         ]
         patches = torch.stack(cut, 1).flatten(0, 1)  # (B R S, C, p, p); unfold would fix B in an exported graph
         if drop_channels > 0:
-            shape, device = (len(patches), 1), patches.device
-            kept = torch.rand(len(patches), images.shape[1], device=device).argsort(1) == 0  # one channel of each
-            kept = kept | (torch.rand(shape, device=device) >= drop_channels)
+            draw = partial(torch.rand, dtype=torch.float32, device=patches.device)
+            kept = draw(len(patches), images.shape[1]).argsort(1) == 0  # one channel of each
+            kept = kept | (draw(len(patches), 1) >= drop_channels)
             patches = patches * kept[:, :, None, None]
         features: Tensor = self.network(patches)  # (B R S, F)
         return features.view(-1, rows, columns, features.shape[1]).permute(0, 3, 1, 2)

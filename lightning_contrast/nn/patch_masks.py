@@ -56,7 +56,7 @@ def random_masks(
     units = _units(grid, "unit", unit)
     count = math.prod(units)
     hidden = _hidden(ratio, count)
-    order = torch.rand(images, count, generator=generator, device="cpu").argsort(1)
+    order = torch.rand(images, count, generator=generator, dtype=torch.float32, device="cpu").argsort(1)
     mask = torch.zeros(images, count, dtype=torch.bool, device="cpu").scatter_(1, order[:, :hidden], True)
     return _enlarge(mask.view(images, *units), unit)
 
@@ -168,11 +168,14 @@ def inverse_block_masks(
     patches = math.prod(grid)
     visible = patches - _hidden(ratio, patches)
     count = max(1, int(patches * (1 - ratio + adjust) / block**2))
-    centers = torch.rand(images, patches, generator=generator, device="cpu").argsort(1)[:, :count]
-    shown = torch.zeros(images, patches, device="cpu").scatter_(1, centers, 1.0).view(images, 1, *grid)
+    draw = partial(torch.rand, images, patches, generator=generator, dtype=torch.float32, device="cpu")
+    centers = draw().argsort(1)[:, :count]
+    shown = (
+        torch.zeros(images, patches, dtype=torch.float32, device="cpu").scatter_(1, centers, 1.0).view(images, 1, *grid)
+    )
     before = block // 2
     shown = F.max_pool2d(F.pad(shown, (block - 1 - before, before) * 2), block, stride=1).flatten(1)
-    order = (shown + torch.rand(images, patches, generator=generator, device="cpu")).argsort(1, descending=True)
+    order = (shown + draw()).argsort(1, descending=True)
     return torch.ones(images, patches, dtype=torch.bool, device="cpu").scatter_(1, order[:, :visible], False)
 
 
@@ -224,7 +227,7 @@ def tubelet_masks(
     hint = "Lower `scale` or `time_scale`, or give longer clips or smaller patches"
     leaves = not (covers and int(depth * time_scale[1]) == depth)
     require(leaves, "scale", f"leave something visible of {depth} x {rows} x {columns} tubelets", tuple(scale), hint)
-    shares = torch.rand(3, generator=generator, device="cpu").tolist()
+    shares = torch.rand(3, generator=generator, dtype=torch.float32, device="cpu").tolist()
     time, space, ratio = (a + u * (b - a) for (a, b), u in zip((time_scale, scale, aspect), shares, strict=True))
     size = _block_size(grid, space, ratio, time)
     mask = torch.ones(images, *grid, dtype=torch.bool, device="cpu")

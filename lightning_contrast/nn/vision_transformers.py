@@ -113,10 +113,18 @@ class MaskedViT(nn.Module):
         Returns:
             ``count`` tensors ``(B, N, F)``, in the order of depth.
         """
-        found: list[Tensor] = self.vit.forward_intermediates(
-            images, indices=count, output_fmt="NLC", intermediates_only=True
-        )
-        return found
+        blocks = getattr(self.vit.blocks, "module", self.vit.blocks)  # FSDP1's wrapper has no length
+        found: list[Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+            for block in list(blocks)[-count:]
+        ]
+        try:
+            self.masked.encode(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [tokens[:, self.vit.num_prefix_tokens :] for tokens in found]
 
     def grid_size(self, images: Tensor) -> tuple[int, int]:
         """Return the rows and columns of patches of images ``(B, C, H, W)``."""

@@ -156,7 +156,7 @@ class PlacedVICRegL(lc.VICRegL):
         super().__init__(backbone, **({"region_layer": layer} | kwargs))
 
     def locations(self, views, grids):
-        corners = [view.detach()[:, :, :2, :2].flatten(1)[:, :5].abs() for view in views]
+        corners = [view.detach()[:, :, :2, :2].flatten(1)[:, :5].float().abs() for view in views]
         return [lc.augment.cell_locations(box, *grid) for box, grid in zip(corners, grids, strict=True)]
 
 
@@ -397,7 +397,7 @@ CASES |= {
         VJEPAOfStills,
         plain={"masks": [same_tubelets]},
         views=1,
-        settings={"predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 2},
+        settings={"predictor_dim": 16, "predictor_depth": 1, "predictor_heads": 2, "final_lr": 1e-7},
         backbone=tiny_video_vit,
     ),
 }

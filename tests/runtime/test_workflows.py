@@ -1,6 +1,5 @@
 """What Lightning users do with a Trainer: each works with three methods, or is refused at the start in one sentence."""
 
-import logging
 import math
 
 import lightning as L
@@ -87,22 +86,9 @@ def test_fast_dev_run_works_with_a_given_warmup_too(name):
     assert module.trainer.global_step == 1
 
 
-class Said(logging.Handler):
-    """Keeps records; unlike caplog, each once and whether or not the logger passes them on."""
-
-    def __init__(self):
-        super().__init__()
-        self.records = []
-
-    def emit(self, record):
-        self.records.append(record)
-
-
 def test_a_default_warmup_is_cut_and_a_given_one_is_refused(monkeypatch):
-    logger, said = logging.getLogger("lightning.pytorch"), Said()
-    monkeypatch.setattr(logger, "handlers", [said])
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    logger.manager._clear_cache()
+    said = []
+    monkeypatch.setattr("lightning_contrast.runtime.run_length.rank_zero_info", said.append)
     module = lc.SimCLR(CASES["SimCLR"].backbone(False), optimizer="sgd", lr=1.0)  # 10 epochs
     rates = []
 
@@ -112,7 +98,7 @@ def test_a_default_warmup_is_cut_and_a_given_one_is_refused(monkeypatch):
 
     fit("SimCLR", Rates(), module=module, max_epochs=5)
     assert rates == near64([lc.optim.warmup_cosine(step, 2, 20) for step in range(20)])
-    (line,) = [r.getMessage() for r in said.records if "warm-up" in r.getMessage()]
+    (line,) = said
     assert "The warm-up of 10 epochs (40 steps) does not fit into the 20 steps of the run and is cut to 2 steps" in line
     words = r"`warmup_epochs` must fit into the 20 steps of the run, got '9 epochs of 4 steps'"
     with pytest.raises(ValueError, match=words):
@@ -146,8 +132,8 @@ def test_a_constant_rate_is_an_argument_of_every_method(name):
     peak = module.lr
     assert seen.rates[3:] == near64([peak] * 9)
     assert seen.rates[0] < peak
-    usual = make(name, warmup_epochs=1)
-    assert fit(name, module=usual, data=loader, max_epochs=3)[1].rates[-1] < peak / 2
+    usual = fit(name, module=make(name, warmup_epochs=1), data=loader, max_epochs=3)[1].rates[-1]
+    assert usual < peak / 2 or (name == "DINOv3" and usual == near64(peak))  # whose published rate is constant
     with pytest.raises(ValueError, match=r"`lr_schedule` must be one of .*, got 'linear'"):
         make(name, lr_schedule="linear")
 
