@@ -55,7 +55,7 @@ def small(path, tmp_path):
     return recipe, written
 
 
-ONE_VIEW = (lc.NPID, lc.ExemplarCNN, lc.IJEPA, lc.CPC, lc.MAE, lc.SimMIM, lc.Data2Vec)
+ONE_VIEW = (lc.NPID, lc.ExemplarCNN, lc.IJEPA, lc.CPC, lc.MAE, lc.SimMIM, lc.Data2Vec, lc.Distill, lc.SEED)
 TEXTS = (lc.CLIP, lc.SigLIP, lc.GLoRIA)  # take one view, and data with captions, which CIFAR-10 and ImageNet lack
 
 
