@@ -92,16 +92,20 @@ class RoCL(SelfSupervisedModule):
         view_a, view_b = self.batch_views(batch, 2)  # (B, C, h, w) each
         if batch_idx == 0 or view_a.device.type == "cpu":  # synchronizes with the device
             check_pixels(view_a)
-        with paused_hooks(self):
-            adversarial = self.attack.view(
-                [self.backbone, self.projector], self.contrast, view_a, view_b, seed=(self.global_step, batch_idx)
-            )  # (B, C, h, w)
+        adversarial = self.adversarial(view_a, view_b, batch_idx)  # (B, C, h, w)
         features = forward_by_size(self.backbone, [view_a, view_b, adversarial])  # 3 x (B, F), one BatchNorm
         z_a, z_b, z_adversarial = self.projector(torch.cat(features)).chunk(3)  # (B, D) each
         loss = rocl_loss(z_a, z_b, z_adversarial, temperature=self.temperature)
         loss = loss + self.adversarial_weight * self.contrast(z_adversarial, z_b)
         self.log("train/loss", loss, batch_size=len(view_a))
         return {"loss": loss, "features": features[0].detach()}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # gradients inside of a compiled step
+    def adversarial(self, view_a: Tensor, view_b: Tensor, batch_idx: int) -> Tensor:
+        """Return the first view (B, C, h, w), changed so that it disagrees with the second."""
+        with paused_hooks(self):
+            networks, seed = [self.backbone, self.projector], (self.global_step, batch_idx)
+            return self.attack.view(networks, self.contrast, view_a, view_b, seed=seed)
 
     def contrast(self, z_adversarial: Tensor, z_b: Tensor) -> Tensor:
         """Return the loss of embeddings (B, D) of the adversarial and the second view, which the attack maximizes."""

@@ -40,7 +40,6 @@ class Attack:
         check_not_negative("step_size", self.step_size, "It is the change of a pixel per step, such as 2 / 255")
         check_at_least("steps", self.steps, 0)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # gradients inside of a compiled step
     def view(
         self,
         networks: Sequence[nn.Module],
