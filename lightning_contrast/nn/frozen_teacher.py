@@ -62,6 +62,8 @@ def weights_digest(module: nn.Module) -> int:
     for name, value in module.state_dict().items():
         if isinstance(value, Tensor):
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            if value.is_meta:  # no values
+                continue
             found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return int.from_bytes(found.digest()[:8], "big") >> 1
 
