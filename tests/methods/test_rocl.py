@@ -19,7 +19,7 @@ from tests.callbacks.strategies import CPUFSDPStrategy
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCH, BATCHES, PIXELS, data, run_step, state, trainer
-from tests.tolerances import CANCELLING, FORMULA, NETWORK, f32, f64, near
+from tests.tolerances import CANCELLING, FORMULA, NETWORK, bound, f32, f64, near
 
 RECORDS = {
     record["name"]: record
@@ -233,7 +233,8 @@ def attacked_of_rank(rank, world):
 def test_two_ranks_attack_as_one():
     alone = attacked_of_rank(0, 1)
     both = torch.cat(run_processes(attacked_of_rank, 2, 2))
-    assert ((both - alone).abs() > 1e-6).float().mean() < 0.001  # signs of gradients near 0
+    different = (both - alone).abs() > bound(NETWORK)
+    assert different.float().mean() < 0.01  # signs of gradients near 0
 
 
 def test_fsdp1_is_refused_by_name():
