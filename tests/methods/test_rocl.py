@@ -130,7 +130,7 @@ def test_the_step_is_that_of_three_views():
 def test_an_attack_changes_nothing_but_the_view(kind):
     module = make("RoCL" if kind == "method" else "SimCLR")
     module.train()
-    module.backbone.layers[1].eval()  # modes are restored one by one
+    module.backbone.layers[2].eval()  # modes are restored one by one
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
     attack = lc.AdversarialView(steps=2).attack if kind == "callback" else module.attack
