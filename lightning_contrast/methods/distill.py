@@ -75,7 +75,7 @@ class Distill(SelfSupervisedModule):
     def __init__(
         self,
         backbone: str | nn.Module,
-        teacher: str | Path | nn.Module | None,
+        teacher: str | Path | nn.Module | None = None,
         *,
         loss: DistillationLoss = "simreg",
         teacher_dim: int | None = None,
@@ -104,7 +104,7 @@ class Distill(SelfSupervisedModule):
         check_probability("momentum", momentum)
         self.frozen_teacher = None
         if teacher is None:
-            hint = "Give the width of the teacher's features"
+            hint = "Give a teacher, or the width of its features to use a trained student"
             require(teacher_dim is not None, "teacher_dim", "be given without a teacher", teacher_dim, hint)
             check_at_least("teacher_dim", teacher_dim or 0, 1)
         else:

@@ -51,7 +51,7 @@ class SEED(Distill):
     def __init__(
         self,
         backbone: str | nn.Module,
-        teacher: str | Path | nn.Module | None,
+        teacher: str | Path | nn.Module | None = None,
         *,
         loss: Literal["seed"] = "seed",
         teacher_dim: int | None = None,
