@@ -15,6 +15,7 @@ from . import optim as optim
 from . import resuming as resuming
 from . import seeding as seeding
 from . import testing as testing
+from .callbacks import AdversarialView as AdversarialView
 from .callbacks import CollapseMonitor as CollapseMonitor
 from .callbacks import EmbeddingLogger as EmbeddingLogger
 from .callbacks import GradientCache as GradientCache
@@ -42,6 +43,7 @@ from .methods import MMCR as MMCR
 from .methods import MSN as MSN
 from .methods import NNCLR as NNCLR
 from .methods import NPID as NPID
+from .methods import SEED as SEED
 from .methods import VJEPA as VJEPA
 from .methods import WMSE as WMSE
 from .methods import AlignUniform as AlignUniform
@@ -51,6 +53,7 @@ from .methods import Data2Vec as Data2Vec
 from .methods import DenseCL as DenseCL
 from .methods import DINOv2 as DINOv2
 from .methods import DINOv3 as DINOv3
+from .methods import Distill as Distill
 from .methods import ExemplarCNN as ExemplarCNN
 from .methods import GLoRIA as GLoRIA
 from .methods import LeJEPA as LeJEPA
@@ -58,6 +61,7 @@ from .methods import MoCHi as MoCHi
 from .methods import MoCo as MoCo
 from .methods import MoCoV3 as MoCoV3
 from .methods import PairContrast as PairContrast
+from .methods import RoCL as RoCL
 from .methods import SelfSupervisedModule as SelfSupervisedModule
 from .methods import SiameseMargin as SiameseMargin
 from .methods import SigLIP as SigLIP

@@ -50,7 +50,13 @@ CONDITIONS = {
     "gives the same features (1e-4) for any batch size; both carry the input's size, mean and std.",
 }
 
-NOT_APPLICABLE: dict[tuple[str, str], str] = {}
+_UNATTACKED = (
+    "an attack needs the gradient of images within a step, which FSDP1 cannot compute; RoCL refuses it by name"
+)
+NOT_APPLICABLE: dict[tuple[str, str], str] = {
+    ("RoCL", "FSDP1"): _UNATTACKED,
+    ("RoCL", "LARS, clipped, FSDP1"): _UNATTACKED,
+}
 """Reasons, by method and condition, that a user would accept."""
 
 

@@ -57,6 +57,7 @@ def small(path, tmp_path):
 
 
 ONE_VIEW = (lc.NPID, lc.ExemplarCNN, lc.IJEPA, lc.CPC, lc.MAE, lc.SimMIM, lc.Data2Vec, lc.BindModalities)
+ONE_VIEW += (lc.Distill, lc.SEED)
 TEXTS = (lc.CLIP, lc.SigLIP, lc.GLoRIA)  # take one view, and data with captions, which CIFAR-10 and ImageNet lack
 
 

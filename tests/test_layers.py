@@ -13,6 +13,7 @@ LAYERS = [
     {"nn", "optim", "augment", "metrics"},
     {"runtime"},
     {"callbacks", "checkpoints", "data"},
+    {"exported"},
     {"methods"},
     {"evaluation", "testing", "resuming"},
     {"cli"},
@@ -96,7 +97,7 @@ def test_private_modules_and_names_stay_in_their_folder(path):
 
 
 def test_methods_do_not_import_each_other():
-    shared = {"base", "distillation", "false_negatives", "image_text", "joint_embedding"}
+    shared = {"base", "distillation", "false_negatives", "image_text", "joint_embedding", "distill"}
     for path in set((PACKAGE / "methods").glob("*.py")) - {PACKAGE / "methods" / "__init__.py"}:
         other = {module.split(".")[-1] for module, _ in own_imports(path) if MODULES[module].parent == path.parent}
         assert other <= shared, path

@@ -5,6 +5,7 @@ Every policy takes ``size`` first and all else by keyword, starting with ``mean`
 is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
 """
 
+from lightning_contrast.augment.adversarial import pgd_attack, pgd_step
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
 from lightning_contrast.augment.located_view import LocatedView, cell_locations
 from lightning_contrast.augment.multi_crop import (
@@ -70,6 +71,8 @@ __all__ = [
     "moco_v2_views",
     "moco_v3_views",
     "msn_views",
+    "pgd_attack",
+    "pgd_step",
     "simclr_cifar_views",
     "simclr_views",
     "simmim_views",

@@ -1,3 +1,4 @@
+from .adversarial_view import AdversarialView as AdversarialView
 from .collapse.diagnosis import Thresholds as Thresholds
 from .collapse.instance_discrimination_monitor import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
 from .collapse.monitor import CollapseMonitor as CollapseMonitor

@@ -3,7 +3,7 @@ from .attention import attention_maps as attention_maps
 from .attention import compose_scenes as compose_scenes
 from .export import export_backbone as export_backbone
 from .export import export_towers as export_towers
-from .exported import load_backbone as load_backbone
+from .export import load_backbone as load_backbone
 from .figures import caption_strips as caption_strips
 from .figures import image_map as image_map
 from .figures import neighbour_strips as neighbour_strips

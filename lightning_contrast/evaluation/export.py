@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_contrast._checks import check_at_least, check_choice, fail
-from lightning_contrast.evaluation.exported import INPUT_SPEC, count_channels, pack_weights
+from lightning_contrast.exported import INPUT_SPEC, count_channels, load_backbone, pack_weights
 from lightning_contrast.nn import MaskedViT, TextTransformer
 from lightning_contrast.sharding import is_fsdp1_shard
+
+__all__ = ["ExportFormat", "export_backbone", "export_towers", "load_backbone"]
 
 ExportFormat: TypeAlias = Literal["state_dict", "onnx"]
 

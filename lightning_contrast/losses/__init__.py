@@ -1,5 +1,6 @@
 """Loss functions: pure functions of tensors, over the global batch of all ranks, in full precision under autocast."""
 
+from lightning_contrast.losses.adversarial import rocl_loss
 from lightning_contrast.losses.bilinear import bilinear_loss
 from lightning_contrast.losses.clustering import msn_loss, sinkhorn, swav_loss
 from lightning_contrast.losses.contrastive import (
@@ -18,6 +19,18 @@ from lightning_contrast.losses.distillation import (
     ijepa_loss,
     koleo_loss,
     masked_patch_loss,
+)
+from lightning_contrast.losses.frozen_teacher import (
+    compress_loss,
+    crd_loss,
+    crd_normalizers,
+    disco_loss,
+    hint_loss,
+    kd_loss,
+    noise_contrastive_loss,
+    rkd_loss,
+    seed_loss,
+    simreg_loss,
 )
 from lightning_contrast.losses.gaussian import (
     draw_directions,
@@ -84,15 +97,19 @@ __all__ = [
     "byol_loss",
     "clip_distillation_loss",
     "clip_loss",
+    "compress_loss",
     "cpc_all_times_loss",
     "cpc_loss",
     "cpc_sampled_loss",
     "cpc_time_loss",
+    "crd_loss",
+    "crd_normalizers",
     "data2vec_loss",
     "debiased_nt_xent",
     "decoupled_nt_xent",
     "dense_info_nce",
     "dino_loss",
+    "disco_loss",
     "draw_directions",
     "draw_permutations",
     "draw_row_negatives",
@@ -102,10 +119,12 @@ __all__ = [
     "gloria_local_loss",
     "gram_loss",
     "hard_negative_nt_xent",
+    "hint_loss",
     "ibot_patch_loss",
     "ijepa_loss",
     "info_nce",
     "jepa_loss",
+    "kd_loss",
     "koleo_loss",
     "lejepa_loss",
     "margin_contrastive_loss",
@@ -117,12 +136,17 @@ __all__ = [
     "moco_v3_loss",
     "msn_loss",
     "negative_cosine",
+    "noise_contrastive_loss",
     "nt_xent",
     "patchify",
     "pixel_targets",
     "region_attention",
+    "rkd_loss",
+    "rocl_loss",
+    "seed_loss",
     "siglip_loss",
     "sigreg_loss",
+    "simreg_loss",
     "sinkhorn",
     "sliced_gaussian_loss",
     "spectral_contrastive_loss",

@@ -10,6 +10,7 @@ from .densecl import DenseCL as DenseCL
 from .dino import DINO as DINO
 from .dinov2 import DINOv2 as DINOv2
 from .dinov3 import DINOv3 as DINOv3
+from .distill import Distill as Distill
 from .exemplar_cnn import ExemplarCNN as ExemplarCNN
 from .gloria import GLoRIA as GLoRIA
 from .ibot import IBOT as IBOT
@@ -24,6 +25,8 @@ from .msn import MSN as MSN
 from .nnclr import NNCLR as NNCLR
 from .npid import NPID as NPID
 from .pair_contrast import PairContrast as PairContrast
+from .rocl import RoCL as RoCL
+from .seed import SEED as SEED
 from .siamese import SiameseMargin as SiameseMargin
 from .siglip import SigLIP as SigLIP
 from .simclr import SimCLR as SimCLR

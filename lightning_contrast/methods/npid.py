@@ -21,7 +21,7 @@ from lightning_contrast.augment.view_spec import ViewOptions
 from lightning_contrast.callbacks import QueueUpdate
 from lightning_contrast.contracts import require_indices
 from lightning_contrast.distributed import global_mean
-from lightning_contrast.losses import info_nce
+from lightning_contrast.losses import info_nce, noise_contrastive_loss
 from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.nn import MemoryBank, build_head
 from lightning_contrast.nn.temperature import Temperature, check_temperature
@@ -29,8 +29,6 @@ from lightning_contrast.optim import OptimizerLike, step_decay
 from lightning_contrast.precision import full_precision, unit_rows
 from lightning_contrast.runtime.method_options import MethodOptions
 from lightning_contrast.runtime.temperature import current_temperature
-
-_EPSILON = 1e-7  # as in the reference implementation
 
 
 class NPID(SelfSupervisedModule):
@@ -165,21 +163,3 @@ def unnormalized_odds(projection: Tensor, rows: Tensor, temperature: float | Ten
     """Return ``exp(cos / temperature)``, (B, 1 + K), of projections (B, D) with rows (B, 1 + K, D)."""
     rows = F.normalize(rows.to(projection.dtype), dim=2)
     return ((rows @ projection.unsqueeze(2)).squeeze(2) / temperature).exp()
-
-
-@full_precision
-def noise_contrastive_loss(probabilities: Tensor, num_samples: int) -> Tensor:
-    """Return Eq. 7 of the paper.
-
-    Args:
-        probabilities: Those of the image itself, then of the K negatives, ``(B, 1 + K)``.
-        num_samples: Number N of images; negatives are drawn uniformly.
-
-    Returns:
-        The mean over the images of all ranks, a scalar in nats.
-    """
-    noise = (probabilities.shape[1] - 1) / num_samples
-    own, drawn = probabilities[:, 0], probabilities[:, 1:]
-    data_terms = (own / (own + noise + _EPSILON)).log()
-    noise_terms = (noise / (drawn + noise + _EPSILON)).log().sum(1)
-    return -global_mean(data_terms + noise_terms)

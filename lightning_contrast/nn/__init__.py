@@ -13,8 +13,10 @@ from lightning_contrast.nn.backbones import (
 from lightning_contrast.nn.byte_tokenizer import ByteTokenizer
 from lightning_contrast.nn.center import Center, SecondMoment
 from lightning_contrast.nn.distillation_heads import DistillationHead, PatchDistillationHead
+from lightning_contrast.nn.distillation_objectives import OBJECTIVES, Objective, ObjectiveSettings
 from lightning_contrast.nn.ema import ema_update
 from lightning_contrast.nn.feature_queue import FeatureQueue
+from lightning_contrast.nn.frozen_teacher import FeatureCache, FrozenTeacher
 from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototypeHead, PrototypeHead, build_head
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
 from lightning_contrast.nn.jepa_predictor import JepaPredictor
@@ -69,13 +71,16 @@ from lightning_contrast.nn.weight_norm import WeightNormLinear
 __all__ = [
     "HEADS",
     "MASKS",
+    "OBJECTIVES",
     "VIDEO_VITS",
     "Backbone",
     "BackboneOptions",
     "ByteTokenizer",
     "Center",
     "DistillationHead",
+    "FeatureCache",
     "FeatureQueue",
+    "FrozenTeacher",
     "GridContext",
     "GridPredictors",
     "Head",
@@ -94,6 +99,8 @@ __all__ = [
     "NGramTokenizer",
     "NGramTower",
     "Norm",
+    "Objective",
+    "ObjectiveSettings",
     "OpenClipTokenizer",
     "PatchDistillationHead",
     "PatchGrid",

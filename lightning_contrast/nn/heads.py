@@ -175,6 +175,7 @@ HEADS: dict[str, Head] = {
     "swav": Head(2048, 128, hidden_bias=True),
     "nnclr_projector": Head(2048, 256, layers=3, last_norm="full", last_bias=False),
     "nnclr_predictor": Head(4096, 256),
+    "simreg": Head(None, None, hidden_bias=True),
     "tclr": Head(None, 128, last_norm="full", hidden_bias=True, last_bias=False),
     "cvrl": Head(2048, 128, layers=4),
     "dino": PrototypeHead(2048),
@@ -204,6 +205,7 @@ HEADS: dict[str, Head] = {
   which is equivalent. https://github.com/jhaochenz/spectral_contrastive_learning
 - ``"swav"``: https://github.com/facebookresearch/swav
 - ``"nnclr_projector"``, ``"nnclr_predictor"``: from the paper (https://arxiv.org/abs/2104.14548).
+- ``"simreg"``: two of them make the predictor. https://github.com/UCDvision/simreg
 - ``"tclr"``: https://github.com/DAVEISHAN/TCLR
 - ``"cvrl"``: three hidden layers. https://github.com/tensorflow/models (``official/projects/video_ssl``)
 - ``"dino"``: ``DINOHead`` of https://github.com/facebookresearch/dino; DINOv2 has ``norm_last_layer=False``.

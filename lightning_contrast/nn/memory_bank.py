@@ -73,13 +73,16 @@ class MemoryBank(nn.Module):
         features = self.features
         index = indices.to(features.device, torch.int64)
         old, new = features[index], keys.detach().to(features)
-        moved = nn.functional.normalize(self.momentum * old + (1 - self.momentum) * new, dim=1)
-        rows = torch.where(new.isfinite().all(dim=1)[:, None], moved, old)
+        rows = torch.where(new.isfinite().all(dim=1)[:, None], self.moved(old, new), old)
         # Every one of equal indices writes the row of the last, so the order of the writes does not matter.
         order = torch.arange(len(index), device=index.device)
         last = torch.zeros(self.num_samples, dtype=torch.int64, device=index.device)
         last.scatter_reduce_(0, index, order, reduce="amax")
         features.index_copy_(0, index, rows[last[index]])
+
+    def moved(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return what old rows (B, D) become with the new embeddings (B, D) of their samples, (B, D)."""
+        return nn.functional.normalize(self.momentum * old + (1 - self.momentum) * new, dim=1)
 
     def check_indices(self, indices: Tensor) -> None:
         """Raise a ValueError if an index (B,) lies outside [0, N); synchronizes with the device."""

@@ -19,6 +19,16 @@ METHODS = {
     "ExemplarCNN": {
         "methods/exemplar_cnn.py:training_step": (4, "the first batch of an epoch: an index beyond the classes"),
     },
+    "Distill": {
+        "methods/distill.py:on_train_start": (1, "whether the teacher is that of the checkpoint"),
+        "methods/distill.py:training_step": (
+            10,
+            "the first batch of an epoch: an index beyond the number of samples; each batch: whether all is cached",
+        ),
+        "callbacks/queue_update.py:on_train_batch_end": (8, "the first batch of an epoch: as in `training_step`"),
+    },
+    "RoCL": {"runtime/adversarial_pass.py:check_pixels": (4, "the first batch of an epoch: the range of the pixels")},
+    "SEED": {"methods/distill.py:on_train_start": (1, "whether the teacher is that of the checkpoint")},
     "NPID": {
         "callbacks/queue_update.py:on_train_batch_end": (4, "the first batch of an epoch: as in `training_step`"),
         "methods/npid.py:training_step": (

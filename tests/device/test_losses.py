@@ -137,6 +137,19 @@ CALLS = {
         matches=(1, 2),
         all_feature_matches=False,
     ),
+    "compress_loss": lambda a, b, y: losses.compress_loss(a, b, a.detach(), b, temperature=0.1),
+    "crd_loss": lambda a, b, y: losses.crd_loss(a, b, a, b, *_own_and_next(y), temperature=0.1, samples=len(a)),
+    "crd_normalizers": lambda a, b, y: sum(
+        losses.crd_normalizers(a, b, a, b, *_own_and_next(y), temperature=0.1, samples=len(a)), start=a.sum()
+    ),
+    "disco_loss": lambda a, b, y: losses.disco_loss(a, b, b, a),
+    "hint_loss": lambda a, b, y: losses.hint_loss(a, b),
+    "kd_loss": lambda a, b, y: losses.kd_loss(a, b, temperature=4.0),
+    "noise_contrastive_loss": lambda a, b, y: losses.noise_contrastive_loss(a.sigmoid(), 9),
+    "rkd_loss": lambda a, b, y: losses.rkd_loss(a, b, distance_weight=1.0, angle_weight=1.0),
+    "rocl_loss": lambda a, b, y: losses.rocl_loss(a, b, a.flip(0), temperature=0.5),
+    "seed_loss": lambda a, b, y: losses.seed_loss(a, b, b, student_temperature=0.2, teacher_temperature=0.1),
+    "simreg_loss": lambda a, b, y: losses.simreg_loss(a, b),
 }
 
 
@@ -162,6 +175,11 @@ def _places(a, b):
     """Return 3 words (4, 6, 3) out of 8 rows (8, 6), and maps of 2 x 1 places (4, 6, 2, 1)."""
     words = a.unflatten(0, (4, 2)).mT
     return torch.cat([words, words[..., :1]], dim=2), b.unflatten(0, (4, 2)).mT[..., None]
+
+
+def _own_and_next(labels):
+    """Return rows of memories: those of the labels, and as one negative each, that of another label."""
+    return labels, ((labels + 1) % 3)[:, None]
 
 
 def _views(*rows):

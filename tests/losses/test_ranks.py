@@ -40,11 +40,24 @@ def _directions(z: Tensor) -> Tensor:
     return losses.draw_directions(z, slices=5, generator=torch.Generator().manual_seed(4))
 
 
+def _queue(z: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, 5 * DIM, dtype=z.dtype).reshape(5, DIM).sin()
+
+
 def _second_moment(z: Tensor) -> Tensor:
     return torch.eye(DIM, dtype=z.dtype) + 0.1
 
 
 MORE = {
+    "seed": _case(
+        lambda a, b: losses.seed_loss(a, b.detach(), _queue(a), student_temperature=0.2, teacher_temperature=0.1), 2
+    ),
+    "compress": _case(lambda a, b: losses.compress_loss(a, b.detach(), _queue(a), _queue(a), temperature=0.3), 2),
+    "disco": _case(lambda *x: losses.disco_loss(x[0], x[1], x[2].detach(), x[3].detach()), 4),
+    "kd": _case(lambda a, b: losses.kd_loss(a, b, temperature=4.0), 2),
+    "hint": _case(losses.hint_loss, 2),
+    "rocl": _case(lambda *x: losses.rocl_loss(*x, temperature=0.5), 3),
+    "rkd": _case(lambda a, b: losses.rkd_loss(a, b, distance_weight=25.0, angle_weight=50.0), 2),
     "sigreg": _case(lambda *x: losses.sigreg_loss(_views(*x), _directions(x[0])), 3),
     "lejepa": _case(
         lambda a, b, c: losses.lejepa_loss(_views(a, b), _views(c), _directions(a), regularizer_weight=0.3), 3

@@ -403,6 +403,70 @@ CASES |= {
 }
 
 
+class Tutor(TinyBackbone):
+    """A teacher in float64, its own precision, whose features do not depend on how a batch is split between ranks."""
+
+    def __init__(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            super().__init__()
+        self.double()
+
+    def forward(self, images):
+        return 9 * super().forward(images)
+
+
+class TaughtDistill(lc.Distill):
+    """Brings its teacher: a checkpoint does not hold constructor arguments that are modules."""
+
+    def __init__(self, backbone, **kwargs):
+        super().__init__(backbone, **({"teacher": Tutor()} | kwargs))
+
+
+class TaughtSEED(lc.SEED):
+    """The same for SEED."""
+
+    def __init__(self, backbone, **kwargs):
+        super().__init__(backbone, **({"teacher": Tutor()} | kwargs))
+
+
+TAUGHT = {"plain": {"head_norm": None}, "views": 1}
+CASES |= {
+    "Distill": Case(TaughtDistill, **TAUGHT),
+    "Distill compress": Case(TaughtDistill, **TAUGHT, settings={"loss": "compress", "queue_size": 24}),
+    "Distill crd": Case(
+        TaughtDistill,
+        plain={"num_negatives": 0},
+        views=1,
+        indices=True,
+        settings={"loss": "crd", "num_samples": 32, "num_negatives": 5},
+    ),
+    "Distill disco": Case(TaughtDistill, settings={"loss": "disco", "queue_size": 24}),
+    "Distill features cached": Case(
+        TaughtDistill,
+        views=1,
+        indices=True,
+        settings={"loss": "features", "cache_features": True, "num_samples": 32},
+    ),
+    "Distill rkd": Case(TaughtDistill, views=1, settings={"loss": "rkd"}),
+    "SEED": Case(TaughtSEED, views=1, settings={"queue_size": 24}),
+}
+
+
+class AttackedRoCL(lc.RoCL):
+    """Maps views of any range to 0..1: those of the suites are not pixels."""
+
+    def batch_views(self, batch, count):
+        return [view.sigmoid() for view in super().batch_views(batch, count)]
+
+
+CASES |= {
+    "RoCL": Case(
+        AttackedRoCL, plain={"random_start": False}, settings={"hidden_dim": 16, "projection_dim": 8, "steps": 2}
+    )
+}
+
+
 def make(name: str, *, norm: bool = True, **kwargs) -> L.LightningModule:
     """Build a case with seeded weights; ``norm=False`` leaves BatchNorm out everywhere."""
     torch.manual_seed(0)

@@ -20,6 +20,8 @@ def build(name, **options):
     method = getattr(lc, name)
     vit = "small_video_vit" if name == "VJEPA" else "small_vit"
     first = (vit if name in VITS else "resnet18", *([16] if name in ("NPID", "ExemplarCNN") else []))
+    if name in ("Distill", "SEED"):
+        first, options = ("resnet18", None), {"teacher_dim": 16} | options
     if name == "BindModalities":
         first = ({"image": "resnet18", "depth": "resnet18"},)
     with torch.device("meta"):

@@ -181,7 +181,9 @@ def pairs_of(module):
 
 
 def needs(module, kind):
-    return bool(pairs_of(module)) if issubclass(kind, MomentumUpdate) else hasattr(module, "queues")
+    if issubclass(kind, MomentumUpdate):
+        return bool(pairs_of(module))
+    return hasattr(module, "queues") and bool(module.queues())
 
 
 @methods

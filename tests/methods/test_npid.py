@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import lightning_contrast as lc
-from lightning_contrast.methods.npid import noise_contrastive_loss
+from lightning_contrast.losses import noise_contrastive_loss
 from tests.methods.cases import CASES, TinyBackbone, make
 from tests.methods.test_contract import BATCH, Data, data, run_step, step_batch, trainer
 from tests.tolerances import NETWORK, near

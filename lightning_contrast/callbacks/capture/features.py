@@ -1,6 +1,7 @@
 """Feature hooks: read the features of one step from any module, through its step output or a forward hook."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeAlias
 
@@ -169,6 +170,24 @@ def attached_hooks(module: nn.Module) -> list[FeatureHook]:
     functions = (function for layer in module.modules() for function in layer._forward_hooks.values())
     owners = (getattr(function, "__self__", None) for function in functions)
     return [owner for owner in owners if isinstance(owner, FeatureHook)]
+
+
+@contextmanager
+def paused_hooks(module: nn.Module) -> Iterator[None]:
+    """Record no features in a block, such as further forward passes of a step.
+
+    Args:
+        module: The LightningModule.
+    """
+    hooks = attached_hooks(module)
+    before = [hook.paused for hook in hooks]
+    for hook in hooks:
+        hook.paused = True
+    try:
+        yield
+    finally:
+        for hook, paused in zip(hooks, before, strict=True):
+            hook.paused = paused
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:

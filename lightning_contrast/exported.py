@@ -1,4 +1,4 @@
-"""The file of an exported backbone: weights, architecture, input, and features by which a loaded network is checked."""
+"""Networks in files: exported backbones, which are checked by the features of fixed images, and teachers."""
 
 import json
 from collections.abc import Mapping
@@ -10,12 +10,23 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import fail, require
 from lightning_contrast.checkpoints import load_checkpoint
-from lightning_contrast.nn.backbones import ARCHITECTURE, BUILT_AS, PREFIX, build_backbone, strip_prefix
+from lightning_contrast.nn.backbones import (
+    ARCHITECTURE,
+    BUILT_AS,
+    PREFIX,
+    SMALL_CONVNET,
+    build_backbone,
+    strip_prefix,
+)
 from lightning_contrast.nn.feature_output import FeatureOutput
+from lightning_contrast.nn.frozen_teacher import FrozenTeacher
+from lightning_contrast.nn.small_vit import SMALL_VIT
 
 INPUT_SPEC = "input_spec"
 """Key of the size, mean and std in exported files and in the metadata of ONNX graphs."""
 _TOLERANCE = 0.01  # of the largest feature: reduced precision passes, another stem does not
+_FILES = (".pt", ".pth", ".ckpt")
+_OWN = (SMALL_CONVNET, SMALL_VIT)  # networks without published weights
 _DOWNLOADED = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -63,6 +74,75 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
     backbone.eval()
     object.__setattr__(backbone, INPUT_SPEC, dict(saved[INPUT_SPEC]))
     return backbone
+
+
+def load_teacher(
+    teacher: str | Path | nn.Module,
+    *,
+    teacher_dim: int | None = None,
+    teacher_kwargs: Mapping[str, Any] | None = None,
+) -> FrozenTeacher:
+    """Return a frozen teacher of images ``(B, C, H, W)``.
+
+    Args:
+        teacher: A name, as for `nn.build_backbone`, whose published weights timm downloads; the path of a file by
+            `export_backbone` (".pt") or of a checkpoint (".ckpt") of a method whose backbone was given by name, of
+            which the backbone is taken; or a module, which is used as it is.
+        teacher_dim: Width D of the features ``(B, D)``; None reads it from the network.
+        teacher_kwargs: Further arguments of the network that a name builds, such as ``pretrained=False``.
+
+    Raises:
+        ValueError: If the name is unknown or has no weights, the file does not fit, or the width cannot be read.
+        TypeError: If ``teacher`` is none of these.
+        FileNotFoundError: If the file does not exist.
+    """
+    if not isinstance(teacher, str | Path | nn.Module):
+        hint = "Give a name of timm, the path of a file, or a module"
+        fail("teacher", "be a name, a path or a module", type(teacher).__name__, hint, TypeError)
+    if isinstance(teacher, str) and Path(teacher).suffix not in _FILES:
+        return _named_teacher(teacher, teacher_dim, dict(teacher_kwargs or {}))
+    if teacher_kwargs:
+        hint = "They are arguments of the network that a name builds"
+        fail("teacher_kwargs", "be None where `teacher` is no name", dict(teacher_kwargs), hint)
+    if isinstance(teacher, nn.Module):
+        width = getattr(teacher, "feature_dim", None) if teacher_dim is None else teacher_dim
+        return FrozenTeacher(*build_backbone(teacher, feature_dim=width))
+    return FrozenTeacher(*build_backbone(_network_of(Path(teacher)), feature_dim=teacher_dim))
+
+
+def _named_teacher(teacher: str, teacher_dim: int | None, kwargs: dict[str, Any]) -> FrozenTeacher:
+    """Return a network by its name, with its published weights unless ``pretrained=False``."""
+    if kwargs.pop("pretrained", True):
+        import timm
+
+        hint = 'Give a file or a module, or teacher_kwargs={"pretrained": False} for random weights'
+        known = not timm.is_model(teacher) or timm.models.is_model_pretrained(teacher)
+        require(known and teacher not in _OWN, "teacher", "have published weights", teacher, hint)
+        kwargs["pretrained"] = True
+    with torch.random.fork_rng(devices=[]):
+        return FrozenTeacher(*build_backbone(teacher, feature_dim=teacher_dim, backbone_kwargs=kwargs))
+
+
+def _network_of(path: Path) -> nn.Module:
+    """Return the network of an exported file, or the backbone of a checkpoint of a method."""
+    saved = load_checkpoint(path)
+    if not isinstance(saved, Mapping) or "hyper_parameters" not in saved:
+        return load_backbone(path)
+    given = saved["hyper_parameters"]
+    name, hint = given.get("backbone"), "Export it by `evaluation.export_backbone`, or give the teacher as a module"
+    if not isinstance(name, str) or " " in name:
+        fail("teacher", "be a checkpoint with the name of its backbone", name, hint)
+    options = {key: given[key] for key in ("small_images", "feature_dim", "tokens") if key in given}
+    kwargs = {key: value for key, value in (given.get("backbone_kwargs") or {}).items() if key != "pretrained"}
+    with torch.random.fork_rng(devices=[]):
+        network = build_backbone(name, backbone_kwargs=kwargs, **options).module
+    prefix = "backbone."
+    weights = {key.removeprefix(prefix): v for key, v in saved["state_dict"].items() if key.startswith(prefix)}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:
+        fail("teacher", f"be a checkpoint whose backbone is {name!r} alone", str(path), hint)
+    return network
 
 
 def pack_weights(backbone: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
