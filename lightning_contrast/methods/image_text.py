@@ -14,7 +14,13 @@ from lightning_contrast.methods.base import SelfSupervisedModule
 from lightning_contrast.methods.false_negatives import SameImages, sample_ids
 from lightning_contrast.nn import ByteTokenizer, LogitScale, TextTransformer, read_feature_dim
 from lightning_contrast.nn.byte_tokenizer import Tokenizer
-from lightning_contrast.nn.open_clip_towers import OpenClipTokenizer, open_clip_parts
+from lightning_contrast.nn.open_clip_towers import (
+    OPEN_CLIP,
+    OpenClipTokenizer,
+    OpenClipTowers,
+    check_open_clip,
+    find_open_clip,
+)
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.frozen_parts import FrozenParts
@@ -33,7 +39,8 @@ class ImageTextModule(FrozenParts, SelfSupervisedModule):
     `encode_text` give the embeddings (B, D).
 
     Args:
-        backbone: Image tower: name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
+        backbone: Image tower: name of a timm model, or a module that maps images (B, C, H, W) to features (B, F); or
+            "open_clip:NAME", both towers, the projections and the tokenizer of an open_clip model with random weights.
         text_backbone: Text tower: a module that maps tokens (B, L) to vectors (B, T) and has T as ``num_features``;
             None is a small `nn.TextTransformer` of 3 layers and width 128.
         embedding_dim: D, the width of the embeddings.
@@ -84,26 +91,24 @@ class ImageTextModule(FrozenParts, SelfSupervisedModule):
         warmup_epochs: int = 1,
         **options: Unpack[MethodOptions],
     ) -> None:
+        towers = find_open_clip(backbone)
+        image_tower = backbone if towers is None else towers.image
         super().__init__(
-            backbone, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
+            image_tower, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **options
         )
         check_at_least("embedding_dim", embedding_dim, 1)
         check_choice("mask_same", mask_same, (None, "label", "index", "text"))
         self.mask_same, self.locked_image = mask_same, locked_image
-        self.tokenizer: Tokenizer = _tokenizer(tokenizer, context_length)
-        if text_backbone is None:
-            tower: nn.Module = _small_tower(self.tokenizer, context_length, text_kwargs)
-        elif text_kwargs:
-            hint = "Give these arguments where you build the module"
-            fail("text_kwargs", "be None where `text_backbone` is given", dict(text_kwargs), hint)
-        elif not isinstance(text_backbone, nn.Module):
-            hint = "Give a module that maps tokens (B, L) to vectors (B, T), or None"
-            fail("text_backbone", "be a module", type(text_backbone).__name__, hint, TypeError)
+        if towers is None:
+            self.tokenizer: Tokenizer = _tokenizer(tokenizer, context_length)
+            self.text_backbone = _text_tower(text_backbone, self.tokenizer, context_length, text_kwargs)
+            self.image_projection: nn.Module = _projection(self.feature_dim, embedding_dim)
+            self.text_projection: nn.Module = _projection(read_feature_dim(self.text_backbone), embedding_dim)
         else:
-            tower = text_backbone
-        self.text_backbone = tower
-        self.image_projection: nn.Module = _projection(self.feature_dim, embedding_dim)
-        self.text_projection: nn.Module = _projection(read_feature_dim(tower), embedding_dim)
+            check_open_clip(towers, self.has_bias, text_backbone=text_backbone, text_kwargs=text_kwargs)
+            self.tokenizer = _tokenizer(tokenizer or towers.name, towers.context_length)
+            self.text_backbone, self.text_projection = towers.text, nn.Identity()  # the tower projects
+            self.image_projection = towers.image_projection
         self.logit_scale = LogitScale(logit_scale, max_logit_scale)
         if locked_image:
             self.freeze_parts("backbone")
@@ -171,29 +176,23 @@ class ImageTextModule(FrozenParts, SelfSupervisedModule):
         """Build the method around the towers, projections and tokenizer of an open_clip model.
 
         `forward` gives what the image tower outputs before its projection matrix, if it has one, else its output. Its
-        weights expect images normalized with ``backbone.image_mean`` and ``backbone.image_std``. A checkpoint is loaded
-        into a model that was built in the same way, by `load_state_dict` or ``trainer.fit(ckpt_path=...)``. Needs the
-        extra: ``pip install 'lightning_contrast[clip]'``.
+        weights expect images normalized with ``backbone.image_mean`` and ``backbone.image_std``. Needs the extra:
+        ``pip install 'lightning_contrast[clip]'``.
 
         Args:
             name: Name of an open_clip configuration, such as "ViT-B-32".
             pretrained: A file of weights, or open_clip's tag of some, which are downloaded; None: random weights.
-            **arguments: Arguments of the method, such as ``lr``; ``tokenizer`` replaces open_clip's.
+            **arguments: Arguments of the method, such as ``lr``; ``tokenizer`` replaces open_clip's, and
+                ``logit_scale`` and ``logit_bias`` replace those of the weights.
 
         Raises:
             ModuleNotFoundError: If the extra is not installed.
             ValueError: If there is no model of this name, or it has a bias of its logits and the method has none.
         """
-        arguments, weight = open_clip_parts(name, pretrained, arguments)
-        biased = "logit_bias" in arguments
-        require(cls.has_bias or not biased, "name", "be a model without `logit_bias`", name, "Use `SigLIP` for it")
-        module = cls(**arguments)
-        module.text_projection = nn.Identity()  # the text tower has its own
-        if weight is None:
-            module.image_projection = nn.Identity()
-        else:
-            with torch.no_grad():
-                module.image_projection.weight.copy_(weight.T)  # type: ignore[operator]  # a tensor
+        towers = OpenClipTowers(name, pretrained)
+        scalars = towers.scalars if cls.has_bias else {"logit_scale": towers.scalars["logit_scale"]}
+        module = cls(towers, **(scalars | arguments))
+        module.hparams["backbone"] = OPEN_CLIP + name  # from which a checkpoint builds the same towers
         return module
 
 
@@ -209,8 +208,17 @@ def _tokenizer(tokenizer: Tokenizer | str | None, context_length: int) -> Tokeni
     return tokenizer
 
 
-def _small_tower(tokenizer: Tokenizer, context_length: int, kwargs: Mapping[str, int] | None) -> TextTransformer:
-    """Return the default text tower for the ids of a tokenizer."""
+def _text_tower(
+    text_backbone: nn.Module | None, tokenizer: Tokenizer, context_length: int, kwargs: Mapping[str, int] | None
+) -> nn.Module:
+    """Return the given text tower, or the default one for the ids of a tokenizer."""
+    if text_backbone is not None:
+        hint = "Give these arguments where you build the module"
+        require(not kwargs, "text_kwargs", "be None where `text_backbone` is given", kwargs, hint)
+        if not isinstance(text_backbone, nn.Module):
+            hint = "Give a module that maps tokens (B, L) to vectors (B, T), or None"
+            fail("text_backbone", "be a module", type(text_backbone).__name__, hint, TypeError)
+        return text_backbone
     settings = _SMALL | {"vocab_size": getattr(tokenizer, "vocab_size", None)} | dict(kwargs or {})
     if settings["vocab_size"] is None:
         hint = 'Give text_kwargs={"vocab_size": ...}, or a `text_backbone`'

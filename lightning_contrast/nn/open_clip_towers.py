@@ -1,12 +1,14 @@
 """The towers and tokenizers of open_clip's models."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_captions, check_choice
+from lightning_contrast._checks import check_captions, check_choice, require
 from lightning_contrast.nn.byte_tokenizer import CutTexts
+
+OPEN_CLIP = "open_clip:"
 
 
 def import_open_clip() -> Any:
@@ -79,40 +81,70 @@ def _check_name(argument: str, name: str, open_clip: Any) -> None:
         check_choice(argument, name, open_clip.list_models())
 
 
-def open_clip_parts(
-    name: str, pretrained: str | None, arguments: Mapping[str, Any]
-) -> tuple[dict[str, Any], Tensor | None]:
-    """Build a model of open_clip; return its parts as arguments of an image-text method, and the image projection.
+class OpenClipTowers(nn.Module):
+    """The parts of an open_clip model that an image-text method is built around.
 
-    The projection matrix is taken out of the image tower.
+    Its weights are drawn as open_clip draws them, unless ``pretrained`` is given.
 
     Args:
         name: Name of an open_clip configuration.
         pretrained: A file of weights, open_clip's tag of some, or None.
-        arguments: Arguments of the method, which replace the parts.
 
-    Returns:
-        The arguments, and the projection (F, D), or None if the tower has none, or another one than a matrix.
+    Attributes:
+        name: The name.
+        image: Image tower without its projection matrix: images (B, C, H, W) to features (B, F).
+        image_projection: The matrix, a linear layer from F to D; an identity if the tower has another projection or
+            none.
+        text: Text tower: tokens (B, L) to embeddings (B, D), with the projection.
+        embedding_dim: D.
+        context_length: L.
+        scalars: "logit_scale", and "logit_bias" if the model has a bias, as floats.
 
     Raises:
         ModuleNotFoundError: If open_clip is not installed.
         ValueError: If open_clip has no model of this name.
     """
-    open_clip = import_open_clip()
-    _check_name("name", name, open_clip)
-    model: Any = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True)
-    embedding_dim: int = open_clip.get_model_config(name)["embed_dim"]
-    model.text.num_features = embedding_dim
-    visual, weight = model.visual, getattr(model.visual, "proj", None)
-    if isinstance(weight, nn.Parameter):
-        visual.proj = None
-    else:
-        weight = None
-    parts = {"backbone": visual, "text_backbone": model.text, "embedding_dim": embedding_dim}
-    parts["feature_dim"] = embedding_dim if weight is None else len(weight)
-    parts["logit_scale"] = float(model.logit_scale.detach().exp())
-    if model.logit_bias is not None:
-        parts["logit_bias"] = float(model.logit_bias.detach())
-    if "tokenizer" not in arguments:
-        parts |= {"tokenizer": name, "context_length": model.context_length}
-    return parts | dict(arguments), weight
+
+    def __init__(self, name: str, pretrained: str | None = None) -> None:
+        super().__init__()
+        open_clip = import_open_clip()
+        _check_name("name", name, open_clip)
+        model: Any = open_clip.create_model(name, pretrained=pretrained, force_custom_text=True)
+        self.name = name
+        self.embedding_dim: int = open_clip.get_model_config(name)["embed_dim"]
+        self.context_length: int = model.context_length
+        self.scalars = {"logit_scale": float(model.logit_scale.detach().exp())}
+        if model.logit_bias is not None:
+            self.scalars["logit_bias"] = float(model.logit_bias.detach())
+        self.image, self.text = model.visual, model.text
+        self.image_projection: nn.Module = nn.Identity()
+        weight = getattr(self.image, "proj", None)
+        width = self.embedding_dim
+        if isinstance(weight, nn.Parameter):
+            width = len(weight)
+            self.image.proj = None
+            self.image_projection = nn.Linear(width, self.embedding_dim, bias=False, device="meta")
+            self.image_projection.weight = nn.Parameter(weight.detach().T.contiguous())
+        self.image.num_features, self.text.num_features = width, self.embedding_dim
+
+
+def check_open_clip(towers: OpenClipTowers, has_bias: bool, **given: object) -> None:
+    """Check that a method can take the towers of an open_clip model.
+
+    Args:
+        towers: The towers.
+        has_bias: Whether the method has a bias of its logits.
+        **given: Arguments that the towers stand for, which must be None.
+    """
+    biased = "logit_bias" in towers.scalars
+    require(has_bias or not biased, "name", "be a model without `logit_bias`", towers.name, "Use `SigLIP` for it")
+    for argument, value in given.items():
+        hint = "The model has its own text tower"
+        require(value is None, argument, "be None with the towers of open_clip", type(value).__name__, hint)
+
+
+def find_open_clip(backbone: object) -> OpenClipTowers | None:
+    """Return the towers that an argument is, or names as "open_clip:NAME"; None for any other backbone."""
+    if isinstance(backbone, str) and backbone.startswith(OPEN_CLIP):
+        return OpenClipTowers(backbone.removeprefix(OPEN_CLIP))
+    return backbone if isinstance(backbone, OpenClipTowers) else None

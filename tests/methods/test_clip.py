@@ -329,9 +329,31 @@ def test_a_checkpoint_of_an_open_clip_model_is_loaded_into_another(tiny_open_cli
     again = lc.CLIP.from_open_clip("tiny-clip")
     saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
     again.load_state_dict(saved)
-    assert_same_bits(again.eval().encode_text(WORDS), module.eval().encode_text(WORDS))
-    with pytest.raises(ValueError, match="`load_from_checkpoint` must get the arguments"):
-        lc.CLIP.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    loaded = lc.CLIP.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert loaded.hparams["lr"] == 1e-2
+    for model in (again, loaded):
+        assert_same_bits(model.eval().encode_text(WORDS), module.eval().encode_text(WORDS))
+        images = torch.rand(2, 3, 32, 32)
+        assert_same_bits(model.encode_image(images), module.encode_image(images))
+    trainer = run(loaded, [[torch.rand(6, 3, 32, 32), WORDS]])  # its own checkpoint loads as well
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    lc.CLIP.load_from_checkpoint(tmp_path / "two.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_of_open_clips_sigmoid_model_keeps_scale_and_bias(tiny_open_clip, tmp_path):
+    module = lc.SigLIP.from_open_clip("tiny-sigmoid", logit_bias=-7.0, lr=1e-3)
+    run(module, [[torch.rand(6, 3, 32, 32), WORDS]]).save_checkpoint(tmp_path / "one.ckpt")
+    loaded = lc.SigLIP.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert loaded.hparams["logit_bias"] == -7.0
+    assert_same_bits(loaded.logit_scale(), module.logit_scale())
+    assert_same_bits(loaded.logit_bias(), module.logit_bias())
+
+
+def test_a_recipe_names_open_clips_towers(tiny_open_clip):
+    module = lc.CLIP("open_clip:tiny-clip", lr=1e-3)
+    assert module.encode_text(WORDS).shape == (len(WORDS), 24)
+    with pytest.raises(ValueError, match="`text_kwargs` must be None with the towers of open_clip"):
+        lc.CLIP("open_clip:tiny-clip", text_kwargs={"width": 64})
 
 
 def test_a_method_without_a_bias_refuses_a_model_with_one(tiny_open_clip):
