@@ -1,6 +1,9 @@
 # The virtual environment: `make VENV=/elsewhere` or the environment variable VENV sets another path.
 VENV ?= .venv
-PYTHON ?= python3.11
+# The first Python >= 3.11 that is found; `make PYTHON=/path/to/python` sets another one.
+CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 # Test processes that run in parallel, each on one thread.
 JOBS ?= 2
@@ -14,6 +17,8 @@ CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
 install: $(DEPENDENCIES) $(CHECKOUT)
 
 $(DEPENDENCIES): setup.cfg
+	@test -x $(BIN)/python || test -n "$(PYTHON)" \
+	|| { echo 'No Python >= 3.11 was found: install one, or run `make PYTHON=/path/to/python`.'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=23.2' 'setuptools>=77' wheel
 	$(BIN)/python -m pip install --quiet -e '.[dev]'

@@ -36,3 +36,35 @@ def test_wheel_is_built_quietly_and_is_complete(tmp_path):
     licenses = {Path(name).name for name in names if ".dist-info/licenses/" in name}
     assert licenses == {"LICENSE", "LICENSE-APACHE-2.0", "LICENSE-MIT"}
     assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
+
+
+def dry_run(folder, names, *arguments):
+    """Return what `make -n install` prints where only these names are Pythons, each of them this one or an old one."""
+    folder.mkdir()
+    for tool in ("bash", "sh", "sha256sum", "cut", "make", "pwd"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    for name, code in names.items():
+        (folder / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (folder / name).chmod(0o755)
+    command = ["make", "-n", "install", f"VENV={folder / 'venv'}", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ({"python3.12": 0, "python3": 1}, "python3.12"),
+        ({"python3.11": 1, "python3": 0}, "python3"),
+        ({"python": 0}, "python"),
+        ({"python3": 1}, ""),
+        ({}, ""),
+    ],
+)
+def test_make_finds_a_recent_python(names, found, tmp_path):
+    printed = dry_run(tmp_path / "bin", names)
+    assert f'test -n "{found}"' in printed
+    assert f"|| {found} -m venv" in printed
+    assert "run `make PYTHON=/path/to/python`" in printed
+    assert "|| /own/python -m venv" in dry_run(tmp_path / "given", names, "PYTHON=/own/python")
