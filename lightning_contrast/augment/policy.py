@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_choice, require
+from lightning_contrast._checks import check_at_least, check_choice, check_probability, fail, require
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import as_float, check_policy_input, statistics
@@ -38,6 +38,7 @@ class ViewPolicy(nn.Module):
         size: As given.
         mean: A list with one number per channel.
         std: A list with one number per channel.
+        strength: Share of the policy's strength, in 0..1; see `set_strength`.
         input_spec: ``{"size", "mean", "std"}`` as plain Python values: the input that a trained backbone expects.
     """
 
@@ -58,6 +59,30 @@ class ViewPolicy(nn.Module):
         self.views = nn.ModuleList(views)
         self.size, self.channels, self.interpolation = size, channels, interpolation
         self.mean, self.std = statistics(mean, std, channels)
+        self.strength = 1.0
+
+    def set_strength(self, strength: float) -> None:
+        """Set the strength of the random views, a share of that of the policy; `eval_transform` has none.
+
+        At 0 a view is the whole image, resized and perhaps flipped; at 1 it is that of the policy, bit for bit. Between
+        them the spreads of the jitter and the largest sigma of the blur are interpolated, and the range of the crop's
+        area, towards the whole image; of grayscale, solarization and automatic augmentation, which have no strength,
+        the probability is.
+
+        Args:
+            strength: In 0..1.
+
+        Raises:
+            TypeError: If a view of somebody else has no ``set_strength``.
+        """
+        check_probability("strength", strength, "It is a share of the policy's strength")
+        for view in self.views:
+            if not hasattr(view, "set_strength"):
+                hint = "Define `set_strength(strength)` on it, or leave the strength out"
+                fail("views", "have a strength", type(view).__name__, hint, TypeError)
+        for view in dict.fromkeys(self.views):
+            view.set_strength(strength)  # type: ignore[operator]  # checked above
+        self.strength = strength
 
     @property
     def input_spec(self) -> dict[str, Any]:

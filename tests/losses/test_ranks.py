@@ -45,7 +45,7 @@ def _queue(z: Tensor) -> Tensor:
 
 
 def _sharded_queue(weighting: str) -> Callable[..., Tensor]:
-    """Return InfoNCE with each rank's part of a queue; rank 1 of two has no filled row, and a temperature is learned."""
+    """Return InfoNCE with each rank's part of a queue, of which rank 1 of two has no filled row."""
 
     def loss(query: Tensor, key: Tensor, learned: Tensor) -> Tensor:
         part = slice(distributed.rank(), None, distributed.world_size())

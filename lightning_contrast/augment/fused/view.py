@@ -72,6 +72,13 @@ class FusedView(nn.Module):
         self.factor = np.array([1 / s for s in std], np.float32).reshape(1, -1, 1, 1)
         self.normalizes = bool((self.offset != 0).any() or (self.factor != 1).any())
 
+    def set_strength(self, strength: float) -> None:
+        """Set the strength, in 0..1; see `ViewPolicy.set_strength`."""
+        for operation in self._operations():
+            operation.strength = strength
+        if hasattr(self.pre_transform, "strength"):
+            self.pre_transform.strength = strength
+
     def _operations(self) -> list[FusedOperation]:
         return [cast("FusedOperation", operation) for operation in self.operations]
 
