@@ -1,5 +1,6 @@
 """Views made of stock Kornia operations: ``fused=False``, and the baseline of the fused ones."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import kornia.augmentation as K
@@ -10,7 +11,7 @@ from kornia.augmentation.auto.rand_augment.rand_augment import default_policy as
 from kornia.augmentation.auto.trivial_augment.trivial_augment import default_policy as TRIVIALAUGMENT
 from torch import Tensor, nn
 
-from lightning_contrast.augment.fused.base import towards
+from lightning_contrast.augment.fused.base import floored, towards
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 from lightning_contrast.seeding import send
@@ -90,6 +91,11 @@ class StockView(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.mean, self.std, self.pre_transform = spec, mean, std, pre_transform
+        self.set_strength(1.0)
+
+    def set_min_area(self, share: float) -> None:
+        """Draw no crop with less than a share of the image area, in 0..1; see `ViewPolicy.candidates`."""
+        self.spec = dataclasses.replace(self.spec, scale=floored(self.spec.scale, share))
         self.set_strength(1.0)
 
     def set_strength(self, strength: float) -> None:

@@ -1,5 +1,6 @@
 """Base class of the view policies and the builder behind all published ones."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -64,10 +65,10 @@ class ViewPolicy(nn.Module):
     def set_strength(self, strength: float) -> None:
         """Set the strength of the random views, a share of that of the policy; `eval_transform` has none.
 
-        At 0 a view is the whole image, resized and perhaps flipped; at 1 it is that of the policy, bit for bit. Between
-        them the spreads of the jitter and the largest sigma of the blur are interpolated, and the range of the crop's
-        area, towards the whole image; of grayscale, solarization and automatic augmentation, which have no strength,
-        the probability is.
+        At 0 a view is the whole image, resized, perhaps flipped, and blurred by the smallest sigma; at 1 it is that of
+        the policy, bit for bit. Between them the spreads of the jitter, the largest sigma of the blur, and the ranges
+        of the crop's area and aspect ratio are interpolated; of grayscale, solarization and automatic augmentation,
+        which have no strength, the probability is.
 
         Args:
             strength: In 0..1.
@@ -83,6 +84,28 @@ class ViewPolicy(nn.Module):
         for view in dict.fromkeys(self.views):
             view.set_strength(strength)  # type: ignore[operator]  # checked above
         self.strength = strength
+
+    def candidates(self, view: int, count: int, min_area: float) -> "ViewPolicy":
+        """Return a policy of several views that are like one of this policy, without small crops.
+
+        Args:
+            view: Index of the view.
+            count: Number of views, >= 1.
+            min_area: Smallest share of the image area that a crop is drawn with, in 0..1.
+
+        Raises:
+            ValueError: If there is no such view, or all of its crops are smaller.
+            TypeError: If it is no view of this package.
+        """
+        hint = "Give the index of a view"
+        require(0 <= view < len(self.views), "view", f"be one of the policy's {len(self.views)}", view, hint)
+        one: Any = copy.deepcopy(self.views[view])
+        if not hasattr(one, "set_min_area"):
+            hint = "Use a policy of this package"
+            fail("policy", "have views with `set_min_area`", type(one).__name__, hint, TypeError)
+        one.set_min_area(min_area)
+        options = {"size": self.size, "channels": self.channels, "mean": self.mean, "std": self.std}
+        return ViewPolicy([one] * count, **options)
 
     @property
     def input_spec(self) -> dict[str, Any]:

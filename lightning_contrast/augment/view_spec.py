@@ -89,8 +89,15 @@ class ViewSpec:
         low, high = (towards(share, 1.0, strength) for share in self.scale)
         brightness, contrast, saturation, hue = (towards(spread, 0.0, strength) for spread in self.jitter)
         gray, solarize = towards(self.gray_p, 0.0, strength), towards(self.solarize_p, 0.0, strength)
-        jitter = (brightness, contrast, saturation, hue)
-        return dataclasses.replace(self, scale=(low, high), jitter=jitter, gray_p=gray, solarize_p=solarize)
+        ratio = (self.ratio[0] ** strength, self.ratio[1] ** strength)
+        return dataclasses.replace(
+            self,
+            scale=(low, high),
+            jitter=(brightness, contrast, saturation, hue),
+            gray_p=gray,
+            solarize_p=solarize,
+            ratio=ratio,
+        )
 
 
 BLUR_SIGMA = (0.1, 2.0)  # standard deviation in pixels, the same in all published pipelines

@@ -67,6 +67,7 @@ def test_a_number_is_constant_and_not_logged_and_the_views_are_those_of_the_poli
     assert torch.equal(by_policy.seen["train"][3][0][1], by_callback.seen["train"][3][0][1])
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_stopped_and_resumed_run_sees_the_same_views(tmp_path):
     class Save(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_contrast._checks import require
 from lightning_contrast.seeding import send
 
 Backend: TypeAlias = Literal["cpu", "accelerator"] | None
@@ -106,6 +107,13 @@ def put_back_(images: Tensor, rows: slice | Tensor, taken: Tensor) -> None:
 def towards(value: float, neutral: float, strength: float) -> float:
     """Return a parameter at a strength in 0..1: ``value`` itself at 1, the ``neutral`` one at 0."""
     return value + (1 - strength) * (neutral - value)
+
+
+def floored(scale: tuple[float, float], share: float) -> tuple[float, float]:
+    """Return a range of a crop's area that starts at ``share`` or above; raise if the whole range lies below."""
+    hint = "Lower `min_area`, or choose a view with larger crops"
+    require(share <= scale[1], "min_area", f"be at most {scale[1]}, the largest crop of the view", share, hint)
+    return max(scale[0], share), scale[1]
 
 
 class FusedOperation:

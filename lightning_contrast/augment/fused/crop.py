@@ -107,7 +107,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         numbers = uniform(batch, 2 * tries + 3).astype(np.float64)
         least, most = (towards(share, 1.0, self.strength) for share in self.scale)
         area = height * width * (least + (most - least) * numbers[:, :tries])
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        low, high = (towards(math.log(ratio), 0.0, self.strength) for ratio in self.ratio)
         aspect = np.exp(low + (high - low) * numbers[:, tries : 2 * tries])
         box_h, box_w = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
         allowed = (box_h >= 1) & (box_h <= height) & (box_w >= 1) & (box_w <= width)

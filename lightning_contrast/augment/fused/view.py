@@ -14,6 +14,7 @@ from lightning_contrast.augment.fused.base import (
     Draw,
     FusedOperation,
     Plan,
+    floored,
     to_device,
     uses_accelerator_backend,
 )
@@ -78,6 +79,11 @@ class FusedView(nn.Module):
             operation.strength = strength
         if hasattr(self.pre_transform, "strength"):
             self.pre_transform.strength = strength
+
+    def set_min_area(self, share: float) -> None:
+        """Draw no crop with less than a share of the image area, in 0..1; see `ViewPolicy.candidates`."""
+        crop: Any = self.operations[0]
+        crop.scale = floored(crop.scale, share)
 
     def _operations(self) -> list[FusedOperation]:
         return [cast("FusedOperation", operation) for operation in self.operations]
