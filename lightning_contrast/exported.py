@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import fail, require
 from lightning_contrast.checkpoints import load_checkpoint
+from lightning_contrast.nn.auxiliary_batchnorm import without_auxiliary
 from lightning_contrast.nn.backbones import (
     ARCHITECTURE,
     BUILT_AS,
@@ -137,7 +138,8 @@ def _network_of(path: Path) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         network = build_backbone(name, backbone_kwargs=kwargs, **options).module
     prefix = "backbone."
-    weights = {key.removeprefix(prefix): v for key, v in saved["state_dict"].items() if key.startswith(prefix)}
+    saved_weights = without_auxiliary(saved["state_dict"])
+    weights = {key.removeprefix(prefix): v for key, v in saved_weights.items() if key.startswith(prefix)}
     try:
         network.load_state_dict(weights)
     except RuntimeError:
@@ -168,7 +170,8 @@ def pack_weights(backbone: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]
         rule = "be the input of the backbone"
         fail(INPUT_SPEC, rule, dict(spec), f"The backbone raises {str(error).strip().splitlines()[0].rstrip('.')}")
     prefix = PREFIX if _misread(built | {"backbone_kwargs": arguments}, backbone, spec, features) else ""
-    weights = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    own = without_auxiliary(backbone.state_dict())
+    weights = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     return {"state_dict": weights, INPUT_SPEC: dict(spec), ARCHITECTURE: architecture, "features": features}
 
 
@@ -215,7 +218,7 @@ def _misread(built: Mapping[str, Any], backbone: nn.Module, spec: Mapping[str, A
     try:
         with torch.random.fork_rng(devices=[]):
             plain = build_backbone(name).module
-        plain.load_state_dict(backbone.state_dict())
+        plain.load_state_dict(without_auxiliary(backbone.state_dict()))
         return not _agree(_fixed_features(plain, spec), features)
     except (RuntimeError, AssertionError, ValueError, TypeError):  # it does not take the weights, or these images
         return False

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.methods.base import SelfSupervisedModule
+from lightning_contrast.nn.auxiliary_batchnorm import without_auxiliary
 from lightning_contrast.nn.backbones import ARCHITECTURE, BUILT_AS, strip_prefix
 from lightning_contrast.runtime.default_callbacks import mark_defaults
 from lightning_contrast.runtime.optimizer_steps import has_gradients
@@ -209,7 +210,7 @@ def _state_of(weights: Any) -> dict[str, Tensor]:
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         hint = "Give a network, its `state_dict()`, or a file with one"
         fail("weights", "be the weights of a network", type(weights).__name__, hint, TypeError)
-    return dict(weights)
+    return without_auxiliary(weights)
 
 
 def _fitting(given: dict[str, Tensor], own: Mapping[str, Tensor], skip: Sequence[str]) -> dict[str, Tensor]:

@@ -302,6 +302,20 @@ def test_gloria_scenes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["learned", "worst", "curriculum"])
+def test_view_strengths(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "examples" / "view_strengths.py"))["main"]
+    knn, course = main(["--kind", kind, "--epochs", "3", "--batches", "9", "--fold", "1"])
+    assert 0.2 < knn < 0.8
+    assert len(course) == (0 if kind == "curriculum" else 2)  # every ten steps of 27
+    assert all(0 <= strength <= 1 for strength in course)
+    if kind == "learned":  # up or down by one step each time
+        assert [abs(b - a) for a, b in zip([0.5, *course], course, strict=False)] == pytest.approx([0.05, 0.05])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the notebook machinery, not of ours
 def test_notebook_runs_with_small_settings(path, tmp_path):

@@ -7,6 +7,7 @@ is made. `lightning_contrast.augment.fused` has the operations of which policies
 
 from lightning_contrast.augment.adversarial import pgd_attack, pgd_step
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
+from lightning_contrast.augment.curriculum import StrengthSchedule
 from lightning_contrast.augment.located_view import LocatedView, cell_locations
 from lightning_contrast.augment.multi_crop import (
     dino_views,
@@ -47,6 +48,7 @@ from lightning_contrast.augment.whole_images import WholeImages
 __all__ = [
     "ClipPolicy",
     "LocatedView",
+    "StrengthSchedule",
     "ViewPolicy",
     "ViewSpec",
     "WholeImages",

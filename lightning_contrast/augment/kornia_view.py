@@ -1,5 +1,6 @@
 """Views made of stock Kornia operations: ``fused=False``, and the baseline of the fused ones."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import kornia.augmentation as K
@@ -10,6 +11,7 @@ from kornia.augmentation.auto.rand_augment.rand_augment import default_policy as
 from kornia.augmentation.auto.trivial_augment.trivial_augment import default_policy as TRIVIALAUGMENT
 from torch import Tensor, nn
 
+from lightning_contrast.augment.fused.base import floored, towards
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 from lightning_contrast.seeding import send
@@ -27,7 +29,12 @@ class PerImage(nn.Module):
     Args:
         choices: Modules from images ``(N, C, H, W)`` to images of the same shape, all equally likely.
         count: Number of modules per image, >= 1.
+
+    Attributes:
+        strength: Share of the images that are augmented, in 0..1; the others stay.
     """
+
+    strength: float = 1.0
 
     def __init__(self, choices: Sequence[nn.Module], count: int = 1) -> None:
         super().__init__()
@@ -35,8 +42,11 @@ class PerImage(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the augmented images ``(B, C, H, W)`` of float images of that shape, in the same order."""
-        for drawn in torch.randint(len(self.choices), (self.count, len(images))):
-            augmented = torch.empty_like(images)
+        drawn_of_all = torch.randint(len(self.choices), (self.count, len(images)))
+        if self.strength < 1:
+            drawn_of_all[:, torch.rand(len(images)) >= self.strength] = len(self.choices)  # none
+        for drawn in drawn_of_all:
+            augmented = torch.empty_like(images) if self.strength == 1 else images.clone()
             for number, choice in enumerate(self.choices):
                 rows = (drawn == number).nonzero().flatten()
                 if len(rows):
@@ -80,6 +90,20 @@ class StockView(nn.Module):
         self, spec: ViewSpec, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None = None
     ) -> None:
         super().__init__()
+        self.spec, self.mean, self.std, self.pre_transform = spec, mean, std, pre_transform
+        self.set_strength(1.0)
+
+    def set_min_area(self, share: float) -> None:
+        """Draw no crop with less than a share of the image area, in 0..1; see `ViewPolicy.candidates`."""
+        self.spec = dataclasses.replace(self.spec, scale=floored(self.spec.scale, share))
+        self.set_strength(1.0)
+
+    def set_strength(self, strength: float) -> None:
+        """Set the strength, in 0..1; see `ViewPolicy.set_strength`."""
+        spec, mean, std, pre_transform = self.spec.at_strength(strength), self.mean, self.std, self.pre_transform
+        sigma = (BLUR_SIGMA[0], towards(BLUR_SIGMA[1], BLUR_SIGMA[0], strength))
+        if pre_transform is not None and hasattr(pre_transform, "strength"):
+            pre_transform.strength = strength
         size = (spec.size, spec.size)
         crop = K.RandomResizedCrop(
             size,
@@ -100,7 +124,7 @@ class StockView(nn.Module):
         # reflection padding must be narrower than the image
         widest = max(1, min(spec.blur_kernel or 17, 2 * spec.size - 1))
         if spec.blur_p > 0 and widest > 1:
-            operations.append(K.RandomGaussianBlur((widest, widest), BLUR_SIGMA, p=spec.blur_p))
+            operations.append(K.RandomGaussianBlur((widest, widest), sigma, p=spec.blur_p))
         if spec.solarize_p > 0:
             operations.append(K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=spec.solarize_p))
         if any(m != 0 for m in mean) or any(s != 1 for s in std):

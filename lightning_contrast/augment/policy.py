@@ -1,5 +1,6 @@
 """Base class of the view policies and the builder behind all published ones."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_choice, require
+from lightning_contrast._checks import check_at_least, check_choice, check_probability, fail, require
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import as_float, check_policy_input, statistics
@@ -38,6 +39,7 @@ class ViewPolicy(nn.Module):
         size: As given.
         mean: A list with one number per channel.
         std: A list with one number per channel.
+        strength: Share of the policy's strength, in 0..1; see `set_strength`.
         input_spec: ``{"size", "mean", "std"}`` as plain Python values: the input that a trained backbone expects.
     """
 
@@ -58,6 +60,52 @@ class ViewPolicy(nn.Module):
         self.views = nn.ModuleList(views)
         self.size, self.channels, self.interpolation = size, channels, interpolation
         self.mean, self.std = statistics(mean, std, channels)
+        self.strength = 1.0
+
+    def set_strength(self, strength: float) -> None:
+        """Set the strength of the random views, a share of that of the policy; `eval_transform` has none.
+
+        At 0 a view is the whole image, resized, perhaps flipped, and blurred by the smallest sigma; at 1 it is that of
+        the policy, bit for bit. Between them the spreads of the jitter, the largest sigma of the blur, and the ranges
+        of the crop's area and aspect ratio are interpolated; of grayscale, solarization and automatic augmentation,
+        which have no strength, the probability is.
+
+        Args:
+            strength: In 0..1.
+
+        Raises:
+            TypeError: If a view of somebody else has no ``set_strength``.
+        """
+        check_probability("strength", strength, "It is a share of the policy's strength")
+        for view in self.views:
+            if not hasattr(view, "set_strength"):
+                hint = "Define `set_strength(strength)` on it, or leave the strength out"
+                fail("views", "have a strength", type(view).__name__, hint, TypeError)
+        for view in dict.fromkeys(self.views):
+            view.set_strength(strength)  # type: ignore[operator]  # checked above
+        self.strength = strength
+
+    def candidates(self, view: int, count: int, min_area: float) -> "ViewPolicy":
+        """Return a policy of several views that are like one of this policy, without small crops.
+
+        Args:
+            view: Index of the view.
+            count: Number of views, >= 1.
+            min_area: Smallest share of the image area that a crop is drawn with, in 0..1.
+
+        Raises:
+            ValueError: If there is no such view, or all of its crops are smaller.
+            TypeError: If it is no view of this package.
+        """
+        hint = "Give the index of a view"
+        require(0 <= view < len(self.views), "view", f"be one of the policy's {len(self.views)}", view, hint)
+        one: Any = copy.deepcopy(self.views[view])
+        if not hasattr(one, "set_min_area"):
+            hint = "Use a policy of this package"
+            fail("policy", "have views with `set_min_area`", type(one).__name__, hint, TypeError)
+        one.set_min_area(min_area)
+        options = {"size": self.size, "channels": self.channels, "mean": self.mean, "std": self.std}
+        return ViewPolicy([one] * count, **options)
 
     @property
     def input_spec(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lightning_contrast._checks import (
     check_range,
     require,
 )
-from lightning_contrast.augment.fused.base import Backend
+from lightning_contrast.augment.fused.base import Backend, towards
 
 Auto = Literal["randaugment", "autoaugment", "trivialaugment"]
 
@@ -83,6 +83,21 @@ class ViewSpec:
         require(0 <= self.jitter[3] <= 0.5, "hue", "lie in [0, 0.5]", self.jitter[3], "Give a smaller strength")
         for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip"):
             check_probability(name, getattr(self, name))
+
+    def at_strength(self, strength: float) -> "ViewSpec":
+        """Return the parameters at a strength in 0..1, as of `ViewPolicy.set_strength`."""
+        low, high = (towards(share, 1.0, strength) for share in self.scale)
+        brightness, contrast, saturation, hue = (towards(spread, 0.0, strength) for spread in self.jitter)
+        gray, solarize = towards(self.gray_p, 0.0, strength), towards(self.solarize_p, 0.0, strength)
+        ratio = (self.ratio[0] ** strength, self.ratio[1] ** strength)
+        return dataclasses.replace(
+            self,
+            scale=(low, high),
+            jitter=(brightness, contrast, saturation, hue),
+            gray_p=gray,
+            solarize_p=solarize,
+            ratio=ratio,
+        )
 
 
 BLUR_SIGMA = (0.1, 2.0)  # standard deviation in pixels, the same in all published pipelines

@@ -1,19 +1,29 @@
 """Views chosen by an adversary, for every method with two views."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_choice, check_positive, fail, require
+from lightning_contrast import distributed
+from lightning_contrast._checks import check_at_least, check_choice, check_positive, check_probability, fail, require
+from lightning_contrast.augment.policy import ViewPolicy
+from lightning_contrast.augment.whole_images import WholeImages
 from lightning_contrast.callbacks.capture.features import paused_hooks
+from lightning_contrast.callbacks.view_augmentation import ViewAugmentation
 from lightning_contrast.contracts import replace_images, split_batch
-from lightning_contrast.losses import rocl_loss
-from lightning_contrast.runtime.adversarial_pass import Attack, check_pixels, refuse_fsdp1
+from lightning_contrast.losses import Negatives, rocl_loss
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask
+from lightning_contrast.losses.kernels.normalization import normalize_rows
+from lightning_contrast.losses.negatives import AnchorBatch, anchor_losses
+from lightning_contrast.nn.auxiliary_batchnorm import MarkedRows, Route, add_auxiliary_batchnorm, route, unroute
+from lightning_contrast.precision import upcast
+from lightning_contrast.runtime.adversarial_pass import Attack, check_pixels, refuse_fsdp1, worst_view
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches
-from lightning_contrast.seeding import send
+from lightning_contrast.seeding import derived_seed, seeded, send
 
 
 class AdversarialView(L.Callback):
@@ -27,8 +37,16 @@ class AdversarialView(L.Callback):
     passes, in the precision of the Trainer; `GradientCache`, accumulation, DDP and FSDP2 are supported. FSDP1, whose
     shards cannot be differentiated outside a step, is refused.
 
-    Differs from AdvProp (https://arxiv.org/abs/1911.09665): there is no auxiliary BatchNorm; in training both kinds of
-    views share their statistics.
+    With ``auxiliary_batchnorm=True``, as in AdvProp (https://arxiv.org/abs/1911.09665), every BatchNorm of the module,
+    also of its momentum networks, has a second set of statistics and affine parameters, for the adversarial view. The
+    attack uses its averages; evaluation and exports use the first set. Networks are the children of the module: they
+    must be called with whole views, or with features of whole views. It does not work with ``torch.compile`` of the
+    whole module (compile its backbone) or with `nn.checkpoint_activations`, which are refused.
+    Differs from AdvProp: the loss is that of the method; the target is not a random label.
+
+    With ``candidates`` above 1 the view is first replaced by the worst of k: that many views are drawn from the policy
+    of the Trainer's `ViewAugmentation`, in crops of ``min_area`` or more, and for each image the one of greatest loss
+    is taken, in ``candidates`` forward passes without gradient. With ``epsilon=0`` and ``steps=0`` it is not attacked.
 
     Args:
         epsilon: Largest change of a pixel in 0..1, >= 0.
@@ -43,12 +61,17 @@ class AdversarialView(L.Callback):
         loss: Function of the embeddings (B, D) of the attacked and of the other view, to be maximized; None is
             `losses.rocl_loss` of both with ``temperature``.
         temperature: Divisor of the cosine similarities of the default loss, > 0.
-        seed: Seed of the random start, >= 0.
+        auxiliary_batchnorm: Give every BatchNorm a second set for the adversarial view.
+        candidates: Number of views of which the worst is taken, >= 1. The default loss of an image is then its InfoNCE
+            among the other views of the global batch; a ``loss`` must return one value per image, (B,).
+        min_area: Smallest share of the image area of a candidate, in 0..1.
+        seed: Seed of the random start and of the candidates, >= 0.
 
     Raises:
         ValueError: If an argument is out of range, the module lacks a submodule, a batch lacks a view, pixels lie
-            outside 0..1 (after undoing the normalization of the Trainer's view policy), or the strategy is FSDP1.
-        TypeError: If a number is not whole, or the loss cannot be called.
+            outside 0..1 (after undoing the normalization of the Trainer's view policy), the strategy is FSDP1, or
+            something else cannot be combined with an option.
+        TypeError: If a number is not whole, the loss cannot be called, or there is no policy for candidates.
     """
 
     def __init__(
@@ -64,6 +87,9 @@ class AdversarialView(L.Callback):
         modules: Sequence[str] = ("backbone", "projector"),
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         temperature: float = 0.5,
+        auxiliary_batchnorm: bool = False,
+        candidates: int = 1,
+        min_area: float = 0.2,
         seed: int = 0,
     ) -> None:
         self.attack = Attack(epsilon, step_size, steps, random_start)
@@ -71,6 +97,8 @@ class AdversarialView(L.Callback):
         check_at_least("other", other, 0)
         require(view != other, "other", "be another view than `view`", other, "Give the index of the other view")
         check_positive("temperature", temperature)
+        check_at_least("candidates", candidates, 1)
+        check_probability("min_area", min_area, "It is a share of the image area")
         check_at_least("seed", seed, 0)
         if loss is not None and not callable(loss):
             hint = "Give a function of two embeddings (B, D)"
@@ -78,8 +106,24 @@ class AdversarialView(L.Callback):
         require(len(modules) > 0, "modules", "name at least one submodule", modules, 'Give ("backbone", "projector")')
         self.view, self.other, self.add, self.seed = view, other, add, seed
         self.modules, self.loss, self.temperature = tuple(modules), loss, temperature
+        self.auxiliary_batchnorm, self.candidates, self.min_area = auxiliary_batchnorm, candidates, min_area
+        self._routes: dict[str, Route] = {}
+        self._views: Any = None  # the ViewAugmentation that makes candidates
+        self._candidate_policy: Any = None
+        self._originals: list[Any] = []
         self._trainer: Any = None
         self._normalization: tuple[Tensor, Tensor] | None = None  # of the run, on its device, from its first batch on
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Add the second sets of BatchNorm before the optimizers are created and checkpoints are loaded."""
+        if stage != "fit" or not self.auxiliary_batchnorm:
+            return
+        whole = getattr(pl_module, "_compiler_ctx", None) is None
+        hint = "Compile `model.backbone`, or leave one of both out"
+        require(whole, "auxiliary_batchnorm", "be False if the whole module is compiled", True, hint)
+        hint = "Leave `auxiliary_batchnorm` out: there is no BatchNorm"
+        found = add_auxiliary_batchnorm(pl_module)
+        require(found > 0, "auxiliary_batchnorm", "be False", type(pl_module).__name__, hint)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check strategy and module, and add the attack after all other transforms of batches."""
@@ -89,14 +133,43 @@ class AdversarialView(L.Callback):
             check_choice("modules", name, names)
         self._trainer, self._normalization = trainer, None
         BatchTransforms.add(trainer.strategy, self._transform)
+        if self.candidates > 1:
+            self._views = next((c for c in trainer.callbacks if isinstance(c, ViewAugmentation)), None)
+            policy = getattr(self._views, "policy", None)
+            if not isinstance(policy, ViewPolicy):
+                hint = "Place a ViewAugmentation with a policy of this package among the callbacks"
+                fail("candidates", "be 1 without a policy to draw them from", self.candidates, hint, TypeError)
+            self._candidate_policy = policy.candidates(self.view, self.candidates, self.min_area)
+            BatchTransforms.add(trainer.strategy, self._keep_originals, first=True)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Route the BatchNorm layers, after strategies have wrapped them and all callbacks replaced ``forward``."""
+        if self.auxiliary_batchnorm:
+            self._routes = route(pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Remove the attack."""
-        BatchTransforms.remove(trainer.strategy, self._transform)
+        self._remove(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Remove the attack: `teardown` is not called after an exception."""
+        self._remove(trainer, pl_module)
+
+    def _remove(self, trainer: Any, pl_module: Any) -> None:
         BatchTransforms.remove(trainer.strategy, self._transform)
+        BatchTransforms.remove(trainer.strategy, self._keep_originals)
+        if self._routes:
+            unroute(pl_module)
+        self._routes, self._originals = {}, []
+        self._views = self._candidate_policy = None
+
+    def _keep_originals(self, batch: Any) -> Any:
+        """Keep the images of which candidates are drawn."""
+        self._originals = []
+        if self._trainer.training:
+            keep = lambda one: self._originals.append(split_batch(one, self._views.images)[0])  # noqa: E731
+            map_batches(batch, keep, self._trainer.train_dataloader)
+        return batch
 
     def _transform(self, batch: Any) -> Any:
         """Attack a view of a training batch; other batches are returned as they are."""
@@ -118,19 +191,24 @@ class AdversarialView(L.Callback):
         if self._normalization is None:
             self._normalization = _statistics(trainer, view)
         mean, std = self._normalization
-        pixels = view.float() * std + mean
-        if first or pixels.device.type == "cpu":  # synchronizes with the device
-            check_pixels(pixels)
         networks = [module.get_submodule(name) for name in self.modules]
-        batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # incremented after the transfer
+        seed = (self.seed, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        candidates = self._candidates(view, seed) if self.candidates > 1 else []
         with paused_hooks(module), trainer.precision_plugin.forward_context():
+            if candidates:
+                loss = self.loss or self._losses
+                view = worst_view(networks, loss, candidates, other, adversarial=self._adversarial)
+            pixels = view.float() * std + mean
+            if first or pixels.device.type == "cpu":  # synchronizes with the device
+                check_pixels(pixels)
             attacked = self.attack.view(
                 networks,
                 self.loss or self._contrast,
                 pixels.clamp(0, 1),
                 other,
-                seed=(self.seed, trainer.current_epoch, batch_idx),
+                seed=seed,
                 normalize=lambda images: ((images - mean) / std).to(view.dtype),
+                adversarial=self._adversarial,
             )
         adversarial = ((attacked - mean) / std).to(view.dtype)
         kept = list(views)
@@ -138,11 +216,41 @@ class AdversarialView(L.Callback):
             kept.append(adversarial)
         else:
             kept[self.view] = adversarial
+        if self.auxiliary_batchnorm:
+            place = len(kept) - 1 if self.add else self.view
+            kept = [MarkedRows(one, ((len(one), number == place),)) for number, one in enumerate(kept)]
         return replace_images(batch, kept)
+
+    def _candidates(self, view: Tensor, seed: tuple[int, ...]) -> list[Tensor]:
+        """Draw views of which the worst is taken, ``(B, C, h, w)`` each."""
+        policy, images = self._candidate_policy, self._originals.pop(0)
+        if policy.strength != self._views.policy.strength:
+            policy.set_strength(self._views.policy.strength)
+        with torch.no_grad(), seeded(derived_seed(*seed, distributed.rank(), 1), view.device):
+            candidates = policy(images if isinstance(images, Tensor | WholeImages) else images[self.view])
+        return [candidate.as_subclass(Tensor).to(view.dtype) for candidate in candidates]
+
+    @contextmanager
+    def _adversarial(self) -> Iterator[None]:
+        """Use the second sets of BatchNorm in passes in eval mode."""
+        for one in self._routes.values():
+            one.auxiliary = True
+        try:
+            yield
+        finally:
+            for one in self._routes.values():
+                one.auxiliary = False
 
     def _contrast(self, embedding: Tensor, other: Tensor) -> Tensor:
         """Return RoCL's loss of embeddings (B, D)."""
         return rocl_loss(embedding, other, temperature=self.temperature)
+
+    def _losses(self, embedding: Tensor, other: Tensor) -> Tensor:
+        """Return the InfoNCE loss of each embedding (B, D) among those of the other views of all ranks, (B,)."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            first, second = (normalize_rows(upcast(rows)) for rows in (embedding, other))
+            positive, mask = (first * second).sum(1), NegativeMask(skip_partner=True)
+            return anchor_losses(AnchorBatch(first, second, positive, 1 / self.temperature, mask), Negatives())
 
 
 def _statistics(trainer: Any, view: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import fail
+from lightning_contrast.nn.feature_queue import FeatureQueue
 from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.runtime.default_callbacks import remove_if_other_module
 from lightning_contrast.runtime.optimizer_steps import only_forward, step_was_skipped
@@ -20,9 +21,10 @@ class QueueUpdate(Callback):
 
     The queue of MoCo (https://arxiv.org/abs/1911.05722; reference implementation: moco/builder.py) is updated after the
     loss, so that a key is never its own negative. The keys of all ranks are gathered in rank order, so every rank has
-    the same queue. For ``{"keys": queue}`` the step output contains ``"keys"`` (B, D); ``"keys_labels"`` (B,) if the
-    queue stores labels; ``"indices"`` (B,) if it is a `MemoryBank`. Queues must exist before the fit: create them in
-    ``__init__``. A module with several keys per image gives their number as ``keys_per_image``.
+    the same queue; of a `FeatureQueue` with ``sharded=True`` each rank keeps its part. For ``{"keys": queue}`` the step
+    output contains ``"keys"`` (B, D); ``"keys_labels"`` (B,) if the queue stores labels; ``"indices"`` (B,) if it is a
+    `MemoryBank`. Queues must exist before the fit: create them in ``__init__``. A module with several keys per image
+    gives their number as ``keys_per_image``.
 
     A training step that returned nothing, that `NonFiniteGuard` skipped, or that is only run forward, as at the end of
     Lightning's `StochasticWeightAveraging`, pushes nothing. The keys of a step that a
@@ -35,7 +37,7 @@ class QueueUpdate(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the queues and exclude their buffers from DDP, which would broadcast them at every forward pass."""
+        """Check and shard the queues, and exclude their buffers from DDP, which would broadcast them in every step."""
         if remove_if_other_module(self, trainer, pl_module) or stage != "fit":
             return
         names = {id(module): name for name, module in pl_module.named_modules()}
@@ -44,6 +46,8 @@ class QueueUpdate(Callback):
             if id(queue) not in names:
                 hint = "Assign it to an attribute in `__init__`, so that checkpoints and strategies include it"
                 fail("queues", "return submodules of the module", name, hint)
+            if isinstance(queue, FeatureQueue):
+                queue.shard()
             ignored += [f"{names[id(queue)]}.{buffer}" for buffer, _ in queue.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, sorted(set(ignored)))  # type: ignore[no-untyped-call]
 

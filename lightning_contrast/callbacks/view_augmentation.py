@@ -1,5 +1,6 @@
 """Views created on the device of the batch, for every loader whose batches follow the contract."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning as L
@@ -8,12 +9,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast.augment.curriculum import StrengthSchedule, check_strength
 from lightning_contrast.augment.policy import ViewPolicy  # in the signature for configuration files
 from lightning_contrast.augment.whole_images import WholeImages, center_squares
 from lightning_contrast.callbacks.capture.labels import check_place
 from lightning_contrast.contracts import Images, ImageSource, check_images, check_views
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches, transform_images
 from lightning_contrast.runtime.rank_draws import rank_seed
+from lightning_contrast.runtime.view_strength import check_strength_fits, strength_at, strength_length
 from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
@@ -68,11 +71,16 @@ class ViewAugmentation(L.Callback):
         evaluate: False leaves the batches of validation, test and prediction unchanged.
         images: Where the images are: the key of a dict batch, the index into a tuple or list, or a function that
             returns a part of the batch. None follows the batch contract. The views replace them in the same place.
+        strength: Strength of the random views in 0..1 (`ViewPolicy.set_strength`): a number, a curriculum
+            (`augment.StrengthSchedule`), or a function of the optimizer step. It is a function of
+            ``trainer.global_step``, so a resumed run continues exactly. One that is no number is logged as
+            ``train/view_strength``. After the run the policy has its own strength again. None: that of the policy.
 
     Raises:
-        TypeError: If the policy cannot be called or lacks a required ``eval_transform``, or ``seed`` is not a whole
-            number.
-        ValueError: If ``seed`` is below 0.
+        TypeError: If the policy cannot be called or lacks a required ``eval_transform``, ``seed`` is not a whole
+            number, ``strength`` has another type, or the policy has no ``set_strength`` for it.
+        ValueError: If ``seed`` is below 0, or the strength outside 0..1; at the start of a fit if a curriculum is
+            longer than the run.
     """
 
     takes_whole_images: ClassVar[bool] = True
@@ -85,6 +93,7 @@ class ViewAugmentation(L.Callback):
         evaluate: bool = True,
         *,
         images: ImageSource = None,
+        strength: float | StrengthSchedule | Callable[[int], float] | None = None,
     ) -> None:
         if not callable(policy):
             hint = "Give for example `augment.simclr_views(32)`"
@@ -95,16 +104,31 @@ class ViewAugmentation(L.Callback):
         if seed is not None:
             check_at_least("seed", seed, 0)
         check_place("images", images)
+        if strength is not None:
+            check_strength(strength)
+            if not callable(getattr(policy, "set_strength", None)):
+                hint = "Define `set_strength(strength)`, or leave `strength` out"
+                fail("policy", "have a method `set_strength`", type(policy).__name__, hint, TypeError)
+        self.strength = strength
         self.policy, self.seed, self.evaluate, self.images = policy, seed, evaluate, images
         self._trainer: Any = None
         self._checked: set[bool] = set()
+        self._own_strength: float | None = None  # of the policy, before the run
+
+    @property
+    def current_strength(self) -> float | None:
+        """The strength of the training views now; None if the policy has none."""
+        return getattr(self.policy, "strength", None)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Add the views to the strategy's transfer of batches to the device.
 
         Raises:
             TypeError: If a step takes `dataloader_iter`, which bypasses the transfer.
+            ValueError: If the epochs or steps of a curriculum exceed those of the Trainer.
         """
+        if stage == "fit" and isinstance(self.strength, StrengthSchedule):
+            check_strength_fits(trainer, self.strength)
         for name in _STEPS[stage]:
             step = getattr(pl_module, name, None)
             ours = self.evaluate or name == "training_step"
@@ -116,6 +140,16 @@ class ViewAugmentation(L.Callback):
         self._trainer = trainer
         self._checked.clear()
         BatchTransforms.add(trainer.strategy, self._transform)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the length of a curriculum against that of the run, which is known now."""
+        if isinstance(self.strength, StrengthSchedule):
+            strength_length(trainer, self.strength)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Log a strength that may change."""
+        if self.strength is not None and not isinstance(self.strength, int | float):
+            pl_module.log("train/view_strength", self.current_strength)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restore the strategy's transfer."""
@@ -133,7 +167,9 @@ class ViewAugmentation(L.Callback):
 
     def _remove(self, trainer: Any) -> None:
         BatchTransforms.remove(trainer.strategy, self._transform)
-        self._trainer = None
+        if self._own_strength is not None:
+            self.policy.set_strength(self._own_strength)  # type: ignore[union-attr]  # checked in __init__
+        self._trainer = self._own_strength = None
 
     def _transform(self, batch: Any) -> Any:
         """Create the views of a batch that was just moved to its device."""
@@ -145,10 +181,21 @@ class ViewAugmentation(L.Callback):
         make = self._views if training else self._eval_images
         views = self._augment_views if training else lambda given: [self._eval_images(view) for view in given]
         loaders = trainer.train_dataloader if training else None
+        if training and self.strength is not None:
+            self._set_strength(trainer)
         with torch.no_grad(), seeded(seed, trainer.strategy.root_device):
             batch = map_batches(batch, lambda one: transform_images(one, make, views, self.images), loaders)
         self._checked.add(training)
         return trainer.precision_plugin.convert_input(batch)  # the views are new float tensors
+
+    def _set_strength(self, trainer: Any) -> None:
+        """Set the strength of this optimizer step, which all of its micro-batches share."""
+        policy: Any = self.policy
+        if self._own_strength is None:
+            self._own_strength = getattr(policy, "strength", 1.0)
+        value = strength_at(trainer, self.strength)
+        if value != policy.strength:
+            policy.set_strength(value)
 
     def _views(self, images: Tensor) -> Images:
         pixels = self._check(images.pixels if isinstance(images, WholeImages) else images, evaluating=False)

@@ -10,6 +10,7 @@ from lightning_contrast.data.loading import ResumableLoader
 from lightning_contrast.data.moving_emoji import MovingEmojiDataModule
 from lightning_contrast.data.scenes_module import EmojiScenesDataModule
 from lightning_contrast.data.statistics import estimate_mean_std
+from lightning_contrast.data.structured_batches import StructuredBatches
 from lightning_contrast.data.video_module import VideoFolderDataModule
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "InMemoryDataModule",
     "MovingEmojiDataModule",
     "ResumableLoader",
+    "StructuredBatches",
     "VideoFolderDataModule",
     "estimate_mean_std",
 ]

@@ -14,6 +14,7 @@ from lightning_contrast._checks import check_choice, check_templates, fail, requ
 from lightning_contrast.data.captions import CaptionedImages
 from lightning_contrast.data.in_memory import InMemoryDataModule, Split
 from lightning_contrast.data.loading import MemoryImages
+from lightning_contrast.data.structured_batches import StructuredBatches
 
 _COLORS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 _ARTISTS = ("noto", "fluent")
@@ -55,6 +56,7 @@ class EmojiDataModule(InMemoryDataModule):
         artist: Train on the drawings of one artist, "noto" or "fluent": one drawing and one caption per thing. None
             trains on both. The other splits keep both artists.
         pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
+        batches: Near neighbors in each training batch, see `StructuredBatches`; None shuffles all images.
 
     Raises:
         ValueError: If a value is out of range.
@@ -85,8 +87,9 @@ class EmojiDataModule(InMemoryDataModule):
         templates: Sequence[str] = ("{}",),
         artist: Literal["noto", "fluent"] | None = None,
         pin_memory: bool = False,
+        batches: StructuredBatches | None = None,
     ) -> None:
-        super().__init__(batch_size, seed=seed, indices=indices, pin_memory=pin_memory)
+        super().__init__(batch_size, seed=seed, indices=indices, pin_memory=pin_memory, batches=batches)
         self.background = _color(background)
         self.templates = check_templates(templates)
         plain = captions or self.templates == ("{}",)

@@ -16,6 +16,7 @@ from lightning_contrast.data._folder_files import FileId, find_images
 from lightning_contrast.data._folder_images import FolderImages, Loader, read_rgb, training_resize
 from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader
+from lightning_contrast.data.structured_batches import StructuredBatches
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -65,6 +66,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         seed: Seed of the order and of the workers, >= 0.
         indices: Also yield the positions.
         pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
+        batches: Near neighbors in each training batch, see `StructuredBatches`; None shuffles all images.
 
     Raises:
         ValueError: If a value is out of range; in `setup`, if a folder has no images.
@@ -89,6 +91,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         seed: int = 0,
         indices: bool = False,
         pin_memory: bool = False,
+        batches: StructuredBatches | None = None,
     ) -> None:
         super().__init__()
         check_loading(batch_size, seed)
@@ -101,7 +104,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         self.loader = partial(read_rgb, exif=exif) if loader is None else loader
         self.extensions = tuple(extensions) if extensions is not None else (EXTENSIONS if loader is None else ("",))
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.indices, self.pin_memory = indices, pin_memory
+        self.indices, self.pin_memory, self.batches = indices, pin_memory, batches
         self.class_names: tuple[str, ...] = ()
         self._sets: dict[str, FolderImages] = {}
         self._reported = 0
@@ -210,6 +213,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             trainer=self.trainer,
             train=train,
             seed=self.seed,
+            batches=self.batches,
             **self._options(dataset),
         )
 

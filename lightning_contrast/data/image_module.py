@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.data.in_memory import InMemoryDataModule, Split
+from lightning_contrast.data.structured_batches import StructuredBatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ImageDataModule(InMemoryDataModule):
         seed: Seed of the training order, which is a function of (seed, epoch), >= 0.
         indices: Also yield the positions.
         pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
+        batches: Near neighbors in each training batch, see `StructuredBatches`; None shuffles all images.
 
     Raises:
         ValueError: If a value is out of range, or the dataset is unknown.
@@ -79,8 +81,9 @@ class ImageDataModule(InMemoryDataModule):
         seed: int = 0,
         indices: bool = False,
         pin_memory: bool = False,
+        batches: StructuredBatches | None = None,
     ) -> None:
-        super().__init__(batch_size, seed=seed, indices=indices, pin_memory=pin_memory)
+        super().__init__(batch_size, seed=seed, indices=indices, pin_memory=pin_memory, batches=batches)
         check_choice("dataset", dataset, _SOURCES)
         self.dataset_name, self.root, self.download = dataset, Path(root), download
         self._source = _SOURCES[dataset]

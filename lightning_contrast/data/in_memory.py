@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_contrast._checks import check_choice
 from lightning_contrast.data._position import RemembersPosition
 from lightning_contrast.data.loading import MemoryImages, ResumableLoader, as_is, check_loading, make_loader
+from lightning_contrast.data.structured_batches import StructuredBatches
 
 Split = Literal["train", "val", "test"]
 SPLITS = ("train", "val", "test")
@@ -28,13 +29,21 @@ class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
         seed: Seed of the training order, which is a function of (seed, epoch), >= 0.
         indices: Also yield the positions.
         pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
+        batches: Near neighbors in each training batch, see `StructuredBatches`; None shuffles all images.
     """
 
     def __init__(
-        self, batch_size: int = 256, *, seed: int = 0, indices: bool = False, pin_memory: bool = False
+        self,
+        batch_size: int = 256,
+        *,
+        seed: int = 0,
+        indices: bool = False,
+        pin_memory: bool = False,
+        batches: StructuredBatches | None = None,
     ) -> None:
         super().__init__()
         check_loading(batch_size, seed)
+        self.batches = batches
         self.batch_size, self.seed, self.indices, self.pin_memory = batch_size, seed, indices, pin_memory
         self._splits: dict[str, MemoryImages] = {}
 
@@ -112,6 +121,7 @@ class InMemoryDataModule(RemembersPosition, L.LightningDataModule):
             trainer=self.trainer,
             train=train,
             seed=self.seed,
+            batches=self.batches,
             collate_fn=as_is,
             pin_memory=self.pin_memory,
         )

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,6 +15,20 @@ from lightning_contrast.seeding import derived_seed
 
 Batch = tuple[Tensor, ...]
 Layout = dict[str, int]
+
+
+class BatchOrder(Protocol):
+    """Order of the training images; see `StructuredBatches`."""
+
+    digest: int
+
+    def __len__(self) -> int:
+        """Return the number of images N."""
+        ...
+
+    def order(self, *, seed: int, epoch: int) -> Tensor:
+        """Return the images of an epoch in their order, ``(N,)`` int64."""
+        ...
 
 
 def replicas_and_rank(trainer: Trainer | None) -> tuple[int, int]:
@@ -97,6 +111,7 @@ class EpochSampler(DistributedSampler[Any]):
         seed: Seed of the orders, >= 0.
         drop_last: If the size is not divisible by the number of processes, drop rows (True) or repeat some (False).
         alone: Whether it was created before the number of processes was known.
+        batches: Order of the images instead of a random one; see `StructuredBatches`.
     """
 
     deals_in_turn = True
@@ -112,9 +127,14 @@ class EpochSampler(DistributedSampler[Any]):
         seed: int = 0,
         drop_last: bool = False,
         alone: bool = False,
+        batches: BatchOrder | None = None,
     ) -> None:
         super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
-        self.alone = alone
+        if batches is not None:
+            total = len(dataset)  # type: ignore[arg-type]
+            hint = "Give one row for each training image, in the order of the training set"
+            require(len(batches) == total, "batches", f"describe the {total} training images", len(batches), hint)
+        self.alone, self.batches = alone, batches
         self.first = 0  # rows of this rank that the next pass skips after a resume
 
     def set_epoch(self, epoch: int) -> None:
@@ -136,7 +156,9 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         total = len(self.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
-        if self.shuffle:
+        if self.shuffle and self.batches is not None:
+            order = self.batches.order(seed=self.seed, epoch=self.epoch)
+        elif self.shuffle:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
             order = torch.randperm(total, generator=generator)
         else:
@@ -244,7 +266,9 @@ class ResumableLoader(DataLoader[Any]):
 
     def _layout(self) -> Layout:
         sampler = self.sampler
-        return {
+        batches = getattr(sampler, "batches", None)
+        order = {} if batches is None else {"order": int(batches.digest)}
+        return order | {
             "images": len(self.dataset),  # type: ignore[arg-type]
             "batch_size": self.batch_size or 0,
             "processes": int(getattr(sampler, "num_replicas", 1)),
@@ -259,6 +283,7 @@ def make_loader(
     trainer: Trainer | None,
     train: bool,
     seed: int,
+    batches: BatchOrder | None = None,
     **kwargs: Any,
 ) -> ResumableLoader:
     """Return a loader for one rank of the run.
@@ -272,6 +297,7 @@ def make_loader(
         trainer: The Trainer that requests the loader, or None.
         train: True for training, False for evaluation.
         seed: Seed of the orders, >= 0.
+        batches: Order of the training images; None shuffles them.
         **kwargs: Further arguments of DataLoader.
 
     Raises:
@@ -289,8 +315,9 @@ def make_loader(
             "Lower it or add data",
         )
     alone = trainer is None and replicas == 1
+    batches = batches if train else None
     sampler = EpochSampler(
-        dataset, replicas=replicas, rank=rank, shuffle=train, seed=seed, drop_last=train, alone=alone
+        dataset, replicas=replicas, rank=rank, shuffle=train, seed=seed, drop_last=train, alone=alone, batches=batches
     )
     return ResumableLoader(
         dataset, batch_size=batch_size, sampler=sampler, drop_last=train, generator=torch.Generator(), **kwargs

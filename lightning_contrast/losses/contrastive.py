@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_contrast import distributed
 from lightning_contrast._checks import check_positive, fail
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import (
@@ -134,6 +135,7 @@ def info_nce(
     weighting: Negatives | str = "uniform",
     groups: Tensor | None = None,
     negatives_groups: Tensor | None = None,
+    negatives_sharded: bool = False,
     tile_size: int | None = None,
 ) -> Tensor:
     """Compute the InfoNCE loss of queries with one positive each and shared negatives.
@@ -155,6 +157,9 @@ def info_nce(
         groups: Group of each query, ``(B,)`` integers: images of the same group, such as known duplicates or samples
             of the same class, are not negatives of each other; below 0: in no group; None: no negative is masked.
         negatives_groups: Group of each negative, ``(K,)``; required if ``negatives`` and ``groups`` are given.
+        negatives_sharded: The negatives are those of all ranks, and ``negatives``, their mask and groups the share of
+            this rank, as of a sharded `nn.FeatureQueue`. They get no gradient, and stay on their rank unless the
+            weighting is "top_k" or "heated", which gather them.
         tile_size: Largest edge of the tiles of the similarity matrix; None chooses it.
 
     Returns:
@@ -173,9 +178,14 @@ def info_nce(
     groups, weighting = None if groups is None else separate_unknown(groups), as_negatives(weighting)
     query, key = normalize_rows(query), normalize_rows(key)
     positive = (query * key).sum(1)  # (B,)
-    columns = key if negatives is None else normalize_rows(negatives.to(query.dtype))
+    stays = negatives is not None and negatives_sharded and distributed.is_distributed()
+    if stays and weighting.kind in ("top_k", "heated"):  # need all similarities of an anchor at once
+        shared = (negatives, negatives_mask, negatives_groups)
+        negatives, negatives_mask, negatives_groups = (x if x is None else distributed.gather(x) for x in shared)
+        stays = False
+    columns = key if negatives is None else normalize_rows((negatives.detach() if stays else negatives).to(query.dtype))
     mask = NegativeMask(negatives is None, groups, negatives_groups, negatives_mask, tile_size)
-    anchors = AnchorBatch(query, columns, positive, scale, mask, sharded=negatives is None)
+    anchors = AnchorBatch(query, columns, positive, scale, mask, sharded=negatives is None or stays, stays=stays)
     if extra_negatives is None:
         return global_mean(anchor_losses(anchors, weighting))
     check_extra_negatives(extra_negatives, query, weighting.kind)

@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive
 from lightning_contrast.losses.checks import Scalar, check_share
-from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse, self_lse
+from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse, self_lse, shards_lse
 from lightning_contrast.losses.kernels.per_row import per_row
 
 KINDS = ("uniform", "debiased", "hard", "decoupled", "decoupled_weighted", "top_k", "heated")
@@ -91,6 +91,7 @@ class AnchorBatch:
         mask: Which columns are negatives; the positive must be masked.
         views: True: ``y`` is ``x``, the two views of N / 2 images.
         sharded: True: ``y`` is this rank's share of the columns. False: every rank holds all columns.
+        stays: Of a share without gradient: it is not gathered, only sums over it are.
     """
 
     x: Tensor
@@ -100,11 +101,14 @@ class AnchorBatch:
     mask: NegativeMask
     views: bool = False
     sharded: bool = True
+    stays: bool = False
 
     def lse(self, scale: Scalar) -> Tensor:
         """Compute the log-sum-exp of the scaled similarities to the negatives, ``(N,)``."""
         if self.views:
             return self_lse(self.x, scale, self.mask)
+        if self.stays:
+            return shards_lse(self.x, self.y, scale, self.mask)
         return rows_lse(self.x, self.y, scale, self.mask, sharded=self.sharded)
 
     def per_row(self, function: Callable[..., Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ class DenseCL(SelfSupervisedModule):
         region_dim: C', the number of its channels; None reads it from the last norm or convolution of the layer.
         momentum: EMA momentum of the key encoder, in [0, 1].
         queue_size: Number K of past keys, and of past mean cells, at least those of one step on all ranks.
-        queue_dtype: "float32", "float16" or "int8".
+        queue_dtype: "float32", "float16", "int8" or "int4".
         temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
             `nn.ScheduledTemperature`, or a function of the optimizer step.
         shuffle: See `MoCo`.

@@ -52,7 +52,7 @@ class Distill(SelfSupervisedModule):
         projector: A module (B, F) -> (B, P) that replaces the head; P is T, 128 for "crd", F for "compress" and "rkd".
         head_norm: Norm of the head of "simreg", "batch", "layer" or None.
         queue_size: Rows K of the queues of "seed", "compress" and "disco", at least the images of one step.
-        queue_dtype: "float32", "float16" or "int8".
+        queue_dtype: "float32", "float16", "int8" or "int4".
         temperature: Divisor of similarities, > 0; None is the loss's own: 0.2, 0.04 ("compress") or 0.07 ("crd").
         teacher_temperature: Divisor of the teacher's similarities for "seed", > 0.
         num_samples: Number N of training images, for "crd" and ``cache_features``: indices lie in [0, N).

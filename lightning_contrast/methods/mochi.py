@@ -38,7 +38,7 @@ class MoCHi(SelfSupervisedModule):
         projector: A module (B, F) -> (B, D) that replaces the head; the EMA network gets a copy.
         momentum: EMA momentum of the key encoder, in [0, 1].
         queue_size: Number K of past keys, at least those of one step on all ranks.
-        queue_dtype: "float32", "float16" or "int8".
+        queue_dtype: "float32", "float16", "int8" or "int4".
         temperature: Divisor of the cosine similarities, > 0. A number, `nn.LearnedTemperature`,
             `nn.ScheduledTemperature`, or a function of the optimizer step.
         hardest: Number of hardest negatives per query to mix, >= 2; N in the paper.

@@ -48,7 +48,8 @@ class MoCo(SelfSupervisedModule):
         projector: A module (B, F) -> (B, D) that replaces the head; the EMA network gets a copy.
         momentum: EMA momentum of the key encoder, in [0, 1].
         queue_size: Number K of past keys, at least those of one step on all ranks.
-        queue_dtype: "float32", "float16" or "int8".
+        queue_dtype: "float32", "float16", "int8" or "int4".
+        queue_sharded: Let each rank keep a part of the queue; the loss is that of the whole queue.
         temperature: Divisor of the cosine similarities, > 0; None is the paper's 0.07 (v1) or 0.2 (v2). A number,
             `nn.LearnedTemperature`, `nn.ScheduledTemperature`, or a function of the optimizer step.
         weighting: Weighting of the negatives: a `losses.Negatives`, or the name of one.
@@ -83,6 +84,7 @@ class MoCo(SelfSupervisedModule):
         momentum: float = 0.999,
         queue_size: int = 65536,
         queue_dtype: QueueDtype = "float32",
+        queue_sharded: bool = False,
         temperature: Temperature | None = None,
         weighting: Negatives | str = "uniform",
         mask_same: SameImages | None = None,
@@ -120,7 +122,7 @@ class MoCo(SelfSupervisedModule):
         self.projector = projector or build_head("moco", self.feature_dim, out_dim=projection_dim, layers=head_layers)
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype, labels=mask_same is not None)
+        self.queue = FeatureQueue(queue_size, projection_dim, queue_dtype, mask_same is not None, queue_sharded)
         self.save_hyperparameters()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -195,4 +197,5 @@ class MoCo(SelfSupervisedModule):
             weighting=self.weighting,
             groups=groups,
             negatives_groups=self.queue.labels,
+            negatives_sharded=self.queue.sharded,
         )

@@ -42,7 +42,7 @@ class NNCLR(SelfSupervisedModule):
         projector: A module (B, F) -> (B, D) that replaces the head.
         predictor: A module (B, D) -> (B, D) that replaces the predictor.
         queue_size: Number K of past projections, at least those of one step on all ranks.
-        queue_dtype: "float32", "float16" or "int8".
+        queue_dtype: "float32", "float16", "int8" or "int4".
         temperature: Divisor of the cosine similarities, > 0; a number, or as the ``temperature`` of `SimCLR`.
         optimizer: "lars" as in the paper, "sgd", "adamw", "lamb", or a callable.
         lr: Peak learning rate, absolute; None is the paper's 0.3 x global batch / 256.

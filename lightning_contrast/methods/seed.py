@@ -35,7 +35,7 @@ class SEED(Distill):
         teacher_kwargs: As in `Distill`.
         projector: A module (B, F) -> (B, T) that replaces MoCo v2's MLP.
         queue_size: Rows K of the queue, at least the images of one step.
-        queue_dtype: "float32", "float16" or "int8".
+        queue_dtype: "float32", "float16", "int8" or "int4".
         temperature: Divisor of the student's similarities, > 0.
         teacher_temperature: Divisor of the teacher's, > 0.
         optimizer: "sgd" as in the paper, "adamw", "lars", "lamb", or a callable.

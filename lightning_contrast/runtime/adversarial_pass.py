@@ -1,7 +1,7 @@
 """An attack on the agreement of two views of a module in training, which changes nothing but the view."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Attack:
         *,
         seed: Sequence[int],
         normalize: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+        adversarial: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Tensor:
         """Return an adversarial version of images.
 
@@ -63,24 +64,23 @@ class Attack:
             other: The other view as the backbone takes it, ``(B, C, h, w)``.
             seed: Parts of the seed of the random start; that of the rank is added.
             normalize: Maps pixels to what the backbone takes.
+            adversarial: Context of the passes of the images, such as the choice of their BatchNorm.
 
         Returns:
             Images in 0..1, ``(B, C, h, w)``.
         """
-
-        def embed(images: Tensor) -> Tensor:
-            for network in networks:
-                images = network(images)
-            return images
-
         generator = torch.Generator().manual_seed(derived_seed(*seed, distributed.rank()))
-        with ExitStack() as modes:
-            for network in networks:
-                modes.enter_context(eval_mode(network))
+        with _evaluating(networks) as embed:
             with torch.no_grad():
                 target = embed(other)
+
+            def disagreement(images: Tensor) -> Tensor:
+                with adversarial():
+                    embedding = embed(normalize(images))
+                return loss(embedding, target)
+
             attacked = pgd_attack(
-                lambda images: loss(embed(normalize(images)), target),
+                disagreement,
                 pixels,
                 epsilon=self.epsilon,
                 step_size=self.step_size,
@@ -88,10 +88,64 @@ class Attack:
                 random_start=self.random_start,
                 generator=generator,
             )
-        for network in networks:
-            if isinstance(network, FSDPModule):
-                network.reshard()  # a pass without backward leaves the parameters whole
         return attacked
+
+
+@torch.no_grad()
+def worst_view(
+    networks: Sequence[nn.Module],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    candidates: Sequence[Tensor],
+    other: Tensor,
+    *,
+    adversarial: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
+    """Return for each image the candidate of greatest loss, in one pass without gradient per candidate.
+
+    The networks run in eval mode and get their modes back.
+
+    Args:
+        networks: As for `Attack.view`.
+        loss: Function of the embeddings ``(B, D)`` of a candidate and of the other view; one value per image, ``(B,)``.
+        candidates: Views ``(B, C, h, w)`` each, as the backbone takes them.
+        other: The other view, ``(B, C, h, w)``.
+        adversarial: As for `Attack.view`.
+
+    Returns:
+        Views ``(B, C, h, w)``.
+
+    Raises:
+        ValueError: If the loss has not one value per image.
+    """
+    with _evaluating(networks) as embed:
+        target, values = embed(other), []
+        for candidate in candidates:
+            with adversarial():
+                embedding = embed(candidate)
+            values.append(loss(embedding, target))
+    hint = "Return one value per image, or choose by the default loss"
+    shape = tuple(values[0].shape)
+    require(shape == (len(other),), "loss", f"return ({len(other)},) values to choose a candidate", shape, hint)
+    worst = torch.stack(values).nan_to_num(-torch.inf).argmax(0)  # (B,); the first of equal ones
+    return torch.stack(list(candidates), dim=1)[torch.arange(len(other), device=other.device), worst]
+
+
+@contextmanager
+def _evaluating(networks: Sequence[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Put networks into eval mode, and give the function of images ``(B, C, h, w)`` that they are one after another."""
+
+    def embed(images: Tensor) -> Tensor:
+        for network in networks:
+            images = network(images)
+        return images
+
+    with ExitStack() as modes:
+        for network in networks:
+            modes.enter_context(eval_mode(network))
+        yield embed
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            network.reshard()  # a pass without backward leaves the parameters whole
 
 
 def check_pixels(images: Tensor) -> None:

@@ -44,11 +44,36 @@ def _queue(z: Tensor) -> Tensor:
     return torch.linspace(-1, 1, 5 * DIM, dtype=z.dtype).reshape(5, DIM).sin()
 
 
+def _sharded_queue(weighting: str) -> Callable[..., Tensor]:
+    """Return InfoNCE with each rank's part of a queue, of which rank 1 of two has no filled row."""
+
+    def loss(query: Tensor, key: Tensor, learned: Tensor) -> Tensor:
+        part = slice(distributed.rank(), None, distributed.world_size())
+        filled, groups = torch.tensor([True, False, True, False, True]), torch.tensor([0, 1, 2, 0, -1])
+        return losses.info_nce(
+            query,
+            key.detach(),
+            _queue(query)[part],
+            temperature=learned[:1, 0].abs() + 0.2,
+            negatives_mask=filled[part],
+            weighting=weighting,
+            groups=(query.detach() > 0).sum(1) % 3,
+            negatives_groups=groups[part],
+            negatives_sharded=True,
+        )
+
+    return loss
+
+
 def _second_moment(z: Tensor) -> Tensor:
     return torch.eye(DIM, dtype=z.dtype) + 0.1
 
 
 MORE = {
+    **{
+        f"info_nce, sharded queue, {kind}": _case(_sharded_queue(kind), 2, shared=1)
+        for kind in ("uniform", "hard", "decoupled_weighted", "top_k", "heated")
+    },
     "seed": _case(
         lambda a, b: losses.seed_loss(a, b.detach(), _queue(a), student_temperature=0.2, teacher_temperature=0.1), 2
     ),

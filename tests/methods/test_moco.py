@@ -15,7 +15,8 @@ from lightning_contrast.nn.shuffle_batchnorm import Shuffle
 from tests.launch import run_processes
 from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 from tests.methods.test_contract import BATCH, BATCHES, Data, run_step, step_batch, trainer
-from tests.tolerances import NETWORK, bound, near
+from tests.rank_runs import batch_of, fitted_state, on_ranks
+from tests.tolerances import CANCELLING, NETWORK, bound, f64, near
 
 CASE = CASES["MoCo"]
 
@@ -135,6 +136,21 @@ def test_shuffling_exchanges_images_between_ranks():
     assert back == ([0, 1, 2], [10, 11, 12, 13])
     assert sorted(mixed[0] + mixed[1]) == [0, 1, 2, 10, 11, 12, 13]
     assert any(value >= 10 for value in mixed[0])
+
+
+def sharded_fit(rank):
+    module = make("MoCo", norm=False, queue_sharded=True, mask_same="label")
+    rows = (slice(0, 4), slice(4, 8))[rank]
+    return fitted_state(module, [batch_of("MoCo", rows)] * 3, **on_ranks(2))
+
+
+@pytest.mark.dist
+def test_two_ranks_with_a_sharded_queue_train_as_one_process():
+    alone = fitted_state(make("MoCo", norm=False, mask_same="label"), [batch_of("MoCo")] * 3)
+    assert alone["queue.mask"].any()
+    for found in run_processes(sharded_fit, 2, init=False):
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, **f64(CANCELLING), msg=lambda m, n=name: f"{n}: {m}")
 
 
 class Plain(L.LightningModule):

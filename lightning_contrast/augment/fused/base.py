@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_contrast._checks import require
 from lightning_contrast.seeding import send
 
 Backend: TypeAlias = Literal["cpu", "accelerator"] | None
@@ -103,15 +104,31 @@ def put_back_(images: Tensor, rows: slice | Tensor, taken: Tensor) -> None:
         images.index_copy_(0, rows, taken)
 
 
+def towards(value: float, neutral: float, strength: float) -> float:
+    """Return a parameter at a strength in 0..1: ``value`` itself at 1, the ``neutral`` one at 0."""
+    return value + (1 - strength) * (neutral - value)
+
+
+def floored(scale: tuple[float, float], share: float) -> tuple[float, float]:
+    """Return a range of a crop's area that starts at ``share`` or above; raise if the whole range lies below."""
+    hint = "Lower `min_area`, or choose a view with larger crops"
+    require(share <= scale[1], "min_area", f"be at most {scale[1]}, the largest crop of the view", share, hint)
+    return max(scale[0], share), scale[1]
+
+
 class FusedOperation:
     """Mixin for Kornia's base classes that splits an operation into host and device parts.
 
     `draw` and `prepare` run on the host, `compute_` on the device. The probability of an operation is part of `draw`,
     so that only the selected images are computed; Kornia's own probability computes every image and selects afterwards,
     and is therefore left at 1.
+
+    Attributes:
+        strength: Share of the operation's strength with which `draw` draws, in 0..1; see `ViewPolicy.set_strength`.
     """
 
     backend: Backend
+    strength: float = 1.0
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw the parameters of ``batch`` images of ``height x width`` pixels.

@@ -19,6 +19,7 @@ from lightning_contrast.augment.fused.base import (
     put_back_,
     rows_where,
     take,
+    towards,
     uniform,
     uses_accelerator_backend,
 )
@@ -87,7 +88,8 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw ``blurred`` ``(B,)``, the images to blur, and ``sigma`` ``(B,)`` in pixels."""
         numbers = uniform(batch, 2)
-        sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * numbers[:, 1]
+        widest = towards(self.sigma[1], self.sigma[0], self.strength)
+        sigma = self.sigma[0] + (widest - self.sigma[0]) * numbers[:, 1]
         return {"blurred": numbers[:, 0] < self.probability, "sigma": sigma.astype(np.float32)}
 
     def prepare(self, draw: Draw) -> Plan:

@@ -18,6 +18,7 @@ from lightning_contrast.augment.fused.base import (
     put_back_,
     rows_where,
     take,
+    towards,
     uniform,
 )
 
@@ -96,15 +97,17 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         The draw also holds the resulting ``maps`` and ``counts`` (see `color_maps`), and ``hued`` ``(B,)``.
         """
         numbers = uniform(batch, 10)
-        ranges = [self._range(spread) for spread in (self.brightness, self.contrast, self.saturation)]
+        spreads = (self.brightness, self.contrast, self.saturation, self.hue)
+        brightness, contrast, saturation, hue = (towards(spread, 0.0, self.strength) for spread in spreads)
+        ranges = [self._range(spread) for spread in (brightness, contrast, saturation)]
         if self.additive_brightness:
-            ranges[BRIGHTNESS] = (-self.brightness, self.brightness)
-        low, high = np.array([*ranges, (-self.hue, self.hue)], dtype=np.float32).T
+            ranges[BRIGHTNESS] = (-brightness, brightness)
+        low, high = np.array([*ranges, (-hue, hue)], dtype=np.float32).T
         draw: Draw = {
             "factors": low + (high - low) * numbers[:, :4],
             "order": numbers[:, 4:8].argsort(axis=1),
             "jittered": numbers[:, 8] < self.probability,
-            "gray": numbers[:, 9] < self.grayscale,
+            "gray": numbers[:, 9] < towards(self.grayscale, 0.0, self.strength),
         }
         return draw | {"hued": draw["jittered"] & (self.hue > 0)} | self._maps(draw)
 

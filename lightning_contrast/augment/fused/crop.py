@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
-from lightning_contrast.augment.fused.base import Backend, Draw, FusedOperation, Plan, uniform, uses_accelerator_backend
+from lightning_contrast.augment.fused.base import (
+    Backend,
+    Draw,
+    FusedOperation,
+    Plan,
+    towards,
+    uniform,
+    uses_accelerator_backend,
+)
 from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
 
 _TRIES = 10
@@ -97,8 +105,9 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         batch = len(height)
         tries = _TRIES if self.fit == "retry" else 1
         numbers = uniform(batch, 2 * tries + 3).astype(np.float64)
-        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * numbers[:, :tries])
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        least, most = (towards(share, 1.0, self.strength) for share in self.scale)
+        area = height * width * (least + (most - least) * numbers[:, :tries])
+        low, high = (towards(math.log(ratio), 0.0, self.strength) for ratio in self.ratio)
         aspect = np.exp(low + (high - low) * numbers[:, tries : 2 * tries])
         box_h, box_w = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
         allowed = (box_h >= 1) & (box_h <= height) & (box_w >= 1) & (box_w <= width)

@@ -14,6 +14,7 @@ from lightning_contrast.augment.fused.base import (
     put_,
     rows_where,
     take,
+    towards,
     uniform,
 )
 
@@ -45,7 +46,7 @@ class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw ``solarized`` ``(B,)``, the images to solarize."""
-        return {"solarized": uniform(batch, 1)[:, 0] < self.probability}
+        return {"solarized": uniform(batch, 1)[:, 0] < towards(self.probability, 0.0, self.strength)}
 
     def prepare(self, draw: Draw) -> Plan:
         """Return the rows to solarize."""

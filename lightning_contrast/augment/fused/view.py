@@ -14,6 +14,7 @@ from lightning_contrast.augment.fused.base import (
     Draw,
     FusedOperation,
     Plan,
+    floored,
     to_device,
     uses_accelerator_backend,
 )
@@ -71,6 +72,18 @@ class FusedView(nn.Module):
         self.offset = np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32).reshape(1, -1, 1, 1)
         self.factor = np.array([1 / s for s in std], np.float32).reshape(1, -1, 1, 1)
         self.normalizes = bool((self.offset != 0).any() or (self.factor != 1).any())
+
+    def set_strength(self, strength: float) -> None:
+        """Set the strength, in 0..1; see `ViewPolicy.set_strength`."""
+        for operation in self._operations():
+            operation.strength = strength
+        if hasattr(self.pre_transform, "strength"):
+            self.pre_transform.strength = strength
+
+    def set_min_area(self, share: float) -> None:
+        """Draw no crop with less than a share of the image area, in 0..1; see `ViewPolicy.candidates`."""
+        crop: Any = self.operations[0]
+        crop.scale = floored(crop.scale, share)
 
     def _operations(self) -> list[FusedOperation]:
         return [cast("FusedOperation", operation) for operation in self.operations]

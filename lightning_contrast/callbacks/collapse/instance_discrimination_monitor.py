@@ -174,13 +174,16 @@ class InstanceDiscriminationMonitor(L.Callback):
 
 
 def _queue(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return copies of the queue of keys ``(K, D)`` and its mask ``(K,)``, None without a queue."""
+    """Return copies of the queue of keys of all ranks ``(K, D)`` and its mask ``(K,)``, None without a queue."""
     queues = getattr(module, "queues", None)
     queue: Any = queues().get("keys") if callable(queues) else None
     mask = getattr(queue, "mask", None)
     if not isinstance(mask, Tensor) or not isinstance(getattr(queue, "features", None), Tensor):
         return None, None
-    return queue.features.detach().float().clone(), mask.clone()
+    features = queue.features.detach().float()
+    if getattr(queue, "sharded", False):
+        features, mask = distributed.gather(features), distributed.gather(mask)
+    return features.clone(), mask.clone()
 
 
 def _has_bank(module: Any) -> bool:

@@ -43,7 +43,7 @@ class ViewLogger(L.Callback):
     their relative sizes. Loaders that yield views have no originals; without views, the images are logged. Views
     created inside ``training_step`` are not visible to the callback. Normalization is reverted with the statistics of
     the Trainer's `ViewAugmentation`, or with ``mean`` and ``std``; without either, images whose values exceed 0..1 are
-    rescaled to 0..1.
+    rescaled to 0..1. If the `ViewAugmentation` has a ``strength``, its value is written beside the first row.
 
     The picture ``<name>`` is sent to all loggers that accept images (TensorBoard, Weights & Biases, MLflow, Comet);
     without one, PNG files are written. Only rank 0 logs, from its own batch. With a `CombinedLoader`, the first batch
@@ -123,6 +123,7 @@ class ViewLogger(L.Callback):
                 return
             columns = self._columns(found, originals, statistics_of(trainer, training=True))
             rows = [Row([Tile(column[i]) for _, column in columns]) for i in range(len(columns[0][1]))]
+            rows[0] = rows[0]._replace(words=_strength_of(trainer))
             picture = grid(rows, [title for title, _ in columns], columns[0][1].shape[-1])
         publish(trainer, self.name, picture, self.png_dir)
         self._shown = True
@@ -182,3 +183,11 @@ class ViewLogger(L.Callback):
             first = Display(self._display.channels).pixels(originals)
             columns.insert(0, ("original", fit_squares(first, edge)))
         return columns
+
+
+def _strength_of(trainer: Any) -> str:
+    """Return the words for the strength of the views, empty if none was given."""
+    for callback in trainer.callbacks:
+        if getattr(callback, "strength", None) is not None and hasattr(callback, "current_strength"):
+            return f"strength\n{callback.current_strength:.2f}"
+    return ""

@@ -245,3 +245,33 @@ def rows_lse(x: Tensor, y: Tensor, scale: Scalar, mask: NegativeMask, *, sharded
         One value per row of this rank, ``(B,)``; minus infinity where all columns are masked.
     """
     return cast("Tensor", _PairLse.apply(x, y, scale, mask, False, sharded)[0])
+
+
+def shards_lse(x: Tensor, y: Tensor, scale: Scalar, mask: NegativeMask) -> Tensor:
+    """Compute ``log sum_j exp(scale x_i . y_j)`` over the columns of all ranks, none of which leaves its rank.
+
+    Each rank sums over its columns for the rows of all ranks; one number per row and rank is communicated, and in
+    backward the gradient of the rows.
+
+    Args:
+        x: Unit rows of this rank, ``(B, D)``.
+        y: The columns of this rank, ``(M, D)``, without gradient; those of a sharded queue.
+        scale: Factor of the similarities, > 0.
+        mask: Which pairs are masked; ``column_mask`` and ``column_groups`` are those of the columns of this rank.
+
+    Returns:
+        One value per row of this rank, ``(B,)``; minus infinity where all columns are masked.
+    """
+    if not distributed.is_distributed():
+        return rows_lse(x, y, scale, mask, sharded=False)
+    sizes = distributed.batch_sizes(len(x), x.device)
+    start = sum(sizes[: distributed.rank()])
+    groups = None if mask.groups is None else distributed.gather(mask.groups, sizes)
+    rows = distributed.gather_with_gradient(x)  # (B of all ranks, D)
+    part = rows_lse(rows, y, scale, replace(mask, groups=groups), sharded=False)
+    peak = distributed.gather(part[None], [1] * len(sizes)).amax(0)
+    peak = peak.masked_fill(peak.isneginf(), 0.0)
+    total = distributed.all_reduce_sum_with_gradient((part - peak).exp())[start : start + len(x)]
+    empty = total == 0
+    lse = total.masked_fill(empty, 1.0).log() + peak[start : start + len(x)]
+    return lse.masked_fill(empty, -torch.inf)
