@@ -1,6 +1,8 @@
 """Views made of stock Kornia operations: ``fused=False``, and the baseline of the fused ones."""
 
+import copy
 from collections.abc import Sequence
+from typing import cast
 
 import kornia.augmentation as K
 import torch
@@ -10,6 +12,7 @@ from kornia.augmentation.auto.rand_augment.rand_augment import default_policy as
 from kornia.augmentation.auto.trivial_augment.trivial_augment import default_policy as TRIVIALAUGMENT
 from torch import Tensor, nn
 
+from lightning_contrast.augment.fused import FusedTurn
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 
@@ -95,6 +98,9 @@ class StockView(nn.Module):
             nn.Hardtanh(0.0, 1.0),
             K.RandomHorizontalFlip(p=spec.flip),
         ]
+        if spec.vertical_flip > 0 or spec.quarter_turns:  # Kornia's quarter turns are not equally likely
+            operations.append(FusedTurn(spec.vertical_flip, quarter_turns=spec.quarter_turns))
+        operations += copy.deepcopy(cast("tuple[nn.Module, ...]", spec.first_operations))
         operations += [*gray, jitter] if spec.gray_first else [jitter, *gray]
         # reflection padding must be narrower than the image
         widest = max(1, min(spec.blur_kernel or 17, 2 * spec.size - 1))
@@ -102,6 +108,7 @@ class StockView(nn.Module):
             operations.append(K.RandomGaussianBlur((widest, widest), BLUR_SIGMA, p=spec.blur_p))
         if spec.solarize_p > 0:
             operations.append(K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=spec.solarize_p))
+        operations += copy.deepcopy(cast("tuple[nn.Module, ...]", spec.last_operations))
         if any(m != 0 for m in mean) or any(s != 1 for s in std):
             operations.append(K.Normalize(mean=torch.tensor(mean), std=torch.tensor(std)))
         self.operations = nn.Sequential(*operations)

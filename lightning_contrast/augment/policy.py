@@ -1,5 +1,6 @@
 """Base class of the view policies and the builder behind all published ones."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -161,6 +162,9 @@ def make_policy(
     require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Remove `auto`")
     hint = "Leave `fused` at True: stock Kornia's crops are not recorded"
     require(fused or not locations, "locations", "be False with `fused=False`", locations, hint)
+    hint = "A box does not tell where the pixels of such a view are; set `locations=False`"
+    moved = any(spec.moves_pixels for spec in specs)
+    require(not (moved and locations), "locations", "be False with turns, vertical flips and deformations", True, hint)
     mean, std = statistics(mean, std, channels)
     views: list[nn.Module] = []
     for spec, same in itertools.groupby(specs):
@@ -183,7 +187,13 @@ def fused_view(
     spec: ViewSpec, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None, backend: Backend
 ) -> FusedView:
     """Build one view of fused operations, without those of probability 0."""
-    from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
+    from lightning_contrast.augment.fused import (
+        FusedColorJitter,
+        FusedGaussianBlur,
+        FusedResizedCrop,
+        FusedSolarize,
+        FusedTurn,
+    )
 
     crop = FusedResizedCrop(
         spec.size,
@@ -200,9 +210,13 @@ def fused_view(
         additive_brightness=spec.additive_brightness,
         gray_first=spec.gray_first,
     )
-    operations: list[FusedOperation] = [color]
+    operations: list[FusedOperation] = []
+    if spec.vertical_flip > 0 or spec.quarter_turns:
+        operations.append(FusedTurn(spec.vertical_flip, quarter_turns=spec.quarter_turns))
+    operations += [*copy.deepcopy(spec.first_operations), color]  # each view sets the backend of its own
     if spec.blur_p > 0 and spec.blur_kernel != 1:
         operations.append(FusedGaussianBlur(spec.blur_p, BLUR_SIGMA, kernel_size=spec.blur_kernel))
     if spec.solarize_p > 0:
         operations.append(FusedSolarize(spec.solarize_p))
+    operations += copy.deepcopy(spec.last_operations)
     return FusedView(crop, operations, mean, std, pre_transform=pre_transform, backend=backend)

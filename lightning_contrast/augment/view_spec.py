@@ -10,7 +10,7 @@ from lightning_contrast._checks import (
     check_range,
     require,
 )
-from lightning_contrast.augment.fused.base import Backend
+from lightning_contrast.augment.fused.base import Backend, FusedOperation
 
 Auto = Literal["randaugment", "autoaugment", "trivialaugment"]
 
@@ -56,6 +56,10 @@ class ViewSpec:
         additive_brightness: Add the brightness instead of multiplying by it.
         clamp: Clip crop boxes that do not fit instead of redrawing them.
         ratio: Range of the crop's width / height.
+        vertical_flip: Probability of a vertical flip.
+        quarter_turns: Turn by 0, 90, 180 or 270 degrees, equally likely.
+        first_operations: Further operations, after crop, flips and turns and before the colors.
+        last_operations: Further operations, at the end, before the normalization.
     """
 
     size: int
@@ -72,6 +76,16 @@ class ViewSpec:
     additive_brightness: bool = False
     clamp: bool = False
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    vertical_flip: float = 0.0
+    quarter_turns: bool = False
+    first_operations: tuple[FusedOperation, ...] = ()
+    last_operations: tuple[FusedOperation, ...] = ()
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether a view shows more than a box of the image, flipped or not from left to right."""
+        further = (*self.first_operations, *self.last_operations)
+        return self.vertical_flip > 0 or self.quarter_turns or any(operation.moves_pixels for operation in further)
 
     def __post_init__(self) -> None:
         """Check the parameters, for fused and stock operations alike."""
@@ -81,7 +95,7 @@ class ViewSpec:
         for name, value in zip(("brightness", "contrast", "saturation"), self.jitter, strict=False):
             check_not_negative(name, value)
         require(0 <= self.jitter[3] <= 0.5, "hue", "lie in [0, 0.5]", self.jitter[3], "Give a smaller strength")
-        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip"):
+        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip", "vertical_flip"):
             check_probability(name, getattr(self, name))
 
 

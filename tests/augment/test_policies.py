@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from benchmarks.common import count_launches
 from lightning_contrast import augment
-from lightning_contrast.augment import kornia_view
+from lightning_contrast.augment import domains, kornia_view
 from lightning_contrast.augment import two_view as policies
 from lightning_contrast.augment.fused import view as view_module
 from lightning_contrast.augment.multi_crop import local_size_of
@@ -20,6 +20,9 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 for of_clips in ("clip_views", "cpc_clip_views", "vjepa_views"):  # their input are clips: test_clips
     del POLICIES[of_clips]
+DOMAINS = {name: getattr(domains, name) for name in domains.__all__}
+POLICIES |= DOMAINS
+CHANNELS: dict[str, int] = {}  # other than 3
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views", "lejepa_views", "visreg_views"}
 MASKED = {"data2vec_views", "mae_views", "simmim_views"}
 ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"} | MASKED
@@ -53,6 +56,7 @@ TABLE = {
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "histology_views": ((0.4, 1), (0.1, 0.1, 0, 0), 0.5, 0.0, (0.25, 0.25), (0, 0)),
 }
 LOCAL = {
     "swav_views": (6, (0.05, 0.14), 0.5),
@@ -70,6 +74,16 @@ SOLARIZED = ("lejepa_views", "visreg_views")  # local views too
 def operations(view):
     """Return the operations of a view by class name."""
     return {type(operation).__name__: operation for operation in view.operations}
+
+
+def fitting(name, images):
+    """Return RGB images (B, 3, H, W) with as many channels as the policy takes."""
+    return images[:, torch.arange(CHANNELS.get(name, 3)) % 3]
+
+
+def standardized(name):
+    """Return a mean and a standard deviation for each channel of a policy's images."""
+    return {"mean": [0.5] * CHANNELS.get(name, 3), "std": [0.2] * CHANNELS.get(name, 3)}
 
 
 def test_table_covers_every_policy():
@@ -141,14 +155,15 @@ def test_local_sizes():
 def test_views_of_every_policy(emoji, name, fused):
     options = {} if fused or name != "vicregl_views" else {"locations": False}
     policy = POLICIES[name](size=24, fused=fused, **options)
-    images = emoji[::200]
+    images = fitting(name, emoji[::200])
     before = images.clone()
     torch.manual_seed(0)
     views = policy(images)
     assert torch.equal(images, before)
     large = 1 if name in ONE_VIEW else GLOBAL.get(name, 2)
-    local = [(len(images), 3, 12, 12)] * (len(views) - large)
-    assert [tuple(view.shape) for view in views] == [(len(images), 3, 24, 24)] * large + local
+    channels = images.shape[1]
+    local = [(len(images), channels, 12, 12)] * (len(views) - large)
+    assert [tuple(view.shape) for view in views] == [(len(images), channels, 24, 24)] * large + local
     for view in views:
         assert view.dtype == torch.float32
         assert view.is_contiguous()
@@ -163,7 +178,7 @@ def test_views_of_every_policy(emoji, name, fused):
 @pytest.mark.parametrize("name", POLICIES)
 def test_both_backends_agree(photos, name):
     """The same draw in blocks and in batched kernels; float only, as the blocks resample uint8 in 8 bits."""
-    images = photos.float() / 255
+    images = fitting(name, photos.float() / 255)
     views = {}
     for backend in ("cpu", "accelerator"):
         torch.manual_seed(0)
@@ -175,12 +190,13 @@ def test_both_backends_agree(photos, name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_host_synchronization(emoji, name):
-    policy = POLICIES[name](size=32, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
-    policy(emoji[:16])
+    policy = POLICIES[name](size=32, backend="accelerator", **standardized(name))
+    images = fitting(name, emoji[:16])
+    policy(images)
     with HostSyncs() as syncs:
-        policy(emoji[:16])
-        policy(emoji[:16] / 255)
-        policy.eval_transform(emoji[:16])
+        policy(images)
+        policy(images / 255)
+        policy.eval_transform(images)
     # Crops are drawn on the host anyway; the next test separates the two.
     assert not [place for place in syncs.places if not place.endswith("in uniform: numpy")]
 
@@ -188,9 +204,10 @@ def test_no_host_synchronization(emoji, name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_nothing_is_read_from_the_device(name):
     """The meta device has no values: reading one is an error, and so is mixing in a tensor on the host."""
-    policy = POLICIES[name](size=64, mean=[0.5] * 3, std=[0.2] * 3)
+    policy = POLICIES[name](size=64, **standardized(name))
+    shape = (8, CHANNELS.get(name, 3), 80, 90)
     with HostSyncs() as syncs:
-        for images in (torch.empty(8, 3, 80, 90, dtype=torch.uint8), torch.empty(8, 3, 80, 90)):
+        for images in (torch.empty(shape, dtype=torch.uint8), torch.empty(shape)):
             views = policy(images.to("meta"))
             assert all(view.is_meta for view in views)
             assert policy.eval_transform(images.to("meta")).is_meta
@@ -220,8 +237,8 @@ def test_launches_of_an_accelerator(name, edge, size, most):
 def test_joint_views_equal_single_ones(emoji, name, limit, monkeypatch):
     """The same draws, whether all views are computed together, in parts or one by one."""
     monkeypatch.setattr(view_module, "_JOINT_BYTES", limit)
-    policy = POLICIES[name](size=24, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
-    images = emoji[::150]
+    policy = POLICIES[name](size=24, backend="accelerator", **standardized(name))
+    images = fitting(name, emoji[::150])
     torch.manual_seed(0)
     views = policy(images)
     torch.manual_seed(0)
@@ -234,15 +251,16 @@ def test_joint_views_equal_single_ones(emoji, name, limit, monkeypatch):
 @pytest.mark.parametrize("name", POLICIES)
 def test_random_numbers_come_from_the_global_generator(emoji, name, backend):
     policy = POLICIES[name](size=16, backend=backend)
+    images = fitting(name, emoji[:4])
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        first = policy(emoji[:4])
+        first = policy(images)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
-    second = policy(emoji[:4])
-    third = policy(emoji[:4])
+    second = policy(images)
+    third = policy(images)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
 

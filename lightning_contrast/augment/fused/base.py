@@ -110,6 +110,7 @@ class FusedOperation:
     """
 
     backend: Backend
+    moves_pixels = False  # whether a pixel of the result shows another place than that pixel of the input
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw the parameters of ``batch`` images of ``height x width`` pixels.

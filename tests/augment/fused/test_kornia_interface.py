@@ -3,7 +3,14 @@
 import kornia.augmentation as K
 import torch
 
-from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
+from lightning_contrast.augment.fused import (
+    FusedColorJitter,
+    FusedGaussianBlur,
+    FusedResizedCrop,
+    FusedSolarize,
+    FusedStainJitter,
+    FusedTurn,
+)
 
 
 def test_in_a_sequential(emoji):
@@ -14,6 +21,8 @@ def test_in_a_sequential(emoji):
         FusedColorJitter(0.4, 0.4, 0.4, 0.1, grayscale=0.2),
         FusedGaussianBlur(0.5),
         FusedSolarize(0.2),
+        FusedStainJitter(p=0.5),
+        FusedTurn(),
     )
     torch.manual_seed(0)
     views = sequence(images)
@@ -27,7 +36,9 @@ def test_in_a_sequential(emoji):
 
 def test_each_replays_its_parameters(emoji):
     images = emoji[:8] / 255
-    for operation in (FusedResizedCrop(20), FusedColorJitter(0.4, grayscale=0.5), FusedGaussianBlur(), FusedSolarize()):
+    color = FusedColorJitter(0.4, grayscale=0.5)
+    further = (FusedStainJitter(), FusedTurn())
+    for operation in (FusedResizedCrop(20), color, FusedGaussianBlur(), FusedSolarize(), *further):
         views = operation(images)
         assert torch.equal(operation(images, params=operation._params), views)
         assert operation._params["batch_prob"].shape == (8,)

@@ -1,0 +1,9 @@
+"""View policies for images that are not photographs.
+
+They are made as the published ones of `lightning_contrast.augment`, pass the same tests and take the same arguments:
+``size`` first, ``mean`` and ``std``, and the `ViewOptions`. `docs/domains.md` says what each keeps and why.
+"""
+
+from lightning_contrast.augment.domains.histology import histology_views
+
+__all__ = ["histology_views"]
