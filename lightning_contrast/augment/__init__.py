@@ -7,6 +7,7 @@ is made. `lightning_contrast.augment.fused` has the operations of which policies
 """
 
 from lightning_contrast.augment.adversarial import pgd_attack, pgd_step
+from lightning_contrast.augment.bands import append_indices
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
 from lightning_contrast.augment.frequency import high_frequency
 from lightning_contrast.augment.located_view import LocatedView, cell_locations
@@ -54,6 +55,7 @@ __all__ = [
     "ViewSpec",
     "WholeImages",
     "align_uniform_views",
+    "append_indices",
     "barlow_twins_views",
     "byol_views",
     "cell_locations",

@@ -37,4 +37,5 @@ def high_frequency(images: Tensor, *, radius: float) -> Tensor:
     across = torch.fft.fftfreq(width, 1 / width, device=pixels.device, dtype=pixels.dtype)
     kept = down[:, None].square() + across.square() >= radius**2
     spectrum = torch.fft.fft2(pixels) * kept
-    return torch.fft.ifft2(spectrum).real.contiguous()
+    real: Tensor = torch.fft.ifft2(spectrum).real
+    return real.contiguous()

@@ -1,22 +1,28 @@
 """Validation and conversion of image batches."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_contrast._checks import fail, require
 from lightning_contrast.contracts import check_images
 
+PixelRange: TypeAlias = tuple[float, float] | None
+"""The values of images that become 0 and 1; None for uint8 in 0..255 and float in 0..1."""
 
-def check_policy_input(images: object, channels: int) -> Tensor:
+
+def check_policy_input(images: object, channels: int, scale: PixelRange = None) -> Tensor:
     """Return ``images`` if they are a batch that a policy accepts.
 
     Args:
         images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1. Values are not read.
         channels: Number of channels that the policy expects.
+        scale: The values that become 0 and 1, of images of any integer or float type.
 
     Returns:
-        The images ``(B, C, H, W)``, uint8 or float32.
+        The images ``(B, C, H, W)``, uint8 or float32; with ``scale`` float32 in 0..1.
 
     Raises:
         TypeError: If it is not a tensor, or its dtype is neither uint8 nor floating.
@@ -24,12 +30,29 @@ def check_policy_input(images: object, channels: int) -> Tensor:
     """
     if not isinstance(images, Tensor):
         fail("images", "be a tensor (B, C, H, W)", type(images).__name__, "Stack the images of the batch", TypeError)
-    images = check_images(images, values=False, evaluating=False)
+    integers = not images.is_floating_point() and images.dtype not in (torch.uint8, torch.bool)
+    if scale is None and integers:
+        hint = "Give `make_policy` or a policy of `augment.domains` a `scale=(low, high)`, or convert them"
+        fail("images", "be uint8 in 0..255 or float in 0..1 without `scale`", str(images.dtype), hint, TypeError)
+    images = check_images(images.float() if integers else images, values=False, evaluating=False)
     hint = f"Make the policy with `channels={images.shape[1]}`, or give images with {channels} channels"
     require(images.shape[1] == channels, "images", f"have {channels} channels", tuple(images.shape), hint)
     hint = "Skip empty batches"
     require(images.numel() > 0, "images", "hold at least one image of at least one pixel", tuple(images.shape), hint)
-    return images
+    return images if scale is None else rescale(images, scale)
+
+
+def rescale(images: Tensor, scale: tuple[float, float]) -> Tensor:
+    """Return images ``(B, C, H, W)`` as float32: ``scale`` becomes 0..1, and values outside of it are clipped."""
+    low, high = scale
+    return images.float().sub(low).div_(high - low).clamp_(0, 1)
+
+
+def check_scale(scale: PixelRange) -> None:
+    """Check that ``scale`` is None or an ordered pair of different numbers."""
+    hint = "Give the values that become 0 and 1, such as (0, 65535)"
+    ok = scale is None or (not isinstance(scale, (int, float)) and len(scale) == 2 and scale[0] < scale[1])
+    require(ok, "scale", "be a pair (low, high) with low < high", scale, hint)
 
 
 def as_float(images: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from kornia.augmentation.auto.rand_augment.rand_augment import default_policy as
 from kornia.augmentation.auto.trivial_augment.trivial_augment import default_policy as TRIVIALAUGMENT
 from torch import Tensor, nn
 
-from lightning_contrast.augment.fused import FusedTurn
+from lightning_contrast.augment.bands import Pairs
+from lightning_contrast.augment.fused import FusedBandIndex, FusedColorJitter, FusedTurn
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 
@@ -76,10 +77,16 @@ class StockView(nn.Module):
         mean: Subtracted at the end, one number per channel.
         std: Divided by at the end, one number per channel.
         pre_transform: Applied to the images first.
+        indices: Index channels to append; see `append_indices`.
     """
 
     def __init__(
-        self, spec: ViewSpec, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None = None
+        self,
+        spec: ViewSpec,
+        mean: Sequence[float],
+        std: Sequence[float],
+        pre_transform: nn.Module | None = None,
+        indices: Pairs = (),
     ) -> None:
         super().__init__()
         size = (spec.size, spec.size)
@@ -91,7 +98,8 @@ class StockView(nn.Module):
             align_corners=False,
         )
         jitter = K.ColorJitter(*spec.jitter, p=spec.jitter_p)
-        gray = [K.RandomGrayscale(p=spec.gray_p)] if spec.gray_p > 0 else []
+        gray = [K.RandomGrayscale(p=spec.gray_p)] if spec.gray_p > 0 and not spec.band_gray else []
+        gray += [FusedColorJitter(grayscale=spec.gray_p, band_gray=True)] if spec.gray_p > 0 and spec.band_gray else []
         operations = [
             *([pre_transform] if pre_transform is not None else []),
             crop,
@@ -108,6 +116,7 @@ class StockView(nn.Module):
             operations.append(K.RandomGaussianBlur((widest, widest), BLUR_SIGMA, p=spec.blur_p))
         if spec.solarize_p > 0:
             operations.append(K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=spec.solarize_p))
+        operations += [FusedBandIndex(indices)] if indices else []
         operations += copy.deepcopy(cast("tuple[nn.Module, ...]", spec.last_operations))
         if any(m != 0 for m in mean) or any(s != 1 for s in std):
             operations.append(K.Normalize(mean=torch.tensor(mean), std=torch.tensor(std)))

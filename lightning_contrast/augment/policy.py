@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_choice, require
+from lightning_contrast.augment.bands import Pairs, append_indices, check_indices
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
-from lightning_contrast.augment.images import as_float, check_policy_input, statistics
+from lightning_contrast.augment.images import PixelRange, as_float, check_policy_input, check_scale, statistics
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 from lightning_contrast.augment.whole_images import WholeImages, center_squares
 from lightning_contrast.precision import full_precision
@@ -34,6 +35,10 @@ class ViewPolicy(nn.Module):
         mean: Subtracted at the end, one number per channel; None for zeros.
         std: Divided by at the end, one number per channel; None for ones.
         interpolation: Resampling of `eval_transform`: ``"bilinear"`` or ``"bicubic"``.
+        scale: The values of the images that become 0 and 1, such as ``(0, 65535)``; values outside are clipped. None
+            for uint8 in 0..255 and float in 0..1.
+        indices: Index channels that `eval_transform` appends, as the views do; see `append_indices`. ``mean`` and
+            ``std`` have numbers for them too.
 
     Attributes:
         size: As given.
@@ -51,6 +56,8 @@ class ViewPolicy(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         interpolation: str = "bilinear",
+        scale: PixelRange = None,
+        indices: Pairs = (),
     ) -> None:
         super().__init__()
         check_at_least("size", size, 1)
@@ -58,7 +65,9 @@ class ViewPolicy(nn.Module):
         check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
         self.views = nn.ModuleList(views)
         self.size, self.channels, self.interpolation = size, channels, interpolation
-        self.mean, self.std = statistics(mean, std, channels)
+        check_scale(scale)
+        self.scale, self.indices = scale, check_indices(indices, channels)
+        self.mean, self.std = statistics(mean, std, channels + len(self.indices))
 
     @property
     def input_spec(self) -> dict[str, Any]:
@@ -72,8 +81,9 @@ class ViewPolicy(nn.Module):
         All random numbers come from torch's global CPU generator.
 
         Args:
-            images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1, at least one pixel. Of `WholeImages` fused views
-                are crops at the shapes of the images; other views, as with ``fused=False``, are made of the pixels.
+            images: ``(B, C, H, W)``, uint8 in 0..255 or float in 0..1, or of any type in the range of ``scale``. Of
+                `WholeImages` fused views are crops at the shapes of the images; other views, as with ``fused=False``,
+                are made of the pixels.
 
         Returns:
             One float32 tensor ``(B, C, h, w)`` per view.
@@ -84,7 +94,7 @@ class ViewPolicy(nn.Module):
 
     @full_precision  # under autocast the matrix products of the resampling would round pixels to 8 bits of mantissa
     def _make_views(self, images: Tensor, sizes: NDArray[np.int64] | None) -> list[Tensor]:
-        images = check_policy_input(images, self.channels)
+        images = check_policy_input(images, self.channels, self.scale)
         views: list[Tensor] = []
         for view, same in itertools.groupby(self.views):  # equal views are one module
             count = len(list(same))
@@ -107,8 +117,11 @@ class ViewPolicy(nn.Module):
         Returns:
             ``(B, C, size, size)``, float32.
         """
-        squares = center_squares(images) if isinstance(images, WholeImages) else images
-        pixels = as_float(check_policy_input(squares, self.channels))
+        if isinstance(images, WholeImages):
+            pixels = check_policy_input(images.pixels, self.channels, self.scale)
+            pixels = center_squares(WholeImages(pixels, images.sizes))
+        else:
+            pixels = as_float(check_policy_input(images, self.channels, self.scale))
         height, width = pixels.shape[-2:]
         if min(height, width) != self.size:
             scale = self.size / min(height, width)
@@ -117,7 +130,7 @@ class ViewPolicy(nn.Module):
             height, width = edges
         top, left = (height - self.size) // 2, (width - self.size) // 2
         pixels = pixels[..., top : top + self.size, left : left + self.size]
-        pixels = pixels.clone(memory_format=torch.contiguous_format)
+        pixels = append_indices(pixels, self.indices).clone(memory_format=torch.contiguous_format)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             if (mean, std) != (0.0, 1.0):  # plain numbers need no transfer to the device
                 pixels[:, channel].sub_(mean).div_(std)
@@ -135,6 +148,8 @@ def make_policy(
     auto: Auto | None = None,
     backend: Backend = None,
     locations: bool = False,
+    scale: PixelRange = None,
+    indices: Pairs = (),
 ) -> ViewPolicy:
     """Build a policy with one view per spec.
 
@@ -148,6 +163,8 @@ def make_policy(
         auto: Automatic augmentation before each view.
         backend: See `Backend`.
         locations: See `ViewOptions`.
+        scale: See `ViewPolicy`.
+        indices: See `ViewPolicy`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -165,29 +182,46 @@ def make_policy(
     hint = "A box does not tell where the pixels of such a view are; set `locations=False`"
     moved = any(spec.moves_pixels for spec in specs)
     require(not (moved and locations), "locations", "be False with turns, vertical flips and deformations", True, hint)
-    mean, std = statistics(mean, std, channels)
+    indices = check_indices(indices, channels)
+    mean, std = statistics(mean, std, channels + len(indices))
     views: list[nn.Module] = []
     for spec, same in itertools.groupby(specs):
         if not color or channels != _RGB:
             brightness, contrast, _, _ = spec.jitter
-            spec = dataclasses.replace(spec, jitter=(brightness, contrast, 0.0, 0.0), gray_p=0.0)  # noqa: PLW2901
+            gray = spec.gray_p if spec.band_gray and channels > 1 else 0.0
+            spec = dataclasses.replace(spec, jitter=(brightness, contrast, 0.0, 0.0), gray_p=gray)  # noqa: PLW2901
         pre_transform = None if auto is None else auto_augment(auto)
         view: nn.Module
         if fused:
-            view = fused_view(spec, mean, std, pre_transform, backend)
+            view = fused_view(spec, mean, std, pre_transform, backend, indices)
             view.locates = locations
         else:
-            view = StockView(spec, mean, std, pre_transform)
+            view = StockView(spec, mean, std, pre_transform, indices)
         views += [view] * len(list(same))
     interpolation = "bicubic" if specs[0].bicubic else "bilinear"
-    return ViewPolicy(views, size=specs[0].size, channels=channels, mean=mean, std=std, interpolation=interpolation)
+    return ViewPolicy(
+        views,
+        size=specs[0].size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        scale=scale,
+        indices=indices,
+    )
 
 
 def fused_view(
-    spec: ViewSpec, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None, backend: Backend
+    spec: ViewSpec,
+    mean: Sequence[float],
+    std: Sequence[float],
+    pre_transform: nn.Module | None,
+    backend: Backend,
+    indices: Pairs = (),
 ) -> FusedView:
     """Build one view of fused operations, without those of probability 0."""
     from lightning_contrast.augment.fused import (
+        FusedBandIndex,
         FusedColorJitter,
         FusedGaussianBlur,
         FusedResizedCrop,
@@ -209,6 +243,7 @@ def fused_view(
         grayscale=spec.gray_p,
         additive_brightness=spec.additive_brightness,
         gray_first=spec.gray_first,
+        band_gray=spec.band_gray,
     )
     operations: list[FusedOperation] = []
     if spec.vertical_flip > 0 or spec.quarter_turns:
@@ -218,5 +253,6 @@ def fused_view(
         operations.append(FusedGaussianBlur(spec.blur_p, BLUR_SIGMA, kernel_size=spec.blur_kernel))
     if spec.solarize_p > 0:
         operations.append(FusedSolarize(spec.solarize_p))
+    operations += [FusedBandIndex(indices)] if indices else []
     operations += copy.deepcopy(spec.last_operations)
     return FusedView(crop, operations, mean, std, pre_transform=pre_transform, backend=backend)

@@ -58,6 +58,7 @@ class ViewSpec:
         ratio: Range of the crop's width / height.
         vertical_flip: Probability of a vertical flip.
         quarter_turns: Turn by 0, 90, 180 or 270 degrees, equally likely.
+        band_gray: Apply grayscale to images of any number of channels, as the mean of their bands.
         first_operations: Further operations, after crop, flips and turns and before the colors.
         last_operations: Further operations, at the end, before the normalization.
     """
@@ -78,6 +79,7 @@ class ViewSpec:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     vertical_flip: float = 0.0
     quarter_turns: bool = False
+    band_gray: bool = False
     first_operations: tuple[FusedOperation, ...] = ()
     last_operations: tuple[FusedOperation, ...] = ()
 

@@ -171,12 +171,17 @@ class ViewAugmentation(L.Callback):
         return augmented
 
     def _eval_images(self, images: Tensor) -> Tensor:
+        if self._scaled():
+            return self.policy.eval_transform(images)
         images = center_squares(images) if isinstance(images, WholeImages) else images
         return self.policy.eval_transform(self._check(images, evaluating=True))
 
+    def _scaled(self) -> bool:
+        return getattr(self.policy, "scale", None) is not None
+
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
-        if images.ndim != 4:
-            return images  # clips, series: the policy knows their format
+        if images.ndim != 4 or self._scaled():
+            return images  # clips, series, other ranges: the policy knows their format
         values = images.device.type == "cpu" or (not evaluating) not in self._checked
         return check_images(images, values=values, evaluating=evaluating)
 

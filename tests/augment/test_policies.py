@@ -20,9 +20,9 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 for of_clips in ("clip_views", "cpc_clip_views", "vjepa_views"):  # their input are clips: test_clips
     del POLICIES[of_clips]
-DOMAINS = {name: getattr(domains, name) for name in domains.__all__}
+DOMAINS = {name: getattr(domains, name) for name in domains.__all__ if name.endswith("_views")}
 POLICIES |= DOMAINS
-CHANNELS: dict[str, int] = {}  # other than 3
+CHANNELS = {"satellite_views": 13}  # other than 3
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views", "lejepa_views", "visreg_views"}
 MASKED = {"data2vec_views", "mae_views", "simmim_views"}
 ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"} | MASKED
@@ -56,6 +56,7 @@ TABLE = {
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "satellite_views": ((0.2, 1), (0.4, 0.4, 0, 0), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "histology_views": ((0.4, 1), (0.1, 0.1, 0, 0), 0.5, 0.0, (0.25, 0.25), (0, 0)),
 }
 LOCAL = {

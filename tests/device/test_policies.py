@@ -8,8 +8,8 @@ from lightning_contrast.augment import domains
 from tests.device.pretended import OnDevice, PretendedDevice, in_own_process
 
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
-POLICIES |= {name: getattr(domains, name) for name in domains.__all__}
-CHANNELS: dict[str, int] = {}  # other than 3
+POLICIES |= {name: getattr(domains, name) for name in domains.__all__ if name.endswith("_views")}
+CHANNELS = {"satellite_views": 13}  # other than 3
 
 
 @pytest.mark.parametrize("backend", [None, "accelerator"])

@@ -5,5 +5,7 @@ They are made as the published ones of `lightning_contrast.augment`, pass the sa
 """
 
 from lightning_contrast.augment.domains.histology import histology_views
+from lightning_contrast.augment.domains.options import DomainOptions
+from lightning_contrast.augment.domains.satellite import satellite_views
 
-__all__ = ["histology_views"]
+__all__ = ["DomainOptions", "histology_views", "satellite_views"]

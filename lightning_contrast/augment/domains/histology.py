@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from lightning_contrast._checks import check_at_least, require
+from lightning_contrast.augment.domains.options import DomainOptions
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
-from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
+from lightning_contrast.augment.view_spec import ViewSpec
 
 Statistics = Sequence[float] | None
 Range = tuple[float, float]
@@ -20,7 +21,7 @@ def histology_views(
     stain_scale: float = 0.1,
     stain_shift: float = 0.01,
     stain_p: float = 0.8,
-    **options: Unpack[ViewOptions],
+    **options: Unpack[DomainOptions],
 ) -> ViewPolicy:
     """Return two views of a tile of stained tissue, in any orientation and with other amounts of stain.
 
@@ -41,7 +42,7 @@ def histology_views(
         stain_scale: Strength of the factor of each stain, in 0..1.
         stain_shift: Largest amount of stain added or removed, >= 0; 0.01 changes a tile by 8 of 255 levels on average.
         stain_p: Probability of the stain jitter per view.
-        **options: See `ViewOptions`; ``channels`` must be 3.
+        **options: See `DomainOptions`; ``channels`` must be 3.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -1,3 +1,6 @@
+from .bands import FusedBandDropout as FusedBandDropout
+from .bands import FusedBandIndex as FusedBandIndex
+from .bands import FusedBandSwap as FusedBandSwap
 from .blur import FusedGaussianBlur as FusedGaussianBlur
 from .color import FusedColorJitter as FusedColorJitter
 from .crop import FusedResizedCrop as FusedResizedCrop

@@ -149,9 +149,9 @@ class FusedView(nn.Module):
         return [{name: np.repeat(value, frames, axis=0) for name, value in draw.items()} for draw in draws]
 
     def _in_blocks(self, images: Tensor, draws: list[Draw]) -> Tensor:
-        """Return one view ``(B, C, size, size)`` of images ``(B, C, H, W)``, computed block by block."""
+        """Return one view ``(B, C', size, size)`` of images ``(B, C, H, W)``, computed block by block."""
         keep_freed_memory()
-        batch, channels, size = len(images), images.shape[1], self._size
+        batch, channels, size = len(images), self.factor.shape[1], self._size  # with index channels
         views = torch.empty(batch, channels, size, size, device=images.device)
         blocks = max(1, round(batch * channels * size * size * 4 / _BLOCK_BYTES))
         block = max(1, -(-batch // blocks))

@@ -4,6 +4,9 @@ import kornia.augmentation as K
 import torch
 
 from lightning_contrast.augment.fused import (
+    FusedBandDropout,
+    FusedBandIndex,
+    FusedBandSwap,
     FusedColorJitter,
     FusedGaussianBlur,
     FusedResizedCrop,
@@ -37,7 +40,8 @@ def test_in_a_sequential(emoji):
 def test_each_replays_its_parameters(emoji):
     images = emoji[:8] / 255
     color = FusedColorJitter(0.4, grayscale=0.5)
-    further = (FusedStainJitter(), FusedTurn())
+    bands = (FusedBandDropout(3, keep=1), FusedBandIndex([(0, 1)]), FusedBandSwap(3, 0.5))
+    further = (FusedStainJitter(), FusedTurn(), *bands)
     for operation in (FusedResizedCrop(20), color, FusedGaussianBlur(), FusedSolarize(), *further):
         views = operation(images)
         assert torch.equal(operation(images, params=operation._params), views)
