@@ -150,6 +150,7 @@ def test_whole_images_are_scaled_once():
     torch.testing.assert_close(policy.eval_transform(whole), policy.eval_transform(pixels), **f32(FORMULA))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # workers, log interval
 def test_sixteen_bits_reach_the_policy_in_a_run(tmp_path):
     """ViewAugmentation leaves the check of the range to a policy that has one."""
     bands = torch.randint(0, 10_000, (8, 4, 12, 12), dtype=torch.int16)
@@ -167,6 +168,7 @@ def test_sixteen_bits_reach_the_policy_in_a_run(tmp_path):
     trainer = Trainer(
         accelerator="cpu",
         max_steps=1,
+        num_sanity_val_steps=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -175,7 +177,7 @@ def test_sixteen_bits_reach_the_policy_in_a_run(tmp_path):
         callbacks=[lc.ViewAugmentation(policy, seed=0)],
     )
     loader = torch.utils.data.DataLoader(bands, batch_size=8)
-    trainer.fit(lc.SimCLR(net), loader)
+    trainer.fit(lc.SimCLR(net), loader, loader)
     assert trainer.global_step == 1
     assert seen == [torch.int16]
 
