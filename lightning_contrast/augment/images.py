@@ -55,6 +55,12 @@ def check_scale(scale: PixelRange) -> None:
     require(ok, "scale", "be a pair (low, high) with low < high", scale, hint)
 
 
+def check_window(window: tuple[float, float]) -> None:
+    """Check that a window is an ordered pair of different numbers; it may exceed 0..1, where no pixels are."""
+    ordered = len(window) == 2 and window[0] < window[1]
+    require(ordered, "window", "be a pair (low, high) with low < high", tuple(window), "Give (lower, higher)")
+
+
 def as_float(images: Tensor) -> Tensor:
     """Return images ``(B, C, H, W)`` as float32 in 0..1: uint8 is divided by 255, floats are only cast."""
     return images.float() if images.is_floating_point() else images.float() / 255

@@ -16,7 +16,15 @@ from lightning_contrast._checks import check_at_least, check_choice, require
 from lightning_contrast.augment.bands import Pairs, append_indices, check_indices
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
-from lightning_contrast.augment.images import PixelRange, as_float, check_policy_input, check_scale, statistics
+from lightning_contrast.augment.images import (
+    PixelRange,
+    as_float,
+    check_policy_input,
+    check_scale,
+    check_window,
+    rescale,
+    statistics,
+)
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 from lightning_contrast.augment.whole_images import WholeImages, center_squares
 from lightning_contrast.precision import full_precision
@@ -37,6 +45,7 @@ class ViewPolicy(nn.Module):
         interpolation: Resampling of `eval_transform`: ``"bilinear"`` or ``"bicubic"``.
         scale: The values of the images that become 0 and 1, such as ``(0, 65535)``; values outside are clipped. None
             for uint8 in 0..255 and float in 0..1.
+        window: The scaled pixels that `eval_transform` maps to 0 and 1, as `FusedWindow` does in the views.
         indices: Index channels that `eval_transform` appends, as the views do; see `append_indices`. ``mean`` and
             ``std`` have numbers for them too.
 
@@ -57,6 +66,7 @@ class ViewPolicy(nn.Module):
         std: Sequence[float] | None = None,
         interpolation: str = "bilinear",
         scale: PixelRange = None,
+        window: tuple[float, float] = (0.0, 1.0),
         indices: Pairs = (),
     ) -> None:
         super().__init__()
@@ -66,6 +76,8 @@ class ViewPolicy(nn.Module):
         self.views = nn.ModuleList(views)
         self.size, self.channels, self.interpolation = size, channels, interpolation
         check_scale(scale)
+        check_window(window)
+        self.window = window
         self.scale, self.indices = scale, check_indices(indices, channels)
         self.mean, self.std = statistics(mean, std, channels + len(self.indices))
 
@@ -130,6 +142,8 @@ class ViewPolicy(nn.Module):
             height, width = edges
         top, left = (height - self.size) // 2, (width - self.size) // 2
         pixels = pixels[..., top : top + self.size, left : left + self.size]
+        if self.window != (0.0, 1.0):
+            pixels = rescale(pixels, self.window)
         pixels = append_indices(pixels, self.indices).clone(memory_format=torch.contiguous_format)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             if (mean, std) != (0.0, 1.0):  # plain numbers need no transfer to the device
@@ -149,6 +163,7 @@ def make_policy(
     backend: Backend = None,
     locations: bool = False,
     scale: PixelRange = None,
+    window: tuple[float, float] = (0.0, 1.0),
     indices: Pairs = (),
 ) -> ViewPolicy:
     """Build a policy with one view per spec.
@@ -164,6 +179,7 @@ def make_policy(
         backend: See `Backend`.
         locations: See `ViewOptions`.
         scale: See `ViewPolicy`.
+        window: See `ViewPolicy`; give the views a `FusedWindow` of it.
         indices: See `ViewPolicy`.
 
     Raises:
@@ -207,6 +223,7 @@ def make_policy(
         std=std,
         interpolation=interpolation,
         scale=scale,
+        window=window,
         indices=indices,
     )
 

@@ -4,6 +4,8 @@ from .bands import FusedBandSwap as FusedBandSwap
 from .blur import FusedGaussianBlur as FusedGaussianBlur
 from .color import FusedColorJitter as FusedColorJitter
 from .crop import FusedResizedCrop as FusedResizedCrop
+from .deform import FusedDeform as FusedDeform
 from .solarize import FusedSolarize as FusedSolarize
 from .stain import FusedStainJitter as FusedStainJitter
 from .turn import FusedTurn as FusedTurn
+from .window import FusedWindow as FusedWindow

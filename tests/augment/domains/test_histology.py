@@ -40,6 +40,8 @@ def test_stain_jitter_has_the_given_rate_and_range(p):
         assert amount.mean().abs() < 1e-3
         assert amount.std().item() == pytest.approx(0.02 / 12**0.5, abs=4e-4)
         assert torch.corrcoef(amount.T)[0, 1].abs() < 0.2  # one draw per stain
+        factor = factor[clear.all(1)]
+        assert torch.corrcoef(torch.stack([factor[:, 0], amount[:, 0]]))[0, 1].abs() < 0.2
 
 
 def test_stain_jitter_equals_the_function():
