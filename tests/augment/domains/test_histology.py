@@ -6,7 +6,7 @@ import torch
 from lightning_contrast import augment
 from lightning_contrast.augment.domains import histology_views
 from lightning_contrast.augment.fused import FusedStainJitter, FusedTurn
-from tests.tolerances import NETWORK, f32
+from tests.tolerances import FORMULA, NETWORK, bound, f32
 
 
 def tiles(count: int, edge: int = 8):
@@ -25,7 +25,7 @@ def test_stain_jitter_has_the_given_rate_and_range(p):
     after = augment.rgb_to_hed(FusedStainJitter(0.2, 0.01, p=p)(images)).flatten(2)
     factor = (after[..., 0] - after[..., 1]) / (before[..., 0] - before[..., 1])
     clear = (before[..., 0] - before[..., 1]).abs() > 5e-3  # else a quotient of roundings
-    changed = ((after - before).abs().amax((1, 2)) > 1e-5).float()
+    changed = ((after - before).abs().amax((1, 2)) > bound(FORMULA)).float()
     assert changed.mean().item() == pytest.approx(p, abs=0.03)
     if p == 1:
         for stain in range(3):
@@ -38,7 +38,7 @@ def test_stain_jitter_has_the_given_rate_and_range(p):
         amount = amount[clear.all(1)]
         assert amount.abs().max() < 0.0102
         assert amount.mean().abs() < 1e-3
-        assert amount.std().item() == pytest.approx(0.02 / 12**0.5, abs=4e-4)
+        assert amount.std().item() == pytest.approx(0.02 / 12**0.5, rel=0.07)
         assert torch.corrcoef(amount.T)[0, 1].abs() < 0.2  # one draw per stain
         factor = factor[clear.all(1)]
         assert torch.corrcoef(torch.stack([factor[:, 0], amount[:, 0]]))[0, 1].abs() < 0.2
