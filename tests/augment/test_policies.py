@@ -23,11 +23,17 @@ for of_clips in ("clip_views", "cpc_clip_views", "vjepa_views"):  # their input 
     del POLICIES[of_clips]
 DOMAINS = {name: getattr(domains, name) for name in domains.__all__ if name.endswith("_views")}
 POLICIES |= DOMAINS
-CHANNELS = {"satellite_views": 13, "chest_xray_views": 1, "ct_views": 1, "mri_views": 1}  # other than 3
+CHANNELS = {
+    "satellite_views": 13,
+    "chest_xray_views": 1,
+    "ct_views": 1,
+    "mri_views": 1,
+    "microscopy_views": 5,
+}  # other than 3
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views", "lejepa_views", "visreg_views"}
 MASKED = {"data2vec_views", "mae_views", "simmim_views"}
 ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"} | MASKED
-NO_FLIP = ONE_VIEW - MASKED - {"cpc_views"} | {"chest_xray_views", "ct_views", "mri_views"}
+NO_FLIP = ONE_VIEW - MASKED - {"cpc_views"} | {"chest_xray_views", "ct_views", "mri_views", "industrial_views"}
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
@@ -61,6 +67,8 @@ TABLE = {
     "satellite_views": ((0.2, 1), (0.4, 0.4, 0, 0), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "chest_xray_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
     "ct_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
+    "industrial_views": ((0.5, 1), (0.1, 0.1, 0.1, 0.1), 1.0, 0.0, (0, 0), (0, 0)),
+    "microscopy_views": ((0.4, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
     "mri_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
     "histology_views": ((0.4, 1), (0.1, 0.1, 0, 0), 0.5, 0.0, (0.25, 0.25), (0, 0)),
 }
@@ -72,7 +80,14 @@ LOCAL = {
     "lejepa_views": (6, (0.05, 0.3), 0.5),
     "visreg_views": (6, (0.05, 0.3), 0.5),
 }
-SIZES = {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64, "cpc_views": 256, "simmim_views": 192}
+SIZES = {
+    "simclr_cifar_views": 32,
+    "supcon_views": 32,
+    "align_uniform_views": 64,
+    "cpc_views": 256,
+    "industrial_views": 256,
+    "simmim_views": 192,
+}
 GLOBAL = {"visreg_views": 4}
 SOLARIZED = ("lejepa_views", "visreg_views")  # local views too
 

@@ -9,7 +9,13 @@ from tests.device.pretended import OnDevice, PretendedDevice, in_own_process
 
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 POLICIES |= {name: getattr(domains, name) for name in domains.__all__ if name.endswith("_views")}
-CHANNELS = {"satellite_views": 13, "chest_xray_views": 1, "ct_views": 1, "mri_views": 1}  # other than 3
+CHANNELS = {
+    "satellite_views": 13,
+    "chest_xray_views": 1,
+    "ct_views": 1,
+    "mri_views": 1,
+    "microscopy_views": 5,
+}  # other than 3
 
 
 @pytest.mark.parametrize("backend", [None, "accelerator"])

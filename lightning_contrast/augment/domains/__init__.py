@@ -5,8 +5,19 @@ They are made as the published ones of `lightning_contrast.augment`, pass the sa
 """
 
 from lightning_contrast.augment.domains.histology import histology_views
+from lightning_contrast.augment.domains.industry import industrial_views
 from lightning_contrast.augment.domains.medical import chest_xray_views, ct_views, mri_views
+from lightning_contrast.augment.domains.microscopy import microscopy_views
 from lightning_contrast.augment.domains.options import DomainOptions
 from lightning_contrast.augment.domains.satellite import satellite_views
 
-__all__ = ["DomainOptions", "chest_xray_views", "ct_views", "histology_views", "mri_views", "satellite_views"]
+__all__ = [
+    "DomainOptions",
+    "chest_xray_views",
+    "ct_views",
+    "histology_views",
+    "industrial_views",
+    "microscopy_views",
+    "mri_views",
+    "satellite_views",
+]

@@ -1,4 +1,5 @@
 from .bands import FusedBandDropout as FusedBandDropout
+from .bands import FusedBandGain as FusedBandGain
 from .bands import FusedBandIndex as FusedBandIndex
 from .bands import FusedBandSwap as FusedBandSwap
 from .blur import FusedGaussianBlur as FusedGaussianBlur

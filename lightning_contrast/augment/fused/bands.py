@@ -163,3 +163,37 @@ class FusedBandDropout(FusedOperation, IntensityAugmentationBase2D):
             chosen = take(images, plan["rows"])
             put_(images, plan["rows"], torch.where(plan["bands"], plan["fill"].to(images.dtype), chosen))
         return images
+
+
+class FusedBandGain(FusedOperation, IntensityAugmentationBase2D):
+    """Multiply each band by its own factor from U(1 - gain, 1 + gain), drawn per image, and clip to 0..1.
+
+    Args:
+        channels: Number of bands.
+        gain: Strength of the factor, in 0..1.
+        backend: See `Backend`.
+        keepdim: Return as many dimensions as the input has (an argument of Kornia).
+
+    Shapes: ``(B, C, H, W)`` in 0..1.
+    """
+
+    def __init__(self, channels: int, gain: float = 0.2, *, backend: Backend = None, keepdim: bool = False) -> None:
+        check_at_least("channels", channels, 1)
+        check_probability("gain", gain)
+        check_choice("backend", backend, (None, "cpu", "accelerator"))
+        super().__init__(p=1.0, keepdim=keepdim)
+        self.channels, self.gain, self.backend = channels, gain, backend
+        self.flags = {"gain": gain}
+
+    def draw(self, batch: int, height: int, width: int) -> Draw:
+        """Draw ``factor`` ``(B, C)``."""
+        return {"factor": 1 + np.float32(self.gain) * (2 * uniform(batch, self.channels) - 1)}
+
+    def prepare(self, draw: Draw) -> Plan:
+        """Return the factors as ``(B, C, 1, 1)``."""
+        return {"factor": draw["factor"][:, :, None, None]}
+
+    def compute_(self, images: Tensor, plan: Plan) -> Tensor:
+        """Multiply ``images`` ``(B, C, H, W)`` in place."""
+        _check_bands(images, self.channels)
+        return images.mul_(plan["factor"].to(images.dtype)).clamp_(0, 1)

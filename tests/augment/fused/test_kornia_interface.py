@@ -5,14 +5,17 @@ import torch
 
 from lightning_contrast.augment.fused import (
     FusedBandDropout,
+    FusedBandGain,
     FusedBandIndex,
     FusedBandSwap,
     FusedColorJitter,
+    FusedDeform,
     FusedGaussianBlur,
     FusedResizedCrop,
     FusedSolarize,
     FusedStainJitter,
     FusedTurn,
+    FusedWindow,
 )
 
 
@@ -40,8 +43,8 @@ def test_in_a_sequential(emoji):
 def test_each_replays_its_parameters(emoji):
     images = emoji[:8] / 255
     color = FusedColorJitter(0.4, grayscale=0.5)
-    bands = (FusedBandDropout(3, keep=1), FusedBandIndex([(0, 1)]), FusedBandSwap(3, 0.5))
-    further = (FusedStainJitter(), FusedTurn(), *bands)
+    bands = (FusedBandDropout(3, keep=1), FusedBandIndex([(0, 1)]), FusedBandSwap(3, 0.5), FusedBandGain(3))
+    further = (FusedStainJitter(), FusedTurn(), FusedDeform(), FusedWindow(), *bands)
     for operation in (FusedResizedCrop(20), color, FusedGaussianBlur(), FusedSolarize(), *further):
         views = operation(images)
         assert torch.equal(operation(images, params=operation._params), views)
