@@ -14,7 +14,7 @@ class FusedWindow(FusedOperation, IntensityAugmentationBase2D):
 
     ``clip(clip((x - low) / (high - low)) ** gamma + shift)``, where the center of the window moves by
     U(-jitter, jitter) of its width and the width is multiplied by U(1 - jitter, 1 + jitter). An image that is not
-    selected has the window without jitter, and neither gamma nor shift. Kornia's gamma reads its factors on the host.
+    selected has the window without jitter, and neither gamma nor shift. The gamma is Kornia's; Kornia has no window.
 
     Args:
         window: The values that become 0 and 1; may exceed 0..1.

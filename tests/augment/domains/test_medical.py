@@ -49,6 +49,15 @@ def test_gamma_and_shift_are_applied_in_the_window():
     torch.testing.assert_close(views, expected, **f32(NETWORK))
 
 
+def test_gamma_equals_kornia():
+    torch.manual_seed(0)
+    images = torch.rand(20, 1, 4, 4)
+    operation = FusedWindow(jitter=0, gamma=(0.5, 2.0), shift=0)
+    views = operation(images)
+    expected = kornia.enhance.adjust_gamma(images, operation._params["gamma"])
+    torch.testing.assert_close(views, expected, **f32(FORMULA))
+
+
 def test_rotation_equals_kornia():
     torch.manual_seed(0)
     images = torch.rand(16, 1, 20, 20)
