@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -188,7 +189,7 @@ def origin(results: Path) -> str:
     most, *others = sorted(rows, key=lambda machine: -len(rows[machine]))
     lines = [f"`python -m benchmarks.learn`, one thread a run, bf16-mixed. Processor: {most}."]
     lines += [f"{other}: {'; '.join(sorted(rows[other]))}." for other in others]
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 
 def write_page(results: Path) -> None:

@@ -1,4 +1,4 @@
-"""Derived seeds and isolated random draws."""
+"""Derived seeds, isolated random draws, and the way of draws to a device."""
 
 import hashlib
 import random
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["derived_seed", "isolated", "seed_everything", "seeded"]
+__all__ = ["derived_seed", "isolated", "seed_everything", "seeded", "send"]
 
 
 def derived_seed(*parts: int) -> int:
@@ -68,3 +69,15 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting for it: from pinned memory, because a copy from other memory waits.
+
+    Args:
+        tensor: Tensor of any shape, on the CPU; one that is elsewhere is only moved.
+        device: Target device.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

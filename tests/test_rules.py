@@ -56,6 +56,12 @@ def test_what_a_step_draws_has_a_dtype():
     assert len(list(draws_without_dtype(seen))) == 2
 
 
+def test_copies_to_a_device_that_do_not_wait_are_made_in_one_place():
+    """From memory that is not pinned such a copy waits: `seeding.send` pins it."""
+    found = [path.name for path in FILES if "non_blocking=True" in path.read_text()]
+    assert found == ["seeding.py"]
+
+
 @pytest.mark.parametrize(
     ("source", "count"),
     [

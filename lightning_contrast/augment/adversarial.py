@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
+from lightning_contrast.seeding import send
 
 
 def _check_ball(epsilon: float, step_size: float, low: float, high: float) -> None:
@@ -103,7 +104,7 @@ def pgd_attack(
     clean = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     moved = clean
     if random_start:
-        drawn = torch.rand(clean.shape, generator=generator, dtype=clean.dtype, device="cpu").to(clean.device)
+        drawn = send(torch.rand(clean.shape, generator=generator, dtype=clean.dtype, device="cpu"), clean.device)
         moved = (clean + epsilon * (2 * drawn - 1)).clamp(low, high)
     for _ in range(steps):
         with torch.enable_grad():

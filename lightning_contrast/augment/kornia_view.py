@@ -16,6 +16,7 @@ from lightning_contrast.augment.bands import Pairs
 from lightning_contrast.augment.fused import FusedBandIndex, FusedColorJitter, FusedTurn
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
+from lightning_contrast.seeding import send
 
 _RANDAUGMENT_COUNT, _RANDAUGMENT_MAGNITUDE = 2, 9  # out of 30; the paper's values for a ResNet-50 on ImageNet
 
@@ -43,7 +44,7 @@ class PerImage(nn.Module):
             for number, choice in enumerate(self.choices):
                 rows = (drawn == number).nonzero().flatten()
                 if len(rows):
-                    rows = rows.to(images.device, non_blocking=True)
+                    rows = send(rows, images.device)
                     augmented.index_copy_(0, rows, choice(images.index_select(0, rows)).to(images.dtype))
             images = augmented
         return images

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, fail, require
 from lightning_contrast.callbacks.capture.features import paused_hooks
@@ -13,6 +13,7 @@ from lightning_contrast.contracts import replace_images, split_batch
 from lightning_contrast.losses import rocl_loss
 from lightning_contrast.runtime.adversarial_pass import Attack, check_pixels, refuse_fsdp1
 from lightning_contrast.runtime.batch_transfer import BatchTransforms, map_batches
+from lightning_contrast.seeding import send
 
 
 class AdversarialView(L.Callback):
@@ -78,7 +79,7 @@ class AdversarialView(L.Callback):
         self.view, self.other, self.add, self.seed = view, other, add, seed
         self.modules, self.loss, self.temperature = tuple(modules), loss, temperature
         self._trainer: Any = None
-        self._checked = False
+        self._normalization: tuple[Tensor, Tensor] | None = None  # of the run, on its device, from its first batch on
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check strategy and module, and add the attack after all other transforms of batches."""
@@ -86,7 +87,7 @@ class AdversarialView(L.Callback):
         names = [name for name, _ in pl_module.named_modules() if name]
         for name in self.modules:
             check_choice("modules", name, names)
-        self._trainer, self._checked = trainer, False
+        self._trainer, self._normalization = trainer, None
         BatchTransforms.add(trainer.strategy, self._transform)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -113,13 +114,14 @@ class AdversarialView(L.Callback):
             fail("batch", f"hold at least {last + 1} views", 1 if isinstance(views, Tensor) else len(views), hint)
         trainer, module = self._trainer, self._trainer.lightning_module
         view, other = views[self.view], views[self.other]
-        mean, std = _statistics(trainer, view)
+        first = self._normalization is None
+        if self._normalization is None:
+            self._normalization = _statistics(trainer, view)
+        mean, std = self._normalization
         pixels = view.float() * std + mean
-        if not self._checked or pixels.device.type == "cpu":  # synchronizes with the device
+        if first or pixels.device.type == "cpu":  # synchronizes with the device
             check_pixels(pixels)
-            self._checked = True
-        named = dict(module.named_modules())
-        networks: list[nn.Module] = [named[name] for name in self.modules]
+        networks = [module.get_submodule(name) for name in self.modules]
         batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # incremented after the transfer
         with paused_hooks(module), trainer.precision_plugin.forward_context():
             attacked = self.attack.view(
@@ -149,5 +151,5 @@ def _statistics(trainer: Any, view: Tensor) -> tuple[Tensor, Tensor]:
     spec: dict[str, Any] = next((spec for spec in specs if spec is not None), {})
     mean, std = spec.get("mean") or (0.0,), spec.get("std") or (1.0,)
     made = (torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std))
-    first, second = (values[:, None, None].to(view.device, non_blocking=True) for values in made)
+    first, second = (send(values[:, None, None], view.device) for values in made)
     return first, second

@@ -14,6 +14,7 @@ from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_batch, check_positive, check_probability, fail, require
 from lightning_contrast.losses.checks import check_floating, check_matrix
 from lightning_contrast.precision import full_precision
+from lightning_contrast.seeding import send
 
 _EPSILON = 1e-6  # added to the standard deviations, as in VISReg's reference implementation
 
@@ -36,7 +37,7 @@ def draw_directions(z: Tensor, *, slices: int, generator: torch.Generator | None
     columns = F.normalize(
         torch.randn(z.shape[-1], slices, generator=generator, dtype=torch.float32, device="cpu"), dim=0
     )
-    return columns.to(torch.promote_types(z.dtype, torch.float32)).to(z.device, non_blocking=True)
+    return send(columns.to(torch.promote_types(z.dtype, torch.float32)), z.device)
 
 
 def _check_views(name: str, z: Tensor, dims: tuple[int, ...] = (3,)) -> None:

@@ -11,6 +11,7 @@ from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import check_floating
 from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse
 from lightning_contrast.precision import full_precision
+from lightning_contrast.seeding import send
 
 _EPSILON = 1e-11  # inside the logarithm, as in Greedy InfoMax
 
@@ -203,7 +204,7 @@ def draw_row_negatives(
     for row, size in zip(index, sizes, strict=True):
         if size:
             row[: size * negatives] = torch.randint(size, (size * negatives,), generator=generator)
-    return index.to(z.device, non_blocking=True)
+    return send(index, z.device)
 
 
 def draw_time_negatives(
@@ -226,7 +227,7 @@ def draw_time_negatives(
     shape = (batch, negatives, times - steps)
     chosen = torch.randint(batch, shape, generator=generator)
     time = torch.randint(1, times, shape, generator=generator)
-    return chosen.to(z.device, non_blocking=True), time.to(z.device, non_blocking=True)
+    return send(chosen, z.device), send(time, z.device)
 
 
 def _check_times(context: Tensor, z: Tensor, predictors: Tensor) -> tuple[int, int]:

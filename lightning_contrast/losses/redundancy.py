@@ -24,6 +24,7 @@ from lightning_contrast._checks import (
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import check_floating, check_matrix, check_pair
 from lightning_contrast.precision import full_precision, normalize
+from lightning_contrast.seeding import send
 
 BATCH_NORM_EPSILON = 1e-5
 
@@ -289,7 +290,7 @@ def w_mse_loss(views: Tensor, permutations: Tensor, *, whitening_size: int, eps:
     ok = permutations.ndim == 2 and permutations.shape[1] == len(rows) and len(permutations) > 0
     require(ok, "permutations", rule, tuple(permutations.shape), "Draw them with `draw_permutations`")
     used = len(rows) // whitening_size * whitening_size
-    order = permutations[:, :used].reshape(-1, whitening_size).to(rows.device, non_blocking=True)  # (S, W)
+    order = send(permutations[:, :used].reshape(-1, whitening_size), rows.device)  # (S, W)
     parts = rows[order].transpose(1, 2)  # (S, V, W, D)
     centered = parts - parts.mean(2, keepdim=True)
     covariance = centered.mT @ centered / (whitening_size - 1)  # (S, V, D, D)

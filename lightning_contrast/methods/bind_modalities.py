@@ -24,6 +24,7 @@ from lightning_contrast.precision import unit_rows, upcast
 from lightning_contrast.runtime.aligned_items import check_absence, no_rows, require_modalities
 from lightning_contrast.runtime.frozen_parts import FrozenParts
 from lightning_contrast.runtime.method_options import MethodOptions
+from lightning_contrast.seeding import send
 
 
 class BindModalities(FrozenParts, SelfSupervisedModule):
@@ -163,7 +164,7 @@ class BindModalities(FrozenParts, SelfSupervisedModule):
         """Return the tokens (B, L) of B str of a modality with a tokenizer; other items unchanged."""
         if name not in self.tokenizers or isinstance(items, Tensor):
             return items
-        return self.tokenizers[name](check_captions(items)).to(self.device, non_blocking=True)
+        return send(self.tokenizers[name](check_captions(items)), self.device)
 
     def encode(self, name: str, items: Any) -> Tensor:
         """Return the embeddings (B, D) of items (B, ...), or of B texts, of a modality, unit rows."""

@@ -76,6 +76,7 @@ class DINOv3(DistillationModule):
 
     base_lr: ClassVar[float] = 0.0002 / 32  # for the square root of the batch: 0.0002 at 1024
     lr_rule: ClassVar[str] = "sqrt"
+    adamw_options: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99)}
     warms_up_by_step: ClassVar[bool] = True
     backbone: MaskedViT
     momentum_backbone: MaskedViT
@@ -209,5 +210,4 @@ class DINOv3(DistillationModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups, one per learning rate and kind of weight decay."""
-        groups = split_by_rate(super().parameter_groups(), self.backbone, self.layer_decay, self.patch_lr_multiplier)
-        return [group | {"betas": (0.9, 0.99)} for group in groups] if self.optimizer == "adamw" else groups
+        return split_by_rate(super().parameter_groups(), self.backbone, self.layer_decay, self.patch_lr_multiplier)

@@ -33,6 +33,7 @@ from lightning_contrast.nn.region_maps import byte_words, token_words, word_vect
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import full_precision, unit_rows
 from lightning_contrast.runtime.method_options import MethodOptions
+from lightning_contrast.seeding import send
 
 _SMALL = {"width": 128, "layers": 3, "heads": 2}
 
@@ -158,7 +159,7 @@ class GLoRIA(SelfSupervisedModule):
     def tokenize(self, texts: list[str] | Tensor) -> Tensor:
         """Return the tokens of B texts, int64 (B, L), on the module's device; tokens are only moved there."""
         tokens = texts if isinstance(texts, Tensor) else self.tokenizer(check_captions(texts))
-        return tokens.to(self.device, non_blocking=True)
+        return send(tokens, self.device)
 
     def batch_texts(self, batch: Any) -> list[str] | Tensor:
         """Return the texts of a training batch: B str, or int64 tokens (B, L)."""

@@ -20,6 +20,7 @@ from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.frozen_parts import FrozenParts
 from lightning_contrast.runtime.fsdp import strategy_module
 from lightning_contrast.runtime.method_options import MethodOptions
+from lightning_contrast.seeding import send
 
 _SMALL = {"width": 128, "layers": 3, "heads": 2}  # 64 channels per head, as published
 
@@ -124,7 +125,7 @@ class ImageTextModule(FrozenParts, SelfSupervisedModule):
     def tokenize(self, texts: list[str] | Tensor) -> Tensor:
         """Return the tokens of B texts, int64 (B, L), on the module's device; tokens are only moved there."""
         tokens = texts if isinstance(texts, Tensor) else self.tokenizer(check_captions(texts))
-        return tokens.to(self.device, non_blocking=True)
+        return send(tokens, self.device)
 
     def batch_texts(self, batch: Any) -> list[str] | Tensor:
         """Return the texts of a training batch: B str, or int64 tokens (B, L)."""

@@ -20,7 +20,6 @@ from lightning_contrast.methods.distill import Distill
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.runtime.method_options import MethodOptions
-from lightning_contrast.runtime.run_length import global_batch_size, run_length
 
 
 class SEED(Distill):
@@ -100,7 +99,4 @@ class SEED(Distill):
 
     def lr_factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
         """Return the factor: a ramp from 0.03, the rate of 256 images, to the peak, then a cosine to 0."""
-        peak = self.lr
-        if peak is None:
-            peak = self.base_lr * global_batch_size(self.trainer, run_length(self.trainer)) / 256
-        return optim.warmup_cosine(step, warmup_steps, total_steps, start=min(1.0, self.base_lr / peak))
+        return optim.warmup_cosine(step, warmup_steps, total_steps, start=min(1.0, self.base_lr / self.peak_lr))

@@ -1,7 +1,7 @@
 """What a student is trained on with a frozen teacher: the head, the memories and the loss of each objective by name."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +226,7 @@ class CRDObjective(Objective):
         self.teacher_bank = MemoryBank(self.num_samples, width, seed=1)
         # Z of both directions, once, from the first batch; 0 until then. Integers, since strategies cast floats.
         self.register_buffer("normalizer_bits", torch.zeros(2, dtype=torch.int32))
+        self._is_known = False
 
     def build_head(self) -> nn.Module:
         """Return the student's embedding layer, (B, F) -> (B, embedding_dim)."""
@@ -249,14 +250,21 @@ class CRDObjective(Objective):
         index = cast("Tensor", indices)
         places = index, self.negatives(index)
         t, count = self.temperature, self.num_samples
-        with torch.no_grad():
-            first = torch.stack(crd_normalizers(own, other, *banks, *places, temperature=t, samples=count))
-            stored = self.normalizer_bits.view(torch.float32)
-            stored.copy_(torch.where(stored > 0, stored, first.to(stored)))
+        stored = self.normalizer_bits.view(torch.float32)
+        if not self._is_known:  # costs as much as the loss
+            with torch.no_grad():
+                first = torch.stack(crd_normalizers(own, other, *banks, *places, temperature=t, samples=count))
+                stored.copy_(torch.where(stored > 0, stored, first.to(stored)))
+            self._is_known = bool((stored > 0).all())  # synchronizes with the device, in the first step
         z = stored.clone().unbind()
         loss = crd_loss(own, other, *banks, *places, temperature=t, samples=count, normalisers=(z[0], z[1]))
         rows = {"keys": unit_rows(other.detach()), "student_keys": unit_rows(own.detach())}
         return loss, rows | {"indices": index}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Look at the constants again after loading: those of a checkpoint may be unknown."""
+        self._is_known = False
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def queues(self) -> dict[str, nn.Module]:
         """Return both memories."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_range, require
-from lightning_contrast.nn.masking import send
+from lightning_contrast.seeding import send
 
 TRIES = 20  # positions of a context block before one more target may overlap it
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
 from lightning_contrast.nn.vision_transformers import MaskedViT
+from lightning_contrast.seeding import send
 
 ATTEMPTS = 10  # to place a block, before an image keeps the blocks it has
 _LOWEST_ASPECT = 0.3  # of a block, height by width; the highest is its inverse
@@ -81,18 +82,6 @@ def split_masks(mask: Tensor, device: torch.device, *, cut: bool = False) -> Mas
     rest = torch.arange(least, device="cpu") + (patches - hidden).unsqueeze(1)
     parts = (mask, order[:, : patches - most].contiguous(), order.gather(1, rest))
     return MaskSplit(*(send(part, device) for part in parts))
-
-
-def send(indices: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of any shape to a device; from pinned memory, because a copy from other memory synchronizes.
-
-    Args:
-        indices: Tensor on the CPU.
-        device: Target device.
-    """
-    if device.type == "cpu":
-        return indices
-    return (indices.pin_memory() if device.type == "cuda" else indices).to(device, non_blocking=True)
 
 
 def ibot_masks(

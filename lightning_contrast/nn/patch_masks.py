@@ -169,12 +169,9 @@ def inverse_block_masks(
     visible = patches - _hidden(ratio, patches)
     count = max(1, int(patches * (1 - ratio + adjust) / block**2))
     draw = partial(torch.rand, images, patches, generator=generator, dtype=torch.float32, device="cpu")
-    centers = draw().argsort(1)[:, :count]
-    shown = (
-        torch.zeros(images, patches, dtype=torch.float32, device="cpu").scatter_(1, centers, 1.0).view(images, 1, *grid)
-    )
-    before = block // 2
-    shown = F.max_pool2d(F.pad(shown, (block - 1 - before, before) * 2), block, stride=1).flatten(1)
+    drawn, before = draw(), block // 2
+    centers = torch.zeros_like(drawn).scatter_(1, drawn.argsort(1)[:, :count], 1.0).view(images, 1, *grid)
+    shown = F.max_pool2d(F.pad(centers, (block - 1 - before, before) * 2), block, stride=1).flatten(1)
     order = (shown + draw()).argsort(1, descending=True)
     return torch.ones(images, patches, dtype=torch.bool, device="cpu").scatter_(1, order[:, :visible], False)
 

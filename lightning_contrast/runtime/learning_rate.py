@@ -111,6 +111,11 @@ class ScheduledModule(L.LightningModule):
     def warmup_epochs(self, epochs: int | None) -> None:
         self._given_warmup = epochs
 
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate of the run as it was planned last: ``lr``, or that of the method for the global batch."""
+        return scaled_lr(self.base_lr, self._planned_batch or 256, self.lr_rule) if self.lr is None else self.lr
+
     def plan_warmup(self, *, announce: bool = False) -> int:
         """Return the optimizer steps of the warm-up for the run as it was measured last."""
         length, epochs = run_length(self.trainer), self.warmup_epochs

@@ -156,7 +156,7 @@ def _dies(path):
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*fork\\(\\)")
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Images were skipped")  # the order may have an unreadable file first
+@pytest.mark.filterwarnings("ignore:Cannot read the image", "ignore:Images were skipped")  # one may come first
 def test_a_worker_that_dies_ends_the_run_with_its_cause(folder):
     data = make(folder, on_error="skip", num_workers=1, loader=_dies, extensions=(".png",))
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*(killed by signal: Killed|exited unexpectedly)"):

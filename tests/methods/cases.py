@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast.nn import FeatureQueue
+from lightning_contrast.precision import upcast
 
 
 class TinyBackbone(nn.Module):
@@ -457,7 +458,7 @@ class AttackedRoCL(lc.RoCL):
     """Maps views of any range to 0..1: those of the suites are not pixels."""
 
     def batch_views(self, batch, count):
-        return [view.sigmoid() for view in super().batch_views(batch, count)]
+        return [upcast(view).sigmoid().to(view.dtype) for view in super().batch_views(batch, count)]
 
 
 CASES |= {

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import lightning_contrast as lc
 from lightning_contrast import losses
 from lightning_contrast.nn import FeatureCache, FrozenTeacher
+from lightning_contrast.nn import distillation_objectives as objectives
 from tests.methods.cases import CASES, TinyBackbone, Tutor, fill_queue, make
 from tests.methods.test_contract import BATCH, BATCHES, PIXELS, data, run_step, step_batch, trainer
 from tests.tolerances import FORMULA, NETWORK, f32, near
@@ -104,6 +105,23 @@ def test_crd_draws_every_image_but_itself_and_takes_z_once():
         module.objective.teacher_head.weight.mul_(2)
     run_step(module, batch)
     assert torch.equal(module.objective.normalizer_bits, z)
+
+
+def test_crd_estimates_z_in_the_first_step_only_and_again_after_a_load_without_it(monkeypatch):
+    counted, estimate = [], objectives.crd_normalizers
+    monkeypatch.setattr(objectives, "crd_normalizers", lambda *a, **k: counted.append(1) or estimate(*a, **k))
+    module, batch = make("Distill crd"), step_batch(CASES["Distill crd"])
+    fresh = {name: value.clone() for name, value in module.state_dict().items()}
+    for _ in range(3):
+        run_step(module, batch)
+    assert len(counted) == 1
+    used = {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(fresh)  # as a tuner does after its trial
+    assert run_step(module, batch)["loss"].isfinite()
+    assert len(counted) == 2
+    module.load_state_dict(used)
+    run_step(module, batch)
+    assert torch.equal(module.objective.normalizer_bits, used["objective.normalizer_bits"])
 
 
 def test_cached_features_are_those_of_the_first_view_and_the_teacher_rests(tmp_path):

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_contrast.seeding import send
+
 Backend: TypeAlias = Literal["cpu", "accelerator"] | None
 """How to compute: ``"cpu"`` on small blocks, ``"accelerator"`` in batched kernels, None depends on the device."""
 
@@ -59,7 +61,7 @@ def to_device(plan: Mapping[str, Any], device: torch.device) -> Plan:
     for name, value in arrays.items():
         packed[starts[name] : starts[name] + value.nbytes] = value.reshape(-1).view(np.uint8)
     host = torch.from_numpy(packed)
-    moved = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    moved = send(host, device)
     tensors = {}
     for name, value in arrays.items():
         dtype = torch.from_numpy(value[:0]).dtype

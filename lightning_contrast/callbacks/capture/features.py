@@ -173,16 +173,17 @@ def attached_hooks(module: nn.Module) -> list[FeatureHook]:
 
 
 @contextmanager
-def paused_hooks(module: nn.Module) -> Iterator[None]:
-    """Record no features in a block, such as further forward passes of a step.
+def paused_hooks(module: nn.Module, but: Sequence[FeatureHook] = ()) -> Iterator[None]:
+    """Record no features in a block, such as further forward passes of a step, except with some hooks.
 
     Args:
         module: The LightningModule.
+        but: The hooks that record; all others on the module are paused.
     """
     hooks = attached_hooks(module)
     before = [hook.paused for hook in hooks]
     for hook in hooks:
-        hook.paused = True
+        hook.paused = not any(hook is own for own in but)
     try:
         yield
     finally:

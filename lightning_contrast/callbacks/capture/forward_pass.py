@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from lightning_contrast._checks import fail
-from lightning_contrast.callbacks.capture.features import OUTPUT_KEY, OUTPUT_NAMES, FeatureHook, attached_hooks
+from lightning_contrast.callbacks.capture.features import (
+    OUTPUT_KEY,
+    OUTPUT_NAMES,
+    FeatureHook,
+    paused_hooks,
+)
 from lightning_contrast.callbacks.capture.labels import Source, find_images
 
 MOMENTUM = "momentum_"
@@ -38,21 +43,15 @@ def extra_pass(trainer: Any, module: nn.Module, hooks: Sequence[FeatureHook]) ->
     roots = [module] if root is None or root is module else [module, root]
     modes = {layer: layer.training for one in roots for layer in one.modules()}
     stage = trainer.state.stage
-    attached = attached_hooks(module)
-    were_paused = [hook.paused for hook in attached]
     for layer in modes:
         layer.training = False  # not `eval()`, which a module may have overridden
-    for hook in attached:
-        hook.paused = not any(hook is own for own in hooks)
     if stage is not None:
         trainer.state.stage = type(stage).VALIDATING
     try:
-        with torch.no_grad():
+        with paused_hooks(module, but=hooks), torch.no_grad():
             yield
     finally:
         trainer.state.stage = stage
-        for hook, paused in zip(attached, were_paused, strict=True):
-            hook.paused = paused
         for layer, mode in modes.items():
             layer.training = mode
             if isinstance(layer, FSDPModule):
