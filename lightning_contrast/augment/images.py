@@ -1,16 +1,32 @@
 """Validation and conversion of image batches."""
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.contracts import check_images
 
 PixelRange: TypeAlias = tuple[float, float] | None
 """The values of images that become 0 and 1; None for uint8 in 0..255 and float in 0..1."""
+
+Size: TypeAlias = int | tuple[int, int]
+"""Edge of a square in pixels, or height and width."""
+
+
+def check_size(size: object, name: str = "size") -> tuple[int, int]:
+    """Return height and width of a `Size`, after checking that both are whole numbers >= 1."""
+    if isinstance(size, int):
+        check_at_least(name, size, 1)
+        return size, size
+    whole = isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(edge, int) for edge in size)
+    if not isinstance(size, tuple | list) or not whole:
+        fail(name, "be a whole number of pixels, or (height, width)", size, "Give for example 224 or (224, 448)")
+    for edge in size:
+        check_at_least(name, edge, 1)
+    return size[0], size[1]
 
 
 def check_policy_input(images: object, channels: int, scale: PixelRange = None) -> Tensor:
@@ -59,6 +75,36 @@ def check_window(window: tuple[float, float]) -> None:
     """Check that a window is an ordered pair of different numbers; it may exceed 0..1, where no pixels are."""
     ordered = len(window) == 2 and window[0] < window[1]
     require(ordered, "window", "be a pair (low, high) with low < high", tuple(window), "Give (lower, higher)")
+
+
+def check_input_spec(spec: object) -> dict[str, Any]:
+    """Return an ``input_spec`` as a dict of plain numbers and lists, after checking its entries.
+
+    Args:
+        spec: "size", "mean" and "std", the last two None for images that are only scaled to 0..1; and "scale",
+            "window" and "indices" where images are not in 0..1 already; see `ViewPolicy.input_spec`.
+
+    Raises:
+        ValueError: If an entry is missing, unknown or out of its range.
+    """
+    hint = 'Give {"size": ..., "mean": ..., "std": ...}: checkpoints of a run with `ViewAugmentation` contain it'
+    if not isinstance(spec, Mapping) or not spec.keys() >= {"size", "mean", "std"}:
+        fail("input_spec", "hold the size, mean and std of the images", spec, hint)
+    unknown = sorted(spec.keys() - {"size", "mean", "std", "scale", "window", "indices"})
+    hint = 'Besides "size", "mean" and "std" it holds "scale", "window" and "indices"'
+    require(not unknown, "input_spec", "have known entries", unknown, hint)
+    height, width = check_size(spec["size"])
+    known: dict[str, Any] = {"size": height if height == width else [height, width]}
+    known |= {key: None if spec[key] is None else [float(value) for value in spec[key]] for key in ("mean", "std")}
+    if spec.get("scale") is not None:
+        check_scale(spec["scale"])
+        known["scale"] = [float(value) for value in spec["scale"]]
+    if "window" in spec:
+        check_window(spec["window"])
+        known["window"] = [float(value) for value in spec["window"]]
+    if spec.get("indices"):
+        known["indices"] = [[int(first), int(second)] for first, second in spec["indices"]]
+    return known
 
 
 def as_float(images: Tensor) -> Tensor:

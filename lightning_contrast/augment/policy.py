@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_choice, require
+from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.augment.bands import Pairs, append_indices, check_indices
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import (
     PixelRange,
+    Size,
     as_float,
+    check_input_spec,
     check_policy_input,
     check_scale,
+    check_size,
     check_window,
     rescale,
     statistics,
 )
-from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
+from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, PreTransform, ViewSpec
 from lightning_contrast.augment.whole_images import WholeImages, center_squares
 from lightning_contrast.precision import full_precision
 
@@ -38,7 +41,7 @@ class ViewPolicy(nn.Module):
     Args:
         views: One module per view, from images ``(B, C, H, W)`` to ``(B, C, h, w)``. A module that occurs several
             times in a row makes its views together on an accelerator, each with its own random numbers.
-        size: Edge in pixels of the (global) views and of the result of `eval_transform`.
+        size: Edge in pixels, or height and width, of the (global) views and of the result of `eval_transform`.
         channels: Number of channels of the images.
         mean: Subtracted at the end, one number per channel; None for zeros.
         std: Divided by at the end, one number per channel; None for ones.
@@ -50,17 +53,17 @@ class ViewPolicy(nn.Module):
             ``std`` have numbers for them too.
 
     Attributes:
-        size: As given.
+        size: As given; a square is one number.
         mean: A list with one number per channel.
         std: A list with one number per channel.
-        input_spec: ``{"size", "mean", "std"}`` as plain Python values: the input that a trained backbone expects.
+        input_spec: The input that a trained backbone expects, as plain values.
     """
 
     def __init__(
         self,
         views: Sequence[nn.Module],
         *,
-        size: int,
+        size: Size,
         channels: int = 3,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -70,11 +73,12 @@ class ViewPolicy(nn.Module):
         indices: Pairs = (),
     ) -> None:
         super().__init__()
-        check_at_least("size", size, 1)
+        self.height, self.width = check_size(size)
         check_at_least("channels", channels, 1)
         check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
         self.views = nn.ModuleList(views)
-        self.size, self.channels, self.interpolation = size, channels, interpolation
+        self.size: Size = self.height if self.height == self.width else (self.height, self.width)
+        self.channels, self.interpolation = channels, interpolation
         check_scale(scale)
         check_window(window)
         self.window = window
@@ -83,8 +87,58 @@ class ViewPolicy(nn.Module):
 
     @property
     def input_spec(self) -> dict[str, Any]:
-        """Return the input that a backbone trained on these views expects: ``{"size", "mean", "std"}``."""
-        return {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
+        """Return the input that a backbone trained on these views expects, as plain values that fit into JSON.
+
+        ``{"size", "mean", "std"}``: one number or [height, width], and lists with one number per channel of the
+        backbone's input. What differs from images in 0..1 follows: "scale", "window" and "indices" as given to the
+        policy. `from_input_spec` makes a policy of it, whose `eval_transform` prepares images in the same way.
+        """
+        spec: dict[str, Any] = {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
+        if not isinstance(self.size, int):
+            spec["size"] = list(self.size)
+        if self.scale is not None:
+            spec["scale"] = [float(value) for value in self.scale]
+        if self.window != (0.0, 1.0):
+            spec["window"] = [float(value) for value in self.window]
+        if self.indices:
+            spec["indices"] = [list(pair) for pair in self.indices]
+        return spec
+
+    @classmethod
+    def from_input_spec(
+        cls, spec: Mapping[str, Any], *, channels: int = 3, interpolation: str = "bilinear"
+    ) -> "ViewPolicy":
+        """Return a policy without views, whose `eval_transform` prepares images as the `input_spec` says.
+
+        Args:
+            spec: Of a policy, a checkpoint or an exported backbone: ``load_backbone(path).input_spec``.
+            channels: Number of channels of the images, if the mean is None.
+            interpolation: As the policy of the training has it, which a spec does not hold.
+
+        Raises:
+            ValueError: If an entry is missing, unknown or out of its range.
+
+        Example:
+            >>> from lightning_contrast.augment import simclr_views
+            >>> policy = ViewPolicy.from_input_spec(simclr_views(32).input_spec, interpolation="bicubic")
+            >>> tuple(policy.eval_transform(torch.rand(1, 3, 40, 50)).shape)
+            (1, 3, 32, 32)
+        """
+        spec = check_input_spec(spec)
+        indices = [(first, second) for first, second in spec.get("indices", [])]
+        channels = channels if spec["mean"] is None else len(spec["mean"]) - len(indices)
+        scale, (low, high) = spec.get("scale"), spec.get("window", (0.0, 1.0))
+        return cls(
+            [],
+            size=spec["size"],
+            channels=channels,
+            mean=spec["mean"],
+            std=spec["std"],
+            interpolation=interpolation,
+            scale=None if scale is None else (scale[0], scale[1]),
+            window=(low, high),
+            indices=indices,
+        )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -121,13 +175,14 @@ class ViewPolicy(nn.Module):
     def eval_transform(self, images: Tensor) -> Tensor:
         """Apply the deterministic transform of evaluation: resize, center crop and normalize.
 
-        The shorter side is resized to the policy's size with antialiasing, unless it has that size already.
+        With antialiasing, unless the images have the policy's size already. They are resized as little as their center
+        crop allows: of a square size, their shorter side becomes that size.
 
         Args:
             images: As for `forward`.
 
         Returns:
-            ``(B, C, size, size)``, float32.
+            ``(B, C, h, w)``, float32.
         """
         if isinstance(images, WholeImages):
             pixels = check_policy_input(images.pixels, self.channels, self.scale)
@@ -135,13 +190,13 @@ class ViewPolicy(nn.Module):
         else:
             pixels = as_float(check_policy_input(images, self.channels, self.scale))
         height, width = pixels.shape[-2:]
-        if min(height, width) != self.size:
-            scale = self.size / min(height, width)
-            edges = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
+        scale = max(self.height / height, self.width / width)
+        if scale != 1:
+            edges = (max(self.height, round(height * scale)), max(self.width, round(width * scale)))
             pixels = F.interpolate(pixels, edges, mode=self.interpolation, antialias=True).clamp_(0, 1)
             height, width = edges
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        pixels = pixels[..., top : top + self.size, left : left + self.size]
+        top, left = (height - self.height) // 2, (width - self.width) // 2
+        pixels = pixels[..., top : top + self.height, left : left + self.width]
         if self.window != (0.0, 1.0):
             pixels = rescale(pixels, self.window)
         pixels = append_indices(pixels, self.indices).clone(memory_format=torch.contiguous_format)
@@ -162,6 +217,7 @@ def make_policy(
     auto: Auto | None = None,
     backend: Backend = None,
     locations: bool = False,
+    pre_transform: PreTransform = None,
     scale: PixelRange = None,
     window: tuple[float, float] = (0.0, 1.0),
     indices: Pairs = (),
@@ -178,6 +234,7 @@ def make_policy(
         auto: Automatic augmentation before each view.
         backend: See `Backend`.
         locations: See `ViewOptions`.
+        pre_transform: See `ViewOptions`.
         scale: See `ViewPolicy`.
         window: See `ViewPolicy`; give the views a `FusedWindow` of it.
         indices: See `ViewPolicy`.
@@ -185,7 +242,7 @@ def make_policy(
     Raises:
         ValueError: If an argument is out of its range.
     """
-    from lightning_contrast.augment.kornia_view import StockView, auto_augment
+    from lightning_contrast.augment.kornia_view import Before, StockView, auto_augment
 
     check_choice("backend", backend, (None, "cpu", "accelerator"))
     check_choice("auto", auto, (None, "randaugment", "autoaugment", "trivialaugment"))
@@ -195,9 +252,12 @@ def make_policy(
     require(channels == _RGB or auto is None, "auto", "be None unless `channels` is 3", auto, "Remove `auto`")
     hint = "Leave `fused` at True: stock Kornia's crops are not recorded"
     require(fused or not locations, "locations", "be False with `fused=False`", locations, hint)
+    if pre_transform is not None and not callable(pre_transform):
+        hint = "Give a function or module from images (B, C, H, W) to images"
+        fail("pre_transform", "be callable", type(pre_transform).__name__, hint, TypeError)
     hint = "A box does not tell where the pixels of such a view are; set `locations=False`"
-    moved = any(spec.moves_pixels for spec in specs)
-    require(not (moved and locations), "locations", "be False with turns, vertical flips and deformations", True, hint)
+    free = not (locations and any(spec.moves_pixels for spec in specs))
+    require(free, "locations", "be False with turns, vertical flips, rotation and deformations", True, hint)
     indices = check_indices(indices, channels)
     mean, std = statistics(mean, std, channels + len(indices))
     views: list[nn.Module] = []
@@ -206,13 +266,14 @@ def make_policy(
             brightness, contrast, _, _ = spec.jitter
             gray = spec.gray_p if spec.band_gray and channels > 1 else 0.0
             spec = dataclasses.replace(spec, jitter=(brightness, contrast, 0.0, 0.0), gray_p=gray)  # noqa: PLW2901
-        pre_transform = None if auto is None else auto_augment(auto)
+        steps = ([] if auto is None else [auto_augment(auto)]) + ([] if pre_transform is None else [pre_transform])
+        first = Before(steps) if steps else None
         view: nn.Module
         if fused:
-            view = fused_view(spec, mean, std, pre_transform, backend, indices)
+            view = fused_view(spec, mean, std, first, backend, indices)
             view.locates = locations
         else:
-            view = StockView(spec, mean, std, pre_transform, indices)
+            view = StockView(spec, mean, std, first, indices)
         views += [view] * len(list(same))
     interpolation = "bicubic" if specs[0].bicubic else "bilinear"
     return ViewPolicy(
@@ -240,7 +301,10 @@ def fused_view(
     from lightning_contrast.augment.fused import (
         FusedBandIndex,
         FusedColorJitter,
+        FusedDeform,
+        FusedErase,
         FusedGaussianBlur,
+        FusedGaussianNoise,
         FusedResizedCrop,
         FusedSolarize,
         FusedTurn,
@@ -265,11 +329,17 @@ def fused_view(
     operations: list[FusedOperation] = []
     if spec.vertical_flip > 0 or spec.quarter_turns:
         operations.append(FusedTurn(spec.vertical_flip, quarter_turns=spec.quarter_turns))
+    if spec.rotates:
+        operations.append(FusedDeform(spec.rotation, 0.0, points=2, p=spec.rotation_p))
     operations += [*copy.deepcopy(spec.first_operations), color]  # each view sets the backend of its own
     if spec.blur_p > 0 and spec.blur_kernel != 1:
         operations.append(FusedGaussianBlur(spec.blur_p, BLUR_SIGMA, kernel_size=spec.blur_kernel))
     if spec.solarize_p > 0:
         operations.append(FusedSolarize(spec.solarize_p))
+    if spec.noise_p > 0:
+        operations.append(FusedGaussianNoise(spec.noise_p, spec.noise_std))
     operations += [FusedBandIndex(indices)] if indices else []
     operations += copy.deepcopy(spec.last_operations)
+    if spec.erase_p > 0:
+        operations.append(FusedErase(spec.erase_p, spec.erase_scale, spec.erase_ratio, fill=mean))
     return FusedView(crop, operations, mean, std, pre_transform=pre_transform, backend=backend)

@@ -17,7 +17,7 @@ from lightning_contrast.runtime.rank_draws import rank_seed
 from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
-"""Checkpoint key of the size, mean and std of the policy."""
+"""Checkpoint key of the preprocessing of the policy."""
 
 _STEPS = {
     "fit": ("training_step", "validation_step"),

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Unpack
 
-from lightning_contrast._checks import check_at_least, require
+from lightning_contrast._checks import require
 from lightning_contrast.augment.domains.options import DomainOptions
+from lightning_contrast.augment.images import Size, check_size
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec
 
@@ -13,7 +14,7 @@ Range = tuple[float, float]
 
 
 def histology_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -35,7 +36,7 @@ def histology_views(
     belong to units of the densities that `rgb_to_hed` does not have; the crop, which no paper states so.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
         crop: Range of the crop's share of the tile's area.
@@ -49,7 +50,7 @@ def histology_views(
     """
     from lightning_contrast.augment.fused import FusedStainJitter
 
-    check_at_least("size", size, 1)
+    check_size(size)
     channels = options.get("channels", 3)
     require(channels == 3, "channels", "be 3 for stains", channels, "Give RGB tiles")
     spec = ViewSpec(

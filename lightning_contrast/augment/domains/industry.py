@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from lightning_contrast.augment.domains.options import DomainOptions
+from lightning_contrast.augment.images import Size
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec
 
@@ -12,7 +13,7 @@ Range = tuple[float, float]
 
 
 def industrial_views(
-    size: int = 256,
+    size: Size = 256,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -29,7 +30,7 @@ def industrial_views(
     Source: colors and size of CutPaste, https://arxiv.org/abs/2104.04015. The crop is no paper's.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: As in `moco_v1_views`.
         std: As in `moco_v1_views`.
         crop: Range of the crop's share of the image area.

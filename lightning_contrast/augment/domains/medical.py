@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal, Unpack
 
-from lightning_contrast._checks import check_at_least, check_choice
+from lightning_contrast._checks import check_choice
 from lightning_contrast.augment.domains.options import DomainOptions
+from lightning_contrast.augment.images import Size, check_size
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec
 
@@ -19,7 +20,7 @@ CT_WINDOWS = {"lung": (-600.0, 1500.0), "soft": (40.0, 400.0), "bone": (400.0, 1
 
 
 def _gray_views(
-    size: int,
+    size: Size,
     mean: Statistics,
     std: Statistics,
     crop: Range,
@@ -31,7 +32,7 @@ def _gray_views(
     """Return the policy of two views of gray images."""
     from lightning_contrast.augment.fused import FusedDeform, FusedWindow
 
-    check_at_least("size", size, 1)
+    check_size(size)
     options.setdefault("channels", 1)
     options.setdefault("color", False)
     operations = (FusedDeform(10.0, 0.02, p=0.5), FusedWindow(window, jitter=0.1, gamma=gamma, shift=0.1, p=0.8))
@@ -40,7 +41,7 @@ def _gray_views(
 
 
 def chest_xray_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -59,7 +60,7 @@ def chest_xray_views(
     deformation for radiology of REMEDIS, https://arxiv.org/abs/2205.09723. The other numbers are no paper's.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: As in `moco_v1_views`, one number per channel.
         std: As in `moco_v1_views`, one number per channel.
         crop: Range of the crop's share of the image area; small findings vanish from small crops.
@@ -74,7 +75,7 @@ def chest_xray_views(
 
 
 def ct_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -94,7 +95,7 @@ def ct_views(
     of radiology, the jitter is no paper's.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: As in `moco_v1_views`, one number per channel, of pixels within the window.
         std: As in `moco_v1_views`, one number per channel, of pixels within the window.
         crop: Range of the crop's share of the slice.
@@ -114,7 +115,7 @@ def ct_views(
 
 
 def mri_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -130,7 +131,7 @@ def mri_views(
     Source: as `chest_xray_views` (https://arxiv.org/abs/2205.09723). A bias field is not simulated.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: As in `chest_xray_views`.
         std: As in `chest_xray_views`.
         crop: Range of the crop's share of the slice.

@@ -6,7 +6,7 @@ from typing import Unpack
 from lightning_contrast._checks import check_at_least, check_probability
 from lightning_contrast.augment.domains.options import DomainOptions
 from lightning_contrast.augment.fused.base import FusedOperation
-from lightning_contrast.augment.images import statistics
+from lightning_contrast.augment.images import Size, statistics
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec
 
@@ -15,7 +15,7 @@ Range = tuple[float, float]
 
 
 def microscopy_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -35,7 +35,7 @@ def microscopy_views(
     paper's. Images should be standardized per plate before, or the plate is a shortcut.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: As in `moco_v1_views`, one number per channel.
         std: As in `moco_v1_views`, one number per channel.
         crop: Range of the crop's share of the image area; the size of cells is a label.

@@ -7,7 +7,7 @@ from lightning_contrast._checks import check_at_least, check_probability
 from lightning_contrast.augment.bands import Pairs, check_indices
 from lightning_contrast.augment.domains.options import DomainOptions
 from lightning_contrast.augment.fused.base import FusedOperation
-from lightning_contrast.augment.images import statistics
+from lightning_contrast.augment.images import Size, check_size, statistics
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec, odd_tenth
 
@@ -18,7 +18,7 @@ _KEPT = 3  # bands that the dropout leaves
 
 
 def satellite_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -39,7 +39,7 @@ def satellite_views(
     setting.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: One number per channel, subtracted at the end, on the scale of 0..1, index channels included; None leaves
             the views in 0..1.
         std: One number per channel, divided by at the end.
@@ -62,7 +62,7 @@ def satellite_views(
     """
     from lightning_contrast.augment.fused import FusedBandDropout, FusedBandSwap
 
-    check_at_least("size", size, 1)
+    check_size(size)
     check_probability("drop", drop)
     check_probability("swap", swap)
     options.setdefault("channels", 13)

@@ -6,6 +6,8 @@ from .blur import FusedGaussianBlur as FusedGaussianBlur
 from .color import FusedColorJitter as FusedColorJitter
 from .crop import FusedResizedCrop as FusedResizedCrop
 from .deform import FusedDeform as FusedDeform
+from .erase import FusedErase as FusedErase
+from .noise import FusedGaussianNoise as FusedGaussianNoise
 from .solarize import FusedSolarize as FusedSolarize
 from .stain import FusedStainJitter as FusedStainJitter
 from .turn import FusedTurn as FusedTurn

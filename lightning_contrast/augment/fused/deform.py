@@ -34,7 +34,7 @@ class FusedDeform(FusedOperation, IntensityAugmentationBase2D):
         backend: See `Backend`.
         keepdim: Return as many dimensions as the input has (an argument of Kornia).
 
-    Shapes: ``(B, C, H, W)``, H equal to W.
+    Shapes: ``(B, C, H, W)``.
     """
 
     moves_pixels = True
@@ -61,14 +61,14 @@ class FusedDeform(FusedOperation, IntensityAugmentationBase2D):
         self.flags = {"probability": p, "degrees": degrees}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
-        """Draw ``deformed`` ``(B,)``, ``angle`` ``(B,)`` in radians and ``field`` ``(B, 2, P, P)`` in edges."""
-        require(height == width, "images", "be square", (height, width), "Crop them to squares first")
+        """Draw ``deformed``, ``angle`` in radians and ``aspect`` ``(B,)``, and ``field`` ``(B, 2, P, P)`` in edges."""
         numbers = uniform(batch, 2 + 2 * self.points**2)
         field = (2 * numbers[:, 2:] - 1) * self.displacement
         return {
             "deformed": numbers[:, 0] < self.probability,
             "angle": (2 * numbers[:, 1] - 1) * np.float32(np.radians(self.degrees)),
             "field": field.reshape(batch, 2, self.points, self.points).astype(np.float32),
+            "aspect": np.full(batch, height / width, np.float32),
         }
 
     def prepare(self, draw: Draw) -> Plan:
@@ -76,7 +76,10 @@ class FusedDeform(FusedOperation, IntensityAugmentationBase2D):
         chosen = draw["deformed"]
         cos, sin = np.cos(draw["angle"][chosen]), np.sin(draw["angle"][chosen])
         zero = np.zeros_like(cos)
-        matrix = np.stack([cos, -sin, zero, sin, cos, zero], axis=1).reshape(-1, 2, 3).astype(np.float32)
+        aspect = draw["aspect"][chosen]  # the axes of the grid are -1..1 at any height and width
+        matrix = (
+            np.stack([cos, -sin * aspect, zero, sin / aspect, cos, zero], axis=1).reshape(-1, 2, 3).astype(np.float32)
+        )
         return {"rows": rows_where(chosen), "matrix": matrix, "field": 2 * draw["field"][chosen]}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:

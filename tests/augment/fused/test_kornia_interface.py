@@ -10,7 +10,9 @@ from lightning_contrast.augment.fused import (
     FusedBandSwap,
     FusedColorJitter,
     FusedDeform,
+    FusedErase,
     FusedGaussianBlur,
+    FusedGaussianNoise,
     FusedResizedCrop,
     FusedSolarize,
     FusedStainJitter,
@@ -44,7 +46,15 @@ def test_each_replays_its_parameters(emoji):
     images = emoji[:8] / 255
     color = FusedColorJitter(0.4, grayscale=0.5)
     bands = (FusedBandDropout(3, keep=1), FusedBandIndex([(0, 1)]), FusedBandSwap(3, 0.5), FusedBandGain(3))
-    further = (FusedStainJitter(), FusedTurn(), FusedDeform(), FusedWindow(), *bands)
+    further = (
+        FusedErase(),
+        FusedGaussianNoise(),
+        FusedStainJitter(),
+        FusedTurn(),
+        FusedDeform(),
+        FusedWindow(),
+        *bands,
+    )
     for operation in (FusedResizedCrop(20), color, FusedGaussianBlur(), FusedSolarize(), *further):
         views = operation(images)
         assert torch.equal(operation(images, params=operation._params), views)
