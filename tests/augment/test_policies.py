@@ -33,7 +33,13 @@ CHANNELS = {
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views", "lejepa_views", "visreg_views"}
 MASKED = {"data2vec_views", "mae_views", "simmim_views"}
 ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"} | MASKED
-NO_FLIP = ONE_VIEW - MASKED - {"cpc_views"} | {"chest_xray_views", "ct_views", "mri_views", "industrial_views"}
+NO_FLIP = ONE_VIEW - MASKED - {"cpc_views"} | {
+    "chest_xray_views",
+    "ct_views",
+    "mri_views",
+    "industrial_views",
+    "document_views",
+}
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
@@ -64,6 +70,9 @@ TABLE = {
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "driving_views": ((0.4, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.0, (0, 0), (0, 0)),
+    "fine_grained_views": ((0.2, 1), (0.4, 0.4, 0.2, 0.05), 0.8, 0.0, (0, 0), (0, 0)),
+    "document_views": ((0.6, 1), (0.3, 0.3, 0, 0), 0.8, 0.5, (0, 0), (0, 0)),
     "satellite_views": ((0.2, 1), (0.4, 0.4, 0, 0), 0.8, 0.2, (0.5, 0.5), (0, 0)),
     "chest_xray_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
     "ct_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
@@ -89,6 +98,7 @@ SIZES = {
     "simmim_views": 192,
 }
 GLOBAL = {"visreg_views": 4}
+SECOND_CROP = {"fine_grained_views": (0.5, 1)}  # of the second view, where it is another
 SOLARIZED = ("lejepa_views", "visreg_views")  # local views too
 
 
@@ -119,7 +129,7 @@ def test_numbers(name):
     for i in range(1 if name in ONE_VIEW else 2):
         found = operations(views[i])
         color = found["FusedColorJitter"]
-        assert found["FusedResizedCrop"].scale == crop
+        assert found["FusedResizedCrop"].scale == (SECOND_CROP.get(name, crop) if i == 1 else crop)
         assert found["FusedResizedCrop"].size == 224
         assert found["FusedResizedCrop"].flip == (0 if name in NO_FLIP else 0.5)
         assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx(jitter)
@@ -220,8 +230,9 @@ def test_no_host_synchronization(emoji, name):
         policy(images)
         policy(images / 255)
         policy.eval_transform(images)
-    # Crops are drawn on the host anyway; the next test separates the two.
-    assert not [place for place in syncs.places if not place.endswith("in uniform: numpy")]
+    # Parameters are drawn on the host anyway, those of Kornia's operations by Kornia; the next test separates the two.
+    own = [place for place in syncs.places if not place.endswith("in uniform: numpy")]
+    assert all("kornia" in place for place in own)
 
 
 @pytest.mark.parametrize("name", POLICIES)

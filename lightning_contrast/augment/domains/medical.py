@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal, Unpack
 
-from lightning_contrast._checks import check_choice
+from lightning_contrast._checks import check_choice, check_not_negative
 from lightning_contrast.augment.domains.options import DomainOptions
+from lightning_contrast.augment.fused.base import FusedOperation
 from lightning_contrast.augment.images import Size, check_size
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec
@@ -28,15 +29,30 @@ def _gray_views(
     gamma: Range,
     window: Range,
     options: DomainOptions,
+    *,
+    erase: float,
+    bias: float = 0.0,
 ) -> ViewPolicy:
     """Return the policy of two views of gray images."""
-    from lightning_contrast.augment.fused import FusedDeform, FusedWindow
+    from lightning_contrast.augment.fused import FusedDeform, FusedShading, FusedWindow
 
     check_size(size)
     options.setdefault("channels", 1)
     options.setdefault("color", False)
-    operations = (FusedDeform(10.0, 0.02, p=0.5), FusedWindow(window, jitter=0.1, gamma=gamma, shift=0.1, p=0.8))
-    spec = ViewSpec(size, crop, jitter_p=0.0, gray_p=0.0, flip=flip, first_operations=operations)
+    check_not_negative("bias", bias)
+    operations: list[FusedOperation] = [FusedDeform(10.0, 0.02, p=0.5)]
+    operations += [FusedShading(0.5, bias, points=3)] if bias > 0 else []
+    operations.append(FusedWindow(window, jitter=0.1, gamma=gamma, shift=0.1, p=0.8))
+    spec = ViewSpec(
+        size,
+        crop,
+        jitter_p=0.0,
+        gray_p=0.0,
+        flip=flip,
+        first_operations=tuple(operations),
+        erase_p=erase,
+        erase_scale=(0.02, 0.1),
+    )
     return make_policy([spec, spec], mean=mean, std=std, window=window, **options)
 
 
@@ -48,6 +64,7 @@ def chest_xray_views(
     crop: Range = (0.3, 1.0),
     flip: float = 0.0,
     gamma: Range = (0.7, 1.5),
+    erase: float = 0.0,
     **options: Unpack[DomainOptions],
 ) -> ViewPolicy:
     """Return two views of a chest X-ray.
@@ -66,12 +83,13 @@ def chest_xray_views(
         crop: Range of the crop's share of the image area; small findings vanish from small crops.
         flip: Probability of a horizontal flip; above 0 only if no label names a side.
         gamma: Range of the exponent of the intensities, above 0.
+        erase: Probability that a box of 2..10 % of the view is masked; it can hide a finding.
         **options: See `DomainOptions`; ``channels`` is 1 by default.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
-    return _gray_views(size, mean, std, crop, flip, gamma, (0.0, 1.0), options)
+    return _gray_views(size, mean, std, crop, flip, gamma, (0.0, 1.0), options, erase=erase)
 
 
 def ct_views(
@@ -83,6 +101,7 @@ def ct_views(
     flip: float = 0.0,
     gamma: Range = (1.0, 1.0),
     window: Literal["lung", "soft", "bone"] = "soft",
+    erase: float = 0.0,
     **options: Unpack[DomainOptions],
 ) -> ViewPolicy:
     """Return two views of a CT slice in Hounsfield units, through a window whose limits vary.
@@ -102,6 +121,7 @@ def ct_views(
         flip: Probability of a horizontal flip; above 0 only if no label names a side.
         gamma: Range of the exponent of the intensities, above 0.
         window: ``"lung"``, ``"soft"`` or ``"bone"``.
+        erase: As in `chest_xray_views`.
         **options: See `DomainOptions`; ``channels`` is 1 and ``scale`` (-1024, 3071) by default.
 
     Raises:
@@ -111,7 +131,7 @@ def ct_views(
     scale = options.setdefault("scale", CT_RANGE) or CT_RANGE  # None: pixels are in 0..1 already, over that range
     center, width = CT_WINDOWS[window]
     low, high = ((limit - scale[0]) / (scale[1] - scale[0]) for limit in (center - width / 2, center + width / 2))
-    return _gray_views(size, mean, std, crop, flip, gamma, (low, high), options)
+    return _gray_views(size, mean, std, crop, flip, gamma, (low, high), options, erase=erase)
 
 
 def mri_views(
@@ -122,13 +142,16 @@ def mri_views(
     crop: Range = (0.3, 1.0),
     flip: float = 0.0,
     gamma: Range = (0.7, 1.5),
+    bias: float = 0.3,
+    erase: float = 0.0,
     **options: Unpack[DomainOptions],
 ) -> ViewPolicy:
-    """Return two views of an MRI slice, which equal those of `chest_xray_views`.
+    """Return two views of an MRI slice: those of `chest_xray_views`, under a bias field of the coil.
 
+    The field is smooth, with 3 x 3 control points, and at 0.5 multiplies the slice before its intensities change.
     Intensities of MRI have no unit: clip each volume to its 1st and 99th percentile and map it to 0..1 in the dataset.
 
-    Source: as `chest_xray_views` (https://arxiv.org/abs/2205.09723). A bias field is not simulated.
+    Source: as `chest_xray_views` (https://arxiv.org/abs/2205.09723). The strength of the bias field is no paper's.
 
     Args:
         size: Edge of the views in pixels, or height and width, >= 1.
@@ -137,9 +160,11 @@ def mri_views(
         crop: Range of the crop's share of the slice.
         flip: As in `chest_xray_views`.
         gamma: Range of the exponent of the intensities, above 0.
+        bias: Limit of the logarithm of the bias field, >= 0; 0.3 is a factor of 0.74..1.35. 0 for none.
+        erase: As in `chest_xray_views`.
         **options: See `DomainOptions`; ``channels`` is 1 by default.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
-    return _gray_views(size, mean, std, crop, flip, gamma, (0.0, 1.0), options)
+    return _gray_views(size, mean, std, crop, flip, gamma, (0.0, 1.0), options, erase=erase, bias=bias)

@@ -26,6 +26,7 @@ def satellite_views(
     indices: Pairs = (),
     drop: float = 0.0,
     swap: float = 0.0,
+    clouds: float = 0.0,
     **options: Unpack[DomainOptions],
 ) -> ViewPolicy:
     """Return two views of an image with any number of bands, 13 by default as Sentinel-2 has.
@@ -48,6 +49,7 @@ def satellite_views(
             the colors, and `eval_transform` appends them too.
         drop: Probability that 1 to 6 channels become their mean, 0 after the normalization; at least 3 stay.
         swap: Probability that two bands, index channels excepted, are exchanged.
+        clouds: Probability that 10 to 50 % of a view are covered by clouds, white in every band; no paper has them.
         **options: See `DomainOptions`; ``channels`` is 13 and ``color`` False by default.
 
     Raises:
@@ -60,11 +62,12 @@ def satellite_views(
         >>> [tuple(view.shape) for view in policy(bands)], tuple(policy.eval_transform(bands).shape)
         ([(2, 14, 32, 32), (2, 14, 32, 32)], (2, 14, 32, 32))
     """
-    from lightning_contrast.augment.fused import FusedBandDropout, FusedBandSwap
+    from lightning_contrast.augment.fused import FusedBandDropout, FusedBandSwap, FusedCloud
 
     check_size(size)
     check_probability("drop", drop)
     check_probability("swap", swap)
+    check_probability("clouds", clouds)
     options.setdefault("channels", 13)
     options.setdefault("color", False)
     channels = options["channels"]
@@ -83,6 +86,7 @@ def satellite_views(
         blur_kernel=odd_tenth(size),
         vertical_flip=0.5,
         band_gray=True,
+        first_operations=(FusedCloud(clouds),) if clouds > 0 else (),
         last_operations=tuple(last),
     )
     return make_policy([spec, spec], mean=mean, std=std, indices=indices, **options)

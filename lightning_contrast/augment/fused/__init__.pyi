@@ -5,8 +5,15 @@ from .bands import FusedBandSwap as FusedBandSwap
 from .blur import FusedGaussianBlur as FusedGaussianBlur
 from .color import FusedColorJitter as FusedColorJitter
 from .crop import FusedResizedCrop as FusedResizedCrop
+from .defects import FusedCutPaste as FusedCutPaste
+from .defects import FusedDent as FusedDent
+from .defects import FusedScratch as FusedScratch
 from .deform import FusedDeform as FusedDeform
 from .erase import FusedErase as FusedErase
+from .fields import FusedCloud as FusedCloud
+from .fields import FusedShading as FusedShading
+from .flare import FusedFlare as FusedFlare
+from .kornia_operation import KorniaOperation as KorniaOperation
 from .noise import FusedGaussianNoise as FusedGaussianNoise
 from .solarize import FusedSolarize as FusedSolarize
 from .stain import FusedStainJitter as FusedStainJitter

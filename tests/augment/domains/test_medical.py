@@ -1,5 +1,7 @@
 """Windows, deformations and the views of gray medical images."""
 
+import functools
+
 import kornia
 import pytest
 import torch
@@ -87,7 +89,10 @@ def test_deformation_moves_by_its_control_points():
     assert torch.equal(FusedDeform(0.0, 0.0, p=0.0)(ramps), ramps)
 
 
-@pytest.mark.parametrize("make", [chest_xray_views, ct_views, mri_views])
+STILL_COIL = functools.partial(mri_views, bias=0.0)  # a bias field can be brighter on the other side
+
+
+@pytest.mark.parametrize("make", [chest_xray_views, ct_views, STILL_COIL])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_marked_side_stays(make, fused):
     """A mark on the left stays there: no view is mirrored."""
@@ -101,6 +106,34 @@ def test_the_marked_side_stays(make, fused):
         assert (left > right + 1e-3).float().mean() > 0.5
     flipped = make(32, fused=fused, scale=None, flip=0.5)(images)[0]
     assert (flipped[..., :16].mean((1, 2, 3)) < flipped[..., 16:].mean((1, 2, 3)) - 1e-3).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bias_field_of_mri_is_smooth_and_has_the_given_rate(fused):
+    """Seen on a constant slice: twice the same factor nowhere, but nearly that of the next pixel."""
+    torch.manual_seed(0)
+    policy = mri_views(32, bias=0.3, gamma=(1.0, 1.0), fused=fused)
+    plain = mri_views(32, bias=0.0, gamma=(1.0, 1.0), fused=fused)
+    images = torch.full((1500, 1, 32, 32), 0.4)
+    view, without = policy(images)[0], plain(images)[0]
+    assert (without.amax((1, 2, 3)) - without.amin((1, 2, 3))).max() < 1e-3
+    spread = view.amax((1, 2, 3)) - view.amin((1, 2, 3))
+    shaded = spread > 1e-3
+    assert shaded.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (view.diff(dim=-1).abs().amax((1, 2, 3)) < 0.15 * spread)[shaded].all()
+
+
+@pytest.mark.parametrize("make", [chest_xray_views, ct_views, mri_views])
+@pytest.mark.parametrize("fused", [True, False])
+def test_masking_is_off_unless_given(make, fused):
+    torch.manual_seed(0)
+    images = torch.full((400, 1, 32, 32), 0.3)
+    options = {"fused": fused, "mean": [0.5], "std": [0.1]}
+    for erase, rate in ((0.0, 0.0), (0.5, 0.5)):
+        view = make(32, erase=erase, **options | ({"scale": None} if make is ct_views else {}))(images)[0]
+        masked = (view.abs() < 1e-3).flatten(1).float().mean(1)
+        erased = (masked > 0.015) & (masked < 0.13)
+        assert erased.float().mean().item() == pytest.approx(rate, abs=0.08)
 
 
 @pytest.mark.parametrize(("window", "low", "high"), [("lung", -1350, 150), ("soft", -160, 240), ("bone", -500, 1300)])
@@ -122,6 +155,8 @@ def test_windows_of_hounsfield_units(window, low, high):
         (lambda: mri_views(8, gamma=(2, 1)), "`gamma` must be an ordered pair"),
         (lambda: mri_views(8)(torch.rand(1, 3, 8, 8)), "have 1 channels.*channels=3"),
         (lambda: mri_views(8, locations=True), "`locations` must be False"),
+        (lambda: mri_views(8, bias=-0.1), "`bias` must be >= 0"),
+        (lambda: chest_xray_views(8, erase=2.0), r"`erase_p` must lie in \[0, 1\]"),
         (lambda: FusedWindow((0.5, 0.5)), "`window` must be a pair"),
         (lambda: FusedWindow(jitter=1.0), r"`jitter` must lie in \[0, 1\)"),
         (lambda: FusedWindow(shift=2), r"`shift` must lie in \[0, 1\]"),

@@ -8,6 +8,7 @@ import lightning_contrast as lc
 from lightning_contrast import augment
 from lightning_contrast.augment.domains import histology_views, satellite_views
 from lightning_contrast.augment.fused import FusedBandDropout, FusedBandSwap, FusedColorJitter
+from lightning_contrast.data import GroupPairs
 from lightning_contrast.testing import HostSyncs
 from tests.tolerances import CONVERGED, FORMULA, NETWORK, f32
 
@@ -105,6 +106,56 @@ def test_bands_are_drawn_without_host_reads():
     assert not syncs.places
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_clouds_are_white_in_every_band_at_the_given_rate(fused):
+    torch.manual_seed(0)
+    images = torch.full((500, 13, 16, 16), 0.2)
+    policy = satellite_views(16, clouds=0.4, fused=fused)
+    for view in policy(images):
+        spread = view.amax((2, 3)) - view.amin((2, 3))
+        clouded = (spread > 0.05).all(1)
+        assert torch.equal(clouded, (spread > 0.05).any(1))
+        assert clouded.float().mean().item() == pytest.approx(0.4, abs=0.08)
+    assert not any((view.std((1, 2, 3)) > 1e-3).any() for view in satellite_views(16, fused=fused)(images))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # workers, log interval
+def test_two_dates_of_a_place_are_a_pair_with_a_draw_each(tmp_path):
+    """The pairs come from the data, here of dates 4 and more apart in brightness; each date has a view of its own."""
+    places, dates = 12, 2
+    brightness = 0.2 + 0.4 * torch.arange(dates).repeat(places)
+    bands = brightness.view(-1, 1, 1, 1).expand(-1, 4, 12, 12).clone()
+    data = torch.utils.data.TensorDataset(bands, torch.zeros(places * dates, dtype=torch.int64))
+    pairs = GroupPairs(
+        data, key=torch.arange(places).repeat_interleave(dates), role=torch.arange(dates).repeat(places), batch_size=6
+    )
+    seen = []
+
+    class Method(lc.SimCLR):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4 * 64, 8))
+    net.num_features = 8
+    views = lc.ViewAugmentation(satellite_views(8, channels=4, clouds=0.5), seed=0)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[views],
+    )
+    trainer.fit(Method(net), pairs)
+    earlier, later = (torch.cat([batch[place] for batch in seen]) for place in (0, 1))
+    assert earlier.shape == later.shape == (12, 4, 8, 8)
+    assert earlier.mean() < later.mean()
+    assert len(earlier.flatten(1).unique(dim=0)) == 12  # images of one brightness: a draw for each of them
+
+
 @pytest.mark.parametrize("backend", ["cpu", "accelerator"])
 def test_bands_follow_the_seed_and_both_backends_agree(backend):
     images = torch.rand(6, 13, 24, 24)
@@ -200,6 +251,7 @@ def test_sixteen_bits_need_a_scale(make):
         (lambda: satellite_views(8, channels=1, swap=0.5), "`channels` must be >= 2"),
         (lambda: satellite_views(8, drop=1.5), r"`drop` must lie in \[0, 1\]"),
         (lambda: satellite_views(8, swap=-0.5), r"`swap` must lie in \[0, 1\]"),
+        (lambda: satellite_views(8, clouds=1.5), r"`clouds` must lie in \[0, 1\]"),
         (lambda: satellite_views(8, channels=0), "`channels` must be >= 1"),
         (lambda: satellite_views(8, color=True), "`channels` must be 3 .* for the color operations"),
         (lambda: satellite_views(8, scale=(1, 0)), "`scale` must be a pair"),
