@@ -42,7 +42,8 @@ def check_policy_input(images: object, channels: int, scale: PixelRange = None) 
 
     Raises:
         TypeError: If it is not a tensor, or its dtype is neither uint8 nor floating.
-        ValueError: If its shape is not ``(B, channels, H, W)`` or it has no elements.
+        ValueError: If its shape is not ``(B, channels, H, W)`` or it has no elements, or integers of its type cannot
+            have the values of ``scale``.
     """
     if not isinstance(images, Tensor):
         fail("images", "be a tensor (B, C, H, W)", type(images).__name__, "Stack the images of the batch", TypeError)
@@ -50,6 +51,10 @@ def check_policy_input(images: object, channels: int, scale: PixelRange = None) 
     if scale is None and integers:
         hint = "Give `make_policy` or a policy of `augment.domains` a `scale=(low, high)`, or convert them"
         fail("images", "be uint8 in 0..255 or float in 0..1 without `scale`", str(images.dtype), hint, TypeError)
+    if scale is not None and not images.is_floating_point() and images.dtype != torch.bool:
+        limits, hint = torch.iinfo(images.dtype), "Give the range of the stored values, or convert the images first"
+        held = limits.min <= scale[0] and scale[1] <= limits.max
+        require(held, "scale", f"lie in the range of the images, which are {images.dtype}", tuple(scale), hint)
     images = check_images(images.float() if integers else images, values=False, evaluating=False)
     hint = f"Make the policy with `channels={images.shape[1]}`, or give images with {channels} channels"
     require(images.shape[1] == channels, "images", f"have {channels} channels", tuple(images.shape), hint)

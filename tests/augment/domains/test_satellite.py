@@ -233,6 +233,19 @@ def test_sixteen_bits_reach_the_policy_in_a_run(tmp_path):
     assert seen == [torch.int16]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.uint8, (0, 10_000)), (torch.int16, (0, 65_535)), (torch.uint16, (-1024, 3071)), (torch.uint8, (-1, 1))],
+)
+def test_a_scale_that_the_type_cannot_hold_is_another_one(dtype, scale):
+    """Bytes would be nearly black, and 16-bit images read as signed ones negative where they are bright."""
+    policy = satellite_views(8, channels=3, scale=scale)
+    for call in (policy, policy.eval_transform):
+        with pytest.raises(ValueError, match=f"`scale` must lie in the range of the images, which are {dtype}"):
+            call(torch.zeros(1, 3, 8, 8, dtype=dtype))
+    assert policy(torch.zeros(1, 3, 8, 8))[0].shape == (1, 3, 8, 8)
+
+
 @pytest.mark.parametrize("make", [lambda: satellite_views(8, channels=3), lambda: histology_views(8)])
 def test_sixteen_bits_need_a_scale(make):
     for call in (make(), make().eval_transform):
