@@ -1,5 +1,6 @@
 """Validation and conversion of image batches."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -67,6 +68,25 @@ def rescale(images: Tensor, scale: tuple[float, float]) -> Tensor:
     """Return images ``(B, C, H, W)`` as float32: ``scale`` becomes 0..1, and values outside of it are clipped."""
     low, high = scale
     return images.float().sub(low).div_(high - low).clamp_(0, 1)
+
+
+def check_scaled_values(images: Tensor, scale: tuple[float, float]) -> None:
+    """Check that float images are finite and not in 0..1 where ``scale`` is another, wide range; reads the values.
+
+    Args:
+        images: ``(B, C, H, W)``; integers pass.
+        scale: The values that become 0 and 1.
+
+    Raises:
+        ValueError: If a value is NaN, or all lie in 0..1, some above 0, of a scale that is more than ten times as wide.
+    """
+    if images.is_floating_point() and images.numel() > 0:
+        low, high = (float(bound) for bound in torch.aminmax(images))
+        hint = "Check the files and the transform of the dataset, and fill pixels without data"
+        require(not math.isnan(low + high), "images", "be finite", "NaN", hint)
+        hint = "Give the policy `scale=None` if they are in 0..1 already"
+        unit = low >= 0 and 0 < high <= 1 and scale[1] - scale[0] > 10
+        require(not unit, "images", f"use the range of `scale`, {tuple(scale)}", (low, high), hint)
 
 
 def check_scale(scale: PixelRange) -> None:

@@ -246,6 +246,41 @@ def test_a_scale_that_the_type_cannot_hold_is_another_one(dtype, scale):
     assert policy(torch.zeros(1, 3, 8, 8))[0].shape == (1, 3, 8, 8)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # workers, log interval
+@pytest.mark.parametrize(
+    ("images", "scale", "error", "message"),
+    [
+        (torch.rand(4, 4, 9, 9) * 5000, None, ValueError, "lie in 0..1 where they are float.*`scale`"),
+        (torch.ones(4, 4, 9, 9, dtype=torch.int16), None, TypeError, "uint8 in 0..255 or float in 0..1.*`scale`"),
+        (torch.rand(4, 4, 9, 9), (0, 10_000), ValueError, r"use the range of `scale`, \(0, 10000\).*`scale=None`"),
+        (torch.full((4, 4, 9, 9), torch.nan), (0, 10_000), ValueError, "be finite, got 'NaN'"),
+        (torch.rand(4, 5, 9, 9) * 5000, (0, 10_000), ValueError, "have 4 channels.*channels=5"),
+        (torch.zeros(4, 4, 9, 9), (0, 10_000), None, ""),
+        (torch.rand(4, 4, 9, 9), (0.0, 0.5), None, ""),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_run_refuses_values_of_another_range(images, scale, error, message, stage, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4 * 64, 8))
+    net.num_features = 8
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[lc.ViewAugmentation(satellite_views(8, channels=4, scale=scale), seed=0)],
+    )
+    loader = torch.utils.data.DataLoader(images, batch_size=4)
+    if error is None:
+        getattr(trainer, stage)(lc.SimCLR(net), loader)
+        return
+    with pytest.raises(error, match=message):
+        getattr(trainer, stage)(lc.SimCLR(net), loader)
+
+
 @pytest.mark.parametrize("make", [lambda: satellite_views(8, channels=3), lambda: histology_views(8)])
 def test_sixteen_bits_need_a_scale(make):
     for call in (make(), make().eval_transform):
