@@ -60,9 +60,10 @@ def test_gamma_equals_kornia():
     torch.testing.assert_close(views, expected, **f32(FORMULA))
 
 
-def test_rotation_equals_kornia():
+@pytest.mark.parametrize("width", [20, 34])
+def test_rotation_equals_kornia(width):
     torch.manual_seed(0)
-    images = torch.rand(16, 1, 20, 20)
+    images = torch.rand(16, 1, 20, width)
     operation = FusedDeform(30.0, 0.0)
     views = operation(images)
     degrees = operation._params["angle"].rad2deg()
