@@ -323,7 +323,7 @@ def check_images(images: Tensor, *, values: bool, evaluating: bool) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
-        hint = "Convert them in the dataset: `.to(torch.uint8)`, or a float in 0..1"
+        hint = "Convert them in the dataset: `.to(torch.uint8)`, or a float in 0..1; or give the policy a `scale`"
         fail("images", "be uint8 in 0..255 or float in 0..1", str(images.dtype), hint, TypeError)
     images = images.float()
     if values and images.numel() > 0:
@@ -340,7 +340,7 @@ def _check_range(low: float, high: float, evaluating: bool) -> None:
     if low >= 0 and high <= 255:
         hint = "Divide by 255, or leave them as uint8"
     else:
-        hint = "Remove Normalize from the dataset's transform: the policy normalizes"
+        hint = "Remove Normalize from the dataset's transform: the policy normalizes; or give it the values' `scale`"
     if evaluating:
         hint += "; or set `evaluate=False`, which leaves validation, test and prediction batches unchanged"
     fail("images", "lie in 0..1 where they are float", (low, high), hint)

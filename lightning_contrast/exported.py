@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast._checks import fail, require
+from lightning_contrast.augment.images import check_size
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.nn.auxiliary_batchnorm import without_auxiliary
 from lightning_contrast.nn.backbones import (
@@ -24,7 +25,7 @@ from lightning_contrast.nn.frozen_teacher import FrozenTeacher
 from lightning_contrast.nn.small_vit import SMALL_VIT
 
 INPUT_SPEC = "input_spec"
-"""Key of the size, mean and std in exported files and in the metadata of ONNX graphs."""
+"""Key of the preprocessing of images in exported files and in the metadata of ONNX graphs."""
 _TOLERANCE = 0.01  # of the largest feature: reduced precision passes, another stem does not
 _FILES = (".pt", ".pth", ".ckpt")
 _OWN = (SMALL_CONVNET, SMALL_VIT)  # networks without published weights
@@ -35,7 +36,8 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
     """Return the backbone of a file that `export_backbone` wrote, in eval mode.
 
     The network is built as it was for the run: by name, with its arguments and its stem. Its features of fixed images
-    are compared with those of the exported backbone. ``network.input_spec`` says how images are prepared.
+    are compared with those of the exported backbone. ``network.input_spec`` says how images are prepared, by
+    `augment.ViewPolicy.from_input_spec`.
 
         network = lc.evaluation.load_backbone("backbone.pt")
         features = network(images)  # (B, F)
@@ -46,7 +48,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
             arguments that a file cannot hold.
 
     Returns:
-        The network, on the CPU, from images ``(B, C, size, size)`` to features ``(B, F)``.
+        The network, on the CPU, from images ``(B, C, h, w)`` to features ``(B, F)``.
 
     Raises:
         ValueError: If the file is damaged or not an exported backbone, ``backbone`` is missing, the weights do not fit,
@@ -152,7 +154,7 @@ def pack_weights(backbone: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         backbone: The network.
-        spec: Size, mean and std of its images.
+        spec: The ``input_spec`` of its images.
 
     Raises:
         ValueError: If the network does not take images of this size.
@@ -192,7 +194,7 @@ def _arguments(architecture: Mapping[str, Any]) -> dict[str, Any]:
 def _fixed_features(network: nn.Module, spec: Mapping[str, Any]) -> Tensor:
     """Return the features of two fixed images in eval mode, float32 ``(2, F)``, on the CPU; modes are restored."""
     parameter = next(network.parameters(), torch.zeros(()))
-    shape = (2, count_channels(network, spec), spec["size"], spec["size"])
+    shape = (2, count_channels(network, spec), *check_size(spec["size"]))
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
     modes = {module: module.training for module in network.modules()}
     for module in modes:

@@ -2,12 +2,15 @@
 
 Every policy takes ``size`` first and all else by keyword, starting with ``mean`` and ``std``.
 ``policy.eval_transform(images)`` is the deterministic transform of evaluation. Kornia is imported when the first policy
-is made. `lightning_contrast.augment.fused` has the operations of which policies are made.
+is made. `lightning_contrast.augment.fused` has the operations of which policies are made, and
+`lightning_contrast.augment.domains` the policies for other images than photographs.
 """
 
 from lightning_contrast.augment.adversarial import pgd_attack, pgd_step
+from lightning_contrast.augment.bands import append_indices
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
 from lightning_contrast.augment.curriculum import StrengthSchedule
+from lightning_contrast.augment.frequency import high_frequency
 from lightning_contrast.augment.located_view import LocatedView, cell_locations
 from lightning_contrast.augment.multi_crop import (
     dino_views,
@@ -27,6 +30,7 @@ from lightning_contrast.augment.single_view import (
     mae_views,
     simmim_views,
 )
+from lightning_contrast.augment.stains import hed_to_rgb, rgb_to_hed, stain_jitter
 from lightning_contrast.augment.two_view import (
     align_uniform_views,
     barlow_twins_views,
@@ -53,6 +57,7 @@ __all__ = [
     "ViewSpec",
     "WholeImages",
     "align_uniform_views",
+    "append_indices",
     "barlow_twins_views",
     "byol_views",
     "cell_locations",
@@ -64,6 +69,8 @@ __all__ = [
     "dino_views",
     "dinov2_views",
     "gloria_views",
+    "hed_to_rgb",
+    "high_frequency",
     "ijepa_views",
     "image_text_views",
     "lejepa_views",
@@ -75,10 +82,12 @@ __all__ = [
     "msn_views",
     "pgd_attack",
     "pgd_step",
+    "rgb_to_hed",
     "simclr_cifar_views",
     "simclr_views",
     "simmim_views",
     "simsiam_views",
+    "stain_jitter",
     "supcon_views",
     "swav_views",
     "vicreg_views",

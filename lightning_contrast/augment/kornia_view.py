@@ -1,7 +1,9 @@
 """Views made of stock Kornia operations: ``fused=False``, and the baseline of the fused ones."""
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import kornia.augmentation as K
 import torch
@@ -11,8 +13,11 @@ from kornia.augmentation.auto.rand_augment.rand_augment import default_policy as
 from kornia.augmentation.auto.trivial_augment.trivial_augment import default_policy as TRIVIALAUGMENT
 from torch import Tensor, nn
 
+from lightning_contrast._checks import fail
+from lightning_contrast.augment.bands import Pairs
+from lightning_contrast.augment.fused import FusedBandIndex, FusedColorJitter, FusedTurn
 from lightning_contrast.augment.fused.base import floored, towards
-from lightning_contrast.augment.images import as_float
+from lightning_contrast.augment.images import as_float, check_size
 from lightning_contrast.augment.view_spec import BLUR_SIGMA, Auto, ViewSpec
 from lightning_contrast.seeding import send
 
@@ -72,6 +77,42 @@ def auto_augment(name: Auto) -> PerImage:
     return PerImage([TrivialAugment([operation]) for operation in TRIVIALAUGMENT])
 
 
+class Before(nn.Module):
+    """Apply functions or modules to the images before a view.
+
+    Args:
+        steps: From images ``(B, C, H, W)``, float32 in 0..1, to as many images of as many channels.
+    """
+
+    def __init__(self, steps: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList([step if isinstance(step, nn.Module) else _Function(step) for step in steps])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the transformed images ``(B, C, H', W')`` of float images ``(B, C, H, W)``."""
+        batch, channels = images.shape[:2]
+        for step in self.steps:
+            images = step(images)
+            fits = isinstance(images, Tensor) and images.ndim == 4 and images.shape[:2] == (batch, channels)
+            if not fits or not images.is_floating_point():
+                found = (images.dtype, tuple(images.shape)) if isinstance(images, Tensor) else type(images).__name__
+                hint = f"Return {batch} images of {channels} channels, float in 0..1"
+                fail("pre_transform", "return as many float images with as many channels", found, hint)
+        return images
+
+
+class _Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the function of ``images`` ``(B, C, H, W)``."""
+        return self.function(images)
+
+
 class StockView(nn.Module):
     """Make one random view of each image with stock Kornia operations.
 
@@ -84,13 +125,20 @@ class StockView(nn.Module):
         mean: Subtracted at the end, one number per channel.
         std: Divided by at the end, one number per channel.
         pre_transform: Applied to the images first.
+        indices: Index channels to append; see `append_indices`.
     """
 
     def __init__(
-        self, spec: ViewSpec, mean: Sequence[float], std: Sequence[float], pre_transform: nn.Module | None = None
+        self,
+        spec: ViewSpec,
+        mean: Sequence[float],
+        std: Sequence[float],
+        pre_transform: nn.Module | None = None,
+        indices: Pairs = (),
     ) -> None:
         super().__init__()
         self.spec, self.mean, self.std, self.pre_transform = spec, mean, std, pre_transform
+        self.indices = indices
         self.set_strength(1.0)
 
     def set_min_area(self, share: float) -> None:
@@ -104,7 +152,7 @@ class StockView(nn.Module):
         sigma = (BLUR_SIGMA[0], towards(BLUR_SIGMA[1], BLUR_SIGMA[0], strength))
         if pre_transform is not None and hasattr(pre_transform, "strength"):
             pre_transform.strength = strength
-        size = (spec.size, spec.size)
+        size, indices = check_size(spec.size), self.indices
         crop = K.RandomResizedCrop(
             size,
             scale=spec.scale,
@@ -113,25 +161,41 @@ class StockView(nn.Module):
             align_corners=False,
         )
         jitter = K.ColorJitter(*spec.jitter, p=spec.jitter_p)
-        gray = [K.RandomGrayscale(p=spec.gray_p)] if spec.gray_p > 0 else []
+        gray = [K.RandomGrayscale(p=spec.gray_p)] if spec.gray_p > 0 and not spec.band_gray else []
+        gray += [FusedColorJitter(grayscale=spec.gray_p, band_gray=True)] if spec.gray_p > 0 and spec.band_gray else []
         operations = [
             *([pre_transform] if pre_transform is not None else []),
             crop,
             nn.Hardtanh(0.0, 1.0),
             K.RandomHorizontalFlip(p=spec.flip),
         ]
+        if spec.vertical_flip > 0 or spec.quarter_turns:  # Kornia's quarter turns are not equally likely
+            operations.append(FusedTurn(spec.vertical_flip, quarter_turns=spec.quarter_turns))
+        if spec.rotates:
+            rotation = K.RandomAffine(spec.rotation, p=spec.rotation_p, padding_mode="border", align_corners=False)
+            operations.append(rotation)
+        first, last = copy.deepcopy((spec.first_operations, spec.last_operations))
+        for operation in (*first, *last):
+            operation.share = strength
+        operations += cast("tuple[nn.Module, ...]", first)
         operations += [*gray, jitter] if spec.gray_first else [jitter, *gray]
         # reflection padding must be narrower than the image
-        widest = max(1, min(spec.blur_kernel or 17, 2 * spec.size - 1))
+        widest = max(1, min(spec.blur_kernel or 17, 2 * min(size) - 1))
         if spec.blur_p > 0 and widest > 1:
             operations.append(K.RandomGaussianBlur((widest, widest), sigma, p=spec.blur_p))
         if spec.solarize_p > 0:
             operations.append(K.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=spec.solarize_p))
+        if spec.noise_p > 0:
+            operations += [K.RandomGaussianNoise(0.0, spec.noise_std, p=spec.noise_p), nn.Hardtanh(0.0, 1.0)]
+        operations += [FusedBandIndex(indices)] if indices else []
+        operations += cast("tuple[nn.Module, ...]", last)
         if any(m != 0 for m in mean) or any(s != 1 for s in std):
             operations.append(K.Normalize(mean=torch.tensor(mean), std=torch.tensor(std)))
+        if spec.erase_p > 0:  # 0 is the mean here; Kornia's value would be one for all channels
+            operations.append(K.RandomErasing(spec.erase_scale, spec.erase_ratio, 0.0, p=spec.erase_p))
         self.operations = nn.Sequential(*operations)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the views ``(B, C, size, size)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
+        """Return the views ``(B, C, h, w)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
         views: Tensor = self.operations(as_float(images).clamp(0, 1))
         return views

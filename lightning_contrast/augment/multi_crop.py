@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Unpack
 
 from lightning_contrast._checks import check_at_least
+from lightning_contrast.augment.images import Size, check_size
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
 
@@ -14,26 +15,27 @@ Range = tuple[float, float]
 _DINO_JITTER = (0.4, 0.4, 0.2, 0.1)
 
 
-def local_size_of(size: int, local_size: int | None) -> int:
+def local_size_of(size: Size, local_size: Size | None) -> Size:
     """Return the edge of the local views; by default 96 / 224 of the global ones, rounded to a multiple of 4.
 
     Args:
-        size: Edge of the global views in pixels.
+        size: Edge of the global views in pixels, or height and width.
         local_size: Edge of the local views as given by the user, or None.
     """
-    check_at_least("size", size, 1)
-    if local_size is None:
-        return max(1, 4 * round(size * 96 / 224 / 4)) if size >= 4 else size
-    check_at_least("local_size", local_size, 1)
-    return local_size
+    edges = check_size(size)
+    if local_size is not None:
+        check_size(local_size, "local_size")
+        return local_size
+    height, width = (max(1, 4 * round(edge * 96 / 224 / 4)) if edge >= 4 else edge for edge in edges)
+    return height if height == width else (height, width)
 
 
 def swav_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
-    local_size: int | None = None,
+    local_size: Size | None = None,
     local_views: int = 6,
     global_scale: Range = (0.14, 1.0),
     local_scale: Range = (0.05, 0.14),
@@ -47,7 +49,7 @@ def swav_views(
     Difference: a true Gaussian blur, which Pillow approximates with box filters.
 
     Args:
-        size: Edge of the global views in pixels, >= 1.
+        size: Edge of the global views in pixels, or height and width, >= 1.
         mean: One number per channel, subtracted at the end; None leaves the views in 0..1. The paper uses ImageNet's.
         std: One number per channel, divided by at the end.
         local_size: Edge of the local views; None scales 96 at 224 in proportion, to a multiple of 4.
@@ -63,11 +65,11 @@ def swav_views(
 
 
 def dino_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
-    local_size: int | None = None,
+    local_size: Size | None = None,
     local_views: int = 8,
     global_scale: Range = (0.4, 1.0),
     local_scale: Range = (0.05, 0.4),
@@ -100,11 +102,11 @@ def dino_views(
 
 
 def dinov2_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
-    local_size: int | None = None,
+    local_size: Size | None = None,
     local_views: int = 8,
     global_scale: Range = (0.32, 1.0),
     local_scale: Range = (0.05, 0.32),
@@ -140,11 +142,11 @@ def dinov2_views(
 
 
 def msn_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
-    local_size: int | None = None,
+    local_size: Size | None = None,
     local_views: int = 10,
     global_scale: Range = (0.3, 1.0),
     local_scale: Range = (0.05, 0.3),
@@ -175,11 +177,11 @@ def msn_views(
 
 
 def lejepa_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
-    local_size: int | None = None,
+    local_size: Size | None = None,
     global_views: int = 2,
     local_views: int = 6,
     global_scale: Range = (0.3, 1.0),
@@ -213,11 +215,11 @@ def lejepa_views(
 
 
 def visreg_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
-    local_size: int | None = None,
+    local_size: Size | None = None,
     global_views: int = 4,
     local_views: int = 6,
     global_scale: Range = (0.3, 1.0),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Unpack
 
+from lightning_contrast.augment.images import Size
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec
 
@@ -11,7 +12,7 @@ Range = tuple[float, float]
 
 
 def ijepa_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -26,7 +27,7 @@ def ijepa_views(
     Source: https://arxiv.org/abs/2301.08243 and https://github.com/facebookresearch/ijepa.
 
     Args:
-        size: Edge of the view in pixels, >= 1.
+        size: Edge of the view in pixels, or height and width, >= 1.
         mean: As in `swav_views`.
         std: As in `swav_views`.
         scale: Range of the crop's share of the image area.
@@ -37,7 +38,7 @@ def ijepa_views(
 
 
 def mae_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -52,7 +53,7 @@ def mae_views(
     Source: https://arxiv.org/abs/2111.06377 and https://github.com/facebookresearch/mae.
 
     Args:
-        size: Edge of the view in pixels, >= 1.
+        size: Edge of the view in pixels, or height and width, >= 1.
         mean: As in `swav_views`.
         std: As in `swav_views`.
         scale: Range of the crop's share of the image area.
@@ -64,7 +65,7 @@ def mae_views(
 
 
 def simmim_views(
-    size: int = 192,
+    size: Size = 192,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -78,7 +79,7 @@ def simmim_views(
     Source: https://arxiv.org/abs/2111.09886 and https://github.com/microsoft/SimMIM.
 
     Args:
-        size: Edge of the view in pixels, >= 1.
+        size: Edge of the view in pixels, or height and width, >= 1.
         mean: As in `swav_views`.
         std: As in `swav_views`.
         scale: Range of the crop's share of the image area.
@@ -88,7 +89,7 @@ def simmim_views(
 
 
 def data2vec_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -102,7 +103,7 @@ def data2vec_views(
     Source: https://arxiv.org/abs/2202.03555 and https://github.com/facebookresearch/data2vec_vision.
 
     Args:
-        size: Edge of the view in pixels, >= 1.
+        size: Edge of the view in pixels, or height and width, >= 1.
         mean: As in `swav_views`.
         std: As in `swav_views`.
         scale: Range of the crop's share of the image area.
@@ -113,7 +114,7 @@ def data2vec_views(
 
 
 def image_text_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -129,7 +130,7 @@ def image_text_views(
     images are resized only, its range -1..1 is ``mean=std=(0.5, 0.5, 0.5)``.
 
     Args:
-        size: Edge of the view in pixels, >= 1.
+        size: Edge of the view in pixels, or height and width, >= 1.
         mean: As in `swav_views`; CLIP has (0.4815, 0.4578, 0.4082).
         std: As in `swav_views`; CLIP has (0.2686, 0.2613, 0.2758).
         scale: Range of the crop's share of the image area.
@@ -141,7 +142,7 @@ def image_text_views(
 
 
 def gloria_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -157,7 +158,7 @@ def gloria_views(
     Source: https://doi.org/10.1109/ICCV48922.2021.00391 and https://github.com/marshuang80/gloria.
 
     Args:
-        size: Edge of the view in pixels, >= 1.
+        size: Edge of the view in pixels, or height and width, >= 1.
         mean: As in `swav_views`; GLoRIA has 0.5 for each channel.
         std: As in `swav_views`; GLoRIA has 0.5 for each channel.
         scale: Range of the crop's share of the image area.
@@ -168,7 +169,7 @@ def gloria_views(
 
 
 def cpc_views(
-    size: int = 256,
+    size: Size = 256,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -185,7 +186,7 @@ def cpc_views(
     Source: https://arxiv.org/abs/1807.03748 and https://github.com/Lightning-Universe/lightning-bolts.
 
     Args:
-        size: Edge of the view in pixels, >= 1.
+        size: Edge of the view in pixels, or height and width, >= 1.
         mean: As in `swav_views`.
         std: As in `swav_views`.
         scale: Range of the crop's share of the image area.

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Unpack, cast
 
 from lightning_contrast._checks import check_at_least, check_not_negative, check_probability
+from lightning_contrast.augment.images import Size, check_size
 from lightning_contrast.augment.multi_crop import local_size_of
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewOptions, ViewSpec, odd_tenth
@@ -27,7 +28,7 @@ class TwoViewOptions(ViewOptions, total=False):
     """
 
     local_views: int
-    local_size: int | None
+    local_size: Size | None
     local_scale: tuple[float, float]
 
 
@@ -52,7 +53,7 @@ def _with_local_views(
 
 
 def simclr_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -70,14 +71,14 @@ def simclr_views(
     overlap with the image; brightness is multiplied, as in version 2 (version 1 adds it).
 
     Args:
-        size: Edge of the views in pixels, >= 1; may exceed that of the images.
+        size: Edge of the views in pixels, or height and width, >= 1; may exceed that of the images.
         mean: One number per channel, subtracted at the end; None leaves the views in 0..1, as SimCLR does.
         std: One number per channel, divided by at the end.
         strength: Factor of the jitter's strengths, 0..2.5 (at which the hue reaches 0.5).
         blur: Probability of the blur.
         **options: See `TwoViewOptions`.
     """
-    check_at_least("size", size, 1)
+    check_size(size)
     check_not_negative("strength", strength)
     check_probability("blur", blur)
     brightness, contrast, saturation, hue = (strength * value for value in _SIMCLR_JITTER)
@@ -93,7 +94,7 @@ def simclr_views(
 
 
 def simclr_cifar_views(
-    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return SimCLR's two views for CIFAR: half the color strength, no blur.
 
@@ -102,7 +103,7 @@ def simclr_cifar_views(
     Source: https://arxiv.org/abs/2002.05709, appendix B.9.
 
     Args:
-        size: Edge of the views in pixels, >= 1.
+        size: Edge of the views in pixels, or height and width, >= 1.
         mean: As in `simclr_views`.
         std: As in `simclr_views`.
         **options: See `TwoViewOptions`.
@@ -111,7 +112,7 @@ def simclr_cifar_views(
 
 
 def moco_v1_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of NPID and MoCo v1.
 
@@ -120,7 +121,7 @@ def moco_v1_views(
     Source: https://arxiv.org/abs/1911.05722 and https://github.com/facebookresearch/moco (``main_moco.py``).
 
     Args:
-        size: Edge of the views in pixels, >= 1; may exceed that of the images.
+        size: Edge of the views in pixels, or height and width, >= 1; may exceed that of the images.
         mean: One number per channel, subtracted at the end; None leaves the views in 0..1. The paper uses ImageNet's.
         std: One number per channel, divided by at the end.
         **options: See `TwoViewOptions`.
@@ -130,7 +131,7 @@ def moco_v1_views(
 
 
 def moco_v2_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of MoCo v2.
 
@@ -150,7 +151,7 @@ def moco_v2_views(
 
 
 def moco_v3_views(
-    size: int = 224,
+    size: Size = 224,
     *,
     mean: Statistics = None,
     std: Statistics = None,
@@ -177,7 +178,7 @@ def moco_v3_views(
 
 
 def byol_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return BYOL's asymmetric pair of views.
 
@@ -193,7 +194,7 @@ def byol_views(
         std: As in `moco_v1_views`.
         **options: See `TwoViewOptions`.
     """
-    check_at_least("size", size, 1)
+    check_size(size)
     first = ViewSpec(
         size,
         (0.08, 1.0),
@@ -209,7 +210,7 @@ def byol_views(
 
 
 def barlow_twins_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return Barlow Twins' asymmetric pair of views.
 
@@ -230,7 +231,7 @@ def barlow_twins_views(
 
 
 def vicreg_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return VICReg's two views, which equal those of Barlow Twins.
 
@@ -246,7 +247,7 @@ def vicreg_views(
 
 
 def vicregl_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return VICRegL's views of a ResNet-50, which are VICReg's and remember their places in the image.
 
@@ -264,7 +265,7 @@ def vicregl_views(
 
 
 def simsiam_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return SimSiam's two views, which equal those of MoCo v2.
 
@@ -280,7 +281,7 @@ def simsiam_views(
 
 
 def align_uniform_views(
-    size: int = 64, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 64, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of alignment and uniformity on STL-10.
 
@@ -299,7 +300,7 @@ def align_uniform_views(
 
 
 def supcon_views(
-    size: int = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 32, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of supervised contrastive learning on CIFAR.
 
@@ -318,7 +319,7 @@ def supcon_views(
 
 
 def wmse_views(
-    size: int = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
+    size: Size = 224, *, mean: Statistics = None, std: Statistics = None, **options: Unpack[TwoViewOptions]
 ) -> ViewPolicy:
     """Return the two views of W-MSE.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, fail, require
 from lightning_contrast.augment.curriculum import StrengthSchedule, check_strength
+from lightning_contrast.augment.images import check_scaled_values
 from lightning_contrast.augment.policy import ViewPolicy  # in the signature for configuration files
 from lightning_contrast.augment.whole_images import WholeImages, center_squares
 from lightning_contrast.callbacks.capture.labels import check_place
@@ -20,7 +21,7 @@ from lightning_contrast.runtime.view_strength import check_strength_fits, streng
 from lightning_contrast.seeding import derived_seed, seeded
 
 CHECKPOINT_KEY = "input_spec"
-"""Checkpoint key of the size, mean and std of the policy."""
+"""Checkpoint key of the preprocessing of the policy."""
 
 _STEPS = {
     "fit": ("training_step", "validation_step"),
@@ -55,10 +56,10 @@ class ViewAugmentation(L.Callback):
     A loader may also yield a list of views, such as two frames of a video. Each is then augmented by a draw of its own:
     view i by the i-th view of a policy that creates as many, and all of them by a policy that creates one.
 
-    Images are uint8 in 0..255 or float in 0..1. Of `augment.WholeImages` a `ViewPolicy` crops views at the shapes
-    that the images have; other policies get the square pixels. Clips, series and other tensors ``(B, ...)`` are given
-    to the policy without a check. Values of images are checked in every batch on the CPU, and in the first batch of a
-    fit on an accelerator, where each check costs a synchronization.
+    Images are uint8 in 0..255 or float in 0..1, or have the range of the policy's ``scale``. Of `augment.WholeImages` a
+    `ViewPolicy` crops views at the shapes that the images have; other policies get the square pixels. Clips, series and
+    other tensors ``(B, ...)`` are given to the policy without a check. Values of images are checked in every batch on
+    the CPU, and in the first batch of a fit on an accelerator, where each check costs a synchronization.
 
     A checkpoint keeps the policy's ``input_spec`` under the key ``"input_spec"``: the preprocessing that users of the
     backbone have to apply.
@@ -218,13 +219,21 @@ class ViewAugmentation(L.Callback):
         return augmented
 
     def _eval_images(self, images: Tensor) -> Tensor:
+        if self._scaled():
+            self._check(images.pixels if isinstance(images, WholeImages) else images, evaluating=True)
+            return self.policy.eval_transform(images)
         images = center_squares(images) if isinstance(images, WholeImages) else images
         return self.policy.eval_transform(self._check(images, evaluating=True))
 
+    def _scaled(self) -> bool:
+        return getattr(self.policy, "scale", None) is not None
+
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
-        if images.ndim != 4:
-            return images  # clips, series: the policy knows their format
         values = images.device.type == "cpu" or (not evaluating) not in self._checked
+        if images.ndim == 4 and values and self._scaled():
+            check_scaled_values(images, self.policy.scale)  # type: ignore[union-attr]
+        if images.ndim != 4 or self._scaled():
+            return images  # clips, series, other ranges: the policy knows their format
         return check_images(images, values=values, evaluating=evaluating)
 
     def _seed_of_batch(self, trainer: Any) -> int | None:

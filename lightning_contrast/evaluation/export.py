@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_contrast._checks import check_at_least, check_choice, fail
+from lightning_contrast._checks import check_choice, fail
+from lightning_contrast.augment.images import check_input_spec, check_size
 from lightning_contrast.exported import INPUT_SPEC, count_channels, load_backbone, pack_weights
 from lightning_contrast.nn import MaskedViT, TextTransformer
 from lightning_contrast.sharding import is_fsdp1_shard
@@ -45,7 +46,7 @@ def export_backbone(
     If the network of that name would accept the weights and compute other features, as without the stem of
     ``small_images=True``, the keys begin with ``"needs_load_backbone."``, so that this fails.
 
-    "onnx" writes a graph from ``images`` (B, C, size, size), float32 and normalized with the mean and std, to
+    "onnx" writes a graph from ``images`` (B, C, h, w), float32 and normalized with the mean and std, to
     ``features`` (B, F), for any B, in eval mode; the ``input_spec`` is JSON in its metadata. The graph is run once in
     onnxruntime and compared with the backbone. Needs the extra: ``pip install 'lightning_contrast[export]'``.
 
@@ -58,8 +59,9 @@ def export_backbone(
         path: Path of the file; missing folders are created.
         format: "state_dict" or "onnx".
         input_spec: Specification of the images: ``{"size", "mean", "std"}``, mean and std None for images that are only
-            scaled to 0..1. None uses that of the `ViewAugmentation` of the model's Trainer. Checkpoints of a run with
-            this callback contain it under "input_spec".
+            scaled to 0..1, and where they differ "scale", "window" and "indices" (see `ViewPolicy.input_spec`). None
+            uses that of the `ViewAugmentation` of the model's Trainer. Checkpoints of a run with this callback contain
+            it under "input_spec". `augment.ViewPolicy.from_input_spec` prepares images by it.
 
     Returns:
         The path.
@@ -74,12 +76,12 @@ def export_backbone(
     check_choice("format", format, _FORMATS)
     if not isinstance(model, nn.Module):
         fail("model", "be an nn.Module", type(model).__name__, "Give a method, or its `backbone`", TypeError)
-    spec = _checked(input_spec if input_spec is not None else _spec_of_trainer(model))
+    spec = check_input_spec(input_spec if input_spec is not None else _spec_of_trainer(model))
     backbone = _backbone_of(model)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "onnx":
-        images = torch.rand(2, count_channels(backbone, spec), spec["size"], spec["size"])
+        images = torch.rand(2, count_channels(backbone, spec), *check_size(spec["size"]))
         _write_graph(backbone, images, path, ("images", "features"), {INPUT_SPEC: json.dumps(spec)})
     else:
         torch.save(pack_weights(backbone, spec), path)
@@ -91,16 +93,6 @@ def _spec_of_trainer(model: nn.Module) -> Any:
     callbacks = getattr(getattr(model, "_trainer", None), "callbacks", [])
     specs = (getattr(getattr(callback, "policy", None), INPUT_SPEC, None) for callback in callbacks)
     return next((spec for spec in specs if spec is not None), None)
-
-
-def _checked(spec: Any) -> dict[str, Any]:
-    """Return the spec as a dict of plain numbers."""
-    hint = 'Give {"size": ..., "mean": ..., "std": ...}: checkpoints of a run with `ViewAugmentation` contain it'
-    if not isinstance(spec, Mapping) or spec.keys() != {"size", "mean", "std"}:
-        fail("input_spec", "hold the size, mean and std of the images", spec, hint)
-    check_at_least("size", spec["size"], 1)
-    lists = {key: None if spec[key] is None else [float(value) for value in spec[key]] for key in ("mean", "std")}
-    return {"size": int(spec["size"]), **lists}
 
 
 def _backbone_of(model: nn.Module) -> nn.Module:
@@ -126,7 +118,7 @@ def export_towers(
 ) -> tuple[Path, Path]:
     """Export the two encoders of an image-text model as ONNX graphs.
 
-    ``image.onnx`` maps ``images`` (B, C, size, size), float32 and normalized with the mean and std, to ``embeddings``
+    ``image.onnx`` maps ``images`` (B, C, h, w), float32 and normalized with the mean and std, to ``embeddings``
     (B, D) of unit length, as ``model.encode_image`` does; ``text.onnx`` maps ``tokens`` (B, L), int64, to
     ``embeddings`` (B, D), as ``model.encode_text`` does with tokens. B is free, and for `nn.TextTransformer` also L up
     to its context length; other text towers take the context length. The tokenizer is not part of the graph. Each graph
@@ -153,12 +145,12 @@ def export_towers(
     if not all(isinstance(part, nn.Module) for part in (*parts, *towers)):
         fail("model", "be an image-text model", type(model).__name__, "Give a `CLIP` or `SigLIP`", TypeError)
     length, vocabulary = (_size_of(towers[1], name) for name in ("context_length", "vocab_size"))
-    spec = _checked(input_spec if input_spec is not None else _spec_of_trainer(model))
+    spec = check_input_spec(input_spec if input_spec is not None else _spec_of_trainer(model))
     _check_whole(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     image, text = (_Encoder(tower, part) for tower, part in zip(towers, parts, strict=True))  # type: ignore[arg-type]
-    images = torch.rand(2, count_channels(image, spec), spec["size"], spec["size"])
+    images = torch.rand(2, count_channels(image, spec), *check_size(spec["size"]))
     _write_graph(image, images, folder / "image.onnx", ("images", "embeddings"), {INPUT_SPEC: json.dumps(spec)})
     tokens = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
     _write_graph(text, tokens, folder / "text.onnx", ("tokens", "embeddings"), {"context_length": str(length)})

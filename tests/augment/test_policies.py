@@ -10,9 +10,10 @@ from torchvision.transforms import v2
 
 from benchmarks.common import count_launches
 from lightning_contrast import augment
-from lightning_contrast.augment import kornia_view
+from lightning_contrast.augment import domains, kornia_view
 from lightning_contrast.augment import two_view as policies
 from lightning_contrast.augment.fused import view as view_module
+from lightning_contrast.augment.images import check_policy_input
 from lightning_contrast.augment.multi_crop import local_size_of
 from lightning_contrast.testing import HostSyncs
 from tests.tolerances import FORMULA, NETWORK, bound, f32
@@ -20,9 +21,25 @@ from tests.tolerances import FORMULA, NETWORK, bound, f32
 POLICIES = {name: getattr(augment, name) for name in augment.__all__ if name.endswith("_views")}
 for of_clips in ("clip_views", "cpc_clip_views", "vjepa_views"):  # their input are clips: test_clips
     del POLICIES[of_clips]
+DOMAINS = {name: getattr(domains, name) for name in domains.__all__ if name.endswith("_views")}
+POLICIES |= DOMAINS
+CHANNELS = {
+    "satellite_views": 13,
+    "chest_xray_views": 1,
+    "ct_views": 1,
+    "mri_views": 1,
+    "microscopy_views": 5,
+}  # other than 3
 MULTI_CROP = {"swav_views", "dino_views", "dinov2_views", "msn_views", "lejepa_views", "visreg_views"}
 MASKED = {"data2vec_views", "mae_views", "simmim_views"}
 ONE_VIEW = {"cpc_views", "gloria_views", "ijepa_views", "image_text_views"} | MASKED
+NO_FLIP = ONE_VIEW - MASKED - {"cpc_views"} | {
+    "chest_xray_views",
+    "ct_views",
+    "mri_views",
+    "industrial_views",
+    "document_views",
+}
 NO_BLUR = {"align_uniform_views", "simclr_cifar_views", "moco_v1_views", "supcon_views"}
 
 # published parameters: crop, jitter and its p, gray, then blur and solarization of the first two views
@@ -53,6 +70,16 @@ TABLE = {
     "ijepa_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "image_text_views": ((0.9, 1), (0, 0, 0, 0), 0.0, 0.0, (0,), (0,)),
     "supcon_views": ((0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, (0, 0), (0, 0)),
+    "driving_views": ((0.4, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.0, (0, 0), (0, 0)),
+    "fine_grained_views": ((0.2, 1), (0.4, 0.4, 0.2, 0.05), 0.8, 0.0, (0, 0), (0, 0)),
+    "document_views": ((0.6, 1), (0.3, 0.3, 0, 0), 0.8, 0.5, (0, 0), (0, 0)),
+    "satellite_views": ((0.2, 1), (0.4, 0.4, 0, 0), 0.8, 0.2, (0.5, 0.5), (0, 0)),
+    "chest_xray_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
+    "ct_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
+    "industrial_views": ((0.5, 1), (0.1, 0.1, 0.1, 0.1), 1.0, 0.0, (0, 0), (0, 0)),
+    "microscopy_views": ((0.4, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
+    "mri_views": ((0.3, 1), (0, 0, 0, 0), 0.0, 0.0, (0, 0), (0, 0)),
+    "histology_views": ((0.4, 1), (0.1, 0.1, 0, 0), 0.5, 0.0, (0.25, 0.25), (0, 0)),
 }
 LOCAL = {
     "swav_views": (6, (0.05, 0.14), 0.5),
@@ -62,14 +89,32 @@ LOCAL = {
     "lejepa_views": (6, (0.05, 0.3), 0.5),
     "visreg_views": (6, (0.05, 0.3), 0.5),
 }
-SIZES = {"simclr_cifar_views": 32, "supcon_views": 32, "align_uniform_views": 64, "cpc_views": 256, "simmim_views": 192}
+SIZES = {
+    "simclr_cifar_views": 32,
+    "supcon_views": 32,
+    "align_uniform_views": 64,
+    "cpc_views": 256,
+    "industrial_views": 256,
+    "simmim_views": 192,
+}
 GLOBAL = {"visreg_views": 4}
+SECOND_CROP = {"fine_grained_views": (0.5, 1)}  # of the second view, where it is another
 SOLARIZED = ("lejepa_views", "visreg_views")  # local views too
 
 
 def operations(view):
     """Return the operations of a view by class name."""
     return {type(operation).__name__: operation for operation in view.operations}
+
+
+def fitting(name, images):
+    """Return RGB images (B, 3, H, W) with as many channels as the policy takes."""
+    return images[:, torch.arange(CHANNELS.get(name, 3)) % 3]
+
+
+def standardized(name):
+    """Return a mean and a standard deviation for each channel of a policy's images."""
+    return {"mean": [0.5] * CHANNELS.get(name, 3), "std": [0.2] * CHANNELS.get(name, 3)}
 
 
 def test_table_covers_every_policy():
@@ -84,9 +129,9 @@ def test_numbers(name):
     for i in range(1 if name in ONE_VIEW else 2):
         found = operations(views[i])
         color = found["FusedColorJitter"]
-        assert found["FusedResizedCrop"].scale == crop
+        assert found["FusedResizedCrop"].scale == (SECOND_CROP.get(name, crop) if i == 1 else crop)
         assert found["FusedResizedCrop"].size == 224
-        assert found["FusedResizedCrop"].flip == (0 if name in ONE_VIEW - MASKED - {"cpc_views"} else 0.5)
+        assert found["FusedResizedCrop"].flip == (0 if name in NO_FLIP else 0.5)
         assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx(jitter)
         assert (color.probability, color.grayscale) == (jitter_p, gray)
         assert color.gray_first is (name == "moco_v1_views")
@@ -141,14 +186,15 @@ def test_local_sizes():
 def test_views_of_every_policy(emoji, name, fused):
     options = {} if fused or name != "vicregl_views" else {"locations": False}
     policy = POLICIES[name](size=24, fused=fused, **options)
-    images = emoji[::200]
+    images = fitting(name, emoji[::200])
     before = images.clone()
     torch.manual_seed(0)
     views = policy(images)
     assert torch.equal(images, before)
     large = 1 if name in ONE_VIEW else GLOBAL.get(name, 2)
-    local = [(len(images), 3, 12, 12)] * (len(views) - large)
-    assert [tuple(view.shape) for view in views] == [(len(images), 3, 24, 24)] * large + local
+    channels = images.shape[1]
+    local = [(len(images), channels, 12, 12)] * (len(views) - large)
+    assert [tuple(view.shape) for view in views] == [(len(images), channels, 24, 24)] * large + local
     for view in views:
         assert view.dtype == torch.float32
         assert view.is_contiguous()
@@ -157,13 +203,15 @@ def test_views_of_every_policy(emoji, name, fused):
     difference = (views[0] - (policy(images)[0] if name in ONE_VIEW else views[1])).abs().mean((1, 2, 3))
     different = difference > 1e-3
     # Most crops of 0.9..1 of a square at another aspect ratio do not fit: the whole image is taken, also twice.
-    assert different.any() if name in ("gloria_views", "image_text_views") else different.all()
+    # All of a white crop is above the window of soft tissue.
+    some = ("gloria_views", "image_text_views", "ct_views")
+    assert different.any() if name in some else different.all()
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_both_backends_agree(photos, name):
     """The same draw in blocks and in batched kernels; float only, as the blocks resample uint8 in 8 bits."""
-    images = photos.float() / 255
+    images = fitting(name, photos.float() / 255)
     views = {}
     for backend in ("cpu", "accelerator"):
         torch.manual_seed(0)
@@ -175,22 +223,25 @@ def test_both_backends_agree(photos, name):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_host_synchronization(emoji, name):
-    policy = POLICIES[name](size=32, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
-    policy(emoji[:16])
+    policy = POLICIES[name](size=32, backend="accelerator", **standardized(name))
+    images = fitting(name, emoji[:16])
+    policy(images)
     with HostSyncs() as syncs:
-        policy(emoji[:16])
-        policy(emoji[:16] / 255)
-        policy.eval_transform(emoji[:16])
-    # Crops are drawn on the host anyway; the next test separates the two.
-    assert not [place for place in syncs.places if not place.endswith("in uniform: numpy")]
+        policy(images)
+        policy(images / 255)
+        policy.eval_transform(images)
+    # Parameters are drawn on the host anyway, those of Kornia's operations by Kornia; the next test separates the two.
+    own = [place for place in syncs.places if not place.endswith("in uniform: numpy")]
+    assert all("kornia" in place for place in own)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nothing_is_read_from_the_device(name):
     """The meta device has no values: reading one is an error, and so is mixing in a tensor on the host."""
-    policy = POLICIES[name](size=64, mean=[0.5] * 3, std=[0.2] * 3)
+    policy = POLICIES[name](size=64, **standardized(name))
+    shape = (8, CHANNELS.get(name, 3), 80, 90)
     with HostSyncs() as syncs:
-        for images in (torch.empty(8, 3, 80, 90, dtype=torch.uint8), torch.empty(8, 3, 80, 90)):
+        for images in (torch.empty(shape, dtype=torch.uint8), torch.empty(shape)):
             views = policy(images.to("meta"))
             assert all(view.is_meta for view in views)
             assert policy.eval_transform(images.to("meta")).is_meta
@@ -220,13 +271,14 @@ def test_launches_of_an_accelerator(name, edge, size, most):
 def test_joint_views_equal_single_ones(emoji, name, limit, monkeypatch):
     """The same draws, whether all views are computed together, in parts or one by one."""
     monkeypatch.setattr(view_module, "_JOINT_BYTES", limit)
-    policy = POLICIES[name](size=24, backend="accelerator", mean=[0.5] * 3, std=[0.2] * 3)
-    images = emoji[::150]
+    policy = POLICIES[name](size=24, backend="accelerator", **standardized(name))
+    images = fitting(name, emoji[::150])
     torch.manual_seed(0)
     views = policy(images)
     torch.manual_seed(0)
+    scaled = check_policy_input(images, policy.channels, policy.scale)
     for view, module in zip(views, policy.views, strict=True):
-        different = (view - module(images)).abs() > 1e-5  # 2e-6 of a pixel in 0..1
+        different = (view - module(scaled)).abs() > 1e-5  # 2e-6 of a pixel in 0..1
         assert different.float().mean() < 1e-3  # at the threshold of the solarization a rounding inverts a pixel
 
 
@@ -234,15 +286,16 @@ def test_joint_views_equal_single_ones(emoji, name, limit, monkeypatch):
 @pytest.mark.parametrize("name", POLICIES)
 def test_random_numbers_come_from_the_global_generator(emoji, name, backend):
     policy = POLICIES[name](size=16, backend=backend)
+    images = fitting(name, emoji[:4])
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        first = policy(emoji[:4])
+        first = policy(images)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
-    second = policy(emoji[:4])
-    third = policy(emoji[:4])
+    second = policy(images)
+    third = policy(images)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
 

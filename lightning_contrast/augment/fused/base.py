@@ -124,11 +124,19 @@ class FusedOperation:
     and is therefore left at 1.
 
     Attributes:
-        strength: Share of the operation's strength with which `draw` draws, in 0..1; see `ViewPolicy.set_strength`.
+        probability: Share of the images that are changed.
+        share: Share of the operation's strength with which `draw` draws, in 0..1; see `ViewPolicy.set_strength`.
     """
 
     backend: Backend
-    strength: float = 1.0
+    probability: float
+    share: float = 1.0
+    moves_pixels: bool = False  # whether a pixel of the result shows another place than that pixel of the input
+
+    @property
+    def chance(self) -> float:
+        """The probability at the present strength, for operations whose strength is how many images they change."""
+        return self.probability * self.share
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw the parameters of ``batch`` images of ``height x width`` pixels.

@@ -88,7 +88,7 @@ class FusedGaussianBlur(FusedOperation, IntensityAugmentationBase2D):
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw ``blurred`` ``(B,)``, the images to blur, and ``sigma`` ``(B,)`` in pixels."""
         numbers = uniform(batch, 2)
-        widest = towards(self.sigma[1], self.sigma[0], self.strength)
+        widest = towards(self.sigma[1], self.sigma[0], self.share)
         sigma = self.sigma[0] + (widest - self.sigma[0]) * numbers[:, 1]
         return {"blurred": numbers[:, 0] < self.probability, "sigma": sigma.astype(np.float32)}
 

@@ -58,11 +58,12 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         grayscale: Probability of the conversion to gray per image.
         additive_brightness: Add a number from U(-b, b) instead of multiplying (SimCLR v1, BYOL).
         gray_first: Convert to gray before the jitter (NPID, MoCo v1).
+        band_gray: Allow grayscale with any number of channels, of which it takes the mean unless there are 3.
         backend: See `Backend`.
         keepdim: Return as many dimensions as the input has (an argument of Kornia).
 
     Shapes: ``(B, C, H, W)`` in 0..1. With one channel, saturation, hue and grayscale are no-ops; with any number other
-    than 1 and 3 they are an error.
+    than 1 and 3 they are an error, except for grayscale with ``band_gray``.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         grayscale: float = 0.0,
         additive_brightness: bool = False,
         gray_first: bool = False,
+        band_gray: bool = False,
         backend: Backend = None,
         keepdim: bool = False,
     ) -> None:
@@ -89,6 +91,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
         self.probability, self.grayscale = p, grayscale
         self.additive_brightness, self.gray_first, self.backend = additive_brightness, gray_first, backend
+        self.band_gray = band_gray
         self.flags = {"probability": p, "grayscale": grayscale}
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
@@ -98,7 +101,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         """
         numbers = uniform(batch, 10)
         spreads = (self.brightness, self.contrast, self.saturation, self.hue)
-        brightness, contrast, saturation, hue = (towards(spread, 0.0, self.strength) for spread in spreads)
+        brightness, contrast, saturation, hue = (towards(spread, 0.0, self.share) for spread in spreads)
         ranges = [self._range(spread) for spread in (brightness, contrast, saturation)]
         if self.additive_brightness:
             ranges[BRIGHTNESS] = (-brightness, brightness)
@@ -107,7 +110,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
             "factors": low + (high - low) * numbers[:, :4],
             "order": numbers[:, 4:8].argsort(axis=1),
             "jittered": numbers[:, 8] < self.probability,
-            "gray": numbers[:, 9] < towards(self.grayscale, 0.0, self.strength),
+            "gray": numbers[:, 9] < towards(self.grayscale, 0.0, self.share),
         }
         return draw | {"hued": draw["jittered"] & (self.hue > 0)} | self._maps(draw)
 
@@ -165,7 +168,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
         return images
 
     def _check_channels(self, channels: int) -> None:
-        needs_rgb = self.saturation > 0 or self.hue > 0 or self.grayscale > 0
+        needs_rgb = self.saturation > 0 or self.hue > 0 or (self.grayscale > 0 and not self.band_gray)
         require(
             channels in (1, _RGB) or not needs_rgb,
             "images",

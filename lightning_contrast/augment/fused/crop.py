@@ -11,7 +11,7 @@ from kornia.constants import Resample
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
+from lightning_contrast._checks import check_choice, check_probability, check_range, require
 from lightning_contrast.augment.fused.base import (
     Backend,
     Draw,
@@ -22,6 +22,7 @@ from lightning_contrast.augment.fused.base import (
     uses_accelerator_backend,
 )
 from lightning_contrast.augment.fused.resample import Interpolation, apply_weights, resize_weights
+from lightning_contrast.augment.images import Size, check_size
 
 _TRIES = 10
 _SMALL = 64  # largest edge in pixels at which two matrix products are faster than a loop over images on a CPU
@@ -39,7 +40,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
     bicubic kernel are clipped to 0..1.
 
     Args:
-        size: Edge of the square result in pixels, >= 1; may exceed that of the images.
+        size: Edge of the square result in pixels, or its height and width; >= 1, may exceed those of the images.
         scale: Range of the box's share of the image area, in (0, 1].
         ratio: Range of width / height; drawn log-uniformly.
         flip: Probability of a horizontal flip.
@@ -49,12 +50,12 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         backend: See `Backend`.
         keepdim: Return as many dimensions as the input has (an argument of Kornia).
 
-    Shapes: input ``(B, C, H, W)``; result ``(B, C, size, size)``, float.
+    Shapes: input ``(B, C, H, W)``; result ``(B, C, h, w)``, float.
     """
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         *,
@@ -65,7 +66,7 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         backend: Backend = None,
         keepdim: bool = False,
     ) -> None:
-        check_at_least("size", size, 1)
+        shape = check_size(size)
         check_range("scale", scale, 0.0, 1.0)
         require(scale[0] > 0, "scale", "start above 0", scale, "Give the smallest share of the area, such as 0.08")
         check_range("ratio", ratio, 0.0, math.inf)
@@ -75,9 +76,10 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         check_choice("fit", fit, ("retry", "clamp"))
         check_choice("backend", backend, (None, "cpu", "accelerator"))
         super().__init__(p=1.0, keepdim=keepdim)
-        self.size, self.scale, self.ratio, self.flip = size, tuple(scale), tuple(ratio), flip
+        self.size, self.shape = size, shape
+        self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
         self.interpolation, self.antialias, self.fit, self.backend = interpolation, antialias, fit, backend
-        self.flags = {"size": (size, size), "resample": Resample.get(interpolation), "antialias": antialias}
+        self.flags = {"size": shape, "resample": Resample.get(interpolation), "antialias": antialias}
 
     def draw(self, batch: int, height: int, width: int, *, sizes: NDArray[np.int64] | None = None) -> Draw:
         """Draw ``box`` ``(B, 4)``, which holds top, left, height and width in pixels, and ``flip`` ``(B,)``.
@@ -105,9 +107,9 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         batch = len(height)
         tries = _TRIES if self.fit == "retry" else 1
         numbers = uniform(batch, 2 * tries + 3).astype(np.float64)
-        least, most = (towards(share, 1.0, self.strength) for share in self.scale)
+        least, most = (towards(share, 1.0, self.share) for share in self.scale)
         area = height * width * (least + (most - least) * numbers[:, :tries])
-        low, high = (towards(math.log(ratio), 0.0, self.strength) for ratio in self.ratio)
+        low, high = (towards(math.log(ratio), 0.0, self.share) for ratio in self.ratio)
         aspect = np.exp(low + (high - low) * numbers[:, tries : 2 * tries])
         box_h, box_w = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
         allowed = (box_h >= 1) & (box_h <= height) & (box_w >= 1) & (box_w <= width)
@@ -145,12 +147,12 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         return {**draw, "boxes": boxes.tolist(), "flips": draw["flip"].tolist(), "longest": longest}
 
     def compute_(self, images: Tensor, plan: Plan) -> Tensor:
-        """Resample uint8 or float images ``(B, C, H, W)`` to ``(B, C, size, size)``, float."""
+        """Resample uint8 or float images ``(B, C, H, W)`` to ``(B, C, h, w)``, float."""
         return self.resample(images, plan, self.interpolation, self.antialias)
 
     def resample(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
-        """Return the boxes of ``images`` ``(B, C, H, W)``, resized to ``(B, C, size, size)``, float in 0..1."""
-        small = max(*images.shape[-2:], self.size) <= _SMALL
+        """Return the boxes of ``images`` ``(B, C, H, W)``, resized to ``(B, C, h, w)``, float in 0..1."""
+        small = max(*images.shape[-2:], *self.shape) <= _SMALL
         if small or interpolation == "nearest" or uses_accelerator_backend(self.backend, images):
             return self._by_products(images, plan, interpolation, antialias)
         return self._one_by_one(images, plan, interpolation, antialias)
@@ -159,18 +161,26 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
         dtype = images.dtype if images.is_floating_point() else torch.float32
         batch, _, rows, columns = images.shape
         start, length = plan["box"].to(dtype).view(batch, 2, 2).permute(1, 2, 0).flatten(1)  # of rows, then of columns
-        weights = resize_weights(
-            start,
-            length,
-            max(rows, columns),
-            self.size,
-            interpolation=interpolation,
-            antialias=antialias,
-            flip=torch.cat([torch.zeros_like(plan["flip"]), plan["flip"]]),
-            longest=max(plan["longest"]),
-            tabulated=dtype == torch.float32 and not uses_accelerator_backend(self.backend, images),
-        )
-        down, across = weights[:batch, :, :rows], weights[batch:, :, :columns]  # weights outside of the crop are 0
+        flip = torch.cat([torch.zeros_like(plan["flip"]), plan["flip"]])
+
+        def weights_of(axes: slice, edge: int) -> Tensor:
+            return resize_weights(
+                start[axes],
+                length[axes],
+                max(rows, columns),
+                edge,
+                interpolation=interpolation,
+                antialias=antialias,
+                flip=flip[axes],
+                longest=max(plan["longest"]),
+                tabulated=dtype == torch.float32 and not uses_accelerator_backend(self.backend, images),
+            )
+
+        height, width = self.shape
+        both = weights_of(slice(None), height) if height == width else None
+        down = weights_of(slice(batch), height) if both is None else both[:batch]
+        across = weights_of(slice(batch, None), width) if both is None else both[batch:]
+        down, across = down[..., :rows], across[..., :columns]  # weights outside of the crop are 0
         if not images.is_floating_point():
             across = across.div_(255)
         views = apply_weights(images.to(dtype), down, across)
@@ -178,10 +188,10 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
 
     def _one_by_one(self, images: Tensor, plan: Plan, interpolation: Interpolation, antialias: bool) -> Tensor:
         dtype = images.dtype if images.is_floating_point() else torch.float32
-        views = torch.empty((*images.shape[:2], self.size, self.size), dtype=dtype, device=images.device)
+        views = torch.empty((*images.shape[:2], *self.shape), dtype=dtype, device=images.device)
         for i, ((top, left, height, width), flip) in enumerate(zip(plan["boxes"], plan["flips"], strict=True)):
             crop = images[i : i + 1, :, top : top + height, left : left + width]
-            view = F.interpolate(crop, (self.size, self.size), mode=interpolation, antialias=antialias)[0]
+            view = F.interpolate(crop, self.shape, mode=interpolation, antialias=antialias)[0]
             views[i] = view.flip(-1) if flip else view
         if not images.is_floating_point():
             return views.mul_(1 / 255)
@@ -198,11 +208,11 @@ class FusedResizedCrop(FusedOperation, GeometricAugmentationBase2D):
     def compute_transformation(self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]) -> Tensor:
         """Return the matrices ``(B, 3, 3)`` from image to view coordinates in pixels (a hook of Kornia)."""
         top, left, height, width = params["box"].to(input).unbind(1)
-        scale_x, scale_y = self.size / width, self.size / height
+        scale_x, scale_y = self.shape[1] / width, self.shape[0] / height
         mirrored = params["flip"].to(input.device)
         shift_x = (0.5 - left) * scale_x - 0.5
         matrix = torch.zeros(len(top), 3, 3, dtype=input.dtype, device=input.device)
         matrix[:, 0, 0] = torch.where(mirrored, -scale_x, scale_x)
-        matrix[:, 0, 2] = torch.where(mirrored, self.size - 1 - shift_x, shift_x)
+        matrix[:, 0, 2] = torch.where(mirrored, self.shape[1] - 1 - shift_x, shift_x)
         matrix[:, 1, 1], matrix[:, 1, 2], matrix[:, 2, 2] = scale_y, (0.5 - top) * scale_y - 0.5, 1
         return matrix

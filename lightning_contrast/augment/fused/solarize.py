@@ -14,7 +14,6 @@ from lightning_contrast.augment.fused.base import (
     put_,
     rows_where,
     take,
-    towards,
     uniform,
 )
 
@@ -46,7 +45,7 @@ class FusedSolarize(FusedOperation, IntensityAugmentationBase2D):
 
     def draw(self, batch: int, height: int, width: int) -> Draw:
         """Draw ``solarized`` ``(B,)``, the images to solarize."""
-        return {"solarized": uniform(batch, 1)[:, 0] < towards(self.probability, 0.0, self.strength)}
+        return {"solarized": uniform(batch, 1)[:, 0] < self.chance}
 
     def prepare(self, draw: Draw) -> Plan:
         """Return the rows to solarize."""

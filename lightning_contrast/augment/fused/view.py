@@ -44,7 +44,7 @@ class FusedView(nn.Module):
     several views of it at once.
 
     Args:
-        crop: Resamples the image to the size of the view; has a ``size``.
+        crop: Resamples the image to the height and width of the view; has a ``shape``.
         operations: Applied after the crop, in order.
         mean: Subtracted at the end, one number per channel.
         std: Divided by at the end, one number per channel.
@@ -76,7 +76,7 @@ class FusedView(nn.Module):
     def set_strength(self, strength: float) -> None:
         """Set the strength, in 0..1; see `ViewPolicy.set_strength`."""
         for operation in self._operations():
-            operation.strength = strength
+            operation.share = strength
         if hasattr(self.pre_transform, "strength"):
             self.pre_transform.strength = strength
 
@@ -89,11 +89,12 @@ class FusedView(nn.Module):
         return [cast("FusedOperation", operation) for operation in self.operations]
 
     @property
-    def _size(self) -> int:
-        return int(cast("Any", self.operations[0]).size)
+    def _shape(self) -> tuple[int, int]:
+        height, width = cast("Any", self.operations[0]).shape
+        return int(height), int(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return one view ``(B, C, size, size)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
+        """Return one view ``(B, C, h, w)`` of ``images`` ``(B, C, H, W)``, uint8 or float."""
         return self.make_views(images, 1)[0]
 
     def make_views(
@@ -108,20 +109,20 @@ class FusedView(nn.Module):
             frames: Number of consecutive images that share a draw, such as the frames of a clip; divides B.
 
         Returns:
-            Views ``(B, C, size, size)``, float32.
+            Views ``(B, C, h, w)``, float32.
         """
         if self.pre_transform is not None:  # random itself: the order of the draws is that of the views
             pixels = as_float(images)
-            return [self._make(self.pre_transform(pixels).clamp_(0, 1), 1, sizes)[0] for _ in range(count)]
+            return [self._make(self.pre_transform(pixels).clamp(0, 1), 1, sizes, frames)[0] for _ in range(count)]
         return self._make(images.float() if images.is_floating_point() else images, count, sizes, frames)
 
     def _make(self, images: Tensor, count: int, sizes: NDArray[np.int64] | None, frames: int = 1) -> list[Tensor]:
         batch, channels, height, width = images.shape
-        size = self._size
+        edges = self._shape
         if not uses_accelerator_backend(self.backend, images):
             drawn = [self._draw(images, sizes, frames) for _ in range(count)]
             return self._located([self._in_blocks(images, draw) for draw in drawn], drawn, images, sizes)
-        joint = max(1, _JOINT_BYTES // (4 * batch * channels * (height * width + size * size)))
+        joint = max(1, _JOINT_BYTES // (4 * batch * channels * (height * width + edges[0] * edges[1])))
         views: list[Tensor] = []
         drawn = []
         while len(views) < count:
@@ -151,22 +152,22 @@ class FusedView(nn.Module):
         batch, _, height, width = images.shape
         crop: Any
         crop, *others = self._operations()
-        edge, clips = self._size, batch // frames
+        edges, clips = self._shape, batch // frames
         options = {} if sizes is None else {"sizes": sizes[::frames]}
         draws = [
             crop.draw(clips, height, width, **options),
-            *(operation.draw(clips, edge, edge) for operation in others),
+            *(operation.draw(clips, *edges) for operation in others),
         ]
         if frames == 1:
             return draws
         return [{name: np.repeat(value, frames, axis=0) for name, value in draw.items()} for draw in draws]
 
     def _in_blocks(self, images: Tensor, draws: list[Draw]) -> Tensor:
-        """Return one view ``(B, C, size, size)`` of images ``(B, C, H, W)``, computed block by block."""
+        """Return one view ``(B, C', h, w)`` of images ``(B, C, H, W)``, computed block by block."""
         keep_freed_memory()
-        batch, channels, size = len(images), images.shape[1], self._size
-        views = torch.empty(batch, channels, size, size, device=images.device)
-        blocks = max(1, round(batch * channels * size * size * 4 / _BLOCK_BYTES))
+        shape = (len(images), self.factor.shape[1], *self._shape)  # with index channels
+        views, batch = torch.empty(shape, device=images.device), len(images)
+        blocks = max(1, round(views.numel() * 4 / _BLOCK_BYTES))
         block = max(1, -(-batch // blocks))
         for start in range(0, batch, block):
             part = slice(start, start + block)
@@ -182,7 +183,7 @@ class FusedView(nn.Module):
             draws: The draw of each operation, with V * B rows: V views of each image, view by view.
 
         Returns:
-            The sorted views ``(V * B, C, size, size)``, and the row ``(V * B,)`` at which to find each of them.
+            The sorted views ``(V * B, C, h, w)``, and the row ``(V * B,)`` at which to find each of them.
         """
         operations = self._operations()
         keys = [operation.sort_key(draw) for operation, draw in zip(operations, draws, strict=True)]

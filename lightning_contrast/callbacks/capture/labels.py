@@ -81,6 +81,19 @@ def find_pictures(batch: Any, source: Source = None) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else found
 
 
+def pixel_range_of(trainer: Any) -> tuple[float, float] | None:
+    """Return the ``scale`` of the view policy among the Trainer's callbacks: the values of images that are 0 and 1.
+
+    Args:
+        trainer: Trainer whose callbacks are searched.
+
+    Returns:
+        None if there is no policy, or it reads uint8 and float in 0..1.
+    """
+    scales = (getattr(getattr(callback, "policy", None), "scale", None) for callback in trainer.callbacks)
+    return next((scale for scale in scales if scale is not None), None)
+
+
 def warn_unreadable(owner: Any, error: UnreadableBatchError) -> None:
     """Warn that a callback cannot read a batch and logs nothing from here on.
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word, fail, require
+from lightning_contrast.augment.images import PixelRange, check_scale, rescale
 from lightning_contrast.callbacks.capture.dataloaders import check_source, like, training_loader
 from lightning_contrast.callbacks.capture.features import FeatureHook, warn_of_nan
 from lightning_contrast.callbacks.capture.forward_pass import encode, extra_pass
@@ -19,6 +20,7 @@ from lightning_contrast.callbacks.capture.labels import (
     UnreadableBatchError,
     check_place,
     find_pictures,
+    pixel_range_of,
     warn_unreadable,
 )
 from lightning_contrast.callbacks.capture.sampling import SEED, drawn_rows, is_map_style
@@ -64,9 +66,10 @@ class InvarianceMonitor(L.Callback):
 
     Args:
         features: As for `OnlineLinearProbe`.
-        images: Images to use, uint8 or float in 0..1, ``(N, C, H, W)``, N >= 2. Or where they are in the batches of a
-            loader: the key of a dict batch, the index into a tuple or list, or a function that returns a part of the
-            batch; None follows the batch contract. If a batch has none, the callback warns once and logs nothing.
+        images: Images to use, uint8, float in 0..1 or in ``scale``, ``(N, C, H, W)``, N >= 2. Or where they are in the
+            batches of a loader: the key of a dict batch, the index into a tuple or list, or a function that returns a
+            part of the batch; None follows the batch contract. If a batch has none, the callback warns once and logs
+            nothing.
         dataloader: Loader over a dataset of known length, or a DataModule whose training loader is used. None, without
             ``images``: the first validation loader.
         changes: Names of perturbations: "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "crop",
@@ -76,6 +79,8 @@ class InvarianceMonitor(L.Callback):
         every_n_epochs: Number of epochs between measurements, >= 1.
         mean: Mean of each channel, if the loader yields normalized images.
         std: Standard deviation of each channel, > 0; given together with ``mean``.
+        scale: The values of the images that become 0 and 1, such as (0, 65535), as view policies have it. None takes
+            that of the policy of the Trainer's `ViewAugmentation`; without one, images are uint8 or float in 0..1.
         tokens: As for `OnlineLinearProbe`.
         name: Prefix of the logged names; must be unique among the `InvarianceMonitor` callbacks of a Trainer.
         png_dir: Folder for a PNG file of the curves, in addition to the loggers; None: as for `ViewLogger`.
@@ -101,6 +106,7 @@ class InvarianceMonitor(L.Callback):
         every_n_epochs: int = 10,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        scale: PixelRange = None,
         tokens: str = "mean",
         name: str = "invariance",
         png_dir: str | Path | None = None,
@@ -109,6 +115,9 @@ class InvarianceMonitor(L.Callback):
         check_at_least("every_n_epochs", every_n_epochs, 1)
         require((mean is None) == (std is None), "mean", "be given with `std`", (mean, std), "Give both, or neither")
         require(std is None or min(std) > 0, "std", "be > 0", std, "Give the standard deviation of each channel")
+        check_scale(scale)
+        hint = "Images with a `scale` are not normalized yet"
+        require(scale is None or mean is None, "scale", "be None with `mean` and `std`", scale, hint)
         check_word("name", name)
         if not isinstance(images, Tensor):
             check_place("images", images)
@@ -122,7 +131,8 @@ class InvarianceMonitor(L.Callback):
         self._source: Source = None if isinstance(images, Tensor) else images
         self.samples, self.every_n_epochs = samples, every_n_epochs
         self.changes, self.name, self.png_dir = chosen_changes(changes), name, png_dir
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.scale = mean, std, scale
+        self._range = scale
         self.first: Curves = {}
         self.curves: Curves = {}
         self.summary = ""
@@ -222,6 +232,7 @@ class InvarianceMonitor(L.Callback):
         """Measure and log all perturbations, with equal results on all ranks."""
         device = trainer.strategy.root_device
         with isolated(derived_seed(SEED), device):
+            self._range = self.scale or (pixel_range_of(trainer) if self.mean is None else None)
             if self._batches is None and not self._open(trainer):
                 return
             channels = self._images_of((self._batches or [])[0]).shape[1]
@@ -277,6 +288,8 @@ class InvarianceMonitor(L.Callback):
 
     def _to_pixels(self, images: Tensor) -> Tensor:
         """Return images of the loader as float32 in 0..1, ``(B, C, H, W)``."""
+        if self._range is not None:
+            return rescale(images, self._range)
         if images.dtype == torch.uint8:
             return images.float() / 255
         mean, std = self._statistics(images.device)
@@ -284,6 +297,10 @@ class InvarianceMonitor(L.Callback):
 
     def _from_pixels(self, pixels: Tensor, given: Tensor) -> Tensor:
         """Return float32 images in 0..1 in the format of the loader, ``(B, C, H, W)``."""
+        if self._range is not None:
+            low, high = self._range
+            values = pixels * (high - low) + low
+            return (values if given.is_floating_point() else values.round()).to(given.dtype)
         if given.dtype == torch.uint8:
             return (pixels * 255).round().to(torch.uint8)
         mean, std = self._statistics(pixels.device)
@@ -298,7 +315,7 @@ class InvarianceMonitor(L.Callback):
     def _check_values(self, batch: Any, error: type[Exception]) -> None:
         low, high = (float(bound) for bound in torch.aminmax(self._to_pixels(self._images_of(batch))))
         if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-            hint = "Give the `mean` and `std` used by the loader, or `images=` in 0..1"
+            hint = "Give the `mean` and `std` used by the loader, the `scale` of its values, or `images=` in 0..1"
             fail("images", "be in 0..1", (low, high), hint, error)
 
     def _images_of(self, batch: Any) -> Tensor:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_word
+from lightning_contrast.augment.images import rescale
 from lightning_contrast.callbacks.capture.labels import (
     Source,
     UnreadableBatchError,
     check_place,
     find_pictures,
+    pixel_range_of,
     warn_unreadable,
 )
 from lightning_contrast.callbacks.reporting import publish
@@ -180,7 +182,8 @@ class ViewLogger(L.Callback):
         edge = min(MAX_EDGE, longest * max(1, MIN_EDGE // longest))
         columns = [(title, fit_squares(centered(view, longest), edge)) for title, view in shown]
         if originals is not None and not isinstance(found, Tensor):
-            first = Display(self._display.channels).pixels(originals)
+            limits = pixel_range_of(self._trainer)
+            first = Display(self._display.channels).pixels(originals if limits is None else rescale(originals, limits))
             columns.insert(0, ("original", fit_squares(first, edge)))
         return columns
 

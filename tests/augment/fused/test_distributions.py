@@ -6,7 +6,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lightning_contrast import augment
-from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
+from lightning_contrast.augment.fused import (
+    FusedColorJitter,
+    FusedErase,
+    FusedGaussianBlur,
+    FusedResizedCrop,
+    FusedSolarize,
+)
 
 QUANTILES = torch.tensor([0.05, 0.1, 0.25, 0.5, 0.75, 0.9])
 ROUNDS = 2
@@ -42,8 +48,9 @@ PAIRS = {
     "grayscale": (FusedColorJitter(grayscale=0.2), v2.RandomGrayscale(0.2)),
     "blur": (FusedGaussianBlur(0.5, kernel_size=9), v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.5)),
     "solarize": (FusedSolarize(0.2), v2.RandomSolarize(0.5, 0.2)),
+    "erase": (FusedErase(0.5), v2.RandomErasing(0.5)),
 }
-FAST = {"crop", "brightness", "contrast", "saturation", "grayscale", "solarize"}  # in torchvision
+FAST = {"crop", "brightness", "contrast", "saturation", "grayscale", "solarize", "erase"}  # in torchvision
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -3,7 +3,22 @@
 import kornia.augmentation as K
 import torch
 
-from lightning_contrast.augment.fused import FusedColorJitter, FusedGaussianBlur, FusedResizedCrop, FusedSolarize
+from lightning_contrast.augment.fused import (
+    FusedBandDropout,
+    FusedBandGain,
+    FusedBandIndex,
+    FusedBandSwap,
+    FusedColorJitter,
+    FusedDeform,
+    FusedErase,
+    FusedGaussianBlur,
+    FusedGaussianNoise,
+    FusedResizedCrop,
+    FusedSolarize,
+    FusedStainJitter,
+    FusedTurn,
+    FusedWindow,
+)
 
 
 def test_in_a_sequential(emoji):
@@ -14,6 +29,8 @@ def test_in_a_sequential(emoji):
         FusedColorJitter(0.4, 0.4, 0.4, 0.1, grayscale=0.2),
         FusedGaussianBlur(0.5),
         FusedSolarize(0.2),
+        FusedStainJitter(p=0.5),
+        FusedTurn(),
     )
     torch.manual_seed(0)
     views = sequence(images)
@@ -27,7 +44,18 @@ def test_in_a_sequential(emoji):
 
 def test_each_replays_its_parameters(emoji):
     images = emoji[:8] / 255
-    for operation in (FusedResizedCrop(20), FusedColorJitter(0.4, grayscale=0.5), FusedGaussianBlur(), FusedSolarize()):
+    color = FusedColorJitter(0.4, grayscale=0.5)
+    bands = (FusedBandDropout(3, keep=1), FusedBandIndex([(0, 1)]), FusedBandSwap(3, 0.5), FusedBandGain(3))
+    further = (
+        FusedErase(),
+        FusedGaussianNoise(),
+        FusedStainJitter(),
+        FusedTurn(),
+        FusedDeform(),
+        FusedWindow(),
+        *bands,
+    )
+    for operation in (FusedResizedCrop(20), color, FusedGaussianBlur(), FusedSolarize(), *further):
         views = operation(images)
         assert torch.equal(operation(images, params=operation._params), views)
         assert operation._params["batch_prob"].shape == (8,)
