@@ -62,7 +62,7 @@ def document_views(
     """Return two views of a scanned or photographed page, on which text stays text.
 
     Crop 0.6..1, no flip; rotation by up to 3 degrees at 0.5; a shadow (a gradient by a factor of up to 0.67..1.5) at
-    0.5; brightness and contrast 0.3 at 0.8, grayscale 0.5; JPEG with a quality of 40..95 at 0.5; no blur, hue,
+    0.5; brightness and contrast 0.2 at 0.8, grayscale 0.5; JPEG with a quality of 40..95 at 0.5; no blur, hue,
     saturation or solarization.
 
     Source: no paper's numbers. DiT, https://arxiv.org/abs/2203.02378, which learns from pages without labels, crops and
@@ -92,7 +92,7 @@ def document_views(
     spec = ViewSpec(
         size,
         crop,
-        (0.3, 0.3, 0.0, 0.0),
+        (0.2, 0.2, 0.0, 0.0),
         gray_p=0.5,
         flip=0.0,
         rotation=rotation,
