@@ -88,6 +88,12 @@ class Before(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList([step if isinstance(step, nn.Module) else _Function(step) for step in steps])
 
+    def set_strength(self, strength: float) -> None:
+        """Set the strength of an automatic augmentation, in 0..1; other steps have none."""
+        for step in self.steps:
+            if isinstance(step, PerImage):
+                step.strength = strength
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the transformed images ``(B, C, H', W')`` of float images ``(B, C, H, W)``."""
         batch, channels = images.shape[:2]
@@ -150,8 +156,8 @@ class StockView(nn.Module):
         """Set the strength, in 0..1; see `ViewPolicy.set_strength`."""
         spec, mean, std, pre_transform = self.spec.at_strength(strength), self.mean, self.std, self.pre_transform
         sigma = (BLUR_SIGMA[0], towards(BLUR_SIGMA[1], BLUR_SIGMA[0], strength))
-        if pre_transform is not None and hasattr(pre_transform, "strength"):
-            pre_transform.strength = strength
+        if isinstance(pre_transform, Before):
+            pre_transform.set_strength(strength)
         size, indices = check_size(spec.size), self.indices
         crop = K.RandomResizedCrop(
             size,
