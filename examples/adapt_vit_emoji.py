@@ -3,7 +3,6 @@
 import argparse
 import copy
 import json
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -19,8 +18,8 @@ RATES = {"linear probe": 1e-2, "fine-tuning": 1e-3, "LP-FT": 3e-4, "LoRA": 3e-3}
 
 def fit(model, batches, epochs, seed):
     """Train on views made from batches of images."""
-    settings = QUIET | {"accelerator": "cpu", "limit_val_batches": 0, "num_sanity_val_steps": 0}
-    L.Trainer(max_epochs=epochs, callbacks=[lc.ViewAugmentation(VIEWS, seed=seed)], **settings).fit(model, batches)
+    callbacks = [lc.ViewAugmentation(VIEWS, seed=seed)]
+    L.Trainer(max_epochs=epochs, callbacks=callbacks, accelerator="cpu", **QUIET).fit(model, batches)
     return model.eval()
 
 
@@ -47,35 +46,27 @@ def adapt(backbone, row, batches, lr, epochs, seed):
     """Return a classifier that is trained in one of the ways."""
     L.seed_everything(seed)
     backbone = copy.deepcopy(backbone)
-    if row == "LoRA":
-        return fit(Classifier(lc.nn.add_lora(backbone, rank=4, alpha=8), lr), batches, epochs, seed)
-    if row == "fine-tuning":
-        return fit(Classifier(backbone, lr), batches, epochs, seed)
+    if row in ("LoRA", "fine-tuning"):
+        network = lc.nn.add_lora(backbone, rank=4, alpha=8) if row == "LoRA" else backbone
+        return fit(Classifier(network, lr), batches, epochs, seed)
     probe = fit(Classifier(backbone.requires_grad_(False), RATES["linear probe"]), batches, epochs, seed)
-    if row == "linear probe":
-        return probe
-    backbone.requires_grad_(True)  # LP-FT: the head is right before the features move
-    probe.lr = lr
-    return fit(probe.train(), batches, epochs, seed)
+    if row == "LP-FT":  # the head is right before the features move
+        probe.requires_grad_(True).lr = lr
+        fit(probe.train(), batches, epochs, seed)
+    return probe
 
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--rows", nargs="+", choices=[*RATES], default=[*RATES])
-for name, kind, default in (("lr", float, None), ("seed", int, 0), ("fold", int, None), ("epochs", int, 15)):
+parser.add_argument("--pretraining", type=int, default=12, help="epochs of SimCLR on both artists, without labels")
+for name, kind, default in (("lr", float, None), ("seed", int, 0), ("fold", int, None), ("epochs", int, 8)):
     parser.add_argument(f"--{name}", type=kind, default=default)  # a fold, 1-4: judge on training things
-parser.add_argument("--pretraining", type=int, default=30, help="epochs of SimCLR on both artists, without labels")
-parser.add_argument("--output", type=Path, default=Path("runs/adapt_vit"))
 options = parser.parse_args()
 L.seed_everything(options.seed)
 data = lc.data.EmojiDataModule(128, seed=options.seed, validation_fold=options.fold)
 model = lc.SimCLR("small_vit", backbone_kwargs=SMALL, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=0)
-path = options.output / f"{options.pretraining}_{options.seed}_{options.fold}.pt"
-if path.exists():
-    model.backbone.load_state_dict(torch.load(path, weights_only=True))
-elif options.pretraining:
+if options.pretraining:
     fit(model, data.train_dataloader(), options.pretraining, options.seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.backbone.state_dict(), path)
 noto = TensorDataset(data.artists("train")[0], data.labels("train").chunk(2)[0])
 batches = DataLoader(noto, batch_size=128, shuffle=True, drop_last=True)
 for row in options.rows:

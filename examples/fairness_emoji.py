@@ -30,8 +30,7 @@ class Classifier(L.LightningModule):
         features = self.backbone(views[0])
         if self.remedy == "group DRO":
             return self.group_dro(self.head(features), labels, 2 * labels + gender)
-        losses = torch.nn.functional.cross_entropy(self.head(features), labels, reduction="none")
-        loss = (losses * weights if self.remedy == "balanced weights" else losses).mean()
+        loss = (torch.nn.functional.cross_entropy(self.head(features), labels, reduction="none") * weights).mean()
         if self.remedy == "FSCL":
             pair = torch.nn.functional.normalize(torch.stack([features, self.backbone(views[1])], dim=1), dim=2)
             loss = loss + self.strength * lc.losses.fair_supcon_loss(pair, labels, gender, temperature=0.1)
@@ -45,7 +44,7 @@ class Classifier(L.LightningModule):
 def persons(data, split):
     """Return images of men, then of the same persons as women; role (1) or activity (0), and gender (1: women)."""
     men, women = data.twins(split)
-    names = [data.captions(split)[row].removeprefix("man ").replace(" ", "-") for row in men]
+    names = [data.captions(split)[row][4:].replace(" ", "-") for row in men]
     labels = torch.tensor([int(f" {name} " in ROLES) for name in names]).repeat(2)
     return data.images(split)[torch.cat([men, women])], labels, torch.arange(2).repeat_interleave(len(men))
 
@@ -57,19 +56,17 @@ def run(remedy, strength, epochs, seed, fold):
     images, labels, gender = persons(data, "train")
     kept = (labels != gender) | (torch.rand(len(labels)) < 0.1)  # a tenth of the images that contradict the shortcut
     kept |= kept.roll(len(kept) // 2) & (remedy == "counterfactual pairs")  # each image with that of the other gender
-    weights = lc.data.balanced_weights((2 * labels + gender).masked_fill(~kept, -1))
+    groups = 2 * labels + gender if remedy == "balanced weights" else labels * 0
+    weights = lc.data.balanced_weights(groups.masked_fill(~kept, -1))
     dataset = TensorDataset(*(values[kept] for values in (images, labels, gender, weights)))
-    callbacks = [
-        lc.ViewAugmentation(lc.augment.make_policy([lc.augment.ViewSpec(32, (0.6, 1), gray_p=0)] * 2), seed=seed)
-    ]
-    for label in range(2) if remedy == "HSIC" else ():  # what gender tells beyond the class
-        place = lambda batch, label=label: batch[2].where(batch[1] == label, -1)  # noqa: E731
-        callbacks.append(lc.AttributePenalty(place, weight=strength, name=f"class_{label}"))
+    views = lc.ViewAugmentation(lc.augment.make_policy([lc.augment.ViewSpec(32, (0.6, 1), gray_p=0)] * 2), seed=seed)
+    places = [lambda batch, y=y: batch[2].where(batch[1] == y, -1) for y in range(2) if remedy == "HSIC"]  # by class
+    penalties = [lc.AttributePenalty(place, weight=strength, name=f"class_{y}") for y, place in enumerate(places)]
     model, loader = Classifier(remedy, strength), DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    L.Trainer(max_epochs=epochs, callbacks=callbacks, accelerator="cpu", **quiet).fit(model, loader)
+    L.Trainer(max_epochs=epochs, callbacks=[views, *penalties], accelerator="cpu", **quiet).fit(model, loader)
     images, labels, gender = persons(data, "val")
-    logits = model.head(lc.evaluation.encode(model.backbone, images, callbacks[0].policy.eval_transform))
+    logits = model.head(lc.evaluation.encode(model.backbone, images, views.policy.eval_transform))
     found = lc.metrics.GroupAccuracy(4)(logits.argmax(1), labels, 2 * labels + gender)
     return {"gap": found["groups"].view(2, 2).diff().abs().max().item()} | {k: v.tolist() for k, v in found.items()}
 
