@@ -28,7 +28,8 @@ class Classifier(L.LightningModule):
 
     def __init__(self, backbone, lr):
         super().__init__()
-        self.backbone, self.head, self.lr = backbone, torch.nn.Linear(SMALL["embed_dim"], 9), lr
+        self.backbone, self.lr = backbone, lr
+        self.head = torch.nn.Sequential(torch.nn.BatchNorm1d(64, affine=False), torch.nn.Linear(64, 9))
 
     def training_step(self, batch, batch_idx):
         """Return the cross entropy of both views."""
@@ -58,14 +59,13 @@ def adapt(backbone, row, batches, lr, epochs, seed):
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--rows", nargs="+", choices=[*RATES], default=[*RATES])
-parser.add_argument("--pretraining", type=int, default=12, help="epochs of SimCLR on both artists, without labels")
-for name, kind, default in (("lr", float, None), ("seed", int, 0), ("fold", int, None), ("epochs", int, 8)):
-    parser.add_argument(f"--{name}", type=kind, default=default)  # a fold, 1-4: judge on training things
+for name, default in (("seed", 0), ("fold", None), ("epochs", 8), ("pretraining", 12), ("lr", None)):
+    parser.add_argument(f"--{name}", type=float if name == "lr" else int, default=default)
 options = parser.parse_args()
 L.seed_everything(options.seed)
 data = lc.data.EmojiDataModule(128, seed=options.seed, validation_fold=options.fold)
 model = lc.SimCLR("small_vit", backbone_kwargs=SMALL, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=0)
-if options.pretraining:
+if options.pretraining:  # epochs on both artists, without labels
     fit(model, data.train_dataloader(), options.pretraining, options.seed)
 noto = TensorDataset(data.artists("train")[0], data.labels("train").chunk(2)[0])
 batches = DataLoader(noto, batch_size=128, shuffle=True, drop_last=True)
