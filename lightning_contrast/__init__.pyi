@@ -16,6 +16,7 @@ from . import resuming as resuming
 from . import seeding as seeding
 from . import testing as testing
 from .callbacks import AdversarialView as AdversarialView
+from .callbacks import AttributePenalty as AttributePenalty
 from .callbacks import CollapseMonitor as CollapseMonitor
 from .callbacks import EmbeddingLogger as EmbeddingLogger
 from .callbacks import GradientCache as GradientCache

@@ -316,6 +316,43 @@ def test_view_strengths(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remedy", ["none", "balanced weights", "group DRO", "HSIC", "FSCL", "counterfactual pairs"])
+def test_fairness_emoji(tmp_path, remedy):
+    out = run(ROOT / "examples" / "fairness_emoji.py", "--remedy", remedy, "--epochs", "1", "--fold", "1", cwd=tmp_path)
+    found = json.loads(out.splitlines()[-1])
+    assert found["images"] == [20, 20, 10, 10]  # activities of men and women, roles of men and women
+    assert found["gap"] == pytest.approx(max(abs(found["groups"][i] - found["groups"][i + 1]) for i in (0, 2)))
+
+
+@pytest.mark.slow
+def test_adapt_vit_emoji(tmp_path):
+    pytest.importorskip("peft")
+    out = run(
+        ROOT / "examples" / "adapt_vit_emoji.py", "--epochs", "1", "--pretraining", "0", "--fold", "1", cwd=tmp_path
+    )
+    rows = {line["row"]: line for line in map(json.loads, re.findall(r"^\{.*\}$", out, flags=re.M))}
+    assert list(rows) == ["linear probe", "fine-tuning", "LP-FT", "LoRA"]
+    assert rows["linear probe"]["trained"] == 9 * 65
+    assert rows["LoRA"]["trained"] == 9 * 65 + 4 * 4 * (64 + 192 + 64 + 64)
+    assert rows["LP-FT"]["trained"] == rows["fine-tuning"]["trained"] > 200_000
+    assert all(0 < line[artist] < 0.6 for line in rows.values() for artist in ("noto", "fluent"))
+
+
+@pytest.mark.slow
+def test_adapt_clip_emoji(tmp_path):
+    out = run(ROOT / "examples" / "adapt_clip_emoji.py", "--epochs", "1", "--steps", "10", "--shots", "2", cwd=tmp_path)
+    found = json.loads(out.splitlines()[-1])
+    assert [row for row in found if row not in ("shots", "seed", "weight, sharpness")] == [
+        "zero-shot",
+        "Tip-Adapter",
+        "CoOp",
+        "CoOp, per class",
+        "linear probe",
+    ]
+    assert 0.1 <= found["weight, sharpness"][0] <= 100
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the notebook machinery, not of ours
 def test_notebook_runs_with_small_settings(path, tmp_path):

@@ -1,4 +1,5 @@
 from .adversarial_view import AdversarialView as AdversarialView
+from .attribute_penalty import AttributePenalty as AttributePenalty
 from .collapse.diagnosis import Thresholds as Thresholds
 from .collapse.instance_discrimination_monitor import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
 from .collapse.monitor import CollapseMonitor as CollapseMonitor

@@ -8,6 +8,7 @@ from lightning_contrast.data.image_text_module import ImageTextDataModule
 from lightning_contrast.data.in_memory import InMemoryDataModule
 from lightning_contrast.data.loading import ResumableLoader
 from lightning_contrast.data.moving_emoji import MovingEmojiDataModule
+from lightning_contrast.data.reweighting import balanced_weights
 from lightning_contrast.data.scenes_module import EmojiScenesDataModule
 from lightning_contrast.data.statistics import estimate_mean_std
 from lightning_contrast.data.structured_batches import StructuredBatches
@@ -25,5 +26,6 @@ __all__ = [
     "ResumableLoader",
     "StructuredBatches",
     "VideoFolderDataModule",
+    "balanced_weights",
     "estimate_mean_std",
 ]

@@ -140,6 +140,24 @@ class EmojiDataModule(InMemoryDataModule):
         noto, fluent = (self._draw(split)[0] if one else self.images(split)).chunk(2)
         return noto, fluent
 
+    def twins(self, split: Split = "train") -> tuple[Tensor, Tensor]:
+        """Return which images of a split show one person as a man and as a woman, such as man-artist and woman-artist.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            The positions in `images` of the men, int64 ``(P,)``, and of the women, ``(P,)``: row i of both is the same
+            person by the same artist. Persons of whom the split has only one are left out.
+        """
+        rows = self.things(split).tolist()
+        places = {self.names[row]: place for place, row in enumerate(rows)}
+        found = [(place, places.get(f"wo{name}")) for name, place in places.items() if name.startswith("man-")]
+        men, women = torch.tensor([pair for pair in found if pair[1] is not None]).T
+        artists = len(self.captions(split)) // len(rows)  # 2, or 1 in a run on one artist
+        starts = len(rows) * torch.arange(artists)[:, None]
+        return (starts + men).flatten(), (starts + women).flatten()
+
     def captions(self, split: Split = "train") -> list[str]:
         """Return the caption of each image of a split, in the order of `images`: the name, words separated by spaces.
 

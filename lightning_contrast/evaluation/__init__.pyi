@@ -14,4 +14,5 @@ from .frozen import knn_top1 as knn_top1
 from .frozen import linear_top1 as linear_top1
 from .frozen import pixel_features as pixel_features
 from .frozen import recall_at_1 as recall_at_1
+from .tip_adapter import tip_adapter_logits as tip_adapter_logits
 from .zero_shot import zero_shot_weights as zero_shot_weights

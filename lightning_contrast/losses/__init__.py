@@ -20,6 +20,7 @@ from lightning_contrast.losses.distillation import (
     koleo_loss,
     masked_patch_loss,
 )
+from lightning_contrast.losses.fairness import fair_supcon_loss, hsic_loss
 from lightning_contrast.losses.frozen_teacher import (
     compress_loss,
     crd_loss,
@@ -48,6 +49,7 @@ from lightning_contrast.losses.geometric import (
     triplet_loss,
     uniformity,
 )
+from lightning_contrast.losses.group_dro import GroupDRO
 from lightning_contrast.losses.image_text import clip_distillation_loss, clip_loss, siglip_loss
 from lightning_contrast.losses.local_image_text import (
     attend_regions,
@@ -88,6 +90,7 @@ from lightning_contrast.losses.synthetic import mochi_negatives
 from lightning_contrast.losses.temporal import tclr_global_local_loss, tclr_instance_loss, tclr_local_loss
 
 __all__ = [
+    "GroupDRO",
     "Negatives",
     "alignment",
     "attend_regions",
@@ -115,11 +118,13 @@ __all__ = [
     "draw_row_negatives",
     "draw_time_negatives",
     "epps_pulley",
+    "fair_supcon_loss",
     "gloria_global_loss",
     "gloria_local_loss",
     "gram_loss",
     "hard_negative_nt_xent",
     "hint_loss",
+    "hsic_loss",
     "ibot_patch_loss",
     "ijepa_loss",
     "info_nce",

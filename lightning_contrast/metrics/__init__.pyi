@@ -1,3 +1,8 @@
+from .association import AssociationTest as AssociationTest
+from .association import association as association
+from .association import association_test as association_test
+from .group_accuracy import GroupAccuracy as GroupAccuracy
+from .group_accuracy import wilson_interval as wilson_interval
 from .kernel_alignment import CKA as CKA
 from .kernel_alignment import cka as cka
 from .knn import KNNAccuracy as KNNAccuracy

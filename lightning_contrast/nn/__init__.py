@@ -1,6 +1,6 @@
 """Modules with parameters or buffers: backbones, heads, queues, EMA, masking."""
 
-from lightning_contrast.losses import sinkhorn
+from lightning_contrast.losses import GroupDRO, sinkhorn
 from lightning_contrast.nn.activation_checkpointing import checkpoint_activations
 from lightning_contrast.nn.backbones import (
     Backbone,
@@ -21,6 +21,7 @@ from lightning_contrast.nn.heads import HEADS, Head, HeadOptions, PatchPrototype
 from lightning_contrast.nn.jepa_masking import JepaMasks, JepaMaskSampler
 from lightning_contrast.nn.jepa_predictor import JepaPredictor
 from lightning_contrast.nn.logit_scale import LogitBias, LogitScale
+from lightning_contrast.nn.lora import LoRALinear, add_lora, merge_lora
 from lightning_contrast.nn.masking import (
     MaskedPatches,
     MaskSplit,
@@ -83,12 +84,14 @@ __all__ = [
     "FrozenTeacher",
     "GridContext",
     "GridPredictors",
+    "GroupDRO",
     "Head",
     "HeadOptions",
     "JepaMaskSampler",
     "JepaMasks",
     "JepaPredictor",
     "LearnedTemperature",
+    "LoRALinear",
     "LogitBias",
     "LogitScale",
     "MaskSampler",
@@ -122,6 +125,7 @@ __all__ = [
     "TubeletViT",
     "VideoBackbone",
     "WeightNormLinear",
+    "add_lora",
     "block_masks",
     "build_backbone",
     "build_clip_backbone",
@@ -141,6 +145,7 @@ __all__ = [
     "ibot_masks",
     "inverse_block_masks",
     "masked_patches",
+    "merge_lora",
     "mlp_head",
     "project_moments",
     "random_masks",

@@ -164,3 +164,18 @@ def test_a_batch_larger_than_the_set():
         EmojiDataModule(2493).train_dataloader()
     with pytest.raises(ValueError, match="`split` must be one of"):
         EmojiDataModule().images("valid")
+
+
+@pytest.mark.parametrize("settings", [{}, {"validation_fold": 1}, {"artist": "fluent"}])
+def test_twins_show_one_person_as_a_man_and_as_a_woman(settings):
+    data = EmojiDataModule(**settings)
+    for split in ("train", "val", "test"):
+        captions, artist = data.captions(split), torch.arange(len(data.captions(split))) // len(data.things(split))
+        men, women = data.twins(split)
+        assert men.shape == women.shape
+        assert len(set(men.tolist()) | set(women.tolist())) == 2 * len(men)
+        assert [f"wo{captions[row]}" for row in men] == [captions[row] for row in women]
+        assert torch.equal(artist[men], artist[women])
+        every = [c for c in captions if c.startswith("man ") and f"wo{c}" in captions]
+        assert len(men) == len(every)
+    assert len(EmojiDataModule().twins("train")[0]) + len(EmojiDataModule().twins("test")[0]) == 2 * 75  # of 77 persons

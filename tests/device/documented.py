@@ -38,6 +38,7 @@ METHODS = {
     },
 }
 METRICS = {
+    "metrics/group_accuracy.py:update": (math.inf, "argument check: groups lie in 0..num_groups - 1"),
     "metrics/knn.py:update_bank": (math.inf, "argument check: labels lie in 0..num_classes - 1"),
     "metrics/knn.py:update": (math.inf, "argument check: labels lie in 0..num_classes - 1"),
     "metrics/neighbours.py:knn_scores": (math.inf, "argument check: labels lie in 0..num_classes - 1"),

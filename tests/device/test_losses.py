@@ -143,6 +143,11 @@ CALLS = {
         losses.crd_normalizers(a, b, a, b, *_own_and_next(y), temperature=0.1, samples=len(a)), start=a.sum()
     ),
     "disco_loss": lambda a, b, y: losses.disco_loss(a, b, b, a),
+    "GroupDRO": lambda a, b, y: losses.GroupDRO(3).to(a.device)(a, y % 6, y % 3),
+    "fair_supcon_loss": lambda a, b, y: losses.fair_supcon_loss(
+        torch.stack([a, b], dim=1), y, y % 2, temperature=0.1, group_norm=True
+    ),
+    "hsic_loss": lambda a, b, y: losses.hsic_loss(a, y),
     "hint_loss": lambda a, b, y: losses.hint_loss(a, b),
     "kd_loss": lambda a, b, y: losses.kd_loss(a, b, temperature=4.0),
     "noise_contrastive_loss": lambda a, b, y: losses.noise_contrastive_loss(a.sigmoid(), 9),

@@ -82,6 +82,19 @@ MORE = {
     "kd": _case(lambda a, b: losses.kd_loss(a, b, temperature=4.0), 2),
     "hint": _case(losses.hint_loss, 2),
     "rocl": _case(lambda *x: losses.rocl_loss(*x, temperature=0.5), 3),
+    "fair_supcon": Case(
+        lambda a, b, g: losses.fair_supcon_loss(torch.stack([a, b], 1), g + 1, g, temperature=0.5, group_norm=True),
+        losses.fair_supcon_loss,
+        groups=1,
+        tiled=False,
+    ),
+    "fair_supcon, no labels": Case(
+        lambda a, b, g: losses.fair_supcon_loss(torch.stack([a, b], 1), None, g, temperature=0.5),
+        losses.fair_supcon_loss,
+        groups=1,
+        tiled=False,
+    ),
+    "hsic": Case(losses.hsic_loss, losses.hsic_loss, inputs=1, groups=1, tiled=False),
     "rkd": _case(lambda a, b: losses.rkd_loss(a, b, distance_weight=25.0, angle_weight=50.0), 2),
     "sigreg": _case(lambda *x: losses.sigreg_loss(_views(*x), _directions(x[0])), 3),
     "lejepa": _case(
