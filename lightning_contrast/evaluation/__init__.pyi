@@ -14,4 +14,14 @@ from .frozen import knn_top1 as knn_top1
 from .frozen import linear_top1 as linear_top1
 from .frozen import pixel_features as pixel_features
 from .frozen import recall_at_1 as recall_at_1
+from .measures import aurra as aurra
+from .measures import calibration_error as calibration_error
+from .measures import conformal_sets as conformal_sets
+from .measures import conformal_threshold as conformal_threshold
+from .measures import image_text_recall as image_text_recall
+from .measures import mean_corruption_error as mean_corruption_error
+from .measures import ood_metrics as ood_metrics
+from .measures import revisited_map as revisited_map
+from .measures import rms_calibration_error as rms_calibration_error
+from .measures import winoground_scores as winoground_scores
 from .zero_shot import zero_shot_weights as zero_shot_weights
