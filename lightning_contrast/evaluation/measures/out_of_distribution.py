@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_contrast._checks import require
@@ -34,13 +35,13 @@ def ood_metrics(in_scores: Tensor, out_scores: Tensor, *, tpr: float = 0.95) -> 
     from sklearn.metrics import auc, precision_recall_curve, roc_curve
 
     require(0 < tpr <= 1, "tpr", "lie in (0, 1]", tpr, "0.95 is usual")
-    for name, scores in (("in_scores", in_scores), ("out_scores", out_scores)):
-        fits = scores.ndim == 1 and len(scores) > 0 and bool(torch.isfinite(scores).all())
-        require(fits, name, "be finite scores (N,), N >= 1", tuple(scores.shape), "Give one score per image")
+    for name, given in (("in_scores", in_scores), ("out_scores", out_scores)):
+        fits = given.ndim == 1 and len(given) > 0 and bool(torch.isfinite(given).all())
+        require(fits, name, "be finite scores (N,), N >= 1", tuple(given.shape), "Give one score per image")
     scores = np.concatenate([in_scores.double().cpu().numpy(), out_scores.double().cpu().numpy()])
     inside = np.concatenate([np.ones(len(in_scores), dtype=int), np.zeros(len(out_scores), dtype=int)])
 
-    def rate(positive: "np.ndarray[tuple[int], np.dtype[np.int64]]", values: Tensor) -> tuple[float, float]:
+    def rate(positive: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[float, float]:
         false, true, _ = roc_curve(positive, values)
         return float(auc(false, true)), float(false[np.argmax(true >= tpr)])
 

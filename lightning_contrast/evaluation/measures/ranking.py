@@ -97,7 +97,7 @@ def image_text_recall(images: Tensor, texts: Tensor, text_image: Tensor, *, k: i
     whole = text_image.shape == (len(texts),) and not text_image.is_floating_point()
     got = f"{tuple(text_image.shape)} {text_image.dtype}"
     require(whole, "text_image", f"be integers of shape ({len(texts)},)", got, "Give the image of each text")
-    present = text_image.unique().tolist()
+    present = sorted(set(text_image.tolist()))
     every = present == list(range(len(images)))
     require(every, "text_image", f"name each of 0..{len(images) - 1}", present[:8], "Leave out images without a text")
     numbers: Sequence[int] = [k] if isinstance(k, int) else list(k)
