@@ -48,4 +48,6 @@ from .protocols import ood_scores as ood_scores
 from .protocols import paired_bootstrap as paired_bootstrap
 from .protocols import split_conformal as split_conformal
 from .protocols import worst_group_accuracy as worst_group_accuracy
+from .report_card import Report as Report
+from .report_card import report as report
 from .zero_shot import zero_shot_weights as zero_shot_weights
