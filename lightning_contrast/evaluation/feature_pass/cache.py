@@ -60,7 +60,7 @@ def cached_features(
         folder: Folder of all cached features; on several machines, one that all see.
         preprocess: See `load_subject`.
         shard_size: Rows per file, >= 1; rounded up to whole batches of the loader.
-        progress: Show a progress bar, on rank 0.
+        progress: Show a progress bar, on rank 0 and in a terminal.
 
     Raises:
         TypeError: If ``loader`` is not such a DataLoader, or its batches have no images.
@@ -177,7 +177,8 @@ def _write(subject: Subject, loader: DataLoader[Any], shards: list[list[int]], t
     own = range(rank(), len(shards), world_size())
     writer = AtomicCheckpointIO()
     total = sum(len(shards[index]) for index in own)
-    with tqdm(total=total, desc="features", unit="image", disable=not progress or rank() > 0, leave=False) as bar:
+    quiet = None if progress and rank() == 0 else True  # None: only in a terminal
+    with tqdm(total=total, desc="features", unit="image", disable=quiet, leave=False) as bar:
         for index in own:
             path = _path(target, index)
             if not _intact(path):

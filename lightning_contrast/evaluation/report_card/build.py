@@ -25,10 +25,11 @@ OPTIONS: dict[str, Any] = {
     "max_iter": 300,
     "view_images": 128,
     "views": 8,
+    "pictures": 300,
 }
 """Options of the parts: test images that are corrupted, severities, steps of SGD of the grid of heads (12,500 in the
 paper), halvings of the search for C (8 in CLIP's), iterations of each fit of it (1,000 in CLIP's), images and views of
-the geometry."""
+the geometry, images of the figures."""
 _VERSION = 1  # of the files of single parts
 
 
@@ -64,7 +65,7 @@ def report(
             meant.
         options: Some of `OPTIONS`.
         cache: Folder of the features; None is ``output/features``.
-        progress: Show progress bars.
+        progress: Show progress bars, in a terminal.
 
     Returns:
         The report, which has been written.
@@ -105,7 +106,10 @@ def report(
     first = next(iter(context.subjects))
     found.data = about_data(datamodule, {"train": context.train[first], "test": context.test[first]})
     if "features" in found.errors:
-        found.parts["features"] = {"title": "Features", "meaning": "Models that gave no features.", "headline": ""}
+        found.parts["features"] = {
+            **{"title": "Features", "meaning": "Models that gave no features.", "protocol": "", "source": ""},
+            **{"headline": "", "higher_is_better": None},
+        }
         found.outcomes["features"] = {}
     _run_parts(found, context, chosen, folder, progress=progress)
     if rank() == 0:
@@ -121,7 +125,8 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
     from tqdm import tqdm
 
     keys = {name: _model_key(context, name) for name in context.subjects}
-    with tqdm(total=len(chosen) * len(keys), desc="parts", disable=not progress or rank() > 0, leave=False) as bar:
+    quiet = None if progress and rank() == 0 else True  # None: only in a terminal
+    with tqdm(total=len(chosen) * len(keys), desc="parts", disable=quiet, leave=False) as bar:
         for place, name in enumerate(chosen):
             part = PARTS[name]
             about = {"title": part.title, "meaning": part.meaning, "protocol": part.protocol, "source": part.source}

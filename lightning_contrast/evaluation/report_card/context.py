@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -95,6 +96,18 @@ class Context:
         found: tuple[Tensor, Tensor | None] = self.memory[key]
         return found
 
+    def pictures(self, model: str) -> tuple[Tensor, Tensor]:
+        """Return the images ``(n, C, H, W)`` of the figures, and their features ``(n, F)``.
+
+        Args:
+            model: Name of the model.
+        """
+        images, _ = self.images(int(self.options["pictures"]))
+        key = f"pictures {model}"
+        if key not in self.memory:
+            self.memory[key] = self.encode(model, images)
+        return images, self.memory[key]
+
     def encode(self, model: str, images: Tensor) -> Tensor:
         """Return features ``(n, F)`` of images ``(n, C, H, W)`` with the preprocessing of the model.
 
@@ -118,18 +131,20 @@ def find_loaders(datamodule: Any) -> tuple[Any, Any]:
         ValueError: If it has several or no loaders for a purpose.
     """
     hint = "Give a LightningDataModule with `train_dataloader` and `test_dataloader`"
-    if not all(callable(getattr(datamodule, name, None)) for name in ("setup", "train_dataloader", "prepare_data")):
+    if not isinstance(datamodule, L.LightningDataModule):
         fail("datamodule", "be a LightningDataModule", type(datamodule).__name__, hint, TypeError)
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
     datamodule.prepare_data()
     datamodule.setup("fit")
-    train, test = datamodule.train_dataloader(), None
-    try:
+    train = datamodule.train_dataloader()
+    if is_overridden("test_dataloader", datamodule):
         datamodule.setup("test")
         test = datamodule.test_dataloader()
-    except (NotImplementedError, AttributeError, RuntimeError, KeyError, TypeError):  # it has no test set
-        test = None
-    if not _is_loader(test):
+    elif is_overridden("val_dataloader", datamodule):
         test = datamodule.val_dataloader()
+    else:
+        fail("datamodule", "have test or validation images", type(datamodule).__name__, hint)
     for name, loader in (("train_dataloader", train), ("test_dataloader", test)):
         if not _is_loader(loader):
             fail("datamodule", f"have one loader as {name}", type(loader).__name__, hint)
@@ -147,12 +162,12 @@ def about_data(datamodule: Any, sets: Mapping[str, FeatureSet]) -> dict[str, Any
         datamodule: The DataModule.
         sets: "train" and "test" features of one model.
     """
-    found: dict[str, Any] = {"name": getattr(datamodule, "dataset_name", type(datamodule).__name__)}
+    found: dict[str, Any] = {"name": getattr(datamodule, "dataset_name", type(datamodule).__name__), "classes": None}
     for name, of in sets.items():
         found[f"{name}_images"] = len(of.features)
         if of.labels is not None and not of.labels.is_floating_point() and of.labels.ndim == 1:
             found[f"{name}_labeled"] = int((of.labels >= 0).sum())
-            found["classes"] = max(found.get("classes", 0), 1 + int(of.labels.max()))
+            found["classes"] = max(found["classes"] or 0, 1 + int(of.labels.max()))
     return found
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#2a7bd1", "#d9622b", "#3a9a5b", "#a355c9", "#b8912a", "#5b6b7a")
-_MAPPED = 300
 _QUERIES, _NEIGHBORS = 8, 6
 _MOST_CLASSES = 30
 
@@ -86,10 +85,9 @@ def image_map(context: Context, model: str) -> str:
     """Draw test images at the t-SNE coordinates of their features (scikit-learn)."""
     from sklearn.manifold import TSNE
 
-    images, _ = context.images(_MAPPED)
+    images, features = context.pictures(model)
     if len(images) < 5:
         raise ValueError("A map needs five images or more.")
-    features = context.encode(model, images)
     perplexity = min(30.0, (len(images) - 1) / 3)
     tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=context.seed % 2**32)
     places = tsne.fit_transform(features.double().numpy())
@@ -106,11 +104,10 @@ def image_map(context: Context, model: str) -> str:
 
 def neighbors(context: Context, model: str) -> str:
     """Draw test images and their nearest other test images."""
-    images, _ = context.images(_MAPPED)
+    images, features = context.pictures(model)
     count = min(_NEIGHBORS, len(images) - 1)
     if count < 1:
         raise ValueError("Neighbors need two images or more.")
-    features = context.encode(model, images)
     _, found = nearest_neighbours(features, features, count + 1)
     rows = [row * len(images) // _QUERIES for row in range(min(_QUERIES, len(images)))]
     edge, gap = 48, 4
