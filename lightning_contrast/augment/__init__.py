@@ -9,6 +9,7 @@ is made. `lightning_contrast.augment.fused` has the operations of which policies
 from lightning_contrast.augment.adversarial import pgd_attack, pgd_step
 from lightning_contrast.augment.bands import append_indices
 from lightning_contrast.augment.clips import ClipPolicy, clip_distance, clip_views, cpc_clip_views, vjepa_views
+from lightning_contrast.augment.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, corrupt
 from lightning_contrast.augment.curriculum import StrengthSchedule
 from lightning_contrast.augment.frequency import high_frequency
 from lightning_contrast.augment.located_view import LocatedView, cell_locations
@@ -50,6 +51,8 @@ from lightning_contrast.augment.view_spec import ViewSpec
 from lightning_contrast.augment.whole_images import WholeImages
 
 __all__ = [
+    "CORRUPTIONS",
+    "HELD_OUT_CORRUPTIONS",
     "ClipPolicy",
     "LocatedView",
     "StrengthSchedule",
@@ -63,6 +66,7 @@ __all__ = [
     "cell_locations",
     "clip_distance",
     "clip_views",
+    "corrupt",
     "cpc_clip_views",
     "cpc_views",
     "data2vec_views",

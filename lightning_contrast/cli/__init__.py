@@ -6,21 +6,18 @@ its name; ``--config FILE`` runs your own. Classes and view policies of the pack
 
 Checkpoints are written by `AtomicCheckpointIO` unless the recipe sets ``trainer.plugins``. ``--ckpt_path last`` uses
 the newest intact checkpoint of all runs in the Trainer's folder and fails if there is none. ``predict`` writes the
-features to ``features.npz`` in the folder of the run. Errors of the user are printed on one line; ``--debug`` shows the
-traceback.
+features to ``features.npz`` in the folder of the run. ``report CKPT ... --data DATA --output DIR`` judges checkpoints,
+see `evaluation.report`. Errors of the user are printed on one line; ``--debug`` shows the traceback.
 """
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lightning_contrast import augment, callbacks, data, methods
 from lightning_contrast.cli._errors import user_message
-
-if TYPE_CHECKING:
-    from lightning.pytorch.cli import LightningCLI
 
 __all__ = ["entry_point", "main"]
 
@@ -44,7 +41,7 @@ def entry_point() -> None:
         sys.exit(1)
 
 
-def main(args: list[str] | None = None, *, run: bool = True) -> "LightningCLI":
+def main(args: list[str] | None = None, *, run: bool = True) -> Any:
     """Run the command line.
 
     Args:
@@ -52,7 +49,7 @@ def main(args: list[str] | None = None, *, run: bool = True) -> "LightningCLI":
         run: False builds Trainer, module and data without running them; ``args`` then has no subcommand.
 
     Returns:
-        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``.
+        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``; the report of the subcommand ``report``.
 
     Raises:
         SystemExit: With status 2, if the arguments cannot be parsed.
@@ -66,9 +63,12 @@ def main(args: list[str] | None = None, *, run: bool = True) -> "LightningCLI":
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"The command line needs jsonargparse. {_HINT}.", name="jsonargparse") from error
     from lightning_contrast.cli._command_line import build
+    from lightning_contrast.cli.report_command import COMMAND, run_report
 
     given = sys.argv[1:] if args is None else args
     with _debug("--debug" in given):
+        if run and given and given[0] == COMMAND:
+            return run_report(given[1:])
         return build(args, run=run)
 
 

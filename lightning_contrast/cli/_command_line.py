@@ -139,6 +139,6 @@ def build(args: list[str] | None, *, run: bool) -> LightningCLI:
 
 
 _DESCRIPTION = (
-    "Contrastive and self-supervised pretraining. `fit --config simclr_emoji` runs a recipe by its name; --debug shows "
-    "the traceback of an error."
+    "Contrastive and self-supervised pretraining. `fit --config simclr_emoji` runs a recipe by its name; `report` "
+    "judges checkpoints; --debug shows the traceback of an error."
 )

@@ -11,6 +11,7 @@ from .lda_rank import lidar as lidar
 from .neighbours import knn_predict as knn_predict
 from .neighbours import knn_scores as knn_scores
 from .neighbours import nearest_neighbours as nearest_neighbours
+from .neighbours import neighbour_vote as neighbour_vote
 from .retrieval import RetrievalRecall as RetrievalRecall
 from .spectrum import AlphaReQ as AlphaReQ
 from .spectrum import EffectiveRank as EffectiveRank

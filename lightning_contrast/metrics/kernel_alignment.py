@@ -1,35 +1,51 @@
-"""Linear centered kernel alignment (CKA): similarity of two representations up to rotation and scale."""
+"""Centered kernel alignment (CKA): similarity of two representations up to rotation and scale."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_choice, check_positive, fail, require
 from lightning_contrast.metrics.neighbours import check_features
 
 
-def cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Compute the linear centered kernel alignment (CKA) of two representations of the same images.
+def cka(
+    x: Tensor,
+    y: Tensor,
+    *,
+    unbiased: bool = False,
+    kernel: Literal["linear", "rbf"] = "linear",
+    rbf_threshold: float = 0.5,
+) -> Tensor:
+    """Compute the centered kernel alignment (CKA) of two representations of the same images.
 
     Implements https://arxiv.org/abs/1905.00414, Eq. 5: ``|Y^T X|^2 / (|X^T X| |Y^T Y|)`` (Frobenius norms) of centered
     features. ``unbiased=True`` instead uses the unbiased HSIC estimate of https://arxiv.org/abs/2010.15327, Eq. 3,
-    which does not grow with fewer images and may be slightly below 0. Computed in float64.
+    which does not grow with fewer images and may be slightly below 0. ``kernel="rbf"`` replaces the inner products by
+    ``exp(-|a - b|^2 / (2 s^2))``, where s^2 is ``rbf_threshold^2`` times the median of all squared distances, the zeros
+    of the diagonal included, as in the authors' code; it needs N x N numbers. Computed in float64.
 
     Args:
         x: Features ``(N, D)``, floating, N >= 2.
         y: Features ``(N, E)``, row i of the same image as row i of ``x``.
         unbiased: Use the unbiased estimate; requires N >= 4.
+        kernel: "linear" or "rbf".
+        rbf_threshold: Bandwidth of the RBF kernel as a share of the root of the median squared distance, > 0.
 
     Returns:
         A float64 scalar; 1 if one is a rotation and scaling of the other, NaN if one is constant.
 
     Raises:
-        ValueError: If the numbers of rows differ or are too few.
+        ValueError: If the numbers of rows differ or are too few, or an argument is out of range.
     """
     x, y = _pair(x, y, 4 if unbiased else 2)
-    if unbiased:
+    check_choice("kernel", kernel, ("linear", "rbf"))
+    check_positive("rbf_threshold", rbf_threshold)
+    if kernel == "rbf":
+        grams = _rbf(x, rbf_threshold), _rbf(y, rbf_threshold)
+        both, first, second = _hsic1_of(*grams) if unbiased else _hsic0_of(*grams)
+    elif unbiased:
         both, first, second = _hsic1(x, y)
     else:
         x, y = x - x.mean(dim=0), y - y.mean(dim=0)
@@ -49,8 +65,28 @@ def _pair(x: Tensor, y: Tensor, minimum: int) -> tuple[Tensor, Tensor]:
 def _hsic1(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the unbiased HSIC of (x, y), (x, x) and (y, y)."""
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)  # for smaller rounding errors only
-    kernel_x, kernel_y = (z @ z.T for z in (x, y))
-    n = len(x)
+    return _hsic1_of(x @ x.T, y @ y.T)
+
+
+def _rbf(x: Tensor, threshold: float) -> Tensor:
+    """Compute the RBF kernel matrix ``(N, N)`` of rows ``(N, D)``."""
+    products = x @ x.T
+    norms = products.diagonal()
+    distances = (norms.unsqueeze(1) + norms - 2 * products).clamp(min=0.0)
+    flat = distances.flatten().sort().values
+    median = (flat[(len(flat) - 1) // 2] + flat[len(flat) // 2]) / 2
+    return torch.exp(-distances / (2 * threshold**2 * median))
+
+
+def _hsic0_of(kernel_x: Tensor, kernel_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the biased HSIC, times (n - 1)^2, of (x, y), (x, x) and (y, y) from kernels ``(n, n)``."""
+    x, y = (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (kernel_x, kernel_y))
+    return (x * y).sum(), x.square().sum(), y.square().sum()
+
+
+def _hsic1_of(kernel_x: Tensor, kernel_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the unbiased HSIC of (x, y), (x, x) and (y, y) from kernels ``(n, n)``, whose diagonals are cleared."""
+    n = len(kernel_x)
     for kernel in (kernel_x, kernel_y):
         kernel.fill_diagonal_(0.0)
     sums_x, sums_y = kernel_x.sum(dim=0), kernel_y.sum(dim=0)

@@ -202,6 +202,38 @@ def vote(similarities: Tensor, labels: Tensor, *, num_classes: int, temperature:
     return sum_votes(torch.softmax(similarities / temperature, dim=1), labels, num_classes)
 
 
+def neighbour_vote(queries: Tensor, neighbours: Tensor, neighbour_labels: Tensor, *, temperature: float) -> Tensor:
+    """Compute the vote of given neighbors with soft labels, for dense predictions such as segmentation.
+
+    Source: Hummingbird (https://arxiv.org/abs/2306.01667, Eq. 2), cross-attention over the retrieved patches: weights
+    are the softmax of cosine / temperature over the neighbors of a query.
+
+    Args:
+        queries: Features ``(Q, F)``, floating; L2-normalized here.
+        neighbours: Features of the neighbors of each query, ``(Q, k, F)``; L2-normalized here.
+        neighbour_labels: Their labels ``(Q, k, C)``, such as shares of the classes in a patch.
+        temperature: Divisor of the cosine similarities; unitless, > 0; 0.02 in the paper.
+
+    Returns:
+        Weighted means of the labels, ``(Q, C)``.
+
+    Raises:
+        ValueError: If shapes do not match or the temperature is not positive.
+    """
+    check_positive("temperature", temperature)
+    check_features("queries", queries)
+    fits = neighbours.ndim == 3 and neighbours.shape[::2] == queries.shape
+    got, hint = tuple(neighbours.shape), "Give k rows per query"
+    require(fits, "neighbours", f"be ({len(queries)}, k, {queries.shape[1]})", got, hint)
+    fits = neighbour_labels.ndim == 3 and neighbour_labels.shape[:2] == neighbours.shape[:2]
+    got = tuple(neighbour_labels.shape)
+    require(fits, "neighbour_labels", f"be {(*neighbours.shape[:2], 'C')}", got, "Give one row per neighbor")
+    cosines = F.normalize(neighbours, dim=2) @ F.normalize(queries, dim=1).unsqueeze(2)  # (Q, k, 1)
+    weights = torch.softmax(cosines / temperature, dim=1)
+    votes: Tensor = (weights * neighbour_labels.to(weights.dtype)).sum(1)
+    return votes
+
+
 def sum_votes(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Add the weights of the neighbors of each class.
 

@@ -35,11 +35,12 @@ FUNCTIONS = {
     "knn_scores": lambda a, b, y: metrics.knn_scores(a, b, y, num_classes=3, k=3, chunk_size=3),
     "lidar": lambda a, b, y: metrics.lidar([a, b]),
     "nearest_neighbours": lambda a, b, y: metrics.nearest_neighbours(a, b, 3)[1],
+    "neighbour_vote": lambda a, b, y: metrics.neighbour_vote(a, b.view(8, 1, 12), a.view(8, 1, 12), temperature=0.1),
     "participation_ratio": lambda a, b, y: metrics.participation_ratio(a),
     "rankme": lambda a, b, y: metrics.rankme(a),
     "wilson_interval": lambda a, b, y: metrics.wilson_interval(y, y + 1)[0],
 }
-WITHOUT_READS = ("cka", "knn_predict", "knn_scores", "nearest_neighbours")
+WITHOUT_READS = ("cka", "knn_predict", "knn_scores", "nearest_neighbours", "neighbour_vote")
 
 
 def test_every_metric_is_called():

@@ -1,0 +1,71 @@
+"""The command ``lightning-contrast report``: judge checkpoints on a DataModule."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_contrast._checks import fail
+from lightning_contrast.cli._command_line import Parser
+from lightning_contrast.cli._names import short_names_in_yaml
+
+COMMAND = "report"
+_DESCRIPTION = (
+    "Judge checkpoints, exported backbones (.pt) or timm models side by side on a DataModule, by nearest neighbors, "
+    "linear probes, few labels, corruptions and more; write a page, Markdown and JSON."
+)
+
+
+def run_report(args: Sequence[str]) -> Any:
+    """Parse the arguments of the command, make the report and print where it is.
+
+    Args:
+        args: Arguments after the name of the command.
+
+    Returns:
+        The report.
+
+    Raises:
+        SystemExit: With status 2, if the arguments cannot be parsed.
+    """
+    from lightning_contrast.evaluation import report
+
+    parser = Parser(prog=f"lightning-contrast {COMMAND}", description=_DESCRIPTION)
+    parser.add_argument("models", nargs="+", help="NAME=MODEL or MODEL: path of a checkpoint or name of timm")
+    parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
+    parser.add_argument("--output", type=str, required=True, help="folder of the report")
+    parser.add_argument("--parts", type=list[str] | None, default=None, help="parts; default: all that are default")
+    parser.add_argument("--reference", type=str | None, default=None, help="name of the model to compare with")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
+    parser.add_argument("--options", type=dict[str, Any], default={}, help="options of the parts")
+    parser.add_argument("--cache", type=str | None, default=None, help="folder of the features")
+    with short_names_in_yaml():
+        config = parser.parse_args(list(args))
+        instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # its name since jsonargparse 4.49
+        built = instantiate(config)
+    names = {"parts", "reference", "seed", "options", "cache"}
+    chosen = {name: built[name] for name in names}
+    found = report(_named(built.models), built.data, output=built.output, **chosen)
+    sys.stdout.write(f"{Path(built.output) / 'report.html'}\n")
+    return found
+
+
+def _named(models: Sequence[str]) -> dict[str, str]:
+    """Return models by name: given as NAME=MODEL, else the stem of the file, or the name of timm."""
+    named: dict[str, str] = {}
+    for given in models:
+        name, has_name, model = given.partition("=")
+        name, model = (name, model) if has_name else (_name_of(given), given)
+        if name in named:
+            fail("models", "have different names", f"{name!r} twice", "Give NAME=MODEL")
+        named[name] = model
+    return named
+
+
+def _name_of(model: str) -> str:
+    path = Path(model)
+    if path.suffix not in (".ckpt", ".pt", ".pth"):
+        return model
+    return path.parent.name if path.stem in ("last", "best", "checkpoint") and path.parent.name else path.stem

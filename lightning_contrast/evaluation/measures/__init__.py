@@ -1,0 +1,5 @@
+"""Measures of predictions: calibration, conformal sets, out-of-distribution scores, robustness and retrieval."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,12 @@
+from .calibration import aurra as aurra
+from .calibration import calibration_error as calibration_error
+from .calibration import rms_calibration_error as rms_calibration_error
+from .conformal import conformal_sets as conformal_sets
+from .conformal import conformal_threshold as conformal_threshold
+from .out_of_distribution import ood_metrics as ood_metrics
+from .ranking import image_text_recall as image_text_recall
+from .ranking import revisited_map as revisited_map
+from .ranking import winoground_scores as winoground_scores
+from .robustness import ALEXNET_CLEAN_ERROR as ALEXNET_CLEAN_ERROR
+from .robustness import ALEXNET_ERRORS as ALEXNET_ERRORS
+from .robustness import mean_corruption_error as mean_corruption_error

@@ -1,0 +1,5 @@
+from .build import report as report
+from .parts import PARTS as PARTS
+from .parts import Part as Part
+from .result import Outcome as Outcome
+from .result import Report as Report

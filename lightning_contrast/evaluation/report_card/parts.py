@@ -1,0 +1,191 @@
+"""The parts of a report: what each measures, what that means, and where the protocol is from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_contrast.evaluation.report_card import classification, robustness, structure
+from lightning_contrast.evaluation.report_card.context import Context
+from lightning_contrast.evaluation.report_card.cost import cost
+from lightning_contrast.evaluation.report_card.result import Outcome
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a report.
+
+    Attributes:
+        title: Its heading.
+        meaning: What a number says, in a sentence.
+        protocol: How it is measured.
+        source: Address or reference.
+        run: Measures one model.
+        headline: Beginning of the name of the value in the summary; "" for none.
+        higher_is_better: Whether a higher headline is better; None if that cannot be said.
+        curve: Labels of the axes of its figure, x and y.
+        log_x: Whether the x axis is logarithmic.
+        by_default: Whether it is among the default parts.
+    """
+
+    title: str
+    meaning: str
+    protocol: str
+    source: str
+    run: Callable[[Context, str], Outcome]
+    headline: str = ""
+    higher_is_better: bool | None = True
+    curve: tuple[str, str] = ("", "")
+    log_x: bool = False
+    by_default: bool = True
+
+
+PARTS: dict[str, Part] = {
+    "knn": Part(
+        "Nearest neighbors",
+        "How many test images get the class that their nearest training images vote for: nothing is trained.",
+        "Weighted vote of the k nearest training images, exp(cosine / 0.07), test transform.",
+        "https://arxiv.org/abs/2104.14294 (DINO), https://arxiv.org/abs/1805.01978",
+        classification.knn,
+        "top1",
+        curve=("k", "accuracy"),
+        log_x=True,
+    ),
+    "linear": Part(
+        "Linear probe",
+        "How many test images a linear classifier on the frozen features gets right: the usual figure of papers.",
+        "Logistic regression, its penalty chosen on held-out training images (CLIP); and SGD in published protocols "
+        "with batches of 256. Features without augmentation.",
+        "https://arxiv.org/abs/2103.00020 A.3, https://arxiv.org/abs/2002.05709, https://arxiv.org/abs/1911.05722",
+        classification.linear,
+        "top1",
+        curve=("class", "accuracy"),
+    ),
+    "grid": Part(
+        "Linear grid",
+        "The linear probe of DINOv2, which tries 13 learning rates at once.",
+        "13 heads in one pass of SGD, the best on held-out training images is reported.",
+        "https://arxiv.org/abs/2304.07193 B.3",
+        classification.grid,
+        "top1",
+        by_default=False,
+    ),
+    "few_shot": Part(
+        "Few-shot episodes",
+        "How well classes are told apart from one or five examples each; intervals are those of the episodes.",
+        "100 episodes, nearest class mean of centered unit features, 15 queries per class.",
+        "https://arxiv.org/abs/1911.04623",
+        classification.shots,
+        "5-way 5-shot",
+    ),
+    "label_efficiency": Part(
+        "Label efficiency",
+        "What the first labels are worth: the accuracy for a share of the training labels.",
+        "Logistic regression on standardized features, C = 0.1, three draws per share, at least one label per class.",
+        "https://arxiv.org/abs/2002.05709 4.1 (shares)",
+        classification.efficiency,
+        "top1 with 10%",
+        curve=("labels", "accuracy"),
+        log_x=True,
+    ),
+    "retrieval": Part(
+        "Retrieval",
+        "Whether the images nearest to a test image show the same class.",
+        "Cosine similarity among the test images, the query excluded.",
+        "recall@k, mean average precision as in scikit-learn",
+        structure.retrieval,
+        "mAP",
+    ),
+    "clusters": Part(
+        "Clusters",
+        "Whether groups that k-means finds without labels are the classes; 0 ARI is chance.",
+        "k-means with as many clusters as classes, 10 restarts, on unit features of the test images.",
+        "scikit-learn; Hungarian assignment by SciPy",
+        structure.clusters,
+        "NMI",
+    ),
+    "calibration": Part(
+        "Calibration",
+        "Whether a confidence of 80 % means that 80 % are right; 0 is perfect.",
+        "Logistic regression on standardized features, C = 0.1; expected calibration error over 15 bins.",
+        "https://arxiv.org/abs/1706.04599, https://arxiv.org/abs/1907.07174",
+        classification.calibration,
+        "ECE",
+        higher_is_better=False,
+        curve=("confidence", "accuracy"),
+    ),
+    "conformal": Part(
+        "Conformal sets",
+        "How many classes a set must name to hold the true one nine times out of ten; 1 is best.",
+        "Split-conformal APS, not randomized, calibrated on half of the test images, alpha = 0.1.",
+        "https://arxiv.org/abs/2006.02544",
+        classification.conformal,
+        "mean set size",
+        higher_is_better=False,
+    ),
+    "groups": Part(
+        "Worst group",
+        "The accuracy where the model serves worst: by class, and by every other column of the batches.",
+        "Logistic regression on standardized features, C = 0.1; groups of five images or more.",
+        "https://arxiv.org/abs/1911.08731",
+        classification.groups,
+        "worst class",
+    ),
+    "anomalies": Part(
+        "Anomalies",
+        "Whether images of a class that was never seen look foreign; 0.5 is chance.",
+        "Each class in turn is left out of the training images; AUROC of the distance to the 50th neighbor, and of the "
+        "Mahalanobis distance.",
+        "https://arxiv.org/abs/2204.06507, https://arxiv.org/abs/1807.03888",
+        robustness.anomalies,
+        "AUROC (k-NN)",
+        curve=("class", "AUROC"),
+    ),
+    "corruptions": Part(
+        "Corruptions",
+        "How much of the accuracy survives noise, blur, weather and compression.",
+        "15 corruptions of a subset of the test images; a logistic classifier of clean training images. The mCE is "
+        "relative to the reference model, not to AlexNet.",
+        "https://arxiv.org/abs/1903.12261",
+        robustness.corruptions,
+        "mean accuracy",
+        curve=("severity", "accuracy"),
+    ),
+    "invariance": Part(
+        "Invariance",
+        "How similar features stay when the image is changed; 1 is invariant, good or bad depending on the task.",
+        "Mean cosine similarity of centered features to those of the original, by change and strength.",
+        "`InvarianceMonitor`",
+        robustness.invariance,
+        "mean",
+        higher_is_better=None,
+    ),
+    "geometry": Part(
+        "Geometry",
+        "How many dimensions are in use, and whether the features have collapsed.",
+        "Spectrum of the test features; alignment and LiDAR of SimCLR views of some test images.",
+        "https://arxiv.org/abs/2210.02885, https://arxiv.org/abs/2202.05808, https://arxiv.org/abs/2312.04000, "
+        "https://arxiv.org/abs/2005.10242",
+        structure.shape,
+        "effective rank",
+        higher_is_better=None,
+        curve=("rank", "share of the variance"),
+        log_x=True,
+    ),
+    "similarity": Part(
+        "Similarity of models",
+        "Whether two models see the images alike: 1 up to rotation and scale, 0 not at all.",
+        "Unbiased linear CKA on the test images.",
+        "https://arxiv.org/abs/1905.00414, https://arxiv.org/abs/2010.15327",
+        structure.similarity,
+        higher_is_better=None,
+    ),
+    "cost": Part(
+        "Cost",
+        "What a feature costs; times are of this machine, and not part of report.json.",
+        "Parameters, floating point operations by torch, the fastest of three passes of 64 images.",
+        "torch.utils.flop_counter",
+        cost,
+        "parameters",
+        higher_is_better=False,
+    ),
+}
+"""All parts of `report` by name."""

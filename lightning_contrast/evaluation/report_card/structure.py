@@ -1,0 +1,71 @@
+"""Parts of a report about neighbors, clusters, geometry and the similarity of models."""
+
+import math
+
+import torch
+
+from lightning_contrast.augment import simclr_views
+from lightning_contrast.augment.images import as_float
+from lightning_contrast.evaluation.protocols import cluster_scores, describe_geometry, geometry, label_retrieval
+from lightning_contrast.evaluation.report_card.context import Context
+from lightning_contrast.evaluation.report_card.result import Outcome
+from lightning_contrast.metrics import cka
+from lightning_contrast.seeding import derived_seed, seeded
+
+_CKA_ROWS = 2048
+
+
+def retrieval(context: Context, model: str) -> Outcome:
+    """Retrieval of images of the same class."""
+    test = context.labeled(model).test
+    found = label_retrieval(*test, k=[k for k in (1, 5, 10) if k < len(test.labels)])
+    names = {"map": "mAP"}
+    return Outcome(values={names.get(name, name): value for name, value in found.items()})
+
+
+def clusters(context: Context, model: str) -> Outcome:
+    """k-means against the classes."""
+    found = cluster_scores(*context.labeled(model).test, seed=context.seed)
+    return Outcome(values={"NMI": found["nmi"], "ARI": found["ari"], "accuracy (Hungarian)": found["accuracy"]})
+
+
+def shape(context: Context, model: str) -> Outcome:
+    """Geometry of the features of test images, and of views of some of them."""
+    features = context.test[model].features
+    number, count = int(context.options["view_images"]), int(context.options["views"])
+    views = None
+    if number >= 2 and count >= 2:
+        images = as_float(context.images(number)[0])
+        channels, edge = images.shape[1], min(images.shape[-2:])
+        policy = simclr_views(edge, channels=channels, color=channels == 3)
+        with seeded(derived_seed(context.seed, 9), images.device):
+            drawn = [view for _ in range(-(-count // 2)) for view in policy(images)][:count]
+        views = torch.stack([context.encode(model, view.clamp(0, 1)) for view in drawn], 1)
+    found = geometry(features, views=views, seed=context.seed)
+    names = {
+        "effective_rank": "effective rank",
+        "rankme": "RankMe",
+        "participation_ratio": "participation ratio",
+        "alpha_req": "alpha-ReQ",
+        "lidar": "LiDAR",
+        "dead_dims": "constant dimensions",
+    }
+    spectrum = found.pop("spectrum")
+    values = {names.get(name, name): value for name, value in found.items()}
+    outcome = Outcome(values=values, notes=[describe_geometry(found, features.shape[1])])
+    outcome.curves["eigenvalues"] = [(rank, value) for rank, value in enumerate(spectrum, 1) if value > 1e-9]
+    return outcome
+
+
+def similarity(context: Context, model: str) -> Outcome:
+    """Linear CKA with all models."""
+    outcome = Outcome()
+    own = context.test[model].features
+    step = max(1, len(own) // _CKA_ROWS)
+    for other, found in context.test.items():
+        if other != model:
+            value = float(cka(own[::step], found.features[::step], unbiased=True))
+            outcome.values[f"CKA with {other}"] = None if math.isnan(value) else value
+    if len(context.test) == 1:
+        outcome.notes.append("Only one model: nothing to compare with.")
+    return outcome

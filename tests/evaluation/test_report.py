@@ -1,0 +1,339 @@
+"""The report card: values, files, determinism, resume, ranks, failures and the page."""
+
+import json
+import os
+import re
+import signal
+from html.parser import HTMLParser
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_contrast import evaluation as ev
+from lightning_contrast.augment import CORRUPTIONS
+from lightning_contrast.cli import main
+from lightning_contrast.evaluation.report_card import PARTS
+from lightning_contrast.evaluation.report_card.page import number
+from lightning_contrast.nn import build_backbone
+from tests.launch import ChildError, run_processes
+from tests.tolerances import near, near64
+
+FAST = {"corrupted_images": 8, "severities": (1, 5), "view_images": 8, "views": 2, "sweep_steps": 0, "max_iter": 20}
+FAST |= {"grid_steps": 20, "pictures": 16}
+QUICK = ("knn", "retrieval", "geometry")
+
+
+class Data(L.LightningDataModule):
+    """Squares in three colors and three places, with noise; the label is the color."""
+
+    class_names = ("red", "green", "blue")
+
+    def __init__(self, count: int = 120, labels: bool = True, columns: bool = False) -> None:
+        super().__init__()
+        self.count, self.labels, self.columns = count, labels, columns
+
+    def make(self, count, seed):
+        g = torch.Generator().manual_seed(seed)
+        labels, places = torch.arange(count) % 3, torch.randint(0, 3, (count,), generator=g)
+        images = torch.randint(0, 60, (count, 3, 16, 16), dtype=torch.uint8, generator=g)
+        for image, label, place in zip(images, labels, places, strict=True):
+            image[label, 2:14, 5 * place : 5 * place + 5] += 120
+        return images, labels, places
+
+    def loader(self, count, seed, **options):
+        images, labels, places = self.make(count, seed)
+        if self.columns:
+            rows = [{"image": i, "label": y, "place": p} for i, y, p in zip(images, labels, places, strict=True)]
+            return DataLoader(rows, 20, **options)
+        return DataLoader(TensorDataset(images, labels) if self.labels else TensorDataset(images), 20, **options)
+
+    def train_dataloader(self):
+        return self.loader(self.count, 0, shuffle=True, drop_last=True)
+
+    def val_dataloader(self):
+        return self.loader(66, 1)
+
+
+class Pool(nn.Module):
+    """Mean colors of cells, seen through a random layer."""
+
+    def __init__(self, seed=0, width=12):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(48, width)
+
+    def forward(self, images):
+        return self.layer(nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))
+
+
+class Blind(nn.Module):
+    """Features that say nothing."""
+
+    def forward(self, images):
+        return images[:, :1, :2, :2].flatten(1)
+
+
+def models():
+    return {"pool": Pool(), "blind": Blind()}
+
+
+def card(folder, *, of=None, data=None, parts=QUICK, **options):
+    options |= {"parts": parts, "options": FAST, "progress": False}
+    return ev.report(of or models(), data or Data(), output=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A report with all parts, and its folder."""
+    folder = tmp_path_factory.mktemp("report")
+    return card(folder, parts=tuple(PARTS), data=Data(columns=True)), folder
+
+
+def test_every_part_has_values_of_every_model(whole):
+    found, _ = whole
+    assert found.errors == {}
+    assert set(found.outcomes) == set(PARTS)
+    for part, outcomes in found.outcomes.items():
+        assert list(outcomes) == ["pool", "blind"], part
+        assert all(outcome.values for outcome in outcomes.values()), part
+        headline = PARTS[part].headline.replace("5-way", "3-way")
+        assert not headline or any(name.startswith(headline) for name in outcomes["pool"].values), part
+
+
+def test_values_are_those_of_the_protocols(whole):
+    found, folder = whole
+    data = Data()
+    features = {
+        name: ev.cached_features(models()["pool"], loader, folder=folder / "other", progress=False)
+        for name, loader in (("train", data.train_dataloader()), ("test", data.val_dataloader()))
+    }
+    train, test = features["train"], features["test"]
+    given = (train.features, train.labels, test.features, test.labels)
+    rows = {(row["part"], row["metric"], row["model"]): row for row in found.table()}
+    knn = ev.knn_top1(*given, num_classes=3, k=20)
+    row = rows["knn", "top1 (k = 20)", "pool"]
+    assert row["value"] == near(knn)
+    assert row["low"] <= row["value"] <= row["high"]
+    assert rows["retrieval", "mAP", "pool"]["value"] == near64(ev.label_retrieval(*given[2:])["map"])
+    assert rows["geometry", "effective rank", "pool"]["value"] == near64(ev.geometry(test.features)["effective_rank"])
+    assert rows["clusters", "NMI", "pool"]["value"] == near64(ev.cluster_scores(*given[2:])["nmi"])
+    assert rows["cost", "parameters", "pool"]["value"] == 48 * 12 + 12
+    assert rows["cost", "GFLOPs per image", "pool"]["value"] == near64(2 * 48 * 12 / 1e9)
+    assert "worst place" in {metric for _, metric, _ in rows}
+
+
+def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
+    found, _ = whole
+    rows = {(row["part"], row["metric"]): row for row in found.compare("pool", "blind")}
+    row = rows["knn", "top1 (k = 20)"]
+    assert row["verdict"] == "pool"
+    assert row["mcnemar_p"] < 0.01
+    assert 0 < row["low"] <= row["difference"] <= row["high"]
+    same = ev.paired_bootstrap(
+        found.outcomes["knn"]["pool"].per_image["top1 (k = 20)"],
+        found.outcomes["knn"]["blind"].per_image["top1 (k = 20)"],
+    )
+    assert row["difference"] == near64(same["difference"])
+    assert {row["verdict"] for row in found.compare("pool", "pool")} == {"noise"}
+    with pytest.raises(ValueError, match="`model` must be one of 'pool', 'blind'"):
+        found.compare("pool", "bling")
+
+
+def test_two_runs_give_the_same_bytes(tmp_path, whole):
+    _, folder = whole
+    card(tmp_path / "again", parts=tuple(PARTS), data=Data(columns=True))
+    for name in ("report.json", "report.md"):
+        first, second = ((path / name).read_bytes() for path in (folder, tmp_path / "again"))
+        assert name == "report.md" or first == second
+    other = card(tmp_path / "other", parts=("few_shot",), seed=1)
+    assert json.loads((tmp_path / "other" / "report.json").read_text())["seed"] == 1
+    third = card(tmp_path / "third", parts=("few_shot",))
+    assert other.outcomes["few_shot"]["pool"].values != third.outcomes["few_shot"]["pool"].values
+
+
+def test_the_corruption_error_is_relative_to_the_reference(tmp_path):
+    found = card(tmp_path, parts=("corruptions",), reference="blind")
+    assert list(found.outcomes["corruptions"]) == ["blind", "pool"]
+    values = {name: outcome.values for name, outcome in found.outcomes["corruptions"].items()}
+    assert values["blind"]["mCE against blind (%)"] == near64(100.0)
+    names = [name.replace("_", " ") for name in CORRUPTIONS]
+    ratios = [(1 - values["pool"][name]) / (1 - values["blind"][name]) for name in names]
+    assert values["pool"]["mCE against blind (%)"] == near64(100 * sum(ratios) / len(ratios))
+    mean = sum(values["pool"][name] for name in names) / len(names)
+    assert values["pool"]["mean accuracy"] == near64(mean)
+
+
+class Page(HTMLParser):
+    """Collects the tags of a page, and checks that they are closed in order."""
+
+    VOID = ("meta", "link", "br", "image", "path", "use", "rect", "circle", "line", "polygon")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.texts = [], set(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids.add(given.get("id"))
+        self.addresses += [given[name] for name in ("href", "src", "xlink:href") if name in given]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "link", "br"):
+            self.open.pop()
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_is_one_file_that_needs_no_network(whole):
+    found, folder = whole
+    text = (folder / "report.html").read_text()
+    assert len(text) < 5e6
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    inner = [address for address in page.addresses if not address.startswith(("#", "data:"))]
+    assert inner == []
+    assert not re.findall(r"url\((?!#|\"?data:)", text)
+    assert not re.findall(r"@import|<script[^>]+src|fetch\(", text)
+    assert {"summary", "comparisons", "pictures", *PARTS} <= page.ids
+    words = " ".join(page.texts)
+    for part in PARTS.values():
+        assert part.title in words
+        assert part.meaning in words
+    for row in found.table():
+        assert number(row["value"]) in words
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_names_are_escaped(tmp_path):
+    card(tmp_path, of={"<b>x</b>": Pool()}, parts=("knn",))
+    text = (tmp_path / "report.html").read_text()
+    assert "<b>x</b>" not in text
+    assert "&lt;b&gt;x&lt;/b&gt;" in text
+
+
+def test_the_card_is_markdown_with_a_front_matter(whole):
+    _, folder = whole
+    lines = (folder / "report.md").read_text().splitlines()
+    assert lines[0] == "---"
+    table = [line for line in lines if line.startswith("| Nearest neighbors")]
+    assert table
+    assert table[0].count("|") == 4
+    start = lines.index(table[0])
+    assert {line.count("|") for line in lines[start - 2 : start + 3]} == {4}
+
+
+def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
+    found = card(tmp_path, parts=("few_shot", "knn"), data=Data(count=60), of={"pool": Pool(), "maps": nn.Identity()})
+    assert list(found.models) == ["pool"]
+    assert "`model` must return features (B, F)" in found.errors["features"]["maps"]
+    data = Data()
+    data.val_dataloader = lambda: data.loader(30, 1)
+    found = card(tmp_path / "few", parts=("few_shot", "knn"), data=data)
+    assert "`shots` must leave 15 queries of 10 images" in found.errors["few_shot"]["pool"]
+    assert "pool" in found.outcomes["knn"]
+    text = (tmp_path / "few" / "report.html").read_text()
+    assert "Failed for pool: `shots` must leave 15 queries of 10 images" in text.replace("&#39;", "'")
+    assert "shots" in json.loads((tmp_path / "few" / "report.json").read_text())["parts"]["few_shot"]["errors"]["pool"]
+
+
+def test_parts_without_labels_work_without_labels(tmp_path):
+    found = card(tmp_path, parts=("knn", "geometry"), data=Data(labels=False), of={"pool": Pool()})
+    assert "`datamodule` must yield labels for this part" in found.errors["knn"]["pool"]
+    assert found.outcomes["geometry"]["pool"].values["effective rank"] > 1
+
+
+class Fatal(Pool):
+    """Kills its process at some image."""
+
+    def __init__(self, log, die_at=None):
+        super().__init__()
+        self.log, self.die_at = log, die_at
+
+    def __repr__(self):
+        return "Fatal"
+
+    def forward(self, images):
+        with self.log.open("a") as file:
+            file.write("x" * len(images))
+        if self.die_at is not None and self.log.stat().st_size >= self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images)
+
+
+@pytest.mark.dist
+def test_a_killed_report_continues(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(ChildError):  # in the part "geometry", which encodes views
+        run_processes(lambda _: card(tmp_path / "a", of={"pool": Fatal(log, die_at=4 + 120 + 4 + 66 + 1)}), 1)
+    names = {path.name.split("-")[0] for path in (tmp_path / "a" / "parts").iterdir()}
+    assert names == {"knn", "retrieval"}
+    assert not (tmp_path / "a" / "report.json").exists()
+    before = log.stat().st_size
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "parts").iterdir()}
+    card(tmp_path / "a", of={"pool": Fatal(log)})
+    assert log.stat().st_size - before < 120  # the training images are not encoded again
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    card(tmp_path / "b", of={"pool": Fatal(tmp_path / "other")})
+    assert (tmp_path / "a" / "report.json").read_bytes() == (tmp_path / "b" / "report.json").read_bytes()
+
+
+@pytest.mark.dist
+def test_two_ranks_write_one_processes_report(tmp_path):
+    torch.set_num_threads(1)
+    card(tmp_path / "one")
+    tables = run_processes(lambda _: card(tmp_path / "two").table(), 2)
+    assert tables[0] == tables[1]
+    assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"of": {"x": 3}}, ValueError, "`models` must include one that can be evaluated, got 'x'.*be a module"),
+        ({"parts": ("knm",)}, ValueError, "`parts` must be one of .* Did you mean 'knn'"),
+        ({"parts": "knn"}, TypeError, "`parts` must be a list of names"),
+        ({"reference": "poll"}, ValueError, "`reference` must be one of 'pool', 'blind'"),
+        ({"seed": -1}, ValueError, "`seed` must be >= 0"),
+        ({"data": [1]}, TypeError, "`datamodule` must be a LightningDataModule"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        card(tmp_path, **arguments)
+
+
+def test_unknown_options_and_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`options` must be one of .* Did you mean 'grid_steps'"):
+        ev.report(models(), Data(), output=tmp_path, options={"grid_step": 1})
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Cannot write to `output`"):
+        card(tmp_path / "file")
+
+
+def test_the_command_judges_exported_backbones(tmp_path, capsys):
+    spec = {"size": 16, "mean": None, "std": None}
+    torch.manual_seed(0)
+    ev.export_backbone(build_backbone("small_convnet").module, tmp_path / "net.pt", input_spec=spec)
+    given = [
+        str(tmp_path / "net.pt"),
+        f"other={tmp_path / 'net.pt'}",
+        "--data=EmojiDataModule",
+        "--data.batch_size=128",
+    ]
+    found = main(["report", *given, f"--output={tmp_path / 'out'}", "--parts=[knn]", '--options={"pictures": 9}'])
+    assert list(found.models) == ["net", "other"]
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.html'}\n"
+    with pytest.raises(ValueError, match="`models` must have different names"):
+        main(["report", given[0], given[0], "--data=EmojiDataModule", f"--output={tmp_path / 'out'}"])
