@@ -1,9 +1,9 @@
 """The policies of `augment.domains` and ImageNet's SimCLR policy on generated images of each domain, at one budget.
 
-``python -m benchmarks.domains`` trains SimCLR's emoji recipe on every set of `benchmarks/_domain_sets.py` with each of
-the two policies and three seeds, one thread per run, and stores each result when the run ends; it resumes after an
-interruption and repeats what changed. Raw pixels and random weights are the baselines. docs/domains_compared.md has the
-table.
+``python -m benchmarks.domains`` trains SimCLR on every set of `benchmarks/_domain_sets.py` with each of the two
+policies and three seeds, one thread per run, and stores each result when the run ends; it resumes after an
+interruption and repeats what changed. Raw pixels and random weights are the baselines. docs/domains_compared.md has
+the table.
 """
 
 import argparse
@@ -40,33 +40,38 @@ POLICIES: dict[str, Callable[..., Any]] = {
 ROWS = ("raw pixels", "random weights", "ImageNet's policy", "domain's policy")
 BUDGET: dict[str, Any] = {
     "backbone": "small_convnet",
+    "width": 16,
     "temperature": 0.2,
     "optimizer": "adamw",
     "lr": 2e-3,
     "weight_decay": 0.01,
     "warmup_epochs": 3,
 }
+VIEW = 32
+"""Edge of the views in pixels. Features are those of the whole image at 48 pixels, in which objects are as large as in
+an average view (https://arxiv.org/abs/1906.06423)."""
 SIZES = {"train": 2000, "test": 1000, "batch_size": 128}
 NOTES = (
-    "k-NN top-1 (20 neighbors, T = 0.07) of frozen features on generated images of 48 pixels, mean over seeds, each "
+    "k-NN top-1 (20 neighbors, T = 0.07) of frozen features of generated images of 48 pixels, mean over seeds, each "
     "of which draws its own set, weights, order and views. SimCLR with the small convnet, the same for both policies."
 )
 
 
-def policy_of(name: str, row: str, images: Tensor) -> Any:
+def policy_of(name: str, row: str, images: Tensor, size: int = VIEW) -> Any:
     """Return the policy of a row, with the defaults of its function and the statistics of the training images.
 
     Args:
         name: Name of the set.
         row: One of `ROWS`; those without training have the domain's policy.
         images: Training images (N, C, 48, 48) as stored.
+        size: Edge of the views, and of the result of `eval_transform`.
     """
     domain = SETS[name]
     pixels = rescale(images, (0.0, float(domain.white)))
     options: dict[str, Any] = {"mean": pixels.mean((0, 2, 3)).tolist(), "std": pixels.std((0, 2, 3)).tolist()}
     if row == "ImageNet's policy":
-        return simclr_views(EDGE, channels=domain.channels, color=domain.channels == 3, **options)
-    return POLICIES[name](EDGE, channels=domain.channels, scale=domain.scale, **options)
+        return simclr_views(size, channels=domain.channels, color=domain.channels == 3, **options)
+    return POLICIES[name](size, channels=domain.channels, scale=domain.scale, **options)
 
 
 def run(name: str, row: str, seed: int, epochs: int, sizes: dict[str, int]) -> dict[str, Any]:
@@ -85,13 +90,16 @@ def run(name: str, row: str, seed: int, epochs: int, sizes: dict[str, int]) -> d
     L.seed_everything(seed, verbose=False)
     unit = row == "ImageNet's policy" and SETS[name].scale is not None  # it has no `scale=`
     data = DomainImages(name, seed, unit=unit, **sizes)
-    policy = policy_of(name, row, draw_split(name, seed, "train", sizes["train"])[0])
+    stored = draw_split(name, seed, "train", sizes["train"])[0]
+    policy, whole = policy_of(name, row, stored), policy_of(name, row, stored, EDGE)
     images = (data.images("train"), data.images("val"))
     start = time.process_time()
     if row == "raw pixels":
         bank, queries = evaluation.pixel_features(*images)
     else:
-        model = lc.SimCLR(backbone_kwargs={"channels": policy.channels}, **BUDGET)
+        budget = dict(BUDGET)
+        kwargs = {"channels": policy.channels, "width": budget.pop("width")}
+        model = lc.SimCLR(backbone_kwargs=kwargs, **budget)
         if row != "random weights":
             trainer = L.Trainer(
                 max_epochs=epochs,
@@ -105,7 +113,7 @@ def run(name: str, row: str, seed: int, epochs: int, sizes: dict[str, int]) -> d
                 callbacks=[lc.ViewAugmentation(policy), lc.StepSeed(seed)],
             )
             trainer.fit(model, datamodule=data)
-        bank, queries = (evaluation.encode(model, group, policy.eval_transform) for group in images)
+        bank, queries = (evaluation.encode(model, group, whole.eval_transform) for group in images)
     labels = (data.labels("train"), data.labels("val"))
     found = {"knn": evaluation.knn_top1(bank, labels[0], queries, labels[1], num_classes=data.num_classes)}
     for part, answers in SETS[name].parts:
@@ -117,12 +125,15 @@ def run(name: str, row: str, seed: int, epochs: int, sizes: dict[str, int]) -> d
 
 
 def settings_of(name: str, row: str, seed: int, epochs: int) -> dict[str, Any]:
-    """Return all that a run depends on: the budget, the policy in words, and a sum over some images of the set."""
-    images = draw_split(name, seed, "train", 20)[0]
-    samples = [draw_split(name, seed, split, 20)[0].double() for split in ("train", "val")]
-    policy = [f"{view}" for view in policy_of(name, row, images).views]
-    sums = [float((sample * torch.arange(1, 21)[:, None, None, None]).sum()) for sample in samples]
-    return {"row": row, "epochs": epochs, "policy": policy, "images": sums} | BUDGET | SIZES
+    """Return all that a run depends on: the budget, and what images of the set and their views look like."""
+    samples = {split: draw_split(name, seed, split, 20)[0] for split in ("train", "val")}
+    policy = policy_of(name, row, samples["train"])
+    given = samples["train"] if policy.scale is not None else samples["train"].float() / SETS[name].white
+    torch.manual_seed(seed)
+    pixels = [*samples.values(), *policy(given)]
+    weights = torch.arange(1.0, 21.0)[:, None, None, None]  # the order of the images counts
+    means = [round(float((weights * images.float()).mean()), 4) for images in pixels]
+    return {"row": row, "epochs": epochs, "means": means, "view": VIEW} | BUDGET | SIZES
 
 
 def summary(folder: Path) -> list[dict[str, Any]]:
