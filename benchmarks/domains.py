@@ -158,6 +158,7 @@ def summary(folder: Path) -> list[dict[str, Any]]:
             line["difference, per seed"] = ", ".join(f"{ours[s][figure] - theirs[s][figure]:+.3f}" for s in both)
             seconds = [one["seconds"] for row in ROWS[2:] for one in by_row[row].values()]
             line["seconds"] = f"{min(seconds):.0f}-{max(seconds):.0f}" if seconds else ""
+            line["seeds"] = str(len(both))
             rows.append(line)
     return rows
 
