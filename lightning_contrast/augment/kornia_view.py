@@ -102,7 +102,7 @@ class StockView(nn.Module):
         """Set the strength, in 0..1; see `ViewPolicy.set_strength`."""
         spec, mean, std, pre_transform = self.spec.at_strength(strength), self.mean, self.std, self.pre_transform
         sigma = (BLUR_SIGMA[0], towards(BLUR_SIGMA[1], BLUR_SIGMA[0], strength))
-        if pre_transform is not None and hasattr(pre_transform, "strength"):
+        if isinstance(pre_transform, PerImage):
             pre_transform.strength = strength
         size = (spec.size, spec.size)
         crop = K.RandomResizedCrop(

@@ -104,8 +104,7 @@ class ViewPolicy(nn.Module):
             hint = "Use a policy of this package"
             fail("policy", "have views with `set_min_area`", type(one).__name__, hint, TypeError)
         one.set_min_area(min_area)
-        options = {"size": self.size, "channels": self.channels, "mean": self.mean, "std": self.std}
-        return ViewPolicy([one] * count, **options)
+        return ViewPolicy([one] * count, size=self.size, channels=self.channels, mean=self.mean, std=self.std)
 
     @property
     def input_spec(self) -> dict[str, Any]:
