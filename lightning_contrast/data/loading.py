@@ -20,7 +20,10 @@ Layout = dict[str, int]
 class BatchOrder(Protocol):
     """Order of the training images; see `StructuredBatches`."""
 
-    digest: int
+    @property
+    def digest(self) -> int:
+        """A number that differs for other orders."""
+        ...
 
     def __len__(self) -> int:
         """Return the number of images N."""

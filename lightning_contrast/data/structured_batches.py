@@ -133,12 +133,12 @@ class StructuredBatches:
         by_group = drawn[groups.argsort(stable=True)]
         counts = groups.sort(stable=True).values.unique_consecutive(return_counts=True)
         sets, left = [], []
-        for number, rows in zip(counts[0].tolist(), by_group.split(counts[1].tolist()), strict=True):
+        for number, rows in zip(counts[0].tolist(), torch.split(by_group, counts[1].tolist()), strict=True):
             whole = 0 if number < 0 else len(rows) // self.size * self.size
-            sets += list(rows[:whole].split(self.size)) if whole else []
+            sets += list(torch.split(rows[:whole], self.size)) if whole else []
             left.append(rows[whole:])
         order = torch.randperm(len(left), generator=generator).tolist()
-        return sets + list(torch.cat([left[place] for place in order]).split(self.size))
+        return sets + list(torch.split(torch.cat([left[place] for place in order]), self.size))
 
 
 def _halve(features: Tensor, order: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
@@ -149,7 +149,7 @@ def _halve(features: Tensor, order: Tensor, size: int, generator: torch.Generato
         drawn = torch.rand(2, len(lengths), generator=generator, dtype=torch.float64)
         first, second = order[lengths.cumsum(0) - lengths + (drawn * lengths).long()]
         direction = features[second] - features[first]  # (nodes, D)
-        parts = zip(order.split(_ROWS), node.split(_ROWS), strict=True)
+        parts = zip(torch.split(order, _ROWS), torch.split(node, _ROWS), strict=True)
         projections = torch.cat([(features[rows] * direction[of]).sum(1) for rows, of in parts])
         ranks = projections.argsort(stable=True)
         order = order[ranks[node[ranks].argsort(stable=True)]]
@@ -157,4 +157,4 @@ def _halve(features: Tensor, order: Tensor, size: int, generator: torch.Generato
         half = torch.minimum(half, lengths)
         lengths = torch.stack([half, lengths - half], dim=1).flatten()
         lengths = lengths[lengths > 0]
-    return list(order.split(lengths.tolist()))
+    return list(torch.split(order, lengths.tolist()))

@@ -194,12 +194,12 @@ class RoutedNorm:
         if len(parts) == 1:
             used, unused = (other, self.norm) if parts[0][1] else (own, other)
             return _with_zero_gradient(used(rows), unused)
-        pieces = rows.split([size for size, _ in parts])
+        pieces = torch.split(rows, [size for size, _ in parts])
         outputs = {}
         for kind, norm in ((False, own), (True, other)):
             of_kind = [piece for piece, (_, its) in zip(pieces, parts, strict=True) if its == kind]
             sizes = [len(piece) for piece in of_kind]
-            outputs[kind] = iter(norm(torch.cat(of_kind)).split(sizes))
+            outputs[kind] = iter(torch.split(norm(torch.cat(of_kind)), sizes))
         return torch.cat([next(outputs[kind]) for _, kind in parts])
 
 

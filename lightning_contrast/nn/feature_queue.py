@@ -10,11 +10,12 @@ from lightning_contrast._checks import check_at_least, check_choice, require
 
 QueueDtype: TypeAlias = torch.dtype | Literal["float32", "float16", "int8", "int4"]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "int4": torch.int4}
+_INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009  # missing in the stubs
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "int4": _INT4}
 # Strategies cast floating buffers (FSDP's mixed precision, half-precision plugins) but not integers, so floats are kept
 # as integers of equal bits.
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.int8: torch.int8, torch.int4: torch.uint8}
-_LARGEST = {torch.int8: 127, torch.int4: 7}  # of the dtypes whose rows have a scale
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.int8: torch.int8, _INT4: torch.uint8}
+_LARGEST = {torch.int8: 127, _INT4: 7}  # of the dtypes whose rows have a scale
 
 
 class FeatureQueue(nn.Module):
@@ -79,7 +80,7 @@ class FeatureQueue(nn.Module):
         self.size, self.dim, self.dtype, self.sharded = size, dim, _DTYPES[name], sharded
         self._ranks, self._rank = 1, 0  # by `shard`
         self._is_empty: bool | None = True  # None: unknown, as after a checkpoint was loaded
-        width = (dim + 1) // 2 if self.dtype == torch.int4 else dim
+        width = (dim + 1) // 2 if self.dtype == _INT4 else dim
         self.register_buffer("bits", torch.zeros(size, width, dtype=_BITS[self.dtype]))
         self.register_buffer("mask", torch.zeros(size, dtype=torch.bool))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
@@ -95,7 +96,7 @@ class FeatureQueue(nn.Module):
         """
         if self.scale_bits is None:
             return self.bits.view(self.dtype).float()
-        numbers = _unpack(self.bits, self.dim) if self.dtype == torch.int4 else self.bits
+        numbers = _unpack(self.bits, self.dim) if self.dtype == _INT4 else self.bits
         return numbers.float() * self.scale_bits.view(torch.float32)[:, None]
 
     @property
@@ -153,7 +154,7 @@ class FeatureQueue(nn.Module):
             scale = rows.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST[self.dtype]
             written["scale_bits"] = scale.view(torch.int32)
             rows = (rows / scale[:, None]).round()
-        packed = self.dtype == torch.int4
+        packed = self.dtype == _INT4
         written["bits"] = _pack(rows) if packed else rows.to(self.dtype).view(self.bits.dtype)
         if self.labels is not None and labels is not None:
             written["labels"] = labels.to(self.labels)
@@ -188,7 +189,7 @@ class FeatureQueue(nn.Module):
         if self._ranks > 1:
             for name in self._row_buffers():
                 parts = distributed.gather(getattr(self, name), [self.size // self._ranks] * self._ranks)
-                parts = parts.unflatten(0, (self._ranks, -1)).transpose(0, 1)
+                parts = parts.view(self._ranks, -1, *parts.shape[1:]).transpose(0, 1)
                 destination[prefix + name] = parts.flatten(0, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -26,7 +26,7 @@ from tests.callbacks.probe_modules import random_state
 from tests.callbacks.step_modules import QUIET
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make
-from tests.methods.test_contract import BATCH, assert_equal_states, data, state, trainer
+from tests.methods.test_contract import BATCH, BATCHES, assert_equal_states, data, state, trainer
 from tests.tolerances import NETWORK, f32
 
 ATTACK = {"epsilon": 0.1, "step_size": 0.05, "steps": 2, "auxiliary_batchnorm": True}
@@ -39,7 +39,7 @@ def fit(folder, name="SimCLR", module=None, callbacks=(), attack=None, ckpt_path
     def see(trainer, pl_module, batch, batch_idx):
         seen.append([view.clone() for view in batch[0]])
 
-    module = module or make(name)
+    module = make(name) if module is None else module
     callbacks = [lc.AdversarialView(**(attack or ATTACK)), *callbacks, LambdaCallback(on_train_batch_start=see)]
     settings = {"epochs": 1, "limit_val_batches": 1} | settings
     run = in_range(trainer(folder, CASES[name], callbacks=callbacks, **settings))
@@ -178,9 +178,12 @@ def test_a_gradient_cache_recomputes_with_the_same_sets(order, tmp_path):
     assert all("forward" not in vars(layer) for layer in module.modules())
     main, auxiliary = norms(module.backbone)[0]
     assert not torch.equal(main.running_mean, auxiliary.running_mean)
-    assert int(main.num_batches_tracked) == int(auxiliary.num_batches_tracked)
+    # 16 rows in chunks of 3: 4 hold clean rows and 3 adversarial ones; recomputations do not count
+    assert int(main.num_batches_tracked) == 4 * BATCHES
+    assert int(auxiliary.num_batches_tracked) == 3 * BATCHES
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at its inputs
 def test_a_compiled_backbone_gives_the_same_step(tmp_path):
     plain, _ = fit(tmp_path, limit_train_batches=2)
     module = make("SimCLR")

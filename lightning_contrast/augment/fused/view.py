@@ -77,8 +77,9 @@ class FusedView(nn.Module):
         """Set the strength, in 0..1; see `ViewPolicy.set_strength`."""
         for operation in self._operations():
             operation.share = strength
-        if hasattr(self.pre_transform, "set_strength"):
-            self.pre_transform.set_strength(strength)
+        pre_transform: Any = self.pre_transform
+        if hasattr(pre_transform, "set_strength"):
+            pre_transform.set_strength(strength)
 
     def set_min_area(self, share: float) -> None:
         """Draw no crop with less than a share of the image area, in 0..1; see `ViewPolicy.candidates`."""
