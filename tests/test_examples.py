@@ -88,6 +88,14 @@ def test_invariance(tmp_path):
     assert (tmp_path / "out" / "invariance.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_domain_views(tmp_path):
+    run(ROOT / "examples" / "domain_views.py", "--output", "views.png", cwd=tmp_path)
+    picture, kept = (path.read_bytes() for path in (tmp_path / "views.png", ROOT / "docs" / "images" / "domains.png"))
+    assert picture.startswith(b"\x89PNG")
+    assert picture[16:24] == kept[16:24]  # width and height
+    assert len(kept) < 300_000
+
+
 @pytest.mark.slow
 def test_probe_your_trainer(tmp_path):
     out = run(ROOT / "examples" / "probe_your_trainer.py", "--epochs", "2", cwd=tmp_path)

@@ -174,4 +174,5 @@ class FusedCloud(FusedOperation, IntensityAugmentationBase2D):
 def _between(few: int, many: int) -> NDArray[np.float32]:
     """Return the matrix ``(many, few)`` of linear interpolation between equally spaced points."""
     place = np.linspace(0, few - 1, many)
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(few))).astype(np.float32)
+    weights: NDArray[np.float32] = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(few))).astype(np.float32)
+    return weights
