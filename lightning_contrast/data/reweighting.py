@@ -36,7 +36,7 @@ def balanced_weights(groups: Tensor) -> Tensor:
     known = groups >= 0
     if not bool(known.any()):
         fail("groups", "hold at least one group >= 0", f"{len(groups)} unknown", hint)
-    kinds, places, sizes = groups[known].unique(return_inverse=True, return_counts=True)
+    kinds, places, sizes = torch.unique(groups[known], return_inverse=True, return_counts=True)
     weights = torch.zeros(len(groups), device=groups.device)
     weights[known] = int(known.sum()) / (len(kinds) * sizes[places].float())
     return weights

@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA): a linear layer of our own, and by `peft` in any vision transformer."""
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,8 @@ def add_lora(
             raise
         message = "add_lora needs peft, pip install 'lightning_contrast[lora]'"
         raise ModuleNotFoundError(message, name="peft") from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, lora_dropout=dropout)
+    scale: Any = alpha  # peft declares an int, and divides it by the rank
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=layers, lora_dropout=dropout)
     try:
         inject_adapter_in_model(config, backbone)
     except ValueError as error:
