@@ -124,6 +124,12 @@ class Chromium:
         """Open a page."""
         self._send("Page.navigate", url=address)
 
+    def emulate(self, *, width, height, scheme):
+        """Show the page as on a screen of a size in pixels, with the color scheme "light" or "dark"."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self._send("Emulation.setDeviceMetricsOverride", **size)
+        self._send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     def evaluate(self, script):
         """Return the value of a JavaScript expression in the page."""
         answer = self._send("Runtime.evaluate", expression=script, returnByValue=True)

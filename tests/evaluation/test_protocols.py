@@ -299,6 +299,8 @@ def test_geometry_of_known_features():
     assert ev.describe_geometry(found, 16).startswith("No collapse")
     flat = ev.geometry(torch.randn(100, 1, generator=g) * torch.ones(1, 64) + 0.01 * torch.randn(100, 64, generator=g))
     assert ev.describe_geometry(flat, 64).startswith("Dimensional collapse")
+    cone = ev.geometry(torch.ones(100, 64) + 0.1 * torch.randn(100, 64, generator=g))
+    assert ev.describe_geometry(cone, 64).startswith(("No collapse", "Dimensional"))
     point = ev.geometry(torch.ones(100, 64) + 0.01 * torch.randn(100, 64, generator=g))
     assert ev.describe_geometry(point, 64).startswith("Collapsed")
     dead = x.clone()

@@ -137,6 +137,8 @@ def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
         found.outcomes["knn"]["blind"].per_image["top1 (k = 20)"],
     )
     assert row["difference"] == near64(same["difference"])
+    assert rows["calibration", "Brier score"]["difference"] < 0
+    assert rows["calibration", "Brier score"]["verdict"] == "pool"  # lower is better
     assert {row["verdict"] for row in found.compare("pool", "pool")} == {"noise"}
     with pytest.raises(ValueError, match="`model` must be one of 'pool', 'blind'"):
         found.compare("pool", "bling")

@@ -18,3 +18,4 @@ from .predictions import split_conformal as split_conformal
 from .predictions import worst_group_accuracy as worst_group_accuracy
 from .retrieval import knn_sweep as knn_sweep
 from .retrieval import label_retrieval as label_retrieval
+from .retrieval import retrieved as retrieved

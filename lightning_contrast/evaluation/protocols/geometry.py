@@ -15,6 +15,8 @@ from lightning_contrast.metrics.sphere import uniformity_of
 from lightning_contrast.seeding import derived_seed
 
 _ROWS = 4096  # of the uniformity, which compares all pairs
+_COLLAPSED, _ONE_DIRECTION = 0.02, 0.15  # spreads
+_RANK, _RANK_SHARE, _DEAD = 10.0, 0.08, 0.5  # as in `callbacks.Thresholds`
 
 
 def geometry(features: Tensor, *, views: Tensor | None = None, spectrum: int = 256, seed: int = 0) -> dict[str, Any]:
@@ -70,20 +72,22 @@ def geometry(features: Tensor, *, views: Tensor | None = None, spectrum: int = 2
 def describe_geometry(found: dict[str, Any], width: int) -> str:
     """Return a sentence that says whether features have collapsed.
 
-    Thresholds of `CollapseMonitor`: a standard deviation below 0.15 is a complete collapse; an effective rank below 10
-    and below 8 % of the dimensions a dimensional one.
+    A spread (``std``) below 0.02, a mean cosine above about 0.9996, is a complete collapse. Features that point in one
+    direction can still tell images apart: those of an untrained "small_convnet" have a spread of 0.11. An effective
+    rank below 10 and below 8 % of the dimensions is a dimensional collapse, as in `CollapseMonitor`.
 
     Args:
         found: Values of `geometry`.
         width: Number of dimensions F.
     """
-    from lightning_contrast.callbacks.collapse.diagnosis import Thresholds
-
-    bounds, rank = Thresholds(), found["effective_rank"]
-    if found["std"] < bounds.std:
-        return f"Collapsed: all images have nearly the same features (spread {found['std']:.2f} of 1)."
-    if rank < min(bounds.rank, max(1.5, bounds.rank_share * width)):
+    rank, spread = found["effective_rank"], found["std"]
+    if spread < _COLLAPSED:
+        return f"Collapsed: all images have nearly the same features (spread {spread:.3f} of 1)."
+    if rank < min(_RANK, max(1.5, _RANK_SHARE * width)):
         return f"Dimensional collapse: {rank:.1f} of {width} dimensions are in use."
-    if found["dead_dims"] > bounds.dead_dims:
+    if found["dead_dims"] > _DEAD:
         return f"{found['dead_dims']:.0%} of the {width} dimensions are constant."
-    return f"No collapse: about {rank:.0f} of {width} dimensions are in use, spread {found['std']:.2f} of 1."
+    words = f"No collapse: about {rank:.0f} of {width} dimensions are in use, spread {spread:.2f} of 1"
+    if spread < _ONE_DIRECTION:
+        return f"{words}; all features point in nearly one direction, so center them before comparing cosines."
+    return f"{words}."

@@ -78,14 +78,31 @@ def label_retrieval(features: Tensor, labels: Tensor, *, k: Sequence[int] = (1, 
     Raises:
         ValueError: If a number is out of range, shapes do not match, or no class has two images.
     """
+    found = retrieved(features, labels, k=k)
+    return {name: float(values.double().mean()) for name, values in found.items()}
+
+
+def retrieved(features: Tensor, labels: Tensor, *, k: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
+    """Return the values that `label_retrieval` averages, one per query.
+
+    Args:
+        features: ``(N, F)``, floating; L2-normalized here.
+        labels: Classes ``(N,)``, integers; -1 for unlabeled rows, which are left out.
+        k: Ranks of the recall, each from 1 to N - 1.
+
+    Returns:
+        ``recall@{k}``, bool, and ``map``, the average precision, float64; ``(Q,)`` in the order of the images.
+
+    Raises:
+        ValueError: As `label_retrieval`.
+    """
     known = labeled(features, labels)
     unit, classes = F.normalize(known.features, dim=1), known.labels
     limit = len(unit) - 1
     for number in k:
         check_at_least("k", number, 1)
         require(number <= limit, "k", f"be <= {limit}, the number of other images", number, "Decrease `k`")
-    hits = dict.fromkeys(k, 0)
-    total, queries = 0.0, 0
+    parts: list[dict[str, Tensor]] = []
     for start in range(0, len(unit), _CHUNK):
         chunk = unit[start : start + _CHUNK]
         similarity = chunk @ unit.T
@@ -93,11 +110,11 @@ def label_retrieval(features: Tensor, labels: Tensor, *, k: Sequence[int] = (1, 
         order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
         same = classes[order] == classes[start : start + len(chunk)].unsqueeze(1)  # (B, N - 1)
         same = same[same.any(1)]
-        queries += len(same)
-        for number in k:
-            hits[number] += int(same[:, :number].any(1).sum())
         ranks = torch.arange(1, limit + 1, device=unit.device)
         precision = same.double().cumsum(1) / ranks
-        total += float(((precision * same).sum(1) / same.sum(1)).sum())
-    require(queries > 0, "labels", "hold a class with two images", "none", "Retrieval needs images of one class")
-    return {f"recall@{number}": hits[number] / queries for number in k} | {"map": total / queries}
+        found = {f"recall@{number}": same[:, :number].any(1) for number in k}
+        parts.append(found | {"map": (precision * same).sum(1) / same.sum(1)})
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    hint = "Retrieval needs images of one class"
+    require(len(joined["map"]) > 0, "labels", "hold a class with two images", "none", hint)
+    return joined

@@ -6,7 +6,6 @@ from torch import Tensor
 from lightning_contrast.evaluation.measures.calibration import aurra, calibration_error
 from lightning_contrast.evaluation.protocols import (
     ProbeResult,
-    bootstrap_interval,
     few_shot,
     knn_sweep,
     label_efficiency,
@@ -17,7 +16,7 @@ from lightning_contrast.evaluation.protocols import (
     worst_group_accuracy,
 )
 from lightning_contrast.evaluation.report_card.context import Context
-from lightning_contrast.evaluation.report_card.result import Outcome, correct
+from lightning_contrast.evaluation.report_card.result import Outcome, add_mean, correct
 
 KS = (1, 5, 10, 20, 100, 200)
 SGD_PROTOCOLS = ("simclr", "moco", "mae")
@@ -34,9 +33,7 @@ def add_accuracy(outcome: Outcome, name: str, found: ProbeResult, seed: int) -> 
         seed: Seed of the interval.
     """
     right = correct(found.logits, found.labels)
-    outcome.values[name] = found.top1
-    outcome.intervals[name] = bootstrap_interval(right, seed=seed)
-    outcome.per_image[name] = right
+    add_mean(outcome, name, right, seed)
     return right
 
 
@@ -118,9 +115,9 @@ def calibration(context: Context, model: str) -> Outcome:
     confidence, right = probabilities.amax(1), correct(found.logits, found.labels)
     outcome.values["ECE (15 bins)"] = float(calibration_error(found.logits, found.labels))
     picked = probabilities.gather(1, found.labels.unsqueeze(1)).squeeze(1)
-    outcome.values["negative log-likelihood"] = float(-picked.clamp(min=1e-12).log().mean())
+    add_mean(outcome, "negative log-likelihood", -picked.clamp(min=1e-12).log().cpu(), context.seed)
     truth = torch.nn.functional.one_hot(found.labels, probabilities.shape[1])
-    outcome.values["Brier score"] = float((probabilities - truth).square().sum(1).mean())
+    add_mean(outcome, "Brier score", (probabilities - truth).square().sum(1).cpu(), context.seed)
     outcome.values["AURRA"] = float(aurra(confidence, right))
     edges = torch.linspace(0, 1, 11, dtype=torch.float64)
     place = (torch.bucketize(confidence, edges) - 1).clamp(0, 9)

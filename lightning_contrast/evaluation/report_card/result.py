@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_choice
-from lightning_contrast.evaluation.protocols import mcnemar, paired_bootstrap
+from lightning_contrast.evaluation.protocols import bootstrap_interval, mcnemar, paired_bootstrap
 
 SIGNIFICANCE = 0.05
+LOWER_IS_BETTER = ("negative log-likelihood", "Brier score")
+"""Values per image of which the lower is better."""
 _DIGITS = 6
 
 
@@ -103,7 +105,7 @@ class Report:
                 binary = bool(((first == 0) | (first == 1)).all() and ((second == 0) | (second == 1)).all())
                 found["mcnemar_p"] = mcnemar(first > 0, second > 0)["p"] if binary else None
                 p = found["p"] if found["mcnemar_p"] is None else found["mcnemar_p"]
-                better = a if found["difference"] > 0 else b
+                better = a if (found["difference"] > 0) != (metric in LOWER_IS_BETTER) else b
                 verdict = better if p < SIGNIFICANCE and found["difference"] != 0 else "noise"
                 rows.append({"part": part, "metric": metric, "a": a, "b": b, **found, "verdict": verdict})
         return rows
@@ -172,6 +174,20 @@ class Report:
         except OSError as error:
             raise OSError(error.errno, f"Cannot write the report to {target}: {error.strerror or error}") from error
         return target / "report.html"
+
+
+def add_mean(outcome: Outcome, name: str, values: Tensor, seed: int) -> None:
+    """Add the mean of a value per image ``(N,)``, with its bootstrap interval.
+
+    Args:
+        outcome: Gets the value.
+        name: Name of the value.
+        values: On the CPU; bool or floating.
+        seed: Seed of the interval.
+    """
+    outcome.values[name] = float(values.double().mean())
+    outcome.intervals[name] = bootstrap_interval(values, seed=seed)
+    outcome.per_image[name] = values
 
 
 def packed(outcome: Outcome) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lightning_contrast.evaluation.measures.out_of_distribution import ood_metri
 from lightning_contrast.evaluation.measures.robustness import mean_corruption_error
 from lightning_contrast.evaluation.protocols import logistic_probe, ood_scores
 from lightning_contrast.evaluation.report_card.context import Context
-from lightning_contrast.evaluation.report_card.result import Outcome, correct
+from lightning_contrast.evaluation.report_card.result import Outcome, add_mean, correct
 
 SMALL = 64
 """Images up to this edge get the severities of CIFAR-10-C, larger ones those of ImageNet-C."""
@@ -37,9 +37,10 @@ def corruptions(context: Context, model: str) -> Outcome:
     for name in CORRUPTIONS:
         accuracies[name] = [float(part.mean()) for part in right[row : row + len(severities)]]
         row += len(severities)
-    outcome = Outcome(values={"mean accuracy": float(right[1:].mean()), "clean accuracy": clean})
+    outcome = Outcome()
+    add_mean(outcome, "mean accuracy", right[1:].mean(0).cpu(), context.seed)
+    outcome.values["clean accuracy"] = clean
     outcome.values["accuracy lost"] = clean - float(right[1:].mean())
-    outcome.per_image["mean accuracy"] = right[1:].mean(0).cpu()
     outcome.values |= {name.replace("_", " "): sum(of) / len(of) for name, of in accuracies.items()}
     mean = right[1:].view(len(CORRUPTIONS), len(severities), -1).mean((0, 2)).tolist()
     outcome.curves["accuracy by severity"] = [(0, clean), *zip(severities, mean, strict=True)]

@@ -6,9 +6,9 @@ import torch
 
 from lightning_contrast.augment import simclr_views
 from lightning_contrast.augment.images import as_float
-from lightning_contrast.evaluation.protocols import cluster_scores, describe_geometry, geometry, label_retrieval
+from lightning_contrast.evaluation.protocols import cluster_scores, describe_geometry, geometry, retrieved
 from lightning_contrast.evaluation.report_card.context import Context
-from lightning_contrast.evaluation.report_card.result import Outcome
+from lightning_contrast.evaluation.report_card.result import Outcome, add_mean
 from lightning_contrast.metrics import cka
 from lightning_contrast.seeding import derived_seed, seeded
 
@@ -18,9 +18,11 @@ _CKA_ROWS = 2048
 def retrieval(context: Context, model: str) -> Outcome:
     """Retrieval of images of the same class."""
     test = context.labeled(model).test
-    found = label_retrieval(*test, k=[k for k in (1, 5, 10) if k < len(test.labels)])
-    names = {"map": "mAP"}
-    return Outcome(values={names.get(name, name): value for name, value in found.items()})
+    found = retrieved(*test, k=[k for k in (1, 5, 10) if k < len(test.labels)])
+    outcome = Outcome()
+    for name, values in found.items():
+        add_mean(outcome, {"map": "mAP"}.get(name, name), values.cpu(), context.seed)
+    return outcome
 
 
 def clusters(context: Context, model: str) -> Outcome:
@@ -49,6 +51,7 @@ def shape(context: Context, model: str) -> Outcome:
         "alpha_req": "alpha-ReQ",
         "lidar": "LiDAR",
         "dead_dims": "constant dimensions",
+        "std": "spread (1: uniform)",
     }
     spectrum = found.pop("spectrum")
     values = {names.get(name, name): value for name, value in found.items()}
