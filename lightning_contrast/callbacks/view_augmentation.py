@@ -219,20 +219,22 @@ class ViewAugmentation(L.Callback):
         return augmented
 
     def _eval_images(self, images: Tensor) -> Tensor:
-        if self._scaled():
+        if self._scale() is not None:
             self._check(images.pixels if isinstance(images, WholeImages) else images, evaluating=True)
             return self.policy.eval_transform(images)
         images = center_squares(images) if isinstance(images, WholeImages) else images
         return self.policy.eval_transform(self._check(images, evaluating=True))
 
-    def _scaled(self) -> bool:
-        return getattr(self.policy, "scale", None) is not None
+    def _scale(self) -> tuple[float, float] | None:
+        scale: tuple[float, float] | None = getattr(self.policy, "scale", None)
+        return scale
 
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
         values = images.device.type == "cpu" or (not evaluating) not in self._checked
-        if images.ndim == 4 and values and self._scaled():
-            check_scaled_values(images, self.policy.scale)  # type: ignore[union-attr]
-        if images.ndim != 4 or self._scaled():
+        scale = self._scale()
+        if images.ndim == 4 and values and scale is not None:
+            check_scaled_values(images, scale)
+        if images.ndim != 4 or scale is not None:
             return images  # clips, series, other ranges: the policy knows their format
         return check_images(images, values=values, evaluating=evaluating)
 
