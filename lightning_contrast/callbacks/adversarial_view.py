@@ -13,7 +13,6 @@ from lightning_contrast._checks import check_at_least, check_choice, check_posit
 from lightning_contrast.augment.policy import ViewPolicy
 from lightning_contrast.augment.whole_images import WholeImages
 from lightning_contrast.callbacks.capture.features import paused_hooks
-from lightning_contrast.callbacks.view_augmentation import ViewAugmentation
 from lightning_contrast.contracts import replace_images, split_batch
 from lightning_contrast.losses import Negatives, rocl_loss
 from lightning_contrast.losses.kernels.logsumexp import NegativeMask
@@ -134,12 +133,12 @@ class AdversarialView(L.Callback):
         self._trainer, self._normalization = trainer, None
         BatchTransforms.add(trainer.strategy, self._transform)
         if self.candidates > 1:
-            self._views = next((c for c in trainer.callbacks if isinstance(c, ViewAugmentation)), None)
-            policy = getattr(self._views, "policy", None)
-            if not isinstance(policy, ViewPolicy):
+            with_policy = (c for c in trainer.callbacks if isinstance(getattr(c, "policy", None), ViewPolicy))
+            self._views = next(with_policy, None)
+            if self._views is None:
                 hint = "Place a ViewAugmentation with a policy of this package among the callbacks"
                 fail("candidates", "be 1 without a policy to draw them from", self.candidates, hint, TypeError)
-            self._candidate_policy = policy.candidates(self.view, self.candidates, self.min_area)
+            self._candidate_policy = self._views.policy.candidates(self.view, self.candidates, self.min_area)
             BatchTransforms.add(trainer.strategy, self._keep_originals, first=True)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
