@@ -183,9 +183,10 @@ class ViewAugmentation(L.Callback):
 
     def _check(self, images: Tensor, *, evaluating: bool) -> Tensor:
         values = images.device.type == "cpu" or (not evaluating) not in self._checked
-        if images.ndim == 4 and values and self._scaled():
-            check_scaled_values(images, self.policy.scale)  # type: ignore[union-attr]
-        if images.ndim != 4 or self._scaled():
+        scale = getattr(self.policy, "scale", None)
+        if images.ndim == 4 and values and scale is not None:
+            check_scaled_values(images, scale)
+        if images.ndim != 4 or scale is not None:
             return images  # clips, series, other ranges: the policy knows their format
         return check_images(images, values=values, evaluating=evaluating)
 
