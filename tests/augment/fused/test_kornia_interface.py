@@ -8,12 +8,18 @@ from lightning_contrast.augment.fused import (
     FusedBandGain,
     FusedBandIndex,
     FusedBandSwap,
+    FusedCloud,
     FusedColorJitter,
+    FusedCutPaste,
     FusedDeform,
+    FusedDent,
     FusedErase,
+    FusedFlare,
     FusedGaussianBlur,
     FusedGaussianNoise,
     FusedResizedCrop,
+    FusedScratch,
+    FusedShading,
     FusedSolarize,
     FusedStainJitter,
     FusedTurn,
@@ -55,7 +61,8 @@ def test_each_replays_its_parameters(emoji):
         FusedWindow(),
         *bands,
     )
-    for operation in (FusedResizedCrop(20), color, FusedGaussianBlur(), FusedSolarize(), *further):
+    marks = (FusedCutPaste(), FusedScratch(), FusedDent(), FusedCloud(), FusedFlare(0.5), FusedShading())
+    for operation in (*marks, FusedResizedCrop(20), color, FusedGaussianBlur(), FusedSolarize(), *further):
         views = operation(images)
         assert torch.equal(operation(images, params=operation._params), views)
         assert operation._params["batch_prob"].shape == (8,)
