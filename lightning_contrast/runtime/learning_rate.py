@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_contrast.nn.auxiliary_batchnorm import NAME as AUXILIARY
-from lightning_contrast.nn.auxiliary_batchnorm import add_auxiliary_batchnorm
 from lightning_contrast.optim import constant, scaled_lr
 from lightning_contrast.optim.build import OWN_RATE
 from lightning_contrast.runtime.run_length import (
@@ -221,9 +219,7 @@ class ScheduledModule(L.LightningModule):
             checkpoint[_BATCH_KEY] = self._planned_batch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the offset of the schedules and the global batch of the learning rate; add auxiliary BatchNorm."""
-        if any(AUXILIARY in name.split(".") for name in checkpoint.get("state_dict", ())):
-            add_auxiliary_batchnorm(self)
+        """Restore the offset of the schedules and the global batch of the learning rate."""
         self._schedule_offset = int(checkpoint.get(_OFFSET_KEY, 0))
         self._saved_batch = checkpoint.get(_BATCH_KEY)
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_contrast.nn.auxiliary_batchnorm import NAME as AUXILIARY
+from lightning_contrast.nn.auxiliary_batchnorm import add_auxiliary_batchnorm
 from lightning_contrast.optim.groups import follow_rates
 from lightning_contrast.runtime.default_callbacks import mark_defaults, missing_defaults, of_module
 from lightning_contrast.runtime.finetuning import prepare_finetuning
@@ -93,6 +95,12 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
         """Shard the submodules under FSDP2; every other strategy wraps the whole module itself."""
         if self.device_mesh is not None:
             shard_submodules(self, self.device_mesh, self.sharded_methods)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the second set of BatchNorm that a checkpoint of a run with `AdversarialView` may have."""
+        if any(AUXILIARY in name.split(".") for name in checkpoint.get("state_dict", ())):
+            add_auxiliary_batchnorm(self)
+        super().on_load_checkpoint(checkpoint)
 
     def on_fit_start(self) -> None:
         """Warn once if several ranks keep BatchNorm statistics of their own."""
