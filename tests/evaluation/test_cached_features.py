@@ -3,18 +3,21 @@
 import os
 import signal
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 import lightning_contrast as lc
 from lightning_contrast.evaluation import cached_features, encode, load_subject
+from lightning_contrast.evaluation.feature_pass.subjects import spec_transform
 from tests.launch import ChildError, run_processes
-from tests.tolerances import assert_same_bits
+from tests.tolerances import NETWORK, assert_same_bits, f32
 
 IMAGES = torch.randint(0, 256, (26, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(26) % 4
@@ -162,6 +165,42 @@ def test_an_exported_backbone_brings_its_input(tmp_path):
     images = subject.preprocess(torch.full((2, 3, 32, 40), 255, dtype=torch.uint8))
     assert images.shape == (2, 3, 16, 16)
     assert images[0, 0, 0, 0] == 2
+
+
+def test_a_checkpoint_of_a_run_brings_the_input_of_its_views(tmp_path):
+    data = lc.data.EmojiDataModule(64)
+    policy = lc.augment.simclr_views(24, mean=[0.5] * 3, std=[0.25] * 3)
+    model = lc.SimCLR("small_convnet", warmup_epochs=0)
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[lc.ViewAugmentation(policy)],
+    )
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    subject = load_subject(tmp_path / "run.ckpt")
+    assert subject.input_spec == {"size": 24, "mean": [0.5] * 3, "std": [0.25] * 3}
+    images = data.images("test")[:4, :, 4:28, 4:28]  # nothing is resampled
+    expected = encode(model, images, policy.eval_transform)
+    assert_same_bits(encode(subject.module, images, subject.preprocess), expected)
+    images = data.images("test")[:4]
+    found = load_subject(model)  # with the views of its Trainer
+    assert found.input_spec == subject.input_spec
+    assert_same_bits(found.preprocess(images), policy.eval_transform(images))
+
+
+def test_a_name_brings_the_transform_of_timm():
+    spec = {"size": 20, "mean": [0.5] * 3, "std": [0.25] * 3}
+    images = torch.randint(0, 256, (2, 3, 50, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = spec_transform(spec, interpolation="bicubic", crop_pct=0.8)(images)
+    resized = F.interpolate(images.float() / 255, (25, 30), mode="bicubic", antialias=True).clamp(0, 1)
+    expected = (resized[..., 2:22, 5:25] - 0.5) / 0.25
+    torch.testing.assert_close(found, expected, **f32(NETWORK, size=1))
 
 
 class Stream(IterableDataset):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_contrast._checks import fail
 from lightning_contrast.augment import ViewPolicy
@@ -38,8 +39,9 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
     Args:
         model: A module; the path of a file by `export_backbone` (".pt") or of a checkpoint (".ckpt") of a method whose
             backbone was given by name; or the name of a timm model, whose published weights timm downloads.
-        preprocess: Maps images ``(B, C, H, W)`` of a loader to the input. None: resize, center crop and normalization
-            by the ``input_spec`` of the module or file, or of timm; scaling to 0..1 if there is none.
+        preprocess: Maps images ``(B, C, H, W)`` of a loader to the input. None: the evaluation transform of the views
+            of the module's Trainer; resize (bilinear, since files do not name another), center crop and normalization
+            by the ``input_spec`` of the module or file; timm's transform of a name; scaling to 0..1 if there is none.
 
     Raises:
         TypeError: If ``model`` is none of these.
@@ -49,7 +51,10 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
     if isinstance(model, Subject):
         return model if preprocess is None else model._replace(preprocess=preprocess)
     if isinstance(model, nn.Module):
-        return _subject(model, _spec_of(model), f"module {type(model).__name__}", preprocess)
+        source, policy = f"module {type(model).__name__}", _policy_of(model)
+        if policy is not None:
+            return Subject(model, preprocess or policy.eval_transform, dict(policy.input_spec), source)
+        return _subject(model, getattr(model, INPUT_SPEC, None), source, preprocess)
     if not isinstance(model, str | Path):
         hint = "Give a module, the path of a checkpoint, or a name of timm"
         fail("model", "be a module, a path or a name", type(model).__name__, hint, TypeError)
@@ -60,22 +65,42 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
         return _subject(network, spec, f"file {Path(model).name}", preprocess)
     network = load_teacher(str(model)).module
     config = getattr(network, "pretrained_cfg", None) or {}
-    spec = None
-    if config.get("mean") is not None and config.get("input_size") is not None:
-        spec = {"size": config["input_size"][-1], "mean": list(config["mean"]), "std": list(config["std"])}
-    return _subject(network, spec, f"timm's {model}", preprocess)
+    source = f"timm's {model}"
+    if config.get("mean") is None or config.get("input_size") is None:
+        return _subject(network, None, source, preprocess)
+    spec = {"size": config["input_size"][-1], "mean": list(config["mean"]), "std": list(config["std"])}
+    resampling = {"interpolation": config.get("interpolation", "bilinear"), "crop_pct": config.get("crop_pct") or 1.0}
+    return Subject(network, preprocess or spec_transform(spec, **resampling), spec, source)
 
 
-def spec_transform(spec: Mapping[str, Any]) -> Preprocess:
+def spec_transform(spec: Mapping[str, Any], *, interpolation: str = "bilinear", crop_pct: float = 1.0) -> Preprocess:
     """Return the transform of evaluation for images ``(B, C, H, W)``: resize, center crop and normalization.
 
     Args:
         spec: Size, mean and std of the input; mean and std None for images that are only scaled to 0..1.
+        interpolation: Resampling, "bilinear" or "bicubic".
+        crop_pct: Share of the shorter side that the center crop keeps, in (0, 1].
     """
-    mean, std = spec["mean"], spec["std"]
+    mean, std, size = spec["mean"], spec["std"], int(spec["size"])
     channels = 3 if mean is None else len(mean)
-    policy = ViewPolicy([nn.Identity()], size=int(spec["size"]), channels=channels, mean=mean, std=std)
-    return policy.eval_transform
+    known = interpolation if interpolation in ("bilinear", "bicubic") else "bicubic"
+    options = {"channels": channels, "mean": mean, "std": std, "interpolation": known}
+    policy = ViewPolicy([nn.Identity()], size=size, **options)
+    edge = max(size, round(size / crop_pct))
+    if edge == size:
+        return policy.eval_transform
+
+    def transform(images: Tensor) -> Tensor:
+        pixels = as_float(images)
+        height, width = pixels.shape[-2:]
+        shorter = min(height, width)
+        extent = [max(edge, int(edge * side / shorter)) for side in (height, width)]
+        if shorter != edge:
+            pixels = F.interpolate(pixels, extent, mode=known, antialias=True).clamp_(0, 1)
+        top, left = ((side - size) // 2 for side in extent)
+        return policy.eval_transform(pixels[..., top : top + size, left : left + size])
+
+    return transform
 
 
 def _subject(network: nn.Module, spec: Mapping[str, Any] | None, source: str, preprocess: Preprocess | None) -> Subject:
@@ -83,15 +108,8 @@ def _subject(network: nn.Module, spec: Mapping[str, Any] | None, source: str, pr
     return Subject(network, transform, None if spec is None else dict(spec), source)
 
 
-def _spec_of(module: nn.Module) -> Mapping[str, Any] | None:
-    """Return the specification that a module carries, or that of the views of its Trainer."""
-    spec = getattr(module, INPUT_SPEC, None)
-    if isinstance(spec, Mapping):
-        return spec
-    trainer = getattr(module, "_trainer", None)  # `trainer` raises without one
-    found = (getattr(getattr(callback, "policy", None), INPUT_SPEC, None) for callback in _callbacks(trainer))
-    return next((spec for spec in found if isinstance(spec, Mapping)), None)
-
-
-def _callbacks(trainer: Any) -> list[Any]:
-    return list(getattr(trainer, "callbacks", None) or ())
+def _policy_of(module: nn.Module) -> Any:
+    """Return the view policy of the module's Trainer, or None."""
+    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", None) or ()  # `trainer` raises without one
+    policies = (getattr(callback, "policy", None) for callback in callbacks)
+    return next((policy for policy in policies if isinstance(policy, ViewPolicy)), None)

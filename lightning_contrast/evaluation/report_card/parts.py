@@ -10,7 +10,7 @@ from lightning_contrast.evaluation.report_card.result import Outcome
 
 
 @dataclass(frozen=True)
-class Part:
+class ReportPart:
     """A part of a report.
 
     Attributes:
@@ -38,8 +38,8 @@ class Part:
     by_default: bool = True
 
 
-PARTS: dict[str, Part] = {
-    "knn": Part(
+PARTS: dict[str, ReportPart] = {
+    "knn": ReportPart(
         "Nearest neighbors",
         "How many test images get the class that their nearest training images vote for: nothing is trained.",
         "Weighted vote of the k nearest training images, exp(cosine / 0.07), test transform.",
@@ -49,7 +49,7 @@ PARTS: dict[str, Part] = {
         curve=("k", "accuracy"),
         log_x=True,
     ),
-    "linear": Part(
+    "linear": ReportPart(
         "Linear probe",
         "How many test images a linear classifier on the frozen features gets right: the usual figure of papers.",
         "Logistic regression, its penalty chosen on held-out training images (CLIP); and SGD in published protocols "
@@ -59,7 +59,7 @@ PARTS: dict[str, Part] = {
         "top1",
         curve=("class", "accuracy"),
     ),
-    "grid": Part(
+    "grid": ReportPart(
         "Linear grid",
         "The linear probe of DINOv2, which tries 13 learning rates at once.",
         "13 heads in one pass of SGD, the best on held-out training images is reported.",
@@ -68,7 +68,7 @@ PARTS: dict[str, Part] = {
         "top1",
         by_default=False,
     ),
-    "few_shot": Part(
+    "few_shot": ReportPart(
         "Few-shot episodes",
         "How well classes are told apart from one or five examples each; intervals are those of the episodes.",
         "100 episodes, nearest class mean of centered unit features, 15 queries per class.",
@@ -76,7 +76,7 @@ PARTS: dict[str, Part] = {
         classification.shots,
         "5-way 5-shot",
     ),
-    "label_efficiency": Part(
+    "label_efficiency": ReportPart(
         "Label efficiency",
         "What the first labels are worth: the accuracy for a share of the training labels.",
         "Logistic regression on standardized features, C = 0.1, three draws per share, at least one label per class.",
@@ -86,7 +86,7 @@ PARTS: dict[str, Part] = {
         curve=("labels", "accuracy"),
         log_x=True,
     ),
-    "retrieval": Part(
+    "retrieval": ReportPart(
         "Retrieval",
         "Whether the images nearest to a test image show the same class.",
         "Cosine similarity among the test images, the query excluded.",
@@ -94,7 +94,7 @@ PARTS: dict[str, Part] = {
         structure.retrieval,
         "mAP",
     ),
-    "clusters": Part(
+    "clusters": ReportPart(
         "Clusters",
         "Whether groups that k-means finds without labels are the classes; 0 ARI is chance.",
         "k-means with as many clusters as classes, 10 restarts, on unit features of the test images.",
@@ -102,7 +102,7 @@ PARTS: dict[str, Part] = {
         structure.clusters,
         "NMI",
     ),
-    "calibration": Part(
+    "calibration": ReportPart(
         "Calibration",
         "Whether a confidence of 80 % means that 80 % are right; 0 is perfect.",
         "Logistic regression on standardized features, C = 0.1; expected calibration error over 15 bins.",
@@ -112,7 +112,7 @@ PARTS: dict[str, Part] = {
         higher_is_better=False,
         curve=("confidence", "accuracy"),
     ),
-    "conformal": Part(
+    "conformal": ReportPart(
         "Conformal sets",
         "How many classes a set must name to hold the true one nine times out of ten; 1 is best.",
         "Split-conformal APS, not randomized, calibrated on half of the test images, alpha = 0.1.",
@@ -121,7 +121,7 @@ PARTS: dict[str, Part] = {
         "mean set size",
         higher_is_better=False,
     ),
-    "groups": Part(
+    "groups": ReportPart(
         "Worst group",
         "The accuracy where the model serves worst: by class, and by every other column of the batches.",
         "Logistic regression on standardized features, C = 0.1; groups of five images or more.",
@@ -129,7 +129,7 @@ PARTS: dict[str, Part] = {
         classification.groups,
         "worst class",
     ),
-    "anomalies": Part(
+    "anomalies": ReportPart(
         "Anomalies",
         "Whether images of a class that was never seen look foreign; 0.5 is chance.",
         "Each class in turn is left out of the training images; AUROC of the distance to the 50th neighbor, and of the "
@@ -139,7 +139,7 @@ PARTS: dict[str, Part] = {
         "AUROC (k-NN)",
         curve=("class", "AUROC"),
     ),
-    "corruptions": Part(
+    "corruptions": ReportPart(
         "Corruptions",
         "How much of the accuracy survives noise, blur, weather and compression.",
         "15 corruptions of a subset of the test images; a logistic classifier of clean training images. The mCE is "
@@ -149,7 +149,7 @@ PARTS: dict[str, Part] = {
         "mean accuracy",
         curve=("severity", "accuracy"),
     ),
-    "invariance": Part(
+    "invariance": ReportPart(
         "Invariance",
         "How similar features stay when the image is changed; 1 is invariant, good or bad depending on the task.",
         "Mean cosine similarity of centered features to those of the original, by change and strength.",
@@ -158,7 +158,7 @@ PARTS: dict[str, Part] = {
         "mean",
         higher_is_better=None,
     ),
-    "geometry": Part(
+    "geometry": ReportPart(
         "Geometry",
         "How many dimensions are in use, and whether the features have collapsed.",
         "Spectrum of the test features; alignment and LiDAR of SimCLR views of some test images.",
@@ -170,7 +170,7 @@ PARTS: dict[str, Part] = {
         curve=("rank", "share of the variance"),
         log_x=True,
     ),
-    "similarity": Part(
+    "similarity": ReportPart(
         "Similarity of models",
         "Whether two models see the images alike: 1 up to rotation and scale, 0 not at all.",
         "Unbiased linear CKA on the test images.",
@@ -178,7 +178,7 @@ PARTS: dict[str, Part] = {
         structure.similarity,
         higher_is_better=None,
     ),
-    "cost": Part(
+    "cost": ReportPart(
         "Cost",
         "What a feature costs; times are of this machine, and not part of report.json.",
         "Parameters, floating point operations by torch, the fastest of three passes of 64 images.",
