@@ -1,6 +1,7 @@
 """Every policy: published parameters, contract, random numbers, launches and freedom from host synchronization."""
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -23,6 +24,8 @@ for of_clips in ("clip_views", "cpc_clip_views", "vjepa_views"):  # their input 
     del POLICIES[of_clips]
 DOMAINS = {name: getattr(domains, name) for name in domains.__all__ if name.endswith("_views")}
 POLICIES |= DOMAINS
+# Pixels in 0..255 or 0..1 here; Hounsfield units in its own tests, tests/augment/domains/test_medical.py.
+POLICIES["ct_views"] = functools.partial(DOMAINS["ct_views"], scale=None)
 CHANNELS = {
     "satellite_views": 13,
     "chest_xray_views": 1,
