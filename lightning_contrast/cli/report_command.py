@@ -57,7 +57,8 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for given in models:
         name, has_name, model = given.partition("=")
-        name, model = (name, model) if has_name else (_name_of(given), given)
+        if not has_name or Path(given).exists():  # Lightning's own names of checkpoints are epoch=9-step=190.ckpt
+            name, model = _name_of(given), given
         if name in named:
             fail("models", "have different names", f"{name!r} twice", "Give NAME=MODEL")
         named[name] = model

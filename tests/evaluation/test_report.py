@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from html.parser import HTMLParser
 
@@ -328,14 +329,16 @@ def test_the_command_judges_exported_backbones(tmp_path, capsys):
     spec = {"size": 16, "mean": None, "std": None}
     torch.manual_seed(0)
     ev.export_backbone(build_backbone("small_convnet").module, tmp_path / "net.pt", input_spec=spec)
+    shutil.copy(tmp_path / "net.pt", tmp_path / "epoch=0-step=9.pt")  # as Lightning names checkpoints
     given = [
         str(tmp_path / "net.pt"),
         f"other={tmp_path / 'net.pt'}",
+        str(tmp_path / "epoch=0-step=9.pt"),
         "--data=EmojiDataModule",
         "--data.batch_size=128",
     ]
     found = main(["report", *given, f"--output={tmp_path / 'out'}", "--parts=[knn]", '--options={"pictures": 9}'])
-    assert list(found.models) == ["net", "other"]
+    assert list(found.models) == ["net", "other", "epoch=0-step=9"]
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.html'}\n"
     with pytest.raises(ValueError, match="`models` must have different names"):
         main(["report", given[0], given[0], "--data=EmojiDataModule", f"--output={tmp_path / 'out'}"])
