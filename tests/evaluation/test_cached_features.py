@@ -1,5 +1,6 @@
 """The feature pass: order, cache keys, resume after a kill, ranks, files and bad input."""
 
+import json
 import os
 import signal
 
@@ -14,6 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 import lightning_contrast as lc
+from lightning_contrast.augment.domains import satellite_views
 from lightning_contrast.evaluation import cached_features, encode, load_subject
 from lightning_contrast.evaluation.feature_pass.subjects import spec_transform
 from tests.launch import ChildError, run_processes
@@ -165,6 +167,14 @@ def test_an_exported_backbone_brings_its_input(tmp_path):
     images = subject.preprocess(torch.full((2, 3, 32, 40), 255, dtype=torch.uint8))
     assert images.shape == (2, 3, 16, 16)
     assert images[0, 0, 0, 0] == 2
+
+
+def test_a_backbone_of_another_domain_gets_the_range_the_shape_and_the_indices_of_its_views():
+    policy = satellite_views((24, 16), channels=4, scale=(0, 10_000), indices=[(3, 0)], mean=[0.5] * 5, std=[0.2] * 5)
+    model = nn.Flatten()
+    model.input_spec = json.loads(json.dumps(policy.input_spec))  # as in a file
+    bands = torch.randint(0, 10_000, (3, 4, 30, 40), dtype=torch.int16)
+    assert_same_bits(load_subject(model).preprocess(bands), policy.eval_transform(bands))
 
 
 def test_a_checkpoint_of_a_run_brings_the_input_of_its_views(tmp_path):

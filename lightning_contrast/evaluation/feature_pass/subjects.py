@@ -77,15 +77,13 @@ def spec_transform(spec: Mapping[str, Any], *, interpolation: str = "bilinear", 
     """Return the transform of evaluation for images ``(B, C, H, W)``: resize, center crop and normalization.
 
     Args:
-        spec: Size, mean and std of the input; mean and std None for images that are only scaled to 0..1.
+        spec: An ``input_spec``, see `ViewPolicy.input_spec`: size, mean and std, and what else a domain needs.
         interpolation: Resampling, "bilinear" or "bicubic".
-        crop_pct: Share of the shorter side that the center crop keeps, in (0, 1].
+        crop_pct: Share of the shorter side that the center crop keeps, in (0, 1]; below 1 only for a square size.
     """
-    mean, std, size = spec["mean"], spec["std"], int(spec["size"])
-    channels = 3 if mean is None else len(mean)
     known = interpolation if interpolation in ("bilinear", "bicubic") else "bicubic"
-    options = {"channels": channels, "mean": mean, "std": std, "interpolation": known}
-    policy = ViewPolicy([nn.Identity()], size=size, **options)
+    policy = ViewPolicy.from_input_spec(spec, interpolation=known)
+    size = policy.height
     edge = max(size, round(size / crop_pct))
     if edge == size:
         return policy.eval_transform
