@@ -213,7 +213,7 @@ EMOJI = ["fit", "--config", "simclr_emoji"]
         ([*EMOJI, "--model.temperature=warm"], 2, ["`temperature` must be float", "got warm"]),
         ([*EMOJI, "--model.optimizer=adamww", *CPU], 1, ["`optimizer`", "'adamww'", "Did you mean 'adamw'"]),
         ([*EMOJI, "--data", "EmojiDataModul"], 2, ["'EmojiDataModul'", "Did you mean EmojiDataModule "]),
-        ([*EMOJI, "--data.batch_sise=8"], 2, ["EmojiDataModule", "Did you mean batch_size?"]),
+        ([*EMOJI, "--data.batch_sise=8"], 2, ["EmojiDataModule", "Did you mean batch_size or batches?"]),
         ([*EMOJI, "--trainer.callbacks+=OnlineKnn"], 2, ["'OnlineKnn'", "Did you mean OnlineKNN?"]),
         ([*EMOJI, "--trainer.callbacks.num_classes=nine"], 2, ["`num_classes` must be int", "got nine"]),
         ([*EMOJI, "--trainer.max_epochz=1"], 2, ["trainer.max_epochz", "Did you mean trainer.max_epochs "]),

@@ -217,7 +217,7 @@ def test_queue_smaller_than_the_batch_says_so(tmp_path):
         ({"head_layers": 3}, r"`head_layers` must be one of 1, 2"),
         ({"batchnorm_splits": 0}, r"`batchnorm_splits` must be >= 1"),
         ({"weighting": "hardest"}, r"must be one of 'uniform', .*, got 'hardest'"),
-        ({"queue_dtype": "int4"}, r"`dtype` must be one of"),
+        ({"queue_dtype": "int2"}, r"`dtype` must be one of"),
     ],
 )
 def test_bad_arguments(arguments, message):
