@@ -68,7 +68,7 @@ def run(remedy, strength, epochs, seed, fold):
     images, labels, gender = persons(data, "val")
     logits = model.head(lc.evaluation.encode(model.backbone, images, views.policy.eval_transform))
     found = lc.metrics.GroupAccuracy(4)(logits.argmax(1), labels, 2 * labels + gender)
-    return {"gap": found["groups"].view(2, 2).diff().abs().max().item()} | {k: v.tolist() for k, v in found.items()}
+    return {k: v.tolist() for k, v in found.items()} | {"gap": found["groups"].view(2, 2).diff().abs().max().item()}
 
 
 parser = argparse.ArgumentParser(description=__doc__)

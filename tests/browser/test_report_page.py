@@ -50,6 +50,7 @@ def browser(tmp_path):
 def test_the_page_opens_from_its_file_and_works(page, browser):
     browser.open(page.as_uri())
     browser.wait_for(lambda: "Nearest neighbors" in browser.text(), "page")
+    browser.wait_for(lambda: browser.evaluate("document.readyState") == "complete", "script of the page")
     values = json.loads(browser.evaluate(SORTED))
     assert values == sorted(values)
     assert len(values) == 3
