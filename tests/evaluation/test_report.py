@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast import evaluation as ev
 from lightning_contrast.augment import CORRUPTIONS
+from lightning_contrast.augment.images import as_float
 from lightning_contrast.cli import main
 from lightning_contrast.evaluation.report_card import PARTS
 from lightning_contrast.evaluation.report_card.page import number
@@ -249,6 +250,28 @@ def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
     text = (tmp_path / "few" / "report.html").read_text()
     assert "Failed for pool: `shots` must leave 15 queries of 10 images" in text.replace("&#39;", "'")
     assert "shots" in json.loads((tmp_path / "few" / "report.json").read_text())["parts"]["few_shot"]["errors"]["pool"]
+
+
+CHANGING = ("corruptions", "invariance", "geometry")
+
+
+@pytest.mark.parametrize("wide", ["loader", "model"])
+def test_parts_that_change_images_refuse_other_ranges(wide, tmp_path):
+    """Views and corruptions are in 0..1: of pixels in 0..1000 they would be white, and of a wide scale black."""
+    data, model = Data(), Pool()
+    if wide == "loader":
+        plain = data.loader
+
+        def loader(*args, **options):
+            found = plain(*args, **options)
+            return DataLoader([(image.float() * 4, *rest) for image, *rest in found.dataset], found.batch_size)
+
+        data.loader = loader
+    else:
+        model.input_spec = {"size": 16, "mean": None, "std": None, "scale": [0, 1000]}
+    found = card(tmp_path, parts=("knn", *CHANGING), data=data, of={"pool": model}, preprocess={"pool": as_float})
+    assert "knn" not in found.errors
+    assert all("0..1" in found.errors[part]["pool"] for part in CHANGING)
 
 
 def test_parts_without_labels_work_without_labels(tmp_path):

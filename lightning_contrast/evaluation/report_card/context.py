@@ -9,9 +9,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import fail
+from lightning_contrast._checks import fail, require
+from lightning_contrast.augment.images import as_float
 from lightning_contrast.callbacks.capture.sampling import drawn_rows
-from lightning_contrast.contracts import split_batch
+from lightning_contrast.contracts import check_images, split_batch
 from lightning_contrast.evaluation.feature_pass.cache import FeatureSet, features_of
 from lightning_contrast.evaluation.feature_pass.subjects import Subject
 from lightning_contrast.evaluation.protocols.inputs import Split, split
@@ -95,6 +96,23 @@ class Context:
             self.memory[key] = images, labels
         found: tuple[Tensor, Tensor | None] = self.memory[key]
         return found
+
+    def unit_images(self, model: str, number: int) -> tuple[Tensor, Tensor | None]:
+        """Return `images` as floats in 0..1, ``(n, C, H, W)``, for parts that change them, and their labels ``(n,)``.
+
+        Args:
+            model: Name of the model that will get them.
+            number: Images at most.
+
+        Raises:
+            ValueError: If they have another range, or the model expects one.
+            TypeError: If they are neither uint8 nor floats.
+        """
+        hint = "Leave this part out by `parts=`, or the views of geometry by options={'view_images': 0}"
+        scale = (self.subjects[model].input_spec or {}).get("scale")
+        require(scale is None, "models", "take images in 0..1 for this part", f"a scale of {scale}", hint)
+        images, labels = self.images(number)
+        return as_float(check_images(images, values=True, evaluating=True)), labels
 
     def pictures(self, model: str) -> tuple[Tensor, Tensor]:
         """Return the images ``(n, C, H, W)`` of the figures, and their features ``(n, F)``.

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from lightning_contrast.augment.corruptions import CORRUPTIONS, corrupt
-from lightning_contrast.augment.images import as_float
 from lightning_contrast.callbacks.invariance.perturbations import CHANGES, changed, fitting_changes
 from lightning_contrast.evaluation.measures.out_of_distribution import ood_metrics
 from lightning_contrast.evaluation.measures.robustness import mean_corruption_error
@@ -21,11 +20,11 @@ _CLASSES = 10
 def corruptions(context: Context, model: str) -> Outcome:
     """Accuracy of a logistic classifier of clean images on corrupted ones."""
     given = context.labeled(model)
-    images, labels = context.images(int(context.options["corrupted_images"]))
+    images, labels = context.unit_images(model, int(context.options["corrupted_images"]))
     if labels is None:
         raise ValueError("`datamodule` must yield labels for this part.")
     known = labels >= 0
-    images, labels = (as_float(images[known]) * 255).round().to(torch.uint8), labels[known]
+    images, labels = (images[known] * 255).round().to(torch.uint8), labels[known]
     severities = tuple(context.options["severities"])
     stack = [context.encode(model, images)]
     for name in CORRUPTIONS:
@@ -109,7 +108,7 @@ def anomalies(context: Context, model: str) -> Outcome:
 
 def invariance(context: Context, model: str) -> Outcome:
     """Cosine similarity of the features of changed images to those of the originals."""
-    images = as_float(context.images(int(context.options["view_images"]))[0])
+    images, _ = context.unit_images(model, int(context.options["view_images"]))
     original, outcome = context.encode(model, images), Outcome()
     unit = torch.nn.functional.normalize(original - original.mean(0), dim=1)
     for name, change in fitting_changes(CHANGES, images.shape[1]).items():

@@ -5,7 +5,6 @@ import math
 import torch
 
 from lightning_contrast.augment import simclr_views
-from lightning_contrast.augment.images import as_float
 from lightning_contrast.evaluation.protocols import cluster_scores, describe_geometry, geometry, retrieved
 from lightning_contrast.evaluation.report_card.context import Context
 from lightning_contrast.evaluation.report_card.result import Outcome, add_mean
@@ -37,7 +36,7 @@ def shape(context: Context, model: str) -> Outcome:
     number, count = int(context.options["view_images"]), int(context.options["views"])
     views = None
     if number >= 2 and count >= 2:
-        images = as_float(context.images(number)[0])
+        images, _ = context.unit_images(model, number)
         channels, edge = images.shape[1], min(images.shape[-2:])
         policy = simclr_views(edge, channels=channels, color=channels == 3)
         with seeded(derived_seed(context.seed, 9), images.device):
