@@ -553,6 +553,6 @@ def test_bad_images(images, error, message, fused):
 
 
 def test_every_docstring_names_its_source():
-    for name, policy in POLICIES.items():
+    for name, policy in (POLICIES | DOMAINS).items():
         assert "https://arxiv.org/abs/" in policy.__doc__ or "https://doi.org/" in policy.__doc__, name
     assert policies.__doc__
