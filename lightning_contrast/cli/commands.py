@@ -8,7 +8,7 @@ line; a command without classes among its arguments starts faster with `argparse
 
 import argparse
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -56,12 +56,18 @@ def run_command(name: str, args: Sequence[str]) -> Any:
     return getattr(module, f"run_{name}")([argument for argument in args if argument != "--debug"])
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that suggests names similar to ``name``, or an empty str if there are none."""
+    by_lower = {option.lower(): option for option in known}
+    near = get_close_matches(name.rsplit(".", 1)[-1].lower(), by_lower, n=3, cutoff=0.65)
+    return f" Did you mean {' or '.join(by_lower[option] for option in near)}?" if near else ""
+
+
 def unknown_command(name: str) -> str:
     """Return the message for a name that is no command."""
     known = list(summaries())
-    near = get_close_matches(name.lower(), known, n=3, cutoff=0.6)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Run `{PROGRAM} --help`."
-    return f"`{name}` is not one of {', '.join(known)}. {hint}"
+    hint = did_you_mean(name, known) or f" Run `{PROGRAM} --help`."
+    return f"`{name}` is not one of {', '.join(known)}.{hint}"
 
 
 class LightParser(argparse.ArgumentParser):
@@ -81,8 +87,7 @@ class LightParser(argparse.ArgumentParser):
         if unknown:
             option = unknown[0].partition("=")[0]
             options = [name for action in self._actions for name in action.option_strings]
-            near = get_close_matches(option, options, n=2, cutoff=0.6) if option.startswith("-") else []
-            hint = f" Did you mean {' or '.join(near)}?" if near else f" `{self.prog} --help` shows the arguments."
+            hint = did_you_mean(option, options) or f" `{self.prog} --help` shows the arguments."
             self.error(f"There is no {'option' if option.startswith('-') else 'argument'} `{option}`.{hint}")
         return found
 

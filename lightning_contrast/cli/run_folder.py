@@ -40,9 +40,10 @@ class RunFolder(Checkpoint):
     - ``metrics.csv``: ``Trainer.callback_metrics`` after each epoch, one row each with ``epoch`` and ``step``.
     - ``pictures/``: the first images and their views, by `ViewLogger`, if there is a `ViewAugmentation`.
 
-    Ctrl-C (SIGINT) on a run of one process: the optimizer step in progress is completed, a checkpoint ``interrupted.ckpt`` is
-    written beside the others, from which ``--ckpt_path last`` continues, and the run ends. A second Ctrl-C ends it at
-    once. Runs of several processes end at once: their ranks may be at different batches.
+    Ctrl-C (SIGINT) on a run of one process: the optimizer step in progress is completed, a checkpoint
+    ``interrupted.ckpt`` is written to the folder of the others, from which ``--ckpt_path last`` continues, and the run
+    ends. A second Ctrl-C ends it at once. Runs of several processes end at once: their ranks may be at different
+    batches.
 
     Nothing is recomputed and no random number is drawn. As a `Checkpoint`, Lightning runs it after all callbacks that
     are none: its checkpoint holds their state after the batch.
