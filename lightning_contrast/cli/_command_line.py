@@ -94,14 +94,19 @@ class CommandLine(LightningCLI):
         self._find_checkpoint()
         self.trainer.callbacks.append(FeatureWriter())  # type: ignore[attr-defined]  # a list
 
-    def _find_checkpoint(self) -> None:
-        """Replace ``--ckpt_path last`` by the path of the newest checkpoint, and check the method of the checkpoint."""
-        config = self.config_init[self.subcommand]
-        given, model = config.get("ckpt_path"), type(self.model).__name__
-        if given == "last":
-            config["ckpt_path"] = str(_last_checkpoint(self.trainer, model))
-        elif given is not None and local_path(given) is not None and given not in _LIGHTNINGS_WORDS:
+    def _parse_ckpt_path(self) -> None:
+        """Check the method of a checkpoint before Lightning builds the class that the checkpoint names instead."""
+        config = self.config.get(self.config.get("subcommand") or "", {})
+        given, model = config.get("ckpt_path"), str(config.get("model.class_path", "")).rpartition(".")[2]
+        if given not in (None, "last", *_LIGHTNINGS_WORDS) and local_path(given) is not None:
             _check_method(Path(given), model)
+        super()._parse_ckpt_path()
+
+    def _find_checkpoint(self) -> None:
+        """Replace ``--ckpt_path last`` by the path of the newest checkpoint."""
+        config = self.config_init[self.subcommand]
+        if config.get("ckpt_path") == "last":
+            config["ckpt_path"] = str(_last_checkpoint(self.trainer, type(self.model).__name__))
 
 
 def _last_checkpoint(trainer: L.Trainer, model: str) -> Path:
