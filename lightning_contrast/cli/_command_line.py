@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,17 +13,24 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_contrast import data, methods
 from lightning_contrast._checks import fail
-from lightning_contrast.checkpoints import latest_checkpoint, load_checkpoint, local_path
+from lightning_contrast.checkpoints import check_checkpoint, latest_checkpoint, load_checkpoint, local_path
 from lightning_contrast.cli._errors import parser_message
 from lightning_contrast.cli._features import FeatureWriter
-from lightning_contrast.cli._names import expand_arguments, short_names_in_yaml
+from lightning_contrast.cli._names import expand_arguments, import_classes, short_names_in_yaml
+from lightning_contrast.cli.commands import PROGRAM, SUMMARY
+from lightning_contrast.cli.run_folder import add_run_folder
 
 _MOST_NAMES = 60  # of subclasses listed in the help of an argument; every torch module is one of `torch.nn.Module`
+_LIGHTNINGS_WORDS = ("best", "hpc", "registry")
 _HELP = {"--model.help": methods, "--data.help": data}
 
 
 class Parser(LightningArgumentParser):
     """Parser with short names, errors of one line and a short help."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        import_classes()
+        super().__init__(*args, **options)
 
     def parse_args(  # type: ignore[override]  # argparse has overloads
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
@@ -72,17 +79,34 @@ class CommandLine(LightningCLI):
     """LightningCLI that finds the last checkpoint and writes predicted features."""
 
     def before_fit(self) -> None:
+        """Find the checkpoint, and add what writes the folder of the run."""
+        self._find_checkpoint()
+        add_run_folder(self.trainer)
+
+    def before_validate(self) -> None:
+        """Find the checkpoint."""
+        self._find_checkpoint()
+
+    before_test = before_validate
+
+    def before_predict(self) -> None:
+        """Find the checkpoint, and add the callback that writes the features."""
+        self._find_checkpoint()
+        self.trainer.callbacks.append(FeatureWriter())  # type: ignore[attr-defined]  # a list
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the method of a checkpoint before Lightning builds the class that the checkpoint names instead."""
+        config = self.config.get(self.config.get("subcommand") or "", {})
+        given, model = config.get("ckpt_path"), str(config.get("model.class_path", "")).rpartition(".")[2]
+        if given not in (None, "last", *_LIGHTNINGS_WORDS) and local_path(given) is not None:
+            _check_method(Path(given), model)
+        super()._parse_ckpt_path()
+
+    def _find_checkpoint(self) -> None:
         """Replace ``--ckpt_path last`` by the path of the newest checkpoint."""
         config = self.config_init[self.subcommand]
         if config.get("ckpt_path") == "last":
             config["ckpt_path"] = str(_last_checkpoint(self.trainer, type(self.model).__name__))
-
-    before_validate = before_test = before_fit
-
-    def before_predict(self) -> None:
-        """Add the callback that writes the features."""
-        self.before_fit()
-        self.trainer.callbacks.append(FeatureWriter())  # type: ignore[attr-defined]  # a list
 
 
 def _last_checkpoint(trainer: L.Trainer, model: str) -> Path:
@@ -107,12 +131,31 @@ def _last_checkpoint(trainer: L.Trainer, model: str) -> Path:
         hint = "Leave the option out to start a new run, or set `trainer.default_root_dir` or the path of a checkpoint"
         where = f"name a run with an intact checkpoint, but there is none in {', '.join(map(str, folders))}"
         fail("ckpt_path", where, "last", hint, FileNotFoundError)
-    saved = {} if found.is_dir() else load_checkpoint(found, map_location="meta").get("hyper_parameters", {})
-    other = str(saved.get("_class_path", model)).rsplit(".", 1)[-1]
+    _check_method(found, model)
+    return found
+
+
+def _check_method(path: Path, model: str) -> None:
+    """Check that a checkpoint exists, is intact and holds a model of this class.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is damaged, no checkpoint of Lightning, or of another class.
+    """
+    if not path.exists():
+        hint = "Give the path of a checkpoint, or `last` for the newest one of the runs in `trainer.default_root_dir`"
+        fail("ckpt_path", "be an existing checkpoint", str(path), hint, FileNotFoundError)
+    if path.is_dir():
+        return
+    check_checkpoint(path)
+    saved = load_checkpoint(path, map_location="meta")
+    if not isinstance(saved, Mapping) or "state_dict" not in saved:
+        hint = "Exported backbones are no checkpoints: give a .ckpt file of a run"
+        fail("ckpt_path", "be a checkpoint of Lightning", str(path), hint)
+    other = str(saved.get("hyper_parameters", {}).get("_class_path", model)).rsplit(".", 1)[-1]
     if other != model:
         hint = "Give the path of a checkpoint, or a `trainer.default_root_dir` for each method"
-        fail("ckpt_path", f"name a checkpoint of {model}", f"{found} of {other}", hint)
-    return found
+        fail("ckpt_path", f"name a checkpoint of {model}", f"{path} of {other}", hint)
 
 
 def build(args: list[str] | None, *, run: bool) -> LightningCLI:
@@ -122,23 +165,26 @@ def build(args: list[str] | None, *, run: bool) -> LightningCLI:
         args: The arguments, without the name of the program; None uses ``sys.argv``.
         run: Whether the first argument is a subcommand, to be run.
     """
-    with short_names_in_yaml():
-        return CommandLine(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            trainer_defaults={"plugins": {"class_path": "lightning_contrast.checkpoints.AtomicCheckpointIO"}},
-            save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
-            parser_kwargs={"prog": "lightning-contrast", "description": _DESCRIPTION},
-            args=args,
-            run=run,
-        )
+    try:
+        with short_names_in_yaml():
+            return _command_line(args, run=run)
+    except SystemExit as ended:  # Lightning's, of a KeyboardInterrupt
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from ended
+        raise
 
 
-_DESCRIPTION = (
-    "Contrastive and self-supervised pretraining. `fit --config simclr_emoji` runs a recipe by its name; `report` "
-    "judges checkpoints; --debug shows the traceback of an error."
-)
+def _command_line(args: list[str] | None, *, run: bool) -> LightningCLI:
+    return CommandLine(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        trainer_defaults={"plugins": {"class_path": "lightning_contrast.checkpoints.AtomicCheckpointIO"}},
+        save_config_kwargs={"overwrite": True},
+        parser_class=Parser,
+        parser_kwargs={"prog": PROGRAM, "description": f"{SUMMARY}."},
+        args=args,
+        run=run,
+    )

@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_contrast.cli._names import class_names, did_you_mean, recipe_names
+from lightning_contrast.cli._names import class_names, recipe_names
+from lightning_contrast.cli.commands import did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
 _NETWORK = ("httpx", "huggingface_hub", "requests", "urllib3")

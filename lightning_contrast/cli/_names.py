@@ -1,9 +1,8 @@
-"""Short names of recipes and view policies, and names similar to a misspelled one."""
+"""Short names of recipes and view policies."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,13 @@ from lightning_contrast import augment, callbacks, data, methods
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 _CONFIG_OPTIONS = ("-c", "--config")
+
+
+def import_classes() -> None:
+    """Import what has a short name: jsonargparse resolves short names among imported classes."""
+    for package in (augment, callbacks, data, methods):
+        for name in package.__all__:
+            getattr(package, name)
 
 
 def expand_arguments(args: Sequence[str]) -> list[str]:
@@ -74,10 +80,3 @@ def class_names() -> list[str]:
 def recipe_names() -> list[str]:
     """Return the names of the package's recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that suggests names similar to ``name``, or an empty str if there are none."""
-    by_lower = {option.lower(): option for option in known}
-    near = get_close_matches(name.rsplit(".", 1)[-1].lower(), by_lower, n=3, cutoff=0.65)
-    return f" Did you mean {' or '.join(by_lower[option] for option in near)}?" if near else ""

@@ -51,4 +51,8 @@ from .protocols import worst_group_accuracy as worst_group_accuracy
 from .report_card import Report as Report
 from .report_card import report as report
 from .tip_adapter import tip_adapter_logits as tip_adapter_logits
+from .view_effects import Proposal as Proposal
+from .view_effects import ViewEffect as ViewEffect
+from .view_effects import propose as propose
+from .view_effects import view_effects as view_effects
 from .zero_shot import zero_shot_weights as zero_shot_weights
