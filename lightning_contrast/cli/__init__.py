@@ -6,8 +6,8 @@ its name; ``--config FILE`` runs your own. Classes and view policies of the pack
 
 Checkpoints are written by `AtomicCheckpointIO` unless the recipe sets ``trainer.plugins``. ``--ckpt_path last`` uses
 the newest intact checkpoint of all runs in the Trainer's folder and fails if there is none. ``predict`` writes the
-features to ``features.npz`` in the folder of the run. ``report CKPT ... --data DATA --output DIR`` judges checkpoints,
-see `evaluation.report`. Errors of the user are printed on one line; ``--debug`` shows the traceback.
+features to ``features.npz`` in the folder of the run. Errors of the user are printed on one line; ``--debug`` shows the
+traceback. The other commands are the files ``*_command.py`` of this folder, see `lightning_contrast.cli.commands`.
 """
 
 import os
@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_contrast import augment, callbacks, data, methods
-from lightning_contrast.cli._errors import user_message
+from lightning_contrast.cli.commands import PROGRAM, TRAINER, overview, run_command, summaries, unknown_command
 
 __all__ = ["entry_point", "main"]
 
@@ -28,12 +27,18 @@ _DEBUG = "JSONARGPARSE_DEBUG"  # makes jsonargparse raise errors; inherited by t
 def entry_point() -> None:
     """Run the command line and exit; the script ``lightning-contrast`` and ``python -m lightning_contrast``.
 
-    The exit status is 0 for success, 2 for arguments that cannot be parsed and 1 for other errors. Errors that the user
-    can fix (arguments, files, network) are one line on stderr, without a traceback unless ``--debug`` is given.
+    The exit status is 0 for success, 2 for arguments that cannot be parsed, 130 for an interrupt and 1 for other
+    errors. Errors that the user can fix (arguments, files, network) are one line on stderr, without a traceback unless
+    ``--debug`` is given.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        sys.exit(130)
     except Exception as error:
+        from lightning_contrast.cli._errors import user_message
+
         message = None if "--debug" in sys.argv else user_message(error)
         if message is None:
             raise
@@ -49,27 +54,43 @@ def main(args: list[str] | None = None, *, run: bool = True) -> Any:
         run: False builds Trainer, module and data without running them; ``args`` then has no subcommand.
 
     Returns:
-        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``; the report of the subcommand ``report``.
+        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``; the result of any other command, such as the
+        report of ``report``.
 
     Raises:
         SystemExit: With status 2, if the arguments cannot be parsed.
         ModuleNotFoundError: If jsonargparse is not installed; the message names the extra.
     """
-    for package in (augment, callbacks, data, methods):
-        for name in package.__all__:  # jsonargparse resolves short names among imported classes
-            getattr(package, name)
+    given = sys.argv[1:] if args is None else args
+    if run:
+        _answer(given)
     try:
         import jsonargparse  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"The command line needs jsonargparse. {_HINT}.", name="jsonargparse") from error
-    from lightning_contrast.cli._command_line import build
-    from lightning_contrast.cli.report_command import COMMAND, run_report
 
-    given = sys.argv[1:] if args is None else args
     with _debug("--debug" in given):
-        if run and given and given[0] == COMMAND:
-            return run_report(given[1:])
+        if run and given and given[0] in summaries() and given[0] not in TRAINER:
+            return run_command(given[0], given[1:])
+        from lightning_contrast.cli._command_line import build
+
         return build(args, run=run)
+
+
+def _answer(given: list[str]) -> None:
+    """Exit with the overview, the version or the message for an unknown command; return if there is a command."""
+    words = [argument for argument in given if argument != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        from lightning_contrast._version import __version__
+
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        sys.exit(0)
+    if not words[0].startswith("-") and words[0] not in summaries():
+        sys.stderr.write(f"error: {unknown_command(words[0])}\n")
+        sys.exit(2)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from lightning_contrast._checks import fail
 from lightning_contrast.checkpoints import latest_checkpoint, load_checkpoint, local_path
 from lightning_contrast.cli._errors import parser_message
 from lightning_contrast.cli._features import FeatureWriter
-from lightning_contrast.cli._names import expand_arguments, short_names_in_yaml
+from lightning_contrast.cli._names import expand_arguments, import_classes, short_names_in_yaml
+from lightning_contrast.cli.commands import PROGRAM, SUMMARY
 
 _MOST_NAMES = 60  # of subclasses listed in the help of an argument; every torch module is one of `torch.nn.Module`
 _HELP = {"--model.help": methods, "--data.help": data}
@@ -24,6 +25,10 @@ _HELP = {"--model.help": methods, "--data.help": data}
 
 class Parser(LightningArgumentParser):
     """Parser with short names, errors of one line and a short help."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        import_classes()
+        super().__init__(*args, **options)
 
     def parse_args(  # type: ignore[override]  # argparse has overloads
         self, args: Sequence[str] | None = None, *more: Any, **options: Any
@@ -132,13 +137,7 @@ def build(args: list[str] | None, *, run: bool) -> LightningCLI:
             trainer_defaults={"plugins": {"class_path": "lightning_contrast.checkpoints.AtomicCheckpointIO"}},
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
-            parser_kwargs={"prog": "lightning-contrast", "description": _DESCRIPTION},
+            parser_kwargs={"prog": PROGRAM, "description": f"{SUMMARY}."},
             args=args,
             run=run,
         )
-
-
-_DESCRIPTION = (
-    "Contrastive and self-supervised pretraining. `fit --config simclr_emoji` runs a recipe by its name; `report` "
-    "judges checkpoints; --debug shows the traceback of an error."
-)

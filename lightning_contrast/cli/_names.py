@@ -13,6 +13,13 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 _CONFIG_OPTIONS = ("-c", "--config")
 
 
+def import_classes() -> None:
+    """Import what has a short name: jsonargparse resolves short names among imported classes."""
+    for package in (augment, callbacks, data, methods):
+        for name in package.__all__:
+            getattr(package, name)
+
+
 def expand_arguments(args: Sequence[str]) -> list[str]:
     """Replace the short names of recipes (``--config``) and of policies (``--*.policy``, ``--*.policy.class_path``)."""
     expanded: list[str] = []

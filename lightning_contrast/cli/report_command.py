@@ -10,8 +10,8 @@ import lightning as L
 from lightning_contrast._checks import fail
 from lightning_contrast.cli._command_line import Parser
 from lightning_contrast.cli._names import short_names_in_yaml
+from lightning_contrast.cli.commands import PROGRAM
 
-COMMAND = "report"
 _DESCRIPTION = (
     "Judge checkpoints, exported backbones (.pt) or timm models side by side on a DataModule, by nearest neighbors, "
     "linear probes, few labels, corruptions and more; write a page, Markdown and JSON."
@@ -32,7 +32,7 @@ def run_report(args: Sequence[str]) -> Any:
     """
     from lightning_contrast.evaluation import report
 
-    parser = Parser(prog=f"lightning-contrast {COMMAND}", description=_DESCRIPTION)
+    parser = Parser(prog=f"{PROGRAM} report", description=_DESCRIPTION)
     parser.add_argument("models", nargs="+", help="NAME=MODEL or MODEL: path of a checkpoint or name of timm")
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
     parser.add_argument("--output", type=str, required=True, help="folder of the report")
