@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -34,7 +35,8 @@ def decode(data: bytes, *, exif: bool = True) -> Tensor:
         return read_rgb(BytesIO(data), exif=exif)
     from torchvision.io import ImageReadMode, decode_image
 
-    pixels: Tensor = decode_image(_bytes(data), mode=ImageReadMode.RGB, apply_exif_orientation=exif)
+    with _quiet():
+        pixels: Tensor = decode_image(_bytes(data), mode=ImageReadMode.RGB, apply_exif_orientation=exif)
     if pixels.dtype != torch.uint8:
         raise ValueError(f"it has more than 8 bits ({pixels.dtype}); write its shards from 8-bit images.")
     return pixels
@@ -156,8 +158,17 @@ def upright(image: Tensor, orientation: int) -> Tensor:
 def _by_nvjpeg(files: list[Tensor], device: torch.device) -> list[Tensor]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    images: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
+    with _quiet():
+        images: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
     return images
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore that torchvision 0.29 announces the move of its decoders to TorchCodec."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
+        yield
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -239,7 +239,7 @@ def _open_folder(argument: str, folder: Path, keys: tuple[str, str, str | None, 
     require(not (chunked and tars), argument, "hold shards of one format", str(folder), hint)
     if tars:
         return TarShards(argument, tars, keys[1])
-    hint = "Make them of a folder of images with `lightning-contrast shards FOLDER OUTPUT`, or `data.write_shards`"
+    hint = "Make them of a folder of images with `lightning-contrast optimize FOLDER OUTPUT`, or `data.write_shards`"
     require(chunked, argument, "hold shards (litdata's index.json, or *.tar)", str(folder), hint)
     return LitdataShards(argument, str(folder), *keys)
 

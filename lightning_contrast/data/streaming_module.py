@@ -76,7 +76,7 @@ class StreamingImageDataModule(ImageFolderDataModule):
 
     The shards are chunks of litdata (``pip install 'lightning_contrast[stream]'``), of a folder or of an address such
     as ``s3://bucket/images``, whose chunks litdata copies to this machine while they are read; or uncompressed tar
-    files in webdataset's layout (``0001.jpg``, ``0001.cls``). `write_shards`, or ``lightning-contrast shards``, makes
+    files in webdataset's layout (``0001.jpg``, ``0001.cls``). `write_shards`, or ``lightning-contrast optimize``, makes
     both of a folder of images.
 
     Batches, views, resizing, unreadable images and resume are as in `ImageFolderDataModule`: ``(images, labels)``,
