@@ -10,7 +10,9 @@ from lightning_contrast.data.loading import ResumableLoader
 from lightning_contrast.data.moving_emoji import MovingEmojiDataModule
 from lightning_contrast.data.reweighting import balanced_weights
 from lightning_contrast.data.scenes_module import EmojiScenesDataModule
+from lightning_contrast.data.shard_writing import write_shards
 from lightning_contrast.data.statistics import estimate_mean_std
+from lightning_contrast.data.streaming_module import StreamingImageDataModule
 from lightning_contrast.data.structured_batches import StructuredBatches
 from lightning_contrast.data.video_module import VideoFolderDataModule
 
@@ -24,8 +26,10 @@ __all__ = [
     "InMemoryDataModule",
     "MovingEmojiDataModule",
     "ResumableLoader",
+    "StreamingImageDataModule",
     "StructuredBatches",
     "VideoFolderDataModule",
     "balanced_weights",
     "estimate_mean_std",
+    "write_shards",
 ]

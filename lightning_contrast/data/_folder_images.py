@@ -87,14 +87,11 @@ class FolderImages(Dataset[Sample | None]):
         """
         for place in range(index, index + min(len(self), _MOST_IN_A_ROW)):
             position = place % len(self)
-            path = self.paths[position]
             try:
-                value = self.load(path, getattr(index, "seed", None))
+                value, label = self.fetch(position, getattr(index, "seed", None))
             except Exception as error:
                 if self._on_error == "raise":
-                    raise RuntimeError(
-                        f"Cannot read the {self.what} {path}: {str(error).rstrip('.')}. Repair or remove the file."
-                    ) from error
+                    raise self._unreadable(position, error) from error
                 self._note(position, error)
                 if self._on_error == "leave out":
                     return None
@@ -102,14 +99,16 @@ class FolderImages(Dataset[Sample | None]):
             try:
                 image = self.square(self.checked(value), getattr(index, "seed", None))
             except Exception as error:  # invalid output of the loader, not an unreadable file
-                raise RuntimeError(
-                    f"Cannot read the {self.what} {path}: {str(error).rstrip('.')}. Repair or remove the file."
-                ) from error
-            return image, self.labels[position], position
-        tried = min(len(self), _MOST_IN_A_ROW)
+                raise self._unreadable(position, error) from error
+            return image, label, position
+        tried, last = min(len(self), _MOST_IN_A_ROW), self.paths[position]
         raise RuntimeError(
-            f"None of {tried} consecutive {self.what}s can be read, the last one is {path}. Check the folder."
+            f"None of {tried} consecutive {self.what}s can be read, the last one is {last}. Check the folder."
         )
+
+    def fetch(self, position: int, seed: int | None) -> tuple[Any, int]:
+        """Return what `load` reads of the file at a position, and its label."""
+        return self.load(self.paths[position], seed), self.labels[position]
 
     def load(self, path: str, seed: int | None) -> Any:
         """Read one file; ``seed`` is that of this file in this epoch, None in evaluation."""
@@ -150,6 +149,10 @@ class FolderImages(Dataset[Sample | None]):
         skipped = self.skipped()
         more = f" and {len(skipped) - most} more" if len(skipped) > most else ""
         return f"{len(skipped)} of {len(self)} {self.what}s could not be read: {', '.join(skipped[:most])}{more}."
+
+    def _unreadable(self, position: int, error: Exception) -> RuntimeError:
+        reason = str(error).rstrip(".")
+        return RuntimeError(f"Cannot read the {self.what} {self.paths[position]}: {reason}. Repair or remove the file.")
 
     def _note(self, position: int, error: Exception) -> None:
         """Mark a file as unreadable and warn about the first one immediately."""

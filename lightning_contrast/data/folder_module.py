@@ -15,7 +15,7 @@ from lightning_contrast._checks import check_at_least, check_choice, fail, requi
 from lightning_contrast.data._folder_files import FileId, find_images
 from lightning_contrast.data._folder_images import FolderImages, Loader, read_rgb, training_resize
 from lightning_contrast.data._position import RemembersPosition
-from lightning_contrast.data.loading import ResumableLoader, check_loading, make_loader
+from lightning_contrast.data.loading import BatchOrder, ResumableLoader, check_loading, make_loader
 from lightning_contrast.data.structured_batches import StructuredBatches
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -99,7 +99,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         check_at_least("num_workers", num_workers, 0)
         check_choice("resize", resize, ("whole", "crop", "center", "squash"))
         check_choice("on_error", on_error, ("raise", "skip"))
-        self.dirs = {"train": Path(train_dir)} | ({"val": Path(val_dir)} if val_dir is not None else {})
+        self.dirs: dict[str, Any] = {"train": train_dir} | ({"val": val_dir} if val_dir is not None else {})
         self.size, self.resize, self.on_error = size, resize, on_error
         self.loader = partial(read_rgb, exif=exif) if loader is None else loader
         self.extensions = tuple(extensions) if extensions is not None else (EXTENSIONS if loader is None else ("",))
@@ -138,7 +138,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         if self._sets:
             return
         found = {
-            split: _list_images("train_dir" if split == "train" else "val_dir", folder, self.extensions, self.what)
+            split: list_images("train_dir" if split == "train" else "val_dir", Path(folder), self.extensions, self.what)
             for split, folder in self.dirs.items()
         }
         self.class_names = found["train"][1] or found.get("val", ([], ()))[1]
@@ -195,6 +195,10 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         dataset = self._set("val" if "val" in self.dirs else "train")  # raises for unreadable files
         return DataLoader(dataset, batch_size=self.batch_size, generator=torch.Generator(), **self._options(dataset))
 
+    def training_order(self, dataset: FolderImages) -> BatchOrder | None:
+        """Return the order of the training images; None shuffles all of them."""
+        return self.batches
+
     def _set(self, split: str) -> FolderImages:
         check_choice("split", split, self.dirs)
         self.setup()
@@ -213,7 +217,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
             trainer=self.trainer,
             train=train,
             seed=self.seed,
-            batches=self.batches,
+            batches=self.training_order(dataset) if train else None,
             **self._options(dataset),
         )
 
@@ -221,7 +225,7 @@ class ImageFolderDataModule(RemembersPosition, L.LightningDataModule):
         return {"num_workers": self.num_workers, "collate_fn": dataset.collate, "pin_memory": self.pin_memory}
 
 
-def _list_images(
+def list_images(
     argument: str, folder: Path, extensions: tuple[str, ...], what: str
 ) -> tuple[dict[FileId, tuple[str, str | None]], tuple[str, ...]]:
     """Return the sorted files ``what`` of a folder, each with the name of its class or None, and the class names."""

@@ -270,7 +270,7 @@ class ResumableLoader(DataLoader[Any]):
     def _layout(self) -> Layout:
         sampler = self.sampler
         batches = getattr(sampler, "batches", None)
-        order = {} if batches is None else {"order": int(batches.digest)}
+        order = {} if batches is None else getattr(batches, "layout", {"order": int(batches.digest)})
         return order | {
             "images": len(self.dataset),  # type: ignore[arg-type]
             "batch_size": self.batch_size or 0,
