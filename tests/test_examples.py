@@ -361,6 +361,21 @@ def test_adapt_clip_emoji(tmp_path):
 
 
 @pytest.mark.slow
+def test_robust_emoji(tmp_path):
+    """A larger radius never helps, and RoCL withstands more than SimCLR after two epochs."""
+    arguments = ["--rows", "SimCLR", "RoCL", "--seeds", "0", "--fold", "1", "--epochs", "2"]
+    out = run(ROOT / "examples" / "robust_emoji.py", *arguments, cwd=tmp_path)
+    assert out.count("0/255") == 2
+    found = {
+        row: json.loads((tmp_path / "robust_emoji" / f"{row}-0-2-1.json").read_text()) for row in ("SimCLR", "RoCL")
+    }
+    for figures in found.values():
+        clean, *attacked = (figures[f"{radius}/255"] for radius in (0, 2, 4, 8))
+        assert 0.3 < clean > attacked[0] > attacked[1] >= attacked[2]
+    assert found["RoCL"]["2/255"] > found["SimCLR"]["2/255"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # of the notebook machinery, not of ours
 def test_notebook_runs_with_small_settings(path, tmp_path):
