@@ -17,6 +17,7 @@ from lightning_contrast.augment.bands import Pairs, append_indices, check_indice
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import (
+    INTERPOLATIONS,
     PixelRange,
     Size,
     as_float,
@@ -76,7 +77,7 @@ class ViewPolicy(nn.Module):
         super().__init__()
         self.height, self.width = check_size(size)
         check_at_least("channels", channels, 1)
-        check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
         self.views = nn.ModuleList(views)
         self.size: Size = self.height if self.height == self.width else (self.height, self.width)
         self.channels, self.interpolation = channels, interpolation
@@ -145,8 +146,9 @@ class ViewPolicy(nn.Module):
         """Return the input that a backbone trained on these views expects, as plain values that fit into JSON.
 
         ``{"size", "mean", "std"}``: one number or [height, width], and lists with one number per channel of the
-        backbone's input. What differs from images in 0..1 follows: "scale", "window" and "indices" as given to the
-        policy. `from_input_spec` makes a policy of it, whose `eval_transform` prepares images in the same way.
+        backbone's input. What differs from the defaults follows: "scale", "window", "indices" and "interpolation" as
+        given to the policy. `from_input_spec` makes a policy of it, whose `eval_transform` prepares images in the same
+        way.
         """
         spec: dict[str, Any] = {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
         if not isinstance(self.size, int):
@@ -157,25 +159,27 @@ class ViewPolicy(nn.Module):
             spec["window"] = [float(value) for value in self.window]
         if self.indices:
             spec["indices"] = [list(pair) for pair in self.indices]
+        if self.interpolation != "bilinear":
+            spec["interpolation"] = self.interpolation
         return spec
 
     @classmethod
     def from_input_spec(
-        cls, spec: Mapping[str, Any], *, channels: int = 3, interpolation: str = "bilinear"
+        cls, spec: Mapping[str, Any], *, channels: int = 3, interpolation: str | None = None
     ) -> "ViewPolicy":
         """Return a policy without views, whose `eval_transform` prepares images as the `input_spec` says.
 
         Args:
             spec: Of a policy, a checkpoint or an exported backbone: ``load_backbone(path).input_spec``.
             channels: Number of channels of the images, if the mean is None.
-            interpolation: As the policy of the training has it, which a spec does not hold.
+            interpolation: "bilinear" or "bicubic"; None is that of the spec, bilinear if it names none.
 
         Raises:
             ValueError: If an entry is missing, unknown or out of its range.
 
         Example:
             >>> from lightning_contrast.augment import simclr_views
-            >>> policy = ViewPolicy.from_input_spec(simclr_views(32).input_spec, interpolation="bicubic")
+            >>> policy = ViewPolicy.from_input_spec(simclr_views(32).input_spec)
             >>> tuple(policy.eval_transform(torch.rand(1, 3, 40, 50)).shape)
             (1, 3, 32, 32)
         """
@@ -189,7 +193,7 @@ class ViewPolicy(nn.Module):
             channels=channels,
             mean=spec["mean"],
             std=spec["std"],
-            interpolation=interpolation,
+            interpolation=interpolation or spec.get("interpolation", "bilinear"),
             scale=None if scale is None else (scale[0], scale[1]),
             window=(low, high),
             indices=indices,
