@@ -103,10 +103,9 @@ class ViewPolicy(nn.Module):
             TypeError: If a view of somebody else has no ``set_strength``.
         """
         check_probability("strength", strength, "It is a share of the policy's strength")
-        for view in self.views:
-            if not hasattr(view, "set_strength"):
-                hint = "Define `set_strength(strength)` on it, or leave the strength out"
-                fail("views", "have a strength", type(view).__name__, hint, TypeError)
+        for view in (view for view in self.views if not hasattr(view, "set_strength")):
+            hint = "Define `set_strength(strength)` on it, or leave the strength out"
+            fail("views", "have a strength", type(view).__name__, hint, TypeError)
         for view in dict.fromkeys(self.views):
             view.set_strength(strength)  # type: ignore[operator]  # checked above
         self.strength = strength
@@ -147,12 +146,10 @@ class ViewPolicy(nn.Module):
 
         ``{"size", "mean", "std"}``: one number or [height, width], and lists with one number per channel of the
         backbone's input. What differs from the defaults follows: "scale", "window", "indices" and "interpolation" as
-        given to the policy. `from_input_spec` makes a policy of it, whose `eval_transform` prepares images in the same
-        way.
+        given to the policy. A policy made by `from_input_spec` prepares images in the same way.
         """
-        spec: dict[str, Any] = {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
-        if not isinstance(self.size, int):
-            spec["size"] = list(self.size)
+        size = self.size if isinstance(self.size, int) else list(self.size)
+        spec: dict[str, Any] = {"size": size, "mean": list(self.mean), "std": list(self.std)}
         if self.scale is not None:
             spec["scale"] = [float(value) for value in self.scale]
         if self.window != (0.0, 1.0):
@@ -334,14 +331,13 @@ def make_policy(
         else:
             view = StockView(spec, mean, std, first, indices)
         views += [view] * len(list(same))
-    interpolation = "bicubic" if specs[0].bicubic else "bilinear"
     return ViewPolicy(
         views,
         size=specs[0].size,
         channels=channels,
         mean=mean,
         std=std,
-        interpolation=interpolation,
+        interpolation="bicubic" if specs[0].bicubic else "bilinear",
         scale=scale,
         window=window,
         indices=indices,
