@@ -350,14 +350,12 @@ def test_adapt_vit_emoji(tmp_path):
 def test_adapt_clip_emoji(tmp_path):
     out = run(ROOT / "examples" / "adapt_clip_emoji.py", "--epochs", "1", "--steps", "10", "--shots", "2", cwd=tmp_path)
     found = json.loads(out.splitlines()[-1])
-    assert [row for row in found if row not in ("shots", "seed", "weight, sharpness")] == [
-        "zero-shot",
-        "Tip-Adapter",
-        "CoOp",
-        "CoOp, per class",
-        "linear probe",
+    split = [f"{row}: old, new groups" for row in ("zero-shot", "CoOp", "CoCoOp")]
+    assert [row for row in found if row not in ("shots", "seed") and "weight" not in row] == [
+        *("zero-shot", "Tip-Adapter", "Tip-Adapter-F", "CoOp", "CoOp, per class", "CoCoOp", *split, "linear probe")
     ]
-    assert 0.1 <= found["weight, sharpness"][0] <= 100
+    assert 0.1 <= found["Tip-Adapter-F: weight, sharpness"][0] <= 100
+    assert all(0 <= share <= 1 for row in split for share in found[row])
 
 
 @pytest.mark.slow
