@@ -2,10 +2,12 @@
 
 ``python -m benchmarks.learn`` trains every emoji recipe with three seeds, one thread a run, and writes each result as
 the run ends, so that it goes on after a stop; a recipe that changed is trained again. ``--fold 1`` judges on a fold of
-the training things instead of the test things: settings are chosen there, with ``--set key=value``.
+the training things instead of the test things: settings are chosen there, with ``--set key=value``. Recipes of students
+get the backbone of the SimCLR recipe with the same seed as their teacher, which is trained once and kept.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import logging
@@ -16,7 +18,9 @@ import tempfile
 import textwrap
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,12 +31,16 @@ import yaml
 from benchmarks._references import RAW, Classifier, raw_features
 from benchmarks._variants import VARIANTS
 from benchmarks.common import RESULTS, machine
+from lightning_contrast.data import StructuredBatches
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-PAGE = Path(__file__).parents[1] / "docs" / "learn.md"
+DOCS = Path(__file__).parents[1] / "docs"
+RUNS = Path("runs") / "learn"
 TAUGHT = ("distill", "seed")
-"""Recipes that need a trained teacher, which no run here has."""
-METHODS = sorted({path.stem.removesuffix("_emoji") for path in CONFIGS.glob("*_emoji.yaml")} - {*TAUGHT})
+"""Recipes of students; their teacher is the backbone of the SimCLR recipe with the same seed."""
+ALONE = "simclr, width 8"
+"""The student without a teacher."""
+METHODS = sorted(path.stem.removesuffix("_emoji") for path in CONFIGS.glob("*_emoji.yaml"))
 TRAINED = ("rotation", "supervised")
 RANDOM = {
     "random convnet": "simclr",
@@ -84,6 +92,8 @@ def settings_of(name: str, seed: int, fold: int | None, changes: list[str], prec
         for part in path:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
         place[last] = yaml.safe_load(value)
+    if recipe in TAUGHT:
+        config.setdefault("run", {})["teacher"] = settings_of("simclr", seed, fold, [], precision)
     return config
 
 
@@ -99,56 +109,97 @@ def data_arguments(config: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def run(name: str, seed: int, config: dict[str, Any]) -> dict[str, Any]:
+@contextmanager
+def built(config: dict[str, Any]) -> Iterator[Any]:
+    """Give the command line of a configuration, with its model, data module and Trainer, all of them unused.
+
+    Args:
+        config: From `settings_of`, without "run".
+    """
+    from lightning_contrast.cli import main
+
+    sys.argv = sys.argv[:1]  # the command line of this program is not one of LightningCLI's
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(config))
+        yield main(["--config", str(path), f"--trainer.default_root_dir={folder}"], run=False)
+
+
+def teacher_of(config: dict[str, Any], folder: Path) -> Path:
+    """Return the checkpoint of a trained teacher, which is trained if it is not there.
+
+    Args:
+        config: Configuration of its training.
+        folder: Where teachers are kept, by the fingerprints of their configurations.
+    """
+    path = folder / f"{fingerprint(config)}.ckpt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with built(config) as cli:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            written = path.with_suffix(f".{os.getpid()}.ckpt")
+            cli.trainer.save_checkpoint(written)
+        written.replace(path)
+    return path
+
+
+def run(name: str, seed: int, config: dict[str, Any], teachers: Path = RUNS / "teachers") -> dict[str, Any]:
     """Train one row with one seed and judge its frozen features.
 
     Args:
         name: Name of the row.
         seed: The seed that ``config`` carries.
         config: From `settings_of`.
+        teachers: Folder of the teachers of students.
 
     Returns:
-        The figures of the run; ``seconds`` are those of the processor, on one thread.
+        The figures of the run; ``seconds`` are those of the processor, on one thread, without those of a teacher, whose
+        k-NN is ``teacher``.
     """
     from lightning_contrast import evaluation
-    from lightning_contrast.cli import main
 
     os.environ["TIMM_FUSED_ATTN"] = "0"  # its backward takes half of a step in bfloat16 on a CPU
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    config = copy.deepcopy(config)
+    own = config.pop("run", {})
+    if "teacher" in own:
+        config["model"]["init_args"]["teacher"] = str(teacher_of(own["teacher"], teachers))
     start = time.process_time()
-    sys.argv = sys.argv[:1]  # the command line of this program is not one of LightningCLI's
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(config))
-        cli = main(["--config", str(path), f"--trainer.default_root_dir={folder}"], run=False)
+    with built(config) as cli:
         pairs, model, trainer = cli.datamodule, cli.model, cli.trainer
         data = getattr(pairs, "source", pairs)
         policy = next(c.policy for c in trainer.callbacks if hasattr(c, "policy"))
-        if name in RAW:
-            spaces = raw_features(name, data)
-        else:
-            if name in TRAINED:
-                backbone = config["model"]["init_args"]["backbone"]
-                model = Classifier(backbone, task=name, num_classes=data.num_classes)
-            if name not in RANDOM:
-                trainer.fit(model, datamodule=pairs)
-            groups = (data.images("train"), *data.artists("val"))
-            spaces = [evaluation.encode(model, images, policy.eval_transform) for images in groups]
-    train, noto, fluent = spaces
-    labels = (data.labels("train"), data.labels("val"))
-    judged = torch.cat([noto, fluent])
-    seconds = time.process_time() - start
-    return {
-        "row": name,
-        "seed": seed,
-        "epochs": 0 if name in UNTRAINED else trainer.max_epochs,
-        "knn": evaluation.knn_top1(train, labels[0], judged, labels[1], num_classes=data.num_classes),
-        "linear": evaluation.linear_top1(train, labels[0], judged, labels[1]),
-        "recall@1": evaluation.recall_at_1(noto, fluent),
-        "seconds": round(seconds, 1),
-    }
+        if "near_neighbors" in own:
+            pixels = torch.nn.functional.avg_pool2d(data.images("train").float() / 255, 4).flatten(1)
+            data.batches = StructuredBatches(pixels, size=own["near_neighbors"])
+        if name in TRAINED:
+            backbone = config["model"]["init_args"]["backbone"]
+            model = Classifier(backbone, task=name, num_classes=data.num_classes)
+        if name not in UNTRAINED:
+            trainer.fit(model, datamodule=pairs)
+        images = (data.images("train"), *data.artists("val"))
+        labels = (data.labels("train"), data.labels("val"))
+
+        def spaces_of(network: Any) -> list[torch.Tensor]:
+            return [evaluation.encode(network, group, policy.eval_transform) for group in images]
+
+        def knn(train: torch.Tensor, *judged: torch.Tensor) -> float:
+            return evaluation.knn_top1(train, labels[0], torch.cat(judged), labels[1], num_classes=data.num_classes)
+
+        spaces = raw_features(name, data) if name in RAW else spaces_of(model)
+        train, noto, fluent = spaces
+        found = {
+            "row": name,
+            "seed": seed,
+            "epochs": 0 if name in UNTRAINED else trainer.max_epochs,
+            "knn": knn(*spaces),
+            "linear": evaluation.linear_top1(train, labels[0], torch.cat([noto, fluent]), labels[1]),
+            "recall@1": evaluation.recall_at_1(noto, fluent),
+            "seconds": round(time.process_time() - start, 1),
+        }
+        return found | ({"teacher": knn(*spaces_of(model.teacher))} if "teacher" in own else {})
 
 
 def fingerprint(config: dict[str, Any]) -> str:
@@ -176,6 +227,29 @@ def table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def kept(results: Path) -> str:
+    """Return the Markdown table of the students: their k-NN, and the share of their teacher's that they keep.
+
+    Args:
+        results: The folder, one file a run.
+    """
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    teachers = {run["seed"]: run["teacher"] for run in runs if "teacher" in run}
+    lines = ["| student | k-NN | of seeds | share of the teacher's k-NN | seconds | seeds |", "|" + "---|" * 6]
+    rows: dict[str, list[tuple[float, float, float]]] = {"the teacher": [(k, 1.0, 0.0) for k in teachers.values()]}
+    for run in runs:
+        if "teacher" in run or (run["row"] == ALONE and run["seed"] in teachers):
+            figures = (run["knn"], run["knn"] / teachers[run["seed"]], run["seconds"])
+            rows.setdefault(run["row"], []).append(figures)
+    for name, figures in sorted(rows.items(), key=lambda row: -statistics.mean(knn for knn, *_ in row[1])):
+        knn, share, seconds = zip(*figures, strict=True)
+        lines.append(
+            f"| {name} | {statistics.mean(knn):.3f} | {min(knn):.3f}-{max(knn):.3f} | {statistics.mean(share):.3f} "
+            f"| {statistics.mean(seconds):.0f} | {len(knn)} |"
+        )
+    return "\n".join(lines)
+
+
 def origin(results: Path) -> str:
     """Return sentences that name the machine and the torch version of each row: most rows' first, the others by name.
 
@@ -192,16 +266,17 @@ def origin(results: Path) -> str:
     return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 
-def write_page(results: Path) -> None:
-    """Put the table into docs/learn.md between its two marks, with the machines.
+def write_page(name: str, text: str) -> None:
+    """Put a table into a page of docs/ between its two marks.
 
     Args:
-        results: The folder, one file a run.
+        name: Of the page.
+        text: The table.
     """
     begin, end = "<!-- table -->", "<!-- end of table -->"
-    before, rest = PAGE.read_text().split(begin)
+    before, rest = (DOCS / name).read_text().split(begin)
     _, after = rest.split(end)
-    PAGE.write_text(f"{before}{begin}\n\n{origin(results)}\n\n{table(results)}\n\n{end}{after}")
+    (DOCS / name).write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> None:
@@ -218,7 +293,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.set and options.fold is None:
         parser.error("settings are chosen with --fold, never on the test things")
-    results = options.output or (RESULTS / "learn" if options.fold is None else Path("runs") / "learn")
+    results = options.output or (RESULTS / "learn" if options.fold is None else RUNS)
     results.mkdir(parents=True, exist_ok=True)
     waiting, here = {}, machine()
     origin_of_run = {"date": here["date"], "processor": here["processor"], "torch": here["versions"]["torch"]}
@@ -240,9 +315,10 @@ def main() -> None:
             path.write_text(json.dumps(record, indent=1) + "\n")
             print(json.dumps(record), flush=True)
     if options.fold is None:
-        print(table(results))
+        print(table(results), kept(results), sep="\n\n")
         if options.output is None:
-            write_page(results)
+            write_page("learn.md", f"{origin(results)}\n\n{table(results)}")
+            write_page("distillation.md", kept(results))
 
 
 if __name__ == "__main__":

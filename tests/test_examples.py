@@ -350,14 +350,27 @@ def test_adapt_vit_emoji(tmp_path):
 def test_adapt_clip_emoji(tmp_path):
     out = run(ROOT / "examples" / "adapt_clip_emoji.py", "--epochs", "1", "--steps", "10", "--shots", "2", cwd=tmp_path)
     found = json.loads(out.splitlines()[-1])
-    assert [row for row in found if row not in ("shots", "seed", "weight, sharpness")] == [
-        "zero-shot",
-        "Tip-Adapter",
-        "CoOp",
-        "CoOp, per class",
-        "linear probe",
+    split = [f"{row}: old, new groups" for row in ("zero-shot", "CoOp", "CoCoOp")]
+    assert [row for row in found if row not in ("shots", "seed") and "weight" not in row] == [
+        *("zero-shot", "Tip-Adapter", "Tip-Adapter-F", "CoOp", "CoOp, per class", "CoCoOp", *split, "linear probe")
     ]
-    assert 0.1 <= found["weight, sharpness"][0] <= 100
+    assert 0.1 <= found["Tip-Adapter-F: weight, sharpness"][0] <= 100
+    assert all(0 <= share <= 1 for row in split for share in found[row])
+
+
+@pytest.mark.slow
+def test_robust_emoji(tmp_path):
+    """A larger radius never helps, and RoCL withstands more than SimCLR after two epochs."""
+    arguments = ["--rows", "SimCLR", "RoCL", "--seeds", "0", "--fold", "1", "--epochs", "2"]
+    out = run(ROOT / "examples" / "robust_emoji.py", *arguments, cwd=tmp_path)
+    assert out.count("0/255") == 2
+    found = {
+        row: json.loads((tmp_path / "robust_emoji" / f"{row}-0-2-1.json").read_text()) for row in ("SimCLR", "RoCL")
+    }
+    for figures in found.values():
+        clean, *attacked = (figures[f"{radius}/255"] for radius in (0, 2, 4, 8))
+        assert 0.3 < clean > attacked[0] > attacked[1] >= attacked[2]
+    assert found["RoCL"]["2/255"] > found["SimCLR"]["2/255"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_contrast._checks import require
 
 Pairs = Sequence[tuple[int, int]]
+_SAME = 0.01  # an index in 0..1 that differs less from that of its bands is theirs, in bfloat16 too
 
 
 def check_indices(indices: Pairs, channels: int) -> tuple[tuple[int, int], ...]:
@@ -46,3 +47,25 @@ def append_indices(images: Tensor, indices: Pairs) -> Tensor:
         total = images[:, first] + images[:, second]
         ratios.append((images[:, first] / total.clamp_min(tiny)).masked_fill(total <= 0, 0.5))  # = (1 + index) / 2
     return torch.cat([images, *(ratio[:, None] for ratio in ratios)], dim=1)
+
+
+def follow_indices(images: Tensor, bands: Tensor, indices: Pairs) -> Tensor:
+    """Return images with other bands, whose index channels follow the bands.
+
+    An index is computed again where it was that of its bands, and stays where it was not, such as one that was dropped
+    or whose bands were. The result is differentiable with respect to the bands.
+
+    Args:
+        images: Images with index channels, ``(B, C + I, H, W)`` float in 0..1, as `append_indices` returns.
+        bands: The other bands, ``(B, C, H, W)``.
+        indices: Pairs of bands, as for `append_indices`; without any the result is ``bands``.
+
+    Returns:
+        ``(B, C + I, H, W)``.
+    """
+    if not indices:
+        return bands
+    count = bands.shape[1]
+    before, given = append_indices(images[:, :count], indices)[:, count:], images[:, count:]
+    after = append_indices(bands, indices)[:, count:]
+    return torch.cat([bands, torch.where((before - given).abs() < _SAME, after, given)], dim=1)

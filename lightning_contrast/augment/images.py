@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.contracts import check_images
 
 PixelRange: TypeAlias = tuple[float, float] | None
@@ -15,6 +15,9 @@ PixelRange: TypeAlias = tuple[float, float] | None
 
 Size: TypeAlias = int | tuple[int, int]
 """Edge of a square in pixels, or height and width."""
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+"""Resampling of images for evaluation."""
 
 
 def check_size(size: object, name: str = "size") -> tuple[int, int]:
@@ -107,7 +110,7 @@ def check_input_spec(spec: object) -> dict[str, Any]:
 
     Args:
         spec: "size", "mean" and "std", the last two None for images that are only scaled to 0..1; and "scale",
-            "window" and "indices" where images are not in 0..1 already; see `ViewPolicy.input_spec`.
+            "window", "indices" and "interpolation" where they differ; see `ViewPolicy.input_spec`.
 
     Raises:
         ValueError: If an entry is missing, unknown or out of its range.
@@ -115,8 +118,8 @@ def check_input_spec(spec: object) -> dict[str, Any]:
     hint = 'Give {"size": ..., "mean": ..., "std": ...}: checkpoints of a run with `ViewAugmentation` contain it'
     if not isinstance(spec, Mapping) or not spec.keys() >= {"size", "mean", "std"}:
         fail("input_spec", "hold the size, mean and std of the images", spec, hint)
-    unknown = sorted(spec.keys() - {"size", "mean", "std", "scale", "window", "indices"})
-    hint = 'Besides "size", "mean" and "std" it holds "scale", "window" and "indices"'
+    unknown = sorted(spec.keys() - {"size", "mean", "std", "scale", "window", "indices", "interpolation"})
+    hint = 'Besides "size", "mean" and "std" it holds "scale", "window", "indices" and "interpolation"'
     require(not unknown, "input_spec", "have known entries", unknown, hint)
     height, width = check_size(spec["size"])
     known: dict[str, Any] = {"size": height if height == width else [height, width]}
@@ -129,6 +132,9 @@ def check_input_spec(spec: object) -> dict[str, Any]:
         known["window"] = [float(value) for value in spec["window"]]
     if spec.get("indices"):
         known["indices"] = [[int(first), int(second)] for first, second in spec["indices"]]
+    if "interpolation" in spec:
+        check_choice("interpolation", spec["interpolation"], INTERPOLATIONS)
+        known["interpolation"] = spec["interpolation"]
     return known
 
 

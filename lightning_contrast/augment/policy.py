@@ -17,6 +17,7 @@ from lightning_contrast.augment.bands import Pairs, append_indices, check_indice
 from lightning_contrast.augment.fused.base import Backend, FusedOperation
 from lightning_contrast.augment.fused.view import FusedView
 from lightning_contrast.augment.images import (
+    INTERPOLATIONS,
     PixelRange,
     Size,
     as_float,
@@ -76,7 +77,7 @@ class ViewPolicy(nn.Module):
         super().__init__()
         self.height, self.width = check_size(size)
         check_at_least("channels", channels, 1)
-        check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
         self.views = nn.ModuleList(views)
         self.size: Size = self.height if self.height == self.width else (self.height, self.width)
         self.channels, self.interpolation = channels, interpolation
@@ -102,10 +103,9 @@ class ViewPolicy(nn.Module):
             TypeError: If a view of somebody else has no ``set_strength``.
         """
         check_probability("strength", strength, "It is a share of the policy's strength")
-        for view in self.views:
-            if not hasattr(view, "set_strength"):
-                hint = "Define `set_strength(strength)` on it, or leave the strength out"
-                fail("views", "have a strength", type(view).__name__, hint, TypeError)
+        for view in (view for view in self.views if not hasattr(view, "set_strength")):
+            hint = "Define `set_strength(strength)` on it, or leave the strength out"
+            fail("views", "have a strength", type(view).__name__, hint, TypeError)
         for view in dict.fromkeys(self.views):
             view.set_strength(strength)  # type: ignore[operator]  # checked above
         self.strength = strength
@@ -145,37 +145,38 @@ class ViewPolicy(nn.Module):
         """Return the input that a backbone trained on these views expects, as plain values that fit into JSON.
 
         ``{"size", "mean", "std"}``: one number or [height, width], and lists with one number per channel of the
-        backbone's input. What differs from images in 0..1 follows: "scale", "window" and "indices" as given to the
-        policy. `from_input_spec` makes a policy of it, whose `eval_transform` prepares images in the same way.
+        backbone's input. What differs from the defaults follows: "scale", "window", "indices" and "interpolation" as
+        given to the policy. A policy made by `from_input_spec` prepares images in the same way.
         """
-        spec: dict[str, Any] = {"size": self.size, "mean": list(self.mean), "std": list(self.std)}
-        if not isinstance(self.size, int):
-            spec["size"] = list(self.size)
+        size = self.size if isinstance(self.size, int) else list(self.size)
+        spec: dict[str, Any] = {"size": size, "mean": list(self.mean), "std": list(self.std)}
         if self.scale is not None:
             spec["scale"] = [float(value) for value in self.scale]
         if self.window != (0.0, 1.0):
             spec["window"] = [float(value) for value in self.window]
         if self.indices:
             spec["indices"] = [list(pair) for pair in self.indices]
+        if self.interpolation != "bilinear":
+            spec["interpolation"] = self.interpolation
         return spec
 
     @classmethod
     def from_input_spec(
-        cls, spec: Mapping[str, Any], *, channels: int = 3, interpolation: str = "bilinear"
+        cls, spec: Mapping[str, Any], *, channels: int = 3, interpolation: str | None = None
     ) -> "ViewPolicy":
         """Return a policy without views, whose `eval_transform` prepares images as the `input_spec` says.
 
         Args:
             spec: Of a policy, a checkpoint or an exported backbone: ``load_backbone(path).input_spec``.
             channels: Number of channels of the images, if the mean is None.
-            interpolation: As the policy of the training has it, which a spec does not hold.
+            interpolation: "bilinear" or "bicubic"; None is that of the spec, bilinear if it names none.
 
         Raises:
             ValueError: If an entry is missing, unknown or out of its range.
 
         Example:
             >>> from lightning_contrast.augment import simclr_views
-            >>> policy = ViewPolicy.from_input_spec(simclr_views(32).input_spec, interpolation="bicubic")
+            >>> policy = ViewPolicy.from_input_spec(simclr_views(32).input_spec)
             >>> tuple(policy.eval_transform(torch.rand(1, 3, 40, 50)).shape)
             (1, 3, 32, 32)
         """
@@ -189,7 +190,7 @@ class ViewPolicy(nn.Module):
             channels=channels,
             mean=spec["mean"],
             std=spec["std"],
-            interpolation=interpolation,
+            interpolation=interpolation or spec.get("interpolation", "bilinear"),
             scale=None if scale is None else (scale[0], scale[1]),
             window=(low, high),
             indices=indices,
@@ -330,14 +331,13 @@ def make_policy(
         else:
             view = StockView(spec, mean, std, first, indices)
         views += [view] * len(list(same))
-    interpolation = "bicubic" if specs[0].bicubic else "bilinear"
     return ViewPolicy(
         views,
         size=specs[0].size,
         channels=channels,
         mean=mean,
         std=std,
-        interpolation=interpolation,
+        interpolation="bicubic" if specs[0].bicubic else "bilinear",
         scale=scale,
         window=window,
         indices=indices,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import check_at_least, check_choice, check_positive, check_probability, fail, require
+from lightning_contrast.augment.bands import Pairs, follow_indices
 from lightning_contrast.augment.policy import ViewPolicy
 from lightning_contrast.augment.whole_images import WholeImages
 from lightning_contrast.callbacks.capture.features import paused_hooks
@@ -41,6 +42,7 @@ class AdversarialView(L.Callback):
     attack uses its averages; evaluation and exports use the first set. Networks are the children of the module: they
     must be called with whole views, or with features of whole views. It does not work with ``torch.compile`` of the
     whole module (compile its backbone) or with `nn.checkpoint_activations`, which are refused.
+    Of a policy with index channels, such as those of satellite images, the bands are attacked and the indices follow.
     Differs from AdvProp: the loss is that of the method; the target is not a random label.
 
     With ``candidates`` above 1 the view is first replaced by the worst of k: that many views are drawn from the policy
@@ -111,7 +113,7 @@ class AdversarialView(L.Callback):
         self._candidate_policy: Any = None
         self._originals: list[Any] = []
         self._trainer: Any = None
-        self._normalization: tuple[Tensor, Tensor] | None = None  # of the run, on its device, from its first batch on
+        self._normalization: tuple[Tensor, Tensor, Pairs] | None = None  # of the run, from its first batch on
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Add the second sets of BatchNorm before the optimizers are created and checkpoints are loaded."""
@@ -189,7 +191,7 @@ class AdversarialView(L.Callback):
         first = self._normalization is None
         if self._normalization is None:
             self._normalization = _statistics(trainer, view)
-        mean, std = self._normalization
+        mean, std, indices = self._normalization
         networks = [module.get_submodule(name) for name in self.modules]
         seed = (self.seed, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         candidates = self._candidates(view, seed) if self.candidates > 1 else []
@@ -200,16 +202,20 @@ class AdversarialView(L.Callback):
             pixels = view.float() * std + mean
             if first or pixels.device.type == "cpu":  # synchronizes with the device
                 check_pixels(pixels)
+
+            def normalize(bands: Tensor) -> Tensor:
+                return ((follow_indices(pixels, bands, indices) - mean) / std).to(view.dtype)
+
             attacked = self.attack.view(
                 networks,
                 self.loss or self._contrast,
-                pixels.clamp(0, 1),
+                pixels[:, : pixels.shape[1] - len(indices)].clamp(0, 1),
                 other,
                 seed=seed,
-                normalize=lambda images: ((images - mean) / std).to(view.dtype),
+                normalize=normalize,
                 adversarial=self._adversarial,
             )
-        adversarial = ((attacked - mean) / std).to(view.dtype)
+        adversarial = normalize(attacked)
         kept = list(views)
         if self.add:
             kept.append(adversarial)
@@ -252,11 +258,11 @@ class AdversarialView(L.Callback):
             return anchor_losses(AnchorBatch(first, second, positive, 1 / self.temperature, mask), Negatives())
 
 
-def _statistics(trainer: Any, view: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation (C, 1, 1) that the Trainer's view policy normalizes with; 0 and 1 if it does not."""
+def _statistics(trainer: Any, view: Tensor) -> tuple[Tensor, Tensor, Pairs]:
+    """Return mean and deviation (C, 1, 1) of the Trainer's view policy, 0 and 1 if it has none, and its indices."""
     specs = (getattr(getattr(callback, "policy", None), "input_spec", None) for callback in trainer.callbacks)
     spec: dict[str, Any] = next((spec for spec in specs if spec is not None), {})
     mean, std = spec.get("mean") or (0.0,), spec.get("std") or (1.0,)
     made = (torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std))
     first, second = (send(values[:, None, None], view.device) for values in made)
-    return first, second
+    return first, second, [(a, b) for a, b in spec.get("indices", [])]

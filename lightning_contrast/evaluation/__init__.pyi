@@ -50,6 +50,7 @@ from .protocols import split_conformal as split_conformal
 from .protocols import worst_group_accuracy as worst_group_accuracy
 from .report_card import Report as Report
 from .report_card import report as report
+from .tip_adapter import fit_tip_adapter_keys as fit_tip_adapter_keys
 from .tip_adapter import tip_adapter_logits as tip_adapter_logits
 from .view_effects import Proposal as Proposal
 from .view_effects import ViewEffect as ViewEffect

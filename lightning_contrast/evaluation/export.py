@@ -59,9 +59,10 @@ def export_backbone(
         path: Path of the file; missing folders are created.
         format: "state_dict" or "onnx".
         input_spec: Specification of the images: ``{"size", "mean", "std"}``, mean and std None for images that are only
-            scaled to 0..1, and where they differ "scale", "window" and "indices" (see `ViewPolicy.input_spec`). None
-            uses that of the `ViewAugmentation` of the model's Trainer. Checkpoints of a run with this callback contain
-            it under "input_spec". `augment.ViewPolicy.from_input_spec` prepares images by it.
+            scaled to 0..1, and where they differ "scale", "window", "indices" and "interpolation" (see
+            `ViewPolicy.input_spec`). None uses that of the `ViewAugmentation` of the model's Trainer. Checkpoints of a
+            run with this callback contain it under "input_spec". `augment.ViewPolicy.from_input_spec` prepares images
+            by it.
 
     Returns:
         The path.

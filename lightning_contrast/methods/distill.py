@@ -27,6 +27,7 @@ from lightning_contrast.nn import FeatureCache, Norm, check_image_size
 from lightning_contrast.nn.distillation_objectives import OBJECTIVES, DistillationLoss, ObjectiveSettings
 from lightning_contrast.nn.feature_queue import QueueDtype
 from lightning_contrast.nn.memory_bank import check_sample_indices
+from lightning_contrast.nn.multi_crop import forward_by_size
 from lightning_contrast.optim import OptimizerLike
 from lightning_contrast.precision import unit_rows
 from lightning_contrast.runtime.method_options import MethodOptions
@@ -35,9 +36,9 @@ from lightning_contrast.runtime.method_options import MethodOptions
 class Distill(SelfSupervisedModule):
     """Train a backbone, the student, on the features of a frozen teacher.
 
-    A batch holds one view (B, C, h, w), for "disco" two, which both networks see; `forward` gives the student's
-    features (B, F). The teacher is no part of the module: see `nn.FrozenTeacher`. A checkpoint holds a digest of its
-    weights; a run that is resumed with another teacher is refused.
+    A batch holds one view (B, C, h, w), for "disco" two, and ``small_crops`` further ones; both networks see all of
+    them. `forward` gives the student's features (B, F). The teacher is no part of the module: see `nn.FrozenTeacher`. A
+    checkpoint holds a digest of its weights; a run that is resumed with another teacher is refused.
 
     Args:
         backbone: The student: name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
@@ -45,20 +46,23 @@ class Distill(SelfSupervisedModule):
             `evaluation.export_backbone` wrote (".pt"), or of a checkpoint (".ckpt"); or a module (B, C, H, W) ->
             (B, T), such as a backbone with its projector. Views are normalized alike for both networks. None, with
             ``teacher_dim``, to use a student that is trained already; it is refused in a fit.
-        loss: "simreg", "seed", "compress", "crd" (needs sample indices), "disco", "features" (mean squared error
-            after a linear layer) or "rkd".
+        loss: "simreg", "seed", "compress", "compress_momentum" (the student's queue is filled by its EMA network),
+            "compress_one_queue" (the teacher's queue for both), "crd" (needs sample indices), "disco", "features"
+            (mean squared error after a linear layer) or "rkd".
         teacher_dim: T, the width of the teacher's features; None reads it.
         teacher_kwargs: Further arguments of a teacher that is given by name, as ``backbone_kwargs``.
-        projector: A module (B, F) -> (B, P) that replaces the head; P is T, 128 for "crd", F for "compress" and "rkd".
+        projector: A module (B, F) -> (B, P) that replaces the head; P is T, 128 for "crd", F for "compress",
+            "compress_momentum" and "rkd".
         head_norm: Norm of the head of "simreg", "batch", "layer" or None.
-        queue_size: Rows K of the queues of "seed", "compress" and "disco", at least the images of one step.
+        queue_size: Rows K of the queues of "seed", "compress..." and "disco", at least the images of one step.
         queue_dtype: "float32", "float16", "int8" or "int4".
-        temperature: Divisor of similarities, > 0; None is the loss's own: 0.2, 0.04 ("compress") or 0.07 ("crd").
+        temperature: Divisor of similarities, > 0; None is the loss's own: 0.2, 0.04 ("compress...") or 0.07 ("crd").
         teacher_temperature: Divisor of the teacher's similarities for "seed", > 0.
         num_samples: Number N of training images, for "crd" and ``cache_features``: indices lie in [0, N).
         num_negatives: Random images per image for "crd"; 0: all others.
         contrastive_weight: Weight of MoCo's loss in "disco"; 0 leaves the regression alone.
-        momentum: EMA momentum of the student's key network in "disco", in [0, 1].
+        momentum: EMA momentum of the student's key network in "disco" and "compress_momentum", in [0, 1].
+        small_crops: Number of small crops that follow the view in "seed", >= 0; see `SEED`.
         cache_features: Keep the teacher's features of each image from the first view of it, by sample index, and use
             them from then on; the teacher is not run for batches of which all are known, which is read on the host.
             To fill it from whole images before the run: ``model.cache.push(encode(teacher, loader), indices)``.
@@ -90,6 +94,7 @@ class Distill(SelfSupervisedModule):
         num_negatives: int = 16384,
         contrastive_weight: float = 1.0,
         momentum: float = 0.999,
+        small_crops: int = 0,
         cache_features: bool = False,
         optimizer: OptimizerLike = "sgd",
         lr: float | None = None,
@@ -122,6 +127,7 @@ class Distill(SelfSupervisedModule):
                 num_samples=num_samples,
                 num_negatives=num_negatives,
                 contrastive_weight=contrastive_weight,
+                small_crops=small_crops,
             )
         )
         self.projector = projector or self.objective.build_head()
@@ -135,7 +141,7 @@ class Distill(SelfSupervisedModule):
         if cache_features:
             hint = "Give the number of training images"
             require(num_samples is not None, "num_samples", "be given with `cache_features`", num_samples, hint)
-            require(self.objective.views == 1, "cache_features", "be False for two views", True, "Leave it out")
+            require(self.objective.views == 1, "cache_features", "be False for several views", True, "Leave it out")
             self.cache = FeatureCache(num_samples or 0, cast("int", teacher_dim))
         digest = 0 if self.frozen_teacher is None else self.frozen_teacher.digest
         self.register_buffer("teacher_digest", torch.tensor([digest]))
@@ -174,7 +180,7 @@ class Distill(SelfSupervisedModule):
             indices = require_indices(batch, type(self).__name__)  # (B,)
             if batch_idx == 0 or indices.device.type == "cpu":  # synchronizes with the device
                 check_sample_indices(indices, self.num_samples or 0)
-        features = [self.backbone(view) for view in views]  # (B, F) each
+        features = self.student_features(views)  # (B, F) each
         student = [self.projector(rows) for rows in features]  # (B, P) each
         dtype = torch.promote_types(student[0].dtype, torch.float32)
         teacher = [rows.to(dtype) for rows in self.targets(views, indices)]  # (B, T) each
@@ -185,12 +191,19 @@ class Distill(SelfSupervisedModule):
         # QueueUpdate writes the outputs to the queues after the batch.
         return {"loss": loss, "features": features[0].detach(), **outputs}
 
+    def student_features(self, views: list[Tensor]) -> list[Tensor]:
+        """Return the student's features of each view, (B, F); small crops are one batch for BatchNorm."""
+        if len(views) > 2:
+            return forward_by_size(self.backbone, views)
+        return [self.backbone(view) for view in views]
+
     def targets(self, views: list[Tensor], indices: Tensor | None) -> list[Tensor]:
         """Return the teacher's features of each view, (B, T), or of the images (B,) that are cached."""
         teacher = self.frozen_teacher
         if teacher is None:
             fail("teacher", "be given for a training step", None, "Give its name, the path of its file, or a module")
-        check_image_size(teacher.module, views[0])
+        for view in views:
+            check_image_size(teacher.module, view)
         if self.cache is None or indices is None:
             return [teacher(view) for view in views]
         known, rows = self.cache.mask[indices], self.cache.features[indices]
@@ -206,7 +219,7 @@ class Distill(SelfSupervisedModule):
         return [unit_rows(self.momentum_projector(self.momentum_backbone(view))) for view in views]
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return (online, momentum) modules; only "disco" has any."""
+        """Return (online, momentum) modules; only "disco" and "compress_momentum" have any."""
         if self.momentum_backbone is None or self.momentum_projector is None:
             return []
         return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]

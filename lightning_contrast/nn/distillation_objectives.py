@@ -24,7 +24,9 @@ from lightning_contrast.nn.memory_bank import MemoryBank
 from lightning_contrast.nn.mlp import Norm
 from lightning_contrast.precision import unit_rows
 
-DistillationLoss: TypeAlias = Literal["simreg", "seed", "compress", "crd", "disco", "features", "rkd"]
+DistillationLoss: TypeAlias = Literal[
+    "simreg", "seed", "compress", "compress_momentum", "compress_one_queue", "crd", "disco", "features", "rkd"
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ObjectiveSettings:
         num_samples: N, the number of training images, for CRD.
         num_negatives: Random images per image in CRD; 0: all others.
         contrastive_weight: Weight of DisCo's InfoNCE loss.
+        small_crops: Number of small crops in SEED.
     """
 
     student_dim: int
@@ -56,6 +59,7 @@ class ObjectiveSettings:
     num_samples: int | None = None
     num_negatives: int = 16384
     contrastive_weight: float = 1.0
+    small_crops: int = 0
 
 
 class Objective(nn.Module):
@@ -66,7 +70,7 @@ class Objective(nn.Module):
     It returns the loss, and what `QueueUpdate` writes to ``queues``.
     """
 
-    views: ClassVar[int] = 1
+    views: int = 1
     """Views per image."""
     needs_indices: ClassVar[bool] = False
     has_momentum: ClassVar[bool] = False
@@ -79,6 +83,9 @@ class Objective(nn.Module):
         given = settings.temperature
         self.temperature = self.published_temperature if given is None else given
         check_positive("temperature", self.temperature)
+        check_at_least("small_crops", settings.small_crops, 0)
+        small = settings.small_crops == 0 or isinstance(self, SeedObjective)
+        require(small, "small_crops", 'be 0 unless loss="seed"', settings.small_crops, "Leave it out")
 
     def build_head(self) -> nn.Module:
         """Return the student's head (B, F) -> (B, P): a linear layer to the teacher's width."""
@@ -135,7 +142,10 @@ class RelationObjective(Objective):
 
 
 class SeedObjective(Objective):
-    """Similarities to a queue of the teacher's embeddings (https://arxiv.org/abs/2101.04731)."""
+    """Similarities to a queue of the teacher's embeddings (https://arxiv.org/abs/2101.04731).
+
+    Small crops have a queue and a loss of their own, the mean over all of them; the first one of an image is queued.
+    """
 
     published_temperature: ClassVar[float] = 0.2
 
@@ -143,6 +153,8 @@ class SeedObjective(Objective):
         super().__init__(settings)
         check_positive("teacher_temperature", settings.teacher_temperature)
         self.queue = self.new_queue(settings.teacher_dim)
+        self.small_queue = self.new_queue(settings.teacher_dim) if settings.small_crops else None
+        self.views = 1 + settings.small_crops
 
     def build_head(self) -> nn.Module:
         """Return MoCo v2's MLP to the teacher's width."""
@@ -151,27 +163,33 @@ class SeedObjective(Objective):
     def forward(
         self, student: list[Tensor], teacher: list[Tensor], keys: list[Tensor], indices: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of embeddings (B, T), and the teacher's for the queue."""
-        loss = seed_loss(
-            student[0],
-            teacher[0],
-            self.queue.features,
+        """Return the loss of embeddings (B, T) of each view, and the teacher's for the queues."""
+        loss, outputs = self._loss(student[0], teacher[0], self.queue), {"keys": unit_rows(teacher[0])}
+        if self.small_queue is not None:
+            loss = loss + self._loss(torch.cat(student[1:]), torch.cat(teacher[1:]), self.small_queue)
+            outputs["small_keys"] = unit_rows(teacher[1])
+        return loss, outputs
+
+    def _loss(self, student: Tensor, teacher: Tensor, queue: FeatureQueue) -> Tensor:
+        return seed_loss(
+            student,
+            teacher,
+            queue.features,
             student_temperature=self.temperature,
             teacher_temperature=self.settings.teacher_temperature,
-            queue_mask=self.queue.mask,
+            queue_mask=queue.mask,
         )
-        return loss, {"keys": unit_rows(teacher[0])}
 
     def queues(self) -> dict[str, nn.Module]:
-        """Return the queue of the teacher's embeddings."""
-        return {"keys": self.queue}
+        """Return the queues of the teacher's embeddings."""
+        return {"keys": self.queue} | ({} if self.small_queue is None else {"small_keys": self.small_queue})
 
 
 class CompressObjective(Objective):
     """Similarities to anchor images, of each network in its own space, without a head (CompRess, 2010.14713).
 
-    Differs from the reference implementation: the student's queue holds the student's own features, as its plain
-    variant, and not those of an EMA network.
+    The student's queue holds the student's own features: the plain variant of the reference implementation, whose
+    default is `CompressMomentumObjective`.
     """
 
     published_temperature: ClassVar[float] = 0.04
@@ -192,11 +210,48 @@ class CompressObjective(Objective):
         mask = self.student_queue.mask & self.teacher_queue.mask
         queues = self.student_queue.features, self.teacher_queue.features
         loss = compress_loss(student[0], teacher[0], *queues, temperature=self.temperature, queue_mask=mask)
-        return loss, {"keys": unit_rows(teacher[0]), "student_keys": unit_rows(student[0].detach())}
+        own = keys[0] if self.has_momentum else unit_rows(student[0].detach())
+        return loss, {"keys": unit_rows(teacher[0]), "student_keys": own}
 
     def queues(self) -> dict[str, nn.Module]:
         """Return both queues of anchors."""
         return {"keys": self.teacher_queue, "student_keys": self.student_queue}
+
+
+class CompressMomentumObjective(CompressObjective):
+    """CompRess whose student's queue holds the features of an EMA network, as in the default script of the authors."""
+
+    has_momentum: ClassVar[bool] = True
+
+
+class CompressOneQueueObjective(Objective):
+    """CompRess with one queue: both networks are compared with the teacher's features of the anchor images.
+
+    It needs features of one width. A student of another one gets a linear layer to the teacher's as its head, which
+    the reference implementation does not have.
+    """
+
+    published_temperature: ClassVar[float] = 0.04
+
+    def __init__(self, settings: ObjectiveSettings) -> None:
+        super().__init__(settings)
+        self.queue = self.new_queue(settings.teacher_dim)
+
+    def build_head(self) -> nn.Module:
+        """Return the identity, or a linear layer (B, F) -> (B, T) if the widths differ."""
+        return nn.Identity() if self.settings.student_dim == self.settings.teacher_dim else super().build_head()
+
+    def forward(
+        self, student: list[Tensor], teacher: list[Tensor], keys: list[Tensor], indices: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of features (B, T) of both, and the teacher's for the queue."""
+        queues, mask = (self.queue.features, self.queue.features), self.queue.mask
+        loss = compress_loss(student[0], teacher[0], *queues, temperature=self.temperature, queue_mask=mask)
+        return loss, {"keys": unit_rows(teacher[0])}
+
+    def queues(self) -> dict[str, nn.Module]:
+        """Return the queue of anchors."""
+        return {"keys": self.queue}
 
 
 class CRDObjective(Objective):
@@ -274,7 +329,7 @@ class CRDObjective(Objective):
 class DisCoObjective(Objective):
     """Regression of unit embeddings of two views next to MoCo v2's loss (DisCo, https://arxiv.org/abs/2104.09124)."""
 
-    views: ClassVar[int] = 2
+    views = 2
     has_momentum: ClassVar[bool] = True
     published_temperature: ClassVar[float] = 0.2
 
@@ -308,6 +363,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "simreg": SimRegObjective,
     "seed": SeedObjective,
     "compress": CompressObjective,
+    "compress_momentum": CompressMomentumObjective,
+    "compress_one_queue": CompressOneQueueObjective,
     "crd": CRDObjective,
     "disco": DisCoObjective,
     "features": FeatureObjective,

@@ -367,9 +367,12 @@ def test_normalization_is_the_last_step(emoji):
 
 def test_input_spec():
     policy = augment.dino_views(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
-    assert policy.input_spec == {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    expected = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    assert policy.input_spec == expected | {"interpolation": "bicubic"}
+    assert augment.moco_v2_views(32, mean=policy.mean, std=policy.std).input_spec == expected  # torchvision's default
     assert (policy.size, policy.mean, policy.std) == (32, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
-    assert augment.simclr_views(8).input_spec == {"size": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
+    plain = {"size": 8, "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bicubic"}
+    assert augment.simclr_views(8).input_spec == plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast import augment, evaluation, losses
+from lightning_contrast.augment.domains import satellite_views
 from lightning_contrast.callbacks import GradientCache
 from lightning_contrast.nn.auxiliary_batchnorm import (
     NAME,
@@ -328,3 +329,25 @@ def test_candidates_need_a_policy(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             lc.AdversarialView(**arguments)
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_index_channels_follow_the_attacked_bands_and_dropped_ones_stay(drop):
+    policy = satellite_views(12, channels=4, indices=[(3, 0)], drop=drop, swap=0, mean=[0.4] * 4 + [0.5], std=[0.2] * 5)
+    clean, seen = [], []
+    keep = lambda images: clean.append(augment.ViewPolicy.forward(policy, images)) or clean[-1]  # noqa: E731
+    policy.forward = keep
+    module = lc.SimCLR("small_convnet", backbone_kwargs={"channels": 5, "width": 2}, warmup_epochs=0)
+    loader = torch.utils.data.DataLoader(torch.randint(20, 236, (8, 4, 16, 16), dtype=torch.uint8), batch_size=4)
+    attack = lc.AdversarialView(epsilon=0.05, step_size=0.05, steps=2, random_start=False)
+    callbacks = [lc.ViewAugmentation(policy), attack, LambdaCallback(on_train_batch_start=lambda *a: seen.append(a[2]))]
+    L.Trainer(max_epochs=1, limit_val_batches=0, callbacks=callbacks, **QUIET).fit(module, loader, loader)
+    mean, std = torch.tensor(policy.mean).view(5, 1, 1), torch.tensor(policy.std).view(5, 1, 1)
+    for (before, _), batch in zip(clean, seen, strict=True):
+        before, after = before * std + mean, batch[0] * std + mean
+        assert float((before - after)[:, :4].abs().max()) == pytest.approx(0.05, rel=1e-3)
+        own = (augment.append_indices(before[:, :4], [(3, 0)])[:, 4] - before[:, 4]).abs() < 0.01
+        expected = torch.where(own, augment.append_indices(after[:, :4], [(3, 0)])[:, 4], before[:, 4])
+        torch.testing.assert_close(after[:, 4], expected, **f32(NETWORK))
+        assert bool(own.all()) == (drop == 0)
+        assert bool((after[:, 4] != before[:, 4]).any()) == bool(own.any())

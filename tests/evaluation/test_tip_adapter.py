@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_contrast.evaluation import tip_adapter_logits
+from lightning_contrast.evaluation import fit_tip_adapter_keys, tip_adapter_logits
 from tests.tolerances import NETWORK, f32, near64
 
 (RECORD,) = json.loads((Path(__file__).parent / "official_tip_adapter.json").read_text(encoding="utf-8"))
@@ -59,3 +59,59 @@ def test_bad_input(change, error, words):
     given |= {"class_weights": torch.ones(4, 3), "weight": 1.0, "sharpness": 1.0} | change
     with pytest.raises(error, match=words):
         tip_adapter_logits(**given)
+
+
+def problem():
+    """Classes whose texts and few keys say little, and images that say more."""
+    generator = torch.Generator().manual_seed(0)
+    centers = F.normalize(torch.randn(3, 8, generator=generator), dim=1)
+    labels = torch.arange(60) % 3
+    images = F.normalize(centers[labels] + 0.7 * torch.randn(60, 8, generator=generator), dim=1)
+    given = {"cache_keys": images[:6], "cache_labels": labels[:6], "class_weights": torch.zeros(8, 3)}
+    return images, labels, given | {"weight": 5.0, "sharpness": 2.0, "lr": 0.02}
+
+
+def test_trained_keys_are_those_of_the_best_epoch_on_validation_images():
+    images, labels, given = problem()
+    train, val = (images[:30], labels[:30]), (images[30:], labels[30:])
+    state = torch.get_rng_state()
+    courses = [fit_tip_adapter_keys(*train, **given, epochs=3, batch_size=8, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(courses[0], courses[1])
+    assert not torch.equal(courses[0], courses[2])
+    options = {name: given[name] for name in ("cache_labels", "class_weights", "weight", "sharpness")}
+    loss = lambda keys: float(F.cross_entropy(tip_adapter_logits(train[0], keys, **options), train[1]))  # noqa: E731
+    assert loss(courses[0]) < loss(given["cache_keys"])
+    top1 = lambda keys: int((tip_adapter_logits(val[0], keys, **options).argmax(1) == val[1]).sum())  # noqa: E731
+    chosen = fit_tip_adapter_keys(*train, **given, epochs=20, batch_size=8, validation=val)
+    last = fit_tip_adapter_keys(*train, **given, epochs=20, batch_size=8)
+    assert top1(chosen) > top1(given["cache_keys"])
+    assert top1(chosen) >= top1(last)
+
+
+def test_keys_are_kept_if_no_epoch_is_better():
+    images, labels, given = problem()
+    perfect = (images[:1], tip_adapter_logits(images[:1], **{k: given[k] for k in given if k != "lr"}).argmax(1))
+    found = fit_tip_adapter_keys(images[:30], labels[:30], **given, epochs=2, validation=perfect)
+    assert torch.equal(found, given["cache_keys"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"weight": 0.0}, ValueError, "`weight` must be > 0"),
+        ({"epochs": 0}, ValueError, "`epochs` must be >= 1"),
+        ({"lr": 0.0}, ValueError, "`lr` must be > 0"),
+        ({"labels": torch.zeros(2, dtype=torch.long)}, ValueError, "`labels` must have one class per image"),
+        ({"labels": torch.zeros(60)}, TypeError, "`labels` must hold integer classes"),
+        (
+            {"validation": (torch.ones(2, 8), torch.zeros(1, dtype=torch.long))},
+            ValueError,
+            "`validation` must have one",
+        ),
+    ],
+)
+def test_bad_input_of_the_training(change, error, words):
+    images, labels, given = problem()
+    with pytest.raises(error, match=words):
+        fit_tip_adapter_keys(**({"features": images, "labels": labels} | given | change))

@@ -13,6 +13,7 @@ import lightning_contrast as lc
 from lightning_contrast import losses
 from lightning_contrast.nn import FeatureCache, FrozenTeacher
 from lightning_contrast.nn import distillation_objectives as objectives
+from tests.callbacks.step_modules import QUIET
 from tests.methods.cases import CASES, TinyBackbone, Tutor, fill_queue, make
 from tests.methods.test_contract import BATCH, BATCHES, PIXELS, data, run_step, step_batch, trainer
 from tests.tolerances import FORMULA, NETWORK, f32, near
@@ -76,6 +77,71 @@ def test_losses_are_those_of_the_features_of_both():
     out = run_step(module, [view])
     torch.testing.assert_close(out["loss"].float(), expected, **f32(NETWORK))
     torch.testing.assert_close(out["keys"].float(), F.normalize(teacher.float(), dim=1), **f32(FORMULA))
+
+
+def test_compress_with_one_queue_compares_both_with_the_teachers_features():
+    module, view = fill_queue(make("Distill", loss="compress_one_queue", queue_size=24)), images()
+    assert isinstance(module.projector, nn.Identity)
+    queue = module.objective.queue
+    student, teacher = module.backbone(view), module.teacher(view.double()).float()
+    rows = queue.features, queue.features
+    expected = losses.compress_loss(student, teacher, *rows, temperature=0.04, queue_mask=queue.mask)
+    out = run_step(module, [view])
+    torch.testing.assert_close(out["loss"], expected, **f32(NETWORK, size=10))
+    torch.testing.assert_close(out["keys"], F.normalize(teacher, dim=1), **f32(FORMULA))
+    other = make("Distill", loss="compress_one_queue", queue_size=24, teacher=Wide()).projector
+    assert (other.in_features, other.out_features) == (8, 5)
+
+
+def test_compress_with_momentum_queues_the_keys_of_the_ema_network():
+    plain, module = (
+        fill_queue(make("Distill", loss=loss, queue_size=24)) for loss in ("compress", "compress_momentum")
+    )
+    with torch.no_grad():
+        next(module.momentum_backbone.parameters()).mul_(-0.5)
+    view = images()
+    before, out = run_step(plain, [view]), run_step(module, [view])
+    assert torch.equal(before["loss"], out["loss"])
+    assert torch.equal(before["keys"], out["keys"])
+    keys = F.normalize(module.momentum_backbone(view), dim=1)
+    torch.testing.assert_close(out["student_keys"], keys, **f32(FORMULA))
+    assert not torch.allclose(before["student_keys"], out["student_keys"], atol=0.1)
+    assert not out["student_keys"].requires_grad
+    assert [type(callback) for callback in module.default_callbacks()] == [lc.QueueUpdate, lc.MomentumUpdate]
+    assert len(module.momentum_pairs()) == 2
+
+
+def test_small_crops_have_a_queue_and_a_loss_of_their_own():
+    module = fill_queue(make("SEED", small_crops=2))
+    view, small = images(), [images(seed)[..., :8, :8] for seed in (6, 7)]
+    own, crops = module.objective.queue, module.objective.small_queue
+    with torch.no_grad():
+        crops.features.copy_(crops.features.flip(1))
+    expected = 0
+    for queue, rows in ((own, view), (crops, torch.cat(small))):  # a batch of its own for BatchNorm
+        student, teacher = module.projector(module.backbone(rows)), module.teacher(rows.double()).float()
+        temperatures = {"student_temperature": 0.2, "teacher_temperature": 0.01}
+        expected += losses.seed_loss(student, teacher, queue.features, **temperatures, queue_mask=queue.mask)
+    out = run_step(module, [[view, *small]])
+    torch.testing.assert_close(out["loss"], expected, **f32(NETWORK, size=10))
+    first = F.normalize(module.teacher(small[0].double()).float(), dim=1)
+    torch.testing.assert_close(out["small_keys"], first, **f32(FORMULA))
+    assert out["features"].shape == (BATCH, 8)
+    with pytest.raises(ValueError, match="must hold 3 views"):
+        run_step(module, [[view, *small[:1]]])
+
+
+def test_a_run_with_small_crops_fills_both_queues():
+    policy = lc.SEED.views(16, small_crops=3, small_size=8)
+    shapes = [tuple(view.shape) for view in policy(torch.rand(2, 3, 20, 20))]
+    assert shapes == [(2, 3, 16, 16), *[(2, 3, 8, 8)] * 3]
+    module = make("SEED", small_crops=3)
+    loader = torch.utils.data.DataLoader(torch.randint(256, (8, 3, 20, 20), dtype=torch.uint8), batch_size=4)
+    settings = {"max_epochs": 1, "limit_val_batches": 0, "callbacks": [lc.ViewAugmentation(policy)]}
+    run = L.Trainer(**settings, **QUIET)
+    run.fit(module, loader, loader)
+    assert int(module.objective.queue.mask.sum()) == int(module.objective.small_queue.mask.sum()) == 8
+    assert not torch.allclose(module.objective.queue.features[:8], module.objective.small_queue.features[:8])
 
 
 def test_disco_adds_the_contrast_of_the_students_views():
@@ -254,6 +320,12 @@ VALUE_ERRORS = {
     "temperature": (_refused(loss="seed", temperature=0.0), "`temperature` must be > 0"),
     "teacher temperature": (_refused(loss="seed", teacher_temperature=0.0), "`teacher_temperature` must be > 0"),
     "queue": (_refused(loss="seed", queue_size=0), "`size` must be >= 1"),
+    "small crops": (_refused(small_crops=2), "`small_crops` must be 0 unless loss=.seed"),
+    "crops below 0": (_refused(loss="seed", small_crops=-1), "`small_crops` must be >= 0"),
+    "cached crops": (
+        _refused(loss="seed", small_crops=2, cache_features=True, num_samples=4),
+        "`cache_features` must be F",
+    ),
     "momentum": (_refused(momentum=1.5), "`momentum` must lie in"),
     "untrained": (_refused(teacher="small_convnet"), "`teacher` must have published weights"),
     "unknown": (_refused(teacher="resnet1000"), "`backbone` must be a name that timm knows"),

@@ -94,8 +94,10 @@ def test_images_of_a_spec_without_statistics():
     assert ViewPolicy.from_input_spec(spec, channels=4).eval_transform(torch.rand(1, 4, 9, 9)).shape == (1, 4, 8, 8)
     policy = augment.simclr_views(8)
     images = torch.rand(2, 3, 9, 9)
-    made = ViewPolicy.from_input_spec(policy.input_spec, interpolation="bicubic")
+    made = ViewPolicy.from_input_spec(policy.input_spec)
     assert torch.equal(made.eval_transform(images), policy.eval_transform(images))
+    other = ViewPolicy.from_input_spec(policy.input_spec, interpolation="bilinear")
+    assert not torch.equal(other.eval_transform(images), policy.eval_transform(images))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,7 @@ def test_images_of_a_spec_without_statistics():
         ({"window": [1, 0]}, "`window` must be a pair"),
         ({"size": [8, 8, 8]}, "`size` must be a whole number of pixels, or"),
         ({"size": 0}, "`size` must be >= 1"),
+        ({"interpolation": "bicubc"}, "Did you mean 'bicubic'"),
         ({"crop": 0.9}, r"`input_spec` must have known entries, got \['crop'\]"),
         ({"indices": [[0, 9]]}, "`indices` must hold pairs of two of the 2 bands"),
     ],
