@@ -165,6 +165,8 @@ def test_parts_of_shifts_are_those_of_the_protocols(whole):
     assert values["unseen_groups"]["half 1, unseen"] == near64(left_out[1]["unseen"].top1)
     assert values["unseen_groups"]["half 1, seen"] == near64(left_out[1]["seen"].top1)
     assert "place 2, unseen" in values["unseen_groups"]  # a column of the batches
+    gaps = [left_out[group][key].top1 * 33 for key in ("seen", "unseen") for group in (0, 1)]
+    assert values["unseen_groups"]["lost on unseen half"] == near64((sum(gaps[:2]) - sum(gaps[2:])) / 66, size=1)
     images, labels, _ = data.split("val")
     rows, held = ev.fine_tune_rows(train.labels, share=0.1)
     pictures, classes, _ = data.split("train")
@@ -224,6 +226,40 @@ def test_other_data(tmp_path):
         card(tmp_path, transfer=[other])
 
 
+class HalfLabeled(DescribedData):
+    """The first images have no label."""
+
+    def make(self, count, seed):
+        images, labels, places = super().make(count, seed)
+        labels[: count // 3] = -1
+        return images, labels, places
+
+
+def test_unlabeled_images_are_no_part_of_what_is_learned_or_judged(tmp_path):
+    data, model = HalfLabeled(), Pool()
+    parts = ("fine_tuning", "long_tail", "unseen_groups", "attacks", "shortcut", "cue_conflict")
+    found = card(tmp_path, parts=parts, data=data, of={"pool": model})
+    assert found.errors == {}
+    (images, labels, _), (others, classes, _) = data.split("train"), data.split("val")
+    images, labels, others, classes = images[40:], labels[40:], others[22:], classes[22:]
+    rows, held = ev.fine_tune_rows(labels, share=0.1)
+    places = [place * 44 // 20 for place in range(20)]
+    tuned = ev.fine_tune(
+        *(model, images[rows], labels[rows], others[places], classes[places]),
+        validation=(images[held], labels[held]),
+        share=0.1,
+    )
+    values = found.outcomes["fine_tuning"]["pool"].values
+    assert values[f"top1 with 10% of the labels ({len(rows)})"] == near64(tuned.top1)
+    places = [place * 44 // 30 for place in range(30)]
+    learned = [place * 80 // 60 for place in range(60)]
+    shown = ev.shortcut_test(
+        lambda given: model(given).detach(), images[learned], labels[learned], others[places], classes[places]
+    )
+    value = found.outcomes["shortcut"]["pool"].values["tag swapped"]
+    assert value == near64(shown["swapped"].double().mean().item())
+
+
 def test_masks_of_other_sizes_are_named(tmp_path):
     data = DescribedData()
     data.masks = lambda split: torch.ones(3, 16, 16, dtype=torch.bool)
@@ -243,6 +279,10 @@ def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
         found.outcomes["knn"]["blind"].per_image["top1 (k = 20)"],
     )
     assert row["difference"] == near64(same["difference"])
+    fooled = rows["shortcut", "taken for the tag"]
+    assert fooled["verdict"] == (
+        "noise" if fooled["mcnemar_p"] >= 0.05 else "pool" if fooled["difference"] < 0 else "blind"
+    )
     assert rows["calibration", "Brier score"]["difference"] < 0
     assert rows["calibration", "Brier score"]["verdict"] == "pool"  # lower is better
     assert {row["verdict"] for row in found.compare("pool", "pool")} == {"noise"}

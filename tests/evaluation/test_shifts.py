@@ -233,7 +233,7 @@ def test_associations_are_two_sided():
     assert found["a"]["effect"] > 0.5
     assert found["a"]["p"] < 0.05
     assert found["b"]["p"] < 0.05
-    assert ev.association_audit(x, x, {"a": (a, b)}, permutations=50)["a"]["p"] == 1
+    assert ev.association_audit(x, x, {"a": (a, b)}, permutations=50)["a"]["p"] > 0.5
 
 
 def test_retrieval_by_group():

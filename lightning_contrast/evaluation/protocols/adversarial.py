@@ -68,13 +68,14 @@ def pgd_robustness(
     device = images.device if first is None else first.device
     size = step_size if step_size is not None else 2.5 * epsilon / max(1, steps)
     change = preprocess or (lambda given: given)
-    head = head.to(device)
+    of_head = next(head.parameters(), images).device
 
     def logits(given: Tensor) -> Tensor:
-        found: Tensor = head(model(change(given)))
-        return found
+        found: Tensor = head(model(change(given)).to(of_head))
+        return found.to(device)
 
-    clean, robust = [], []
+    clean: list[Tensor] = []
+    robust: list[Tensor] = []
     with eval_mode(model), eval_mode(head):
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size].to(device)

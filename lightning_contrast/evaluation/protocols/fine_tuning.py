@@ -282,7 +282,7 @@ class _Tuning:
         hint = "Fine-tune a network whose output is one vector per image"
         if not isinstance(found, Tensor) or found.ndim != 2:
             fail("model", "return features (B, F)", type(found).__name__, hint)
-        return cast("Tensor", found.float())
+        return found.float()
 
     def fit(self, images: Tensor, labels: Tensor, rates: tuple[float, float], epochs: int) -> None:
         """Train; all random numbers come from torch's global generator, which is seeded here."""

@@ -136,7 +136,8 @@ def _other_classes(labels: Tensor, known: Tensor, seed: int) -> Tensor:
     places = torch.randint(len(classes) - 1, labels.shape, generator=generator).to(labels.device)
     own = torch.searchsorted(classes, labels)
     is_known = classes[own.clamp(max=len(classes) - 1)] == labels
-    return classes[torch.where(is_known & (places >= own), places + 1, places)]
+    found: Tensor = classes[torch.where(is_known & (places >= own), places + 1, places)]
+    return found
 
 
 def _colors(number: int, channels: int) -> Tensor:

@@ -43,6 +43,7 @@ def audit(context: Context, model: str) -> Outcome:
         outcome.values[f"p, {name}"] = of["p"]
     low = sum(of["p"] < SIGNIFICANCE for of in raw.values())
     outcome.notes.append(f"Effects > 0: {names[0]} are closer; {low} of {len(raw)} have p < {SIGNIFICANCE}.")
+    outcome.notes.append("The p-values take all images for independent.")
     found = twin_retrieval(test, labels, first, second, k=min(10, 2 * len(first) - 1))
     for key, name in (("first", names[0]), ("second", names[1])):
         outcome.values[f"mAP of {name}"] = float(found[key].mean())

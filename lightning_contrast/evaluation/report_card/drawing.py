@@ -87,6 +87,24 @@ def aligned(context: Context, values: Tensor, name: str, *, train: bool = False)
     return values[torch.tensor(drawn_rows(loader))]
 
 
+def transfer_loaders(context: Context, name: str) -> tuple[Any, Any]:
+    """Return the training and the test loader of another DataModule, which is set up once.
+
+    Args:
+        context: The DataModules.
+        name: Name of one in `transfer`.
+
+    Raises:
+        TypeError: If it is no DataModule.
+        ValueError: If it has several or no loaders for a purpose.
+    """
+    key = f"loaders {name}"
+    if key not in context.memory:
+        context.memory[key] = find_loaders(context.transfer[name])
+    found: tuple[Any, Any] = context.memory[key]
+    return found
+
+
 def missing(name: str, what: str) -> str:
     """Return the note of a part that does not apply.
 
@@ -110,9 +128,9 @@ def part_inputs(context: Context, part: str) -> list[str]:
             for train in (True, False):
                 found.append(digest(name, _digests(declared(context, name, train=train))))
         if part == "transfer":
-            for name, other in context.transfer.items():
-                sets = [data_digest(loader.dataset, drawn_rows(loader)) for loader in find_loaders(other)]
-                found.append(digest(name, sets))
+            for name in context.transfer:
+                loaders = transfer_loaders(context, name)
+                found.append(digest(name, [data_digest(loader.dataset, drawn_rows(loader)) for loader in loaders]))
     except (ValueError, TypeError, RuntimeError, LookupError):
         return ["unreadable"]  # the part names the error
     return found

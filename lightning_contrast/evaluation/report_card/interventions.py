@@ -114,6 +114,7 @@ def cues(context: Context, model: str) -> Outcome:
         outcome.intervals["shape share"] = float(low), float(high)
     add_mean(outcome, "decided by shape", predictions == shapes, context.seed)
     add_mean(outcome, "decided by texture", predictions == textures, context.seed)
+    outcome.per_image.clear()  # neither is better
     outcome.values["decided by neither"] = found["other"] / len(made)
     outcome.notes.append(f"{len(made)} made images of {given.num_classes} classes; interval by Wilson.")
     return outcome

@@ -141,7 +141,7 @@ PARTS: dict[str, ReportPart] = {
         "Fine-tuning",
         "What the weights are worth as a start: the accuracy if the whole network learns from a few labels.",
         "1 % and 10 % of each class, at least one image, random crops and flips; rates are chosen on other training "
-        "images. Beside it logistic regression on the frozen features of the same images.",
+        "images. For comparison, logistic regression on the frozen features of the same images.",
         "https://arxiv.org/abs/2002.05709 B.5, https://arxiv.org/abs/2006.07733 C.1; `FINE_TUNE_RECIPES`",
         tuning.fine_tuned,
         "top1 with 10%",
@@ -165,7 +165,7 @@ PARTS: dict[str, ReportPart] = {
         "images of all groups. Groups are integer columns of the batches and `image_groups` of the DataModule.",
         "https://arxiv.org/abs/2007.01434 (leave one domain out)",
         shifts.groups_left_out,
-        "lost on unseen groups",
+        "lost on unseen",
         higher_is_better=False,
     ),
     "transfer": ReportPart(

@@ -14,8 +14,8 @@ from lightning_contrast.evaluation.protocols import (
 )
 from lightning_contrast.evaluation.protocols.inputs import split
 from lightning_contrast.evaluation.report_card.classification import add_accuracy
-from lightning_contrast.evaluation.report_card.context import Context, find_loaders
-from lightning_contrast.evaluation.report_card.drawing import aligned, declared, missing
+from lightning_contrast.evaluation.report_card.context import Context
+from lightning_contrast.evaluation.report_card.drawing import aligned, declared, missing, transfer_loaders
 from lightning_contrast.evaluation.report_card.result import Outcome, add_mean, correct
 
 _MOST_GROUPS = 20
@@ -28,11 +28,11 @@ def other_sets(context: Context, model: str) -> Outcome:
         fail("transfer", "hold DataModules for this part", {}, 'Give `transfer={"name": datamodule}`')
     outcome, failed = Outcome(), ""
     steps, max_iter = int(context.options["sweep_steps"]), int(context.options["max_iter"])
-    for name, datamodule in context.transfer.items():
+    for name in context.transfer:
         try:
             sets = [
                 cached_features(context.subjects[model], loader, folder=context.folder, progress=False)
-                for loader in find_loaders(datamodule)
+                for loader in transfer_loaders(context, name)
             ]
             given = split(sets[0].features, sets[0].labels, sets[1].features, sets[1].labels)
             swept = logistic_sweep(*given.train, *given.test, seed=context.seed, steps=steps, max_iter=max_iter)
@@ -88,7 +88,6 @@ def groups_left_out(context: Context, model: str) -> Outcome:
     if not columns:
         outcome.notes.append(missing("image_groups", "groups of the images by name, and no other column of integers"))
         return outcome
-    gaps: list[Tensor] = []
     for name, (of_train, of_test) in columns.items():
         if len(set(of_train[of_train >= 0].tolist())) > _MOST_GROUPS:
             outcome.notes.append(f"{name}: more than {_MOST_GROUPS} groups.")
@@ -99,6 +98,7 @@ def groups_left_out(context: Context, model: str) -> Outcome:
         except ValueError as error:
             outcome.notes.append(f"{name}: {error}")
             continue
+        gaps: list[Tensor] = []
         for group, of in found.items():
             unseen, seen = (correct(of[key].logits, of[key].labels) for key in ("unseen", "seen"))
             add_mean(outcome, f"{name} {group}, unseen", unseen, context.seed)
@@ -106,12 +106,7 @@ def groups_left_out(context: Context, model: str) -> Outcome:
             gaps.append(seen.double() - unseen.double())
             sizes = " and ".join(str(number) for number in of["images"])
             outcome.notes.append(f"{name} {group}: {len(unseen)} test images; {sizes} training images.")
-    if gaps:
-        rest, mean = Outcome(), torch.cat(gaps)
-        add_mean(rest, "lost on unseen groups", mean, context.seed)
-        outcome.values = rest.values | outcome.values
-        outcome.intervals |= rest.intervals
-        outcome.per_image |= rest.per_image
+        add_mean(outcome, f"lost on unseen {name}", torch.cat(gaps), context.seed)
     return outcome
 
 
