@@ -63,6 +63,7 @@ class EmojiDataModule(InMemoryDataModule):
     """
 
     num_classes: ClassVar[int] = 9
+    twin_names: ClassVar[tuple[str, str]] = ("men", "women")
     class_names: ClassVar[tuple[str, ...]] = (
         "Activities",
         "Animals & Nature",
@@ -158,6 +159,28 @@ class EmojiDataModule(InMemoryDataModule):
         starts = len(rows) * torch.arange(artists)[:, None]
         return (starts + men).flatten(), (starts + women).flatten()
 
+    def masks(self, split: Split = "train") -> Tensor:
+        """Return the pixels of each drawing of an alpha >= 128, bool ``(N, 32, 32)``, in the order of `images`.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        rows = self.things(split).numpy()
+        one = split == "train" and self.artist is not None
+        drawings = [self._file[artist][rows] for artist in _ARTISTS if not one or artist == self.artist]
+        return torch.from_numpy(np.concatenate(drawings)[..., 3] >= 128)
+
+    def image_groups(self, split: Split = "train") -> dict[str, Tensor]:
+        """Return the groups of the images of a split by name, for `evaluation.unseen_groups`: "artist", int64 ``(N,)``.
+
+        Args:
+            split: "train", "val" or "test"; 0 is Noto, 1 Fluent.
+        """
+        things = len(self.things(split))
+        if split == "train" and self.artist is not None:
+            return {"artist": torch.full((things,), _ARTISTS.index(self.artist))}
+        return {"artist": torch.arange(2 * things) // things}
+
     def captions(self, split: Split = "train") -> list[str]:
         """Return the caption of each image of a split, in the order of `images`: the name, words separated by spaces.
 
@@ -176,10 +199,7 @@ class EmojiDataModule(InMemoryDataModule):
         if not self._with_captions:
             return super().make_dataset(split)
         images, labels = self.read(split)
-        artist = torch.arange(len(images)) // len(self.things(split))  # all Noto, then all Fluent
-        if split == "train" and self.artist is not None:
-            artist = torch.full_like(artist, _ARTISTS.index(self.artist))
-        return CaptionedImages(images, labels, self.captions(split), self.templates, {"artist": artist})
+        return CaptionedImages(images, labels, self.captions(split), self.templates, self.image_groups(split))
 
     def read(self, split: Split) -> tuple[Tensor, Tensor]:
         """Return the images of a split on the background, ``(2T, 3, 32, 32)`` uint8, and its labels ``(2T,)`` int64.

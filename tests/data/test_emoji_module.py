@@ -179,3 +179,16 @@ def test_twins_show_one_person_as_a_man_and_as_a_woman(settings):
         every = [c for c in captions if c.startswith("man ") and f"wo{c}" in captions]
         assert len(men) == len(every)
     assert len(EmojiDataModule().twins("train")[0]) + len(EmojiDataModule().twins("test")[0]) == 2 * 75  # of 77 persons
+
+
+@pytest.mark.parametrize("settings", [{}, {"validation_fold": 1}, {"artist": "fluent"}])
+def test_masks_and_groups_are_those_of_the_images(settings):
+    white, black = (EmojiDataModule(background=color, **settings) for color in ("white", "black"))
+    for split in ("train", "val", "test"):
+        through = white.images(split).int() - black.images(split).int()  # 255 - alpha, in each channel
+        masks, artist = white.masks(split), white.image_groups(split)["artist"]
+        assert torch.equal(masks, through.amax(1) <= 127)
+        assert 0.3 < masks.double().mean() < 0.7
+        fluent = white.artists(split)[1]
+        assert torch.equal(white.images(split)[artist == 1], fluent)
+        assert len(artist) == len(masks)

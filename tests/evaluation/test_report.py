@@ -24,7 +24,8 @@ from tests.launch import ChildError, run_processes
 from tests.tolerances import near, near64
 
 FAST = {"corrupted_images": 8, "severities": (1, 5), "view_images": 8, "views": 2, "sweep_steps": 0, "max_iter": 20}
-FAST |= {"grid_steps": 20, "pictures": 16}
+FAST |= {"grid_steps": 20, "pictures": 16, "tuned_test_images": 20, "attacked_images": 8, "attack_steps": 2}
+FAST |= {"shortcut_train_images": 60, "shortcut_test_images": 30, "cue_images": 20}
 QUICK = ("knn", "retrieval", "geometry")
 
 
@@ -59,6 +60,23 @@ class Data(L.LightningDataModule):
         return self.loader(66, 1)
 
 
+class DescribedData(Data):
+    """The same with masks, groups and pairs."""
+
+    def split(self, name):
+        return self.make(*{"train": (self.count, 0), "val": (66, 1)}[name])
+
+    def masks(self, split):
+        return self.split(split)[0].amax(1) > 115
+
+    def image_groups(self, split):
+        return {"half": torch.arange(len(self.split(split)[1])) % 2}
+
+    def twins(self, split):
+        first = torch.arange(0, len(self.split(split)[1]) - 3, 12)
+        return first, first + 3  # the same class
+
+
 class Pool(nn.Module):
     """Mean colors of cells, seen through a random layer."""
 
@@ -87,11 +105,15 @@ def card(folder, *, of=None, data=None, parts=QUICK, **options):
     return ev.report(of or models(), data or Data(), output=folder, **options)
 
 
+def all_parts(folder):
+    return card(folder, parts=tuple(PARTS), data=DescribedData(columns=True), transfer={"small": Data(count=60)})
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A report with all parts, and its folder."""
     folder = tmp_path_factory.mktemp("report")
-    return card(folder, parts=tuple(PARTS), data=Data(columns=True)), folder
+    return all_parts(folder), folder
 
 
 def test_every_part_has_values_of_every_model(whole):
@@ -127,6 +149,124 @@ def test_values_are_those_of_the_protocols(whole):
     assert "worst place" in {metric for _, metric, _ in rows}
 
 
+def test_parts_of_shifts_are_those_of_the_protocols(whole):
+    found, folder = whole
+    data, model = DescribedData(), models()["pool"]
+    train, test = (
+        ev.cached_features(model, loader, folder=folder / "other", progress=False)
+        for loader in (data.train_dataloader(), data.val_dataloader())
+    )
+    given = (train.features, train.labels, test.features, test.labels)
+    values = {part: found.outcomes[part]["pool"].values for part in found.outcomes}
+    tail = ev.long_tail(*given)["result"]
+    assert values["long_tail"]["top1 (mean of images)"] == near64(tail.top1)
+    halves = [data.image_groups(split)["half"] for split in ("train", "val")]
+    left_out = ev.unseen_groups(*given[:2], halves[0], *given[2:], halves[1])
+    assert values["unseen_groups"]["half 1, unseen"] == near64(left_out[1]["unseen"].top1)
+    assert values["unseen_groups"]["half 1, seen"] == near64(left_out[1]["seen"].top1)
+    assert "place 2, unseen" in values["unseen_groups"]  # a column of the batches
+    gaps = [left_out[group][key].top1 * 33 for key in ("seen", "unseen") for group in (0, 1)]
+    assert values["unseen_groups"]["lost on unseen half"] == near64((sum(gaps[:2]) - sum(gaps[2:])) / 66, size=1)
+    images, labels, _ = data.split("val")
+    rows, held = ev.fine_tune_rows(train.labels, share=0.1)
+    pictures, classes, _ = data.split("train")
+    places = [place * 66 // 20 for place in range(20)]
+    tuned = ev.fine_tune(
+        *(model, pictures[rows], classes[rows], images[places], labels[places]),
+        validation=(pictures[held], classes[held]),
+        share=0.1,
+    )
+    assert values["fine_tuning"]["top1 with 10% of the labels (12)"] == near64(tuned.top1)
+    places = [place * 66 // 8 for place in range(8)]
+    head = ev.logistic_head(*given[:2])
+    robust = ev.pgd_robustness(model, head, images[places], labels[places], epsilon=8 / 255, steps=2)
+    assert values["attacks"]["robust accuracy (8/255)"] == near64(robust["robust"].double().mean().item())
+    first, second = data.twins("val")
+    audit = ev.twin_retrieval(test.features, test.labels, first, second)
+    assert values["bias"]["mAP of first"] == near64(audit["first"].mean().item())
+    assert values["transfer"]["small, linear top1"] == values["transfer"]["mean linear top1"]
+
+
+def test_parts_say_that_they_do_not_apply(tmp_path):
+    found = card(tmp_path, parts=("unseen_groups", "cue_conflict", "bias", "shortcut"), of={"pool": Pool()})
+    assert found.errors == {}
+    for part, name in (("unseen_groups", "image_groups"), ("cue_conflict", "masks"), ("bias", "twins")):
+        outcome = found.outcomes[part]["pool"]
+        assert outcome.values == {}
+        assert f"Does not apply: the DataModule has no `{name}(split)`" in outcome.notes[0]
+        assert "Does not apply" in (tmp_path / "report.html").read_text()
+    assert "tag swapped" in found.outcomes["shortcut"]["pool"].values
+    assert "background swapped" not in found.outcomes["shortcut"]["pool"].values
+
+
+def test_other_data(tmp_path):
+    other, bare = Data(count=60), Data(labels=False)
+    found = card(tmp_path, parts=("transfer",), of={"pool": Pool()}, transfer={"other": other, "bare": bare})
+    outcome = found.outcomes["transfer"]["pool"]
+    assert set(outcome.values) == {"mean linear top1", "other, linear top1", "other, k-NN top1 (k = 20)"}
+    assert any(note.startswith("Failed for bare: `train_labels` must be given") for note in outcome.notes)
+    swept = card(tmp_path / "alone", parts=("linear",), data=Data(count=60), of={"pool": Pool()})
+    assert outcome.values["other, linear top1"] == swept.outcomes["linear"]["pool"].values["top1"]
+    again = card(tmp_path, parts=("transfer",), of={"pool": Pool()}, transfer={"other": Data(count=40)})
+    assert any("other: 40 training" in note for note in again.outcomes["transfer"]["pool"].notes)  # not the kept one
+    none = card(tmp_path / "none", parts=("transfer", "knn"), of={"pool": Pool()})
+    assert "`transfer` must hold DataModules" in none.errors["transfer"]["pool"]
+    default = ev.report(
+        {"pool": Pool()},
+        Data(count=60),
+        output=tmp_path / "d",
+        parts=None,
+        options=FAST,
+        transfer={"o": other},
+        progress=False,
+    )
+    assert "transfer" in default.outcomes
+    assert "fine_tuning" not in default.outcomes
+    with pytest.raises(TypeError, match="`transfer` must be a dict"):
+        card(tmp_path, transfer=[other])
+
+
+class HalfLabeled(DescribedData):
+    """The first images have no label."""
+
+    def make(self, count, seed):
+        images, labels, places = super().make(count, seed)
+        labels[: count // 3] = -1
+        return images, labels, places
+
+
+def test_unlabeled_images_are_no_part_of_what_is_learned_or_judged(tmp_path):
+    data, model = HalfLabeled(), Pool()
+    parts = ("fine_tuning", "long_tail", "unseen_groups", "attacks", "shortcut", "cue_conflict")
+    found = card(tmp_path, parts=parts, data=data, of={"pool": model})
+    assert found.errors == {}
+    (images, labels, _), (others, classes, _) = data.split("train"), data.split("val")
+    images, labels, others, classes = images[40:], labels[40:], others[22:], classes[22:]
+    rows, held = ev.fine_tune_rows(labels, share=0.1)
+    places = [place * 44 // 20 for place in range(20)]
+    tuned = ev.fine_tune(
+        *(model, images[rows], labels[rows], others[places], classes[places]),
+        validation=(images[held], labels[held]),
+        share=0.1,
+    )
+    values = found.outcomes["fine_tuning"]["pool"].values
+    assert values[f"top1 with 10% of the labels ({len(rows)})"] == near64(tuned.top1)
+    places = [place * 44 // 30 for place in range(30)]
+    learned = [place * 80 // 60 for place in range(60)]
+    shown = ev.shortcut_test(
+        lambda given: model(given).detach(), images[learned], labels[learned], others[places], classes[places]
+    )
+    value = found.outcomes["shortcut"]["pool"].values["tag swapped"]
+    assert value == near64(shown["swapped"].double().mean().item())
+
+
+def test_masks_of_other_sizes_are_named(tmp_path):
+    data = DescribedData()
+    data.masks = lambda split: torch.ones(3, 16, 16, dtype=torch.bool)
+    found = card(tmp_path, parts=("cue_conflict",), data=data, of={"pool": Pool()})
+    assert "`datamodule.masks` must return a tensor of 66 rows, got 3" in found.errors["cue_conflict"]["pool"]
+
+
 def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
     found, _ = whole
     rows = {(row["part"], row["metric"]): row for row in found.compare("pool", "blind")}
@@ -139,6 +279,10 @@ def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
         found.outcomes["knn"]["blind"].per_image["top1 (k = 20)"],
     )
     assert row["difference"] == near64(same["difference"])
+    fooled = rows["shortcut", "taken for the tag"]
+    assert fooled["verdict"] == (
+        "noise" if fooled["mcnemar_p"] >= 0.05 else "pool" if fooled["difference"] < 0 else "blind"
+    )
     assert rows["calibration", "Brier score"]["difference"] < 0
     assert rows["calibration", "Brier score"]["verdict"] == "pool"  # lower is better
     assert {row["verdict"] for row in found.compare("pool", "pool")} == {"noise"}
@@ -148,7 +292,7 @@ def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
 
 def test_two_runs_give_the_same_bytes(tmp_path, whole):
     _, folder = whole
-    card(tmp_path / "again", parts=tuple(PARTS), data=Data(columns=True))
+    all_parts(tmp_path / "again")
     for name in ("report.json", "report.md"):
         first, second = ((path / name).read_bytes() for path in (folder, tmp_path / "again"))
         assert name == "report.md" or first == second
@@ -252,7 +396,7 @@ def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
     assert "shots" in json.loads((tmp_path / "few" / "report.json").read_text())["parts"]["few_shot"]["errors"]["pool"]
 
 
-CHANGING = ("corruptions", "invariance", "geometry")
+CHANGING = ("corruptions", "invariance", "geometry", "fine_tuning", "attacks", "shortcut")
 
 
 @pytest.mark.parametrize("wide", ["loader", "model"])

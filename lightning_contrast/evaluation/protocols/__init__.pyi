@@ -1,9 +1,19 @@
+from .adversarial import pgd_robustness as pgd_robustness
+from .bias import association_audit as association_audit
+from .bias import attribute_probe as attribute_probe
+from .bias import twin_retrieval as twin_retrieval
 from .clustering import cluster_scores as cluster_scores
 from .comparison import bootstrap_interval as bootstrap_interval
 from .comparison import mcnemar as mcnemar
 from .comparison import paired_bootstrap as paired_bootstrap
+from .cue_conflict import cue_conflict_images as cue_conflict_images
+from .cue_conflict import shape_decisions as shape_decisions
 from .few_shot import few_shot as few_shot
 from .few_shot import label_efficiency as label_efficiency
+from .fine_tuning import FINE_TUNE_RECIPES as FINE_TUNE_RECIPES
+from .fine_tuning import FineTuneRecipe as FineTuneRecipe
+from .fine_tuning import fine_tune as fine_tune
+from .fine_tuning import fine_tune_rows as fine_tune_rows
 from .geometry import describe_geometry as describe_geometry
 from .geometry import geometry as geometry
 from .linear import LINEAR_PROTOCOLS as LINEAR_PROTOCOLS
@@ -11,6 +21,7 @@ from .linear import LinearProtocol as LinearProtocol
 from .linear import ProbeResult as ProbeResult
 from .linear import linear_grid as linear_grid
 from .linear import linear_probe as linear_probe
+from .logistic import logistic_head as logistic_head
 from .logistic import logistic_probe as logistic_probe
 from .logistic import logistic_sweep as logistic_sweep
 from .predictions import ood_scores as ood_scores
@@ -19,3 +30,9 @@ from .predictions import worst_group_accuracy as worst_group_accuracy
 from .retrieval import knn_sweep as knn_sweep
 from .retrieval import label_retrieval as label_retrieval
 from .retrieval import retrieved as retrieved
+from .shifts import class_mean_accuracy as class_mean_accuracy
+from .shifts import long_tail as long_tail
+from .shifts import long_tail_rows as long_tail_rows
+from .shifts import unseen_groups as unseen_groups
+from .shortcuts import plant_shortcut as plant_shortcut
+from .shortcuts import shortcut_test as shortcut_test

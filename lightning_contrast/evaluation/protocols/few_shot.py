@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_contrast._checks import check_at_least, fail, require
-from lightning_contrast.evaluation.protocols.inputs import held_out, labeled, split
+from lightning_contrast.evaluation.protocols.inputs import class_share, labeled, split
 from lightning_contrast.evaluation.protocols.logistic import logistic_probe
 from lightning_contrast.seeding import derived_seed
 
@@ -119,7 +119,7 @@ def label_efficiency(
         values, number = [], 0
         for repeat in range(repeats if share < 1 else 1):
             if share < 1:
-                rows = _share(given.train.labels, share, derived_seed(seed, repeat))
+                rows = class_share(given.train.labels, share, derived_seed(seed, repeat))
             else:
                 rows = torch.arange(len(given.train.labels))
             number = len(rows)
@@ -134,9 +134,3 @@ def label_efficiency(
         mean = sum(values) / len(values)
         found[share] = {"accuracy": mean, "lowest": min(values), "highest": max(values), "images": number}
     return found
-
-
-def _share(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Return a share of the rows of each class, at least one, ascending."""
-    stay, _ = held_out(labels, 1 - share, seed)
-    return stay

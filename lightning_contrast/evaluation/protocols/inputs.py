@@ -91,6 +91,21 @@ def held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(stay).sort().values, torch.cat(out).sort().values
 
 
+def class_share(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Draw a share of the rows of each class, at least one.
+
+    Args:
+        labels: Classes ``(N,)``.
+        share: Share of each class, in (0, 1).
+        seed: Seed of the draw, >= 0.
+
+    Returns:
+        Rows, ascending, ``(A,)``.
+    """
+    stay, _ = held_out(labels, 1 - share, seed)
+    return stay
+
+
 def per_class(labels: Tensor, number: int, seed: int) -> Tensor:
     """Draw rows of each class without repetition.
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_positive
 from lightning_contrast.evaluation.protocols.inputs import Labeled, accuracy, held_out, split
@@ -113,24 +113,68 @@ def logistic_sweep(
     return ProbeResult(accuracy(logits, given.test.labels), logits, given.test.labels, settings)
 
 
+def logistic_head(
+    train: Tensor, train_labels: Tensor, *, c: float = 0.1, standardize: bool = True, max_iter: int = 1000
+) -> nn.Linear:
+    """Return the logistic regression of `logistic_probe` as a linear layer, such as for attacks through the network.
+
+    Args:
+        train: Features ``(N, F)``, floating.
+        train_labels: Classes ``(N,)``, integers; -1 for unlabeled rows, which are left out.
+        c: Inverse of the penalty, > 0.
+        standardize: Fit to standardized features; mean and standard deviation become a part of the layer.
+        max_iter: Iterations at most, >= 1.
+
+    Returns:
+        A layer from features ``(B, F)`` to logits ``(B, C)``, float32, without gradient; a class without training rows
+        has the logit -inf.
+
+    Raises:
+        ValueError: As `logistic_probe`.
+    """
+    check_positive("c", c)
+    check_at_least("max_iter", max_iter, 1)
+    given = split(train, train_labels, train, train_labels)
+    model, scaler = _model(given.train, c, standardize, max_iter)
+    weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+    if len(weight) == 1:
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    if scaler is not None:
+        weight = weight / torch.from_numpy(scaler.scale_)
+        bias = bias - weight @ torch.from_numpy(scaler.mean_)
+    head = nn.Linear(train.shape[1], given.num_classes).requires_grad_(False)
+    head.weight.zero_()
+    head.bias.fill_(-torch.inf)
+    classes = torch.from_numpy(model.classes_)
+    head.weight[classes], head.bias[classes] = weight.float(), bias.float()
+    return head.to(train.device)
+
+
 def _fit(train: Labeled, test: Tensor, num_classes: int, c: float, standardize: bool, max_iter: int) -> Tensor:
     """Return the logits ``(M, C)`` of a model that is fitted to labeled rows."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
-    model = LogisticRegression(C=c, max_iter=max_iter)
-    x, queries = train.features.double().cpu().numpy(), test.double().cpu().numpy()
-    if standardize:
-        scaler = StandardScaler().fit(x)
-        x, queries = scaler.transform(x), scaler.transform(queries)
-    with threadpool_limits(1), warnings.catch_warnings():  # its threads and torch's slow each other down
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(x, train.labels.cpu().numpy())
-    found: NDArray[np.float64] = model.decision_function(queries)
+    model, scaler = _model(train, c, standardize, max_iter)
+    queries = test.double().cpu().numpy()
+    found: NDArray[np.float64] = model.decision_function(queries if scaler is None else scaler.transform(queries))
     if found.ndim == 1:
         found = np.stack([-found, found], 1) / 2
     logits = torch.full((len(test), num_classes), -torch.inf)
     logits[:, torch.from_numpy(model.classes_)] = torch.from_numpy(found).float()
     return logits
+
+
+def _model(train: Labeled, c: float, standardize: bool, max_iter: int) -> tuple[Any, Any]:
+    """Return scikit-learn's model that is fitted to labeled rows, and its scaler or None."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    model, scaler = LogisticRegression(C=c, max_iter=max_iter), None
+    x = train.features.double().cpu().numpy()
+    if standardize:
+        scaler = StandardScaler().fit(x)
+        x = scaler.transform(x)
+    with threadpool_limits(1), warnings.catch_warnings():  # its threads and torch's slow each other down
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x, train.labels.cpu().numpy())
+    return model, scaler

@@ -13,6 +13,7 @@ from lightning_contrast.evaluation.feature_pass.cache import FeatureSet, cached_
 from lightning_contrast.evaluation.feature_pass.fingerprint import digest, tensor_digest
 from lightning_contrast.evaluation.feature_pass.subjects import Preprocess, Subject, load_subject
 from lightning_contrast.evaluation.report_card.context import Context, about_data, find_loaders, writable
+from lightning_contrast.evaluation.report_card.drawing import part_inputs
 from lightning_contrast.evaluation.report_card.parts import PARTS
 from lightning_contrast.evaluation.report_card.result import Outcome, Report, packed, unpacked
 from lightning_contrast.seeding import derived_seed, isolated
@@ -26,10 +27,20 @@ OPTIONS: dict[str, Any] = {
     "view_images": 128,
     "views": 8,
     "pictures": 300,
+    "recipe": "small",
+    "tuned_test_images": 2048,
+    "imbalance": 100,
+    "attacked_images": 128,
+    "attack_steps": 20,
+    "shortcut_train_images": 1024,
+    "shortcut_test_images": 256,
+    "cue_images": 512,
 }
 """Options of the parts: test images that are corrupted, severities, steps of SGD of the grid of heads (12,500 in the
 paper), halvings of the search for C (8 in CLIP's), iterations of each fit of it (1,000 in CLIP's), images and views of
-the geometry, images of the figures."""
+the geometry, images of the figures, recipe of the fine-tuning (a name of `FINE_TUNE_RECIPES`) and its test images at
+most, imbalance of the long tail, test images that are attacked and steps of an attack, images of the planted shortcut,
+images with conflicting cues."""
 _VERSION = 1  # of the files of single parts
 
 
@@ -43,6 +54,7 @@ def report(
     seed: int = 0,
     preprocess: Mapping[str, Preprocess] | None = None,
     options: Mapping[str, Any] | None = None,
+    transfer: Mapping[str, Any] | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Report:
@@ -64,6 +76,7 @@ def report(
         preprocess: By model, a function from the images of the loader to the input, where that of `load_subject` is not
             meant.
         options: Some of `OPTIONS`.
+        transfer: Other DataModules by name, for the part "transfer", which is default with them.
         cache: Folder of the features; None is ``output/features``.
         progress: Show progress bars, in a terminal.
 
@@ -72,7 +85,7 @@ def report(
 
     Raises:
         ValueError: If a name is unknown, or no model could be evaluated.
-        TypeError: If ``datamodule`` is not a DataModule.
+        TypeError: If ``datamodule`` is not a DataModule, or ``transfer`` not a dict.
         OSError: If ``output`` cannot be written.
 
     Example:
@@ -80,12 +93,18 @@ def report(
         >>> found.table()[0]  # doctest: +SKIP
     """
     names, chosen = _checked(models, parts, reference, seed)
+    if parts is None and transfer:
+        chosen = [name for name in PARTS if name in (*chosen, "transfer")]
+    others = transfer or {}
+    if not isinstance(others, Mapping):
+        fail("transfer", "be a dict from names to DataModules", type(others).__name__, 'Give {"name": data}', TypeError)
     used = dict(OPTIONS) | _known_options(options or {})
     folder = writable(output)
     found = Report({}, {}, {}, {}, {}, names[0], seed)
     train_loader, test_loader = find_loaders(datamodule)
     where = Path(cache) if cache is not None else folder / "features"
     context = Context({}, {}, {}, test_loader, _class_names(datamodule), seed, used)
+    context.datamodule, context.train_loader, context.transfer, context.folder = datamodule, train_loader, others, where
     for name in names:
         try:
             subject = load_subject(models[name], (preprocess or {}).get(name))
@@ -134,7 +153,7 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
             found.outcomes[name] = context.outcomes[name] = {}
             for model in context.subjects:
                 bar.set_postfix_str(f"{name}, {model}")
-                others = sorted(keys.values()) if name in ("similarity", "corruptions") else []
+                others = sorted(keys.values()) if name in ("similarity", "corruptions") else part_inputs(context, name)
                 key = digest(_VERSION, name, keys[model], others, model, found.reference, context.seed, context.options)
                 path = folder / "parts" / f"{name}-{key}.pt"
                 outcome = _saved(path)

@@ -1,6 +1,6 @@
 """What the parts of a report read: models, features, images and options."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Context:
         options: Options of the parts.
         outcomes: What the parts before found, by part and model.
         memory: What parts keep for the next model.
+        datamodule: The DataModule, whose methods may say more about its images; see `drawing.DECLARED`.
+        train_loader: Loader of the training images.
+        transfer: Other DataModules by name.
+        folder: Folder of the features.
     """
 
     subjects: dict[str, Subject]
@@ -48,6 +52,17 @@ class Context:
     options: dict[str, Any]
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    datamodule: Any = None
+    train_loader: Any = None
+    transfer: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path("features")
+
+    @property
+    def test_split(self) -> str:
+        """Name of the split of the test images: "test", or "val" if the DataModule has no test loader."""
+        from lightning.pytorch.utilities.model_helpers import is_overridden
+
+        return "test" if is_overridden("test_dataloader", self.datamodule) else "val"
 
     def labeled(self, model: str) -> Split:
         """Return labeled features of the training and test images.
@@ -87,13 +102,7 @@ class Context:
             rows = drawn_rows(self.loader)
             number = min(number, len(rows))
             chosen = [rows[place * len(rows) // number] for place in range(number)]
-            collate = self.loader.collate_fn
-            fetch = getattr(self.loader.dataset, "__getitems__", None)
-            items = fetch(chosen) if callable(fetch) else [self.loader.dataset[row] for row in chosen]
-            images, labels = split_batch(collate(items))
-            if not isinstance(images, Tensor):
-                fail("datamodule", "yield one tensor of images per batch", "views", "Give test images without views")
-            self.memory[key] = images, labels
+            self.memory[key] = read_rows(self.loader, chosen)
         found: tuple[Tensor, Tensor | None] = self.memory[key]
         return found
 
@@ -108,11 +117,24 @@ class Context:
             ValueError: If they have another range, or the model expects one.
             TypeError: If they are neither uint8 nor floats.
         """
+        images, labels = self.images(number)
+        return self.unit_range(model, images), labels
+
+    def unit_range(self, model: str, images: Tensor) -> Tensor:
+        """Return images ``(n, C, H, W)`` as floats in 0..1, for parts that change them.
+
+        Args:
+            model: Name of the model that will get them.
+            images: As the loader has them.
+
+        Raises:
+            ValueError: If they have another range, or the model expects one.
+            TypeError: If they are neither uint8 nor floats.
+        """
         hint = "Leave this part out by `parts=`, or the views of geometry by options={'view_images': 0}"
         scale = (self.subjects[model].input_spec or {}).get("scale")
         require(scale is None, "models", "take images in 0..1 for this part", f"a scale of {scale}", hint)
-        images, labels = self.images(number)
-        return as_float(check_images(images, values=True, evaluating=True)), labels
+        return as_float(check_images(images, values=True, evaluating=True))
 
     def pictures(self, model: str) -> tuple[Tensor, Tensor]:
         """Return the images ``(n, C, H, W)`` of the figures, and their features ``(n, F)``.
@@ -136,6 +158,24 @@ class Context:
         subject = self.subjects[model]
         with eval_mode(subject.module):
             return torch.cat([features_of(subject, part) for part in torch.split(images, _BATCH)])
+
+
+def read_rows(loader: Any, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Return images ``(n, C, H, W)`` as a loader has them, and their labels ``(n,)`` if it has some.
+
+    Args:
+        loader: A DataLoader over a dataset whose rows are read by index.
+        rows: Rows of the dataset.
+
+    Raises:
+        ValueError: If its batches hold views.
+    """
+    fetch = getattr(loader.dataset, "__getitems__", None)
+    items = fetch(list(rows)) if callable(fetch) else [loader.dataset[row] for row in rows]
+    images, labels = split_batch(loader.collate_fn(items))
+    if not isinstance(images, Tensor):
+        fail("datamodule", "yield one tensor of images per batch", "views", "Give images without views")
+    return images, labels
 
 
 def find_loaders(datamodule: Any) -> tuple[Any, Any]:

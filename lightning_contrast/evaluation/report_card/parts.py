@@ -3,7 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_contrast.evaluation.report_card import classification, robustness, structure
+from lightning_contrast.evaluation.report_card import (
+    bias,
+    classification,
+    interventions,
+    robustness,
+    shifts,
+    structure,
+    tuning,
+)
 from lightning_contrast.evaluation.report_card.context import Context
 from lightning_contrast.evaluation.report_card.cost import cost
 from lightning_contrast.evaluation.report_card.result import Outcome
@@ -129,6 +137,46 @@ PARTS: dict[str, ReportPart] = {
         classification.groups,
         "worst class",
     ),
+    "fine_tuning": ReportPart(
+        "Fine-tuning",
+        "What the weights are worth as a start: the accuracy if the whole network learns from a few labels.",
+        "1 % and 10 % of each class, at least one image, random crops and flips; rates are chosen on other training "
+        "images. For comparison, logistic regression on the frozen features of the same images.",
+        "https://arxiv.org/abs/2002.05709 B.5, https://arxiv.org/abs/2006.07733 C.1; `FINE_TUNE_RECIPES`",
+        tuning.fine_tuned,
+        "top1 with 10%",
+        by_default=False,
+    ),
+    "long_tail": ReportPart(
+        "Long tail",
+        "Whether rare classes are recognized if the labels are unevenly distributed.",
+        "Logistic regression on standardized features, C = 0.1, of a subset whose class sizes fall exponentially, by "
+        "100 from the largest to the smallest; means of the accuracies of classes.",
+        "https://arxiv.org/abs/1901.05555, https://arxiv.org/abs/1904.05160",
+        shifts.tail,
+        "mean of classes",
+        curve=("training images of a class", "accuracy"),
+        log_x=True,
+    ),
+    "unseen_groups": ReportPart(
+        "Unseen groups",
+        "What a new artist, scanner or place costs: the head has seen no image of the group, the backbone may have.",
+        "Logistic regression on standardized features, C = 0.1, without a group; the control sees as many training "
+        "images of all groups. Groups are integer columns of the batches and `image_groups` of the DataModule.",
+        "https://arxiv.org/abs/2007.01434 (leave one domain out)",
+        shifts.groups_left_out,
+        "lost on unseen",
+        higher_is_better=False,
+    ),
+    "transfer": ReportPart(
+        "Other data",
+        "Whether the features serve data that the model was not made for.",
+        "Linear probe and k-NN as above, trained and judged on each DataModule of `transfer=`.",
+        "https://arxiv.org/abs/1805.08974, https://arxiv.org/abs/2103.00020 A.3",
+        shifts.other_sets,
+        "mean linear top1",
+        by_default=False,
+    ),
     "anomalies": ReportPart(
         "Anomalies",
         "Whether images of a class that was never seen look foreign; 0.5 is chance.",
@@ -148,6 +196,45 @@ PARTS: dict[str, ReportPart] = {
         robustness.corruptions,
         "mean accuracy",
         curve=("severity", "accuracy"),
+    ),
+    "attacks": ReportPart(
+        "Attacks",
+        "How much of the accuracy survives changes of the pixels that nobody sees but that are made to mislead.",
+        "PGD with 20 steps on a logistic head and the network, at most 8/255 per pixel, from a random start.",
+        "https://arxiv.org/abs/1706.06083",
+        interventions.attacks,
+        "robust accuracy (8/255)",
+        curve=("epsilon in 1/255", "accuracy"),
+        by_default=False,
+    ),
+    "shortcut": ReportPart(
+        "Shortcut",
+        "Whether a classifier of the features learns a colored tag instead of the object, where the tag says the "
+        "label in training: the accuracy if the tag is that of another class.",
+        "Logistic regression on standardized features, C = 0.1, of images with a tag (and a background, if there are "
+        "masks) in the color of the class.",
+        "https://arxiv.org/abs/2004.07780 (idea)",
+        interventions.shortcuts,
+        "tag swapped",
+    ),
+    "cue_conflict": ReportPart(
+        "Texture and shape",
+        "Whether outlines or surfaces decide, if an outline is filled with the texture of another class.",
+        "Logistic regression on standardized features, C = 0.1; share of the shape among decisions for either cue.",
+        "https://arxiv.org/abs/1811.12231, with other images",
+        interventions.cues,
+        "shape share",
+        higher_is_better=None,
+    ),
+    "bias": ReportPart(
+        "Bias",
+        "Whether features treat two groups of people differently, on pairs that differ in nothing else.",
+        "Effect sizes of iEAT of both groups with each class against the others, with two-sided permutation p-values; "
+        "retrieval of the class by group; a linear probe of the group (0.5 by chance).",
+        "https://arxiv.org/abs/2010.15052",
+        bias.audit,
+        "largest effect",
+        higher_is_better=False,
     ),
     "invariance": ReportPart(
         "Invariance",

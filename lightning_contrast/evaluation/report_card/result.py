@@ -14,8 +14,8 @@ from lightning_contrast._checks import check_choice
 from lightning_contrast.evaluation.protocols import bootstrap_interval, mcnemar, paired_bootstrap
 
 SIGNIFICANCE = 0.05
-LOWER_IS_BETTER = ("negative log-likelihood", "Brier score")
-"""Values per image of which the lower is better."""
+LOWER_IS_BETTER = ("negative log-likelihood", "Brier score", "taken for the", "lost on unseen")
+"""Beginnings of the names of values per image of which the lower is better."""
 _DIGITS = 6
 
 
@@ -105,7 +105,7 @@ class Report:
                 binary = bool(((first == 0) | (first == 1)).all() and ((second == 0) | (second == 1)).all())
                 found["mcnemar_p"] = mcnemar(first > 0, second > 0)["p"] if binary else None
                 p = found["p"] if found["mcnemar_p"] is None else found["mcnemar_p"]
-                better = a if (found["difference"] > 0) != (metric in LOWER_IS_BETTER) else b
+                better = a if (found["difference"] > 0) != metric.startswith(LOWER_IS_BETTER) else b
                 verdict = better if p < SIGNIFICANCE and found["difference"] != 0 else "noise"
                 rows.append({"part": part, "metric": metric, "a": a, "b": b, **found, "verdict": verdict})
         return rows
