@@ -31,9 +31,13 @@ from .measures import winoground_scores as winoground_scores
 from .protocols import LINEAR_PROTOCOLS as LINEAR_PROTOCOLS
 from .protocols import LinearProtocol as LinearProtocol
 from .protocols import ProbeResult as ProbeResult
+from .protocols import Segmentation as Segmentation
+from .protocols import attention_scores as attention_scores
+from .protocols import average_precision as average_precision
 from .protocols import bootstrap_interval as bootstrap_interval
 from .protocols import cluster_scores as cluster_scores
 from .protocols import describe_geometry as describe_geometry
+from .protocols import detection_frozen as detection_frozen
 from .protocols import few_shot as few_shot
 from .protocols import geometry as geometry
 from .protocols import knn_sweep as knn_sweep
@@ -46,6 +50,11 @@ from .protocols import logistic_sweep as logistic_sweep
 from .protocols import mcnemar as mcnemar
 from .protocols import ood_scores as ood_scores
 from .protocols import paired_bootstrap as paired_bootstrap
+from .protocols import patch_features as patch_features
+from .protocols import read_segmentation as read_segmentation
+from .protocols import segmentation_knn as segmentation_knn
+from .protocols import segmentation_linear as segmentation_linear
+from .protocols import segmentation_scores as segmentation_scores
 from .protocols import split_conformal as split_conformal
 from .protocols import worst_group_accuracy as worst_group_accuracy
 from .report_card import Report as Report

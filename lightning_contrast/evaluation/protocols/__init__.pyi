@@ -2,6 +2,16 @@ from .clustering import cluster_scores as cluster_scores
 from .comparison import bootstrap_interval as bootstrap_interval
 from .comparison import mcnemar as mcnemar
 from .comparison import paired_bootstrap as paired_bootstrap
+from .dense import Segmentation as Segmentation
+from .dense import attention_scores as attention_scores
+from .dense import patch_features as patch_features
+from .dense import patch_shares as patch_shares
+from .dense import segmentation_knn as segmentation_knn
+from .dense import segmentation_linear as segmentation_linear
+from .dense import segmentation_scores as segmentation_scores
+from .detection import average_precision as average_precision
+from .detection import detection_frozen as detection_frozen
+from .detection import frozen_detector as frozen_detector
 from .few_shot import few_shot as few_shot
 from .few_shot import label_efficiency as label_efficiency
 from .geometry import describe_geometry as describe_geometry
@@ -19,3 +29,4 @@ from .predictions import worst_group_accuracy as worst_group_accuracy
 from .retrieval import knn_sweep as knn_sweep
 from .retrieval import label_retrieval as label_retrieval
 from .retrieval import retrieved as retrieved
+from .segmentation_sets import read_segmentation as read_segmentation
