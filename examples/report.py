@@ -73,7 +73,7 @@ models = {
     "random": evaluation.Subject(start.backbone, policy.eval_transform, policy.input_spec, "its weights at the start"),
     "pixels": Pixels(data.images("train").float().mean(0) / 255),
     "HOG": HOG(),
-    "supervised": evaluation.Subject(twin, policy.eval_transform, policy.input_spec, "trained with labels"),
+    "supervised": evaluation.Subject(twin, policy.eval_transform, policy.input_spec, f"labels, {options.epochs} epochs"),
 }
 found = evaluation.report(models, data, output=options.output, parts=options.parts)
 print(*(f"{row['model']}: {row['value']:.3f}" for row in found.table() if row["metric"] == "top1 (k = 20)"), sep="\n")

@@ -31,7 +31,7 @@ _GRID = 20  # finer maps are averaged, so that a search takes seconds
 _NO_MAP = "No map of patches: not judged."
 
 
-class _Scenes(NamedTuple):
+class _SceneSet(NamedTuple):
     """Inputs of a network ``(N, C, h, w)`` and classes of the pixels of scenes ``(N, H, W)``, and their boxes."""
 
     inputs: Tensor
@@ -94,7 +94,7 @@ def detection(context: Context, model: str) -> Outcome:
     return Outcome(values=dict(values), notes=[f"{len(test.inputs)} scenes, {steps} steps."])
 
 
-def _scenes(context: Context, subject: Subject, split: Any) -> _Scenes:
+def _scenes(context: Context, subject: Subject, split: Any) -> _SceneSet:
     """Return scenes as the network takes them; their size is kept where it takes any size.
 
     Raises:
@@ -117,7 +117,7 @@ def _scenes(context: Context, subject: Subject, split: Any) -> _Scenes:
     given = images if parameter is None else images.to(parameter.device)
     inputs = torch.cat([preprocess(part) for part in given.split(_BATCH)])
     check_image_size(subject.module if owner is None else owner, inputs)
-    return _Scenes(inputs, data.class_masks(split), data.boxes(split))
+    return _SceneSet(inputs, data.class_masks(split), data.boxes(split))
 
 
 def _maps(subject: Subject, inputs: Tensor) -> Tensor:
