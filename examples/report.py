@@ -59,21 +59,21 @@ if not options.checkpoint.exists():
 L.seed_everything(0)  # as in the demo, so that the random weights are those from which it started
 data = lc.data.EmojiDataModule()
 mean, std = lc.data.estimate_mean_std(data)
-policy = lc.augment.simclr_cifar_views(32, mean=mean, std=std)
+views = lc.augment.simclr_cifar_views(32, mean=mean, std=std)
 setting = {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-4, "warmup_epochs": options.epochs // 60}
 start, twin = lc.SimCLR("small_convnet", **setting), Supervised(data.num_classes, "small_convnet", **setting)
 quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
 weights = options.output / f"supervised-{options.epochs}.pt"
 if not weights.exists():
-    L.Trainer(max_epochs=options.epochs, callbacks=[lc.ViewAugmentation(policy)], **quiet).fit(twin, datamodule=data)
+    L.Trainer(max_epochs=options.epochs, callbacks=[lc.ViewAugmentation(views)], **quiet).fit(twin, datamodule=data)
     lc.checkpoints.AtomicCheckpointIO().save_checkpoint(twin.state_dict(), weights)
 twin.load_state_dict(lc.checkpoints.load_checkpoint(weights))
 models = {
     "SimCLR": options.checkpoint,
-    "random": evaluation.Subject(start.backbone, policy.eval_transform, policy.input_spec, "its weights at the start"),
+    "random": evaluation.Subject(start.backbone, views.eval_transform, views.input_spec, "its weights at the start"),
     "pixels": Pixels(data.images("train").float().mean(0) / 255),
     "HOG": HOG(),
-    "supervised": evaluation.Subject(twin, policy.eval_transform, policy.input_spec, f"labels, {options.epochs} epochs"),
+    "supervised": evaluation.Subject(twin, views.eval_transform, views.input_spec, f"labels, {options.epochs} epochs"),
 }
 found = evaluation.report(models, data, output=options.output, parts=options.parts)
 print(*(f"{row['model']}: {row['value']:.3f}" for row in found.table() if row["metric"] == "top1 (k = 20)"), sep="\n")
