@@ -95,6 +95,25 @@ class EmojiScenesDataModule(InMemoryDataModule):
         """Return where the first and the second named thing are drawn, bool ``(N, 2, pixels, pixels)``."""
         return self._draw(split)[2]
 
+    def class_masks(self, split: Split = "train") -> Tensor:
+        """Return the class of each pixel, int64 ``(N, pixels, pixels)``: 0 is the ground, 1 to 9 the Unicode groups.
+
+        A pixel belongs to a thing where its drawing is not transparent.
+        """
+        groups = torch.tensor([self.emoji.class_names.index(group) for group in self.emoji.groups])
+        classes = 1 + groups[self.pairs(split)]  # (N, 2)
+        return (self.masks(split) * classes[:, :, None, None]).sum(1)  # the things do not overlap
+
+    def boxes(self, split: Split = "train") -> Tensor:
+        """Return the smallest boxes around both things, ``(N, 2, 4)`` float: left, top, right, bottom in pixels."""
+        masks = self.masks(split)
+        ends = []
+        for line in (masks.any(2), masks.any(3)):  # by column and by row
+            first = line.int().argmax(2)
+            ends += [first, line.shape[2] - line.flip(2).int().argmax(2)]
+        left, right, top, bottom = ends
+        return torch.stack([left, top, right, bottom], 2).float()
+
     def read(self, split: Split) -> tuple[Tensor, Tensor]:
         """Return the images of a split ``(N, 3, pixels, pixels)`` uint8, and the relations ``(N,)`` int64."""
         drawn, images, _ = self._draw(split)

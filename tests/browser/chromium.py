@@ -74,10 +74,11 @@ class Chromium:
     Attributes:
         responses: Status of each response, by address.
         failures: Uncaught errors of scripts.
+        console: Errors in the console, such as those of the content security policy.
     """
 
     def __init__(self, folder):
-        self.responses, self.failures = {}, []
+        self.responses, self.failures, self.console = {}, [], []
         self._answers, self._number = {}, 0
         self._arrived = queue.Queue()
         their_input, self._to = os.pipe()
@@ -102,7 +103,7 @@ class Chromium:
         try:
             target = self._send("Target.createTarget", url="about:blank")["targetId"]
             self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            for domain in ("Page", "Network", "Runtime"):
+            for domain in ("Page", "Network", "Runtime", "Log"):
                 self._send(f"{domain}.enable")
         except BaseException:
             self.__exit__()
@@ -198,6 +199,10 @@ class Chromium:
             self.responses[response["url"]] = response["status"]
         elif message["method"] == "Runtime.exceptionThrown":
             self.failures.append(message["params"]["exceptionDetails"].get("exception", {}).get("description", "?"))
+        elif message["method"] == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
+            self.console.append(message["params"]["entry"]["text"])
+        elif message["method"] == "Runtime.consoleAPICalled" and message["params"]["type"] == "error":
+            self.console.append(str(message["params"]["args"]))
 
     def _read(self):
         """Read zero-terminated messages until the browser exits."""

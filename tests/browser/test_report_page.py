@@ -19,6 +19,17 @@ SORTED = """(() => {
   table.querySelectorAll('th button')[1].click();
   return JSON.stringify([...table.tBodies[0].rows].map(row => Number(row.cells[1].dataset.value)));
 })()"""
+# Sizes of the images of the first map, on the page and enlarged.
+THUMBNAILS = """(() => {
+  const figure = [...document.querySelectorAll('figure')].find(of => of.textContent.startsWith('Map'));
+  const sizes = of => [...of.querySelectorAll('use')].map(image => image.getBoundingClientRect().width);
+  const small = sizes(figure);
+  figure.click();
+  const dialog = document.getElementById('large');
+  const large = sizes(dialog);
+  dialog.click();
+  return JSON.stringify([small, large]);
+})()"""
 LARGE = """(() => {
   document.querySelector('figure').click();
   const dialog = document.getElementById('large');
@@ -60,8 +71,11 @@ def test_the_page_opens_from_its_file_and_works(page, browser):
     assert is_open
     assert width > 600
     assert not is_still_open
+    small, large = json.loads(browser.evaluate(THUMBNAILS))
+    assert len(small) == len(large) == 40
+    assert 8 < max(small) < min(large)
     browser.text()  # takes the events that have arrived
-    assert browser.failures == []
+    assert browser.failures == browser.console == []
     assert {address.split(":")[0] for address in browser.responses} <= {"file", "data"}
     assert [address for address in browser.responses if address.startswith("file")] == [page.as_uri()]
 

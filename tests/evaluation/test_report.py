@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from html.parser import HTMLParser
 
 import lightning as L
@@ -18,13 +19,15 @@ from lightning_contrast.augment import CORRUPTIONS
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.cli import main
 from lightning_contrast.evaluation.report_card import PARTS
+from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
 from lightning_contrast.nn import build_backbone
 from tests.launch import ChildError, run_processes
 from tests.tolerances import near, near64
 
 FAST = {"corrupted_images": 8, "severities": (1, 5), "view_images": 8, "views": 2, "sweep_steps": 0, "max_iter": 20}
-FAST |= {"grid_steps": 20, "pictures": 16, "tuned_test_images": 20, "attacked_images": 8, "attack_steps": 2}
+FAST |= {"grid_steps": 20, "pictures": 16, "scenes": 8, "segmentation_steps": 3, "detection_steps": 1}
+FAST |= {"tuned_test_images": 20, "attacked_images": 8, "attack_steps": 2}
 FAST |= {"shortcut_train_images": 60, "shortcut_test_images": 30, "cue_images": 20}
 QUICK = ("knn", "retrieval", "geometry")
 
@@ -83,10 +86,10 @@ class Pool(nn.Module):
     def __init__(self, seed=0, width=12):
         super().__init__()
         torch.manual_seed(seed)
-        self.layer = nn.Linear(48, width)
+        self.cells, self.layer = nn.AdaptiveAvgPool2d(4), nn.Linear(48, width)
 
     def forward(self, images):
-        return self.layer(nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))
+        return self.layer(self.cells(images).flatten(1))
 
 
 class Blind(nn.Module):
@@ -122,9 +125,11 @@ def test_every_part_has_values_of_every_model(whole):
     assert set(found.outcomes) == set(PARTS)
     for part, outcomes in found.outcomes.items():
         assert list(outcomes) == ["pool", "blind"], part
-        assert all(outcome.values for outcome in outcomes.values()), part
+        fits = {"segmentation": ["pool"], "detection": ["pool"], "attention": []}.get(part, ["pool", "blind"])
+        assert [name for name, outcome in outcomes.items() if outcome.values] == fits, part
+        assert all(outcome.values or "not judged" in outcome.notes[0] for outcome in outcomes.values()), part
         headline = PARTS[part].headline.replace("5-way", "3-way")
-        assert not headline or any(name.startswith(headline) for name in outcomes["pool"].values), part
+        assert not headline or all(any(n.startswith(headline) for n in outcomes[name].values) for name in fits), part
 
 
 def test_values_are_those_of_the_protocols(whole):
@@ -362,6 +367,41 @@ def test_the_page_is_one_file_that_needs_no_network(whole):
         assert number(row["value"]) in words
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_maps_place_every_image_and_name_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)  # as if it were not installed
+    given = {"parts": ("knn",), "options": FAST | {"maps": ("UMAP", "t-SNE")}, "progress": False}
+    found = ev.report({"pool": Pool()}, Data(), output=tmp_path, **given)
+    assert [caption for caption, _ in found.figures["pictures"]] == [
+        f"{name} of pool" for name in ("Map (t-SNE)", "Neighbors", "Confusion")
+    ]
+    assert set(re.findall(r'href="#image-(\d+)"', found.figures["pictures"][0][1])) == {*map(str, range(16))}
+    text = (tmp_path / "report.html").read_text().replace("&#39;", "'")
+    assert "No Map (UMAP) of pool" in text
+    assert "pip install 'lightning_contrast[umap]'" in text
+    assert len(re.findall(r'id="image-\d+"', text)) == 16
+    with pytest.raises(ValueError, match="`maps` must be one of 't-SNE', 'UMAP'"):
+        ev.report({"pool": Pool()}, Data(), output=tmp_path, options={"maps": ["PCA"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:n_jobs value:UserWarning", "ignore::DeprecationWarning")
+def test_maps_keep_what_is_near_near_and_repeat(name):
+    pytest.importorskip({"UMAP": "umap"}.get(name, "sklearn"))
+    features = torch.randn(40, 8).mul(0.1).add(torch.eye(8)[:2].repeat_interleave(20, 0)).double().numpy()
+    places = torch.from_numpy(LAYOUTS[name](features, 3)).double()
+    assert torch.equal(places, torch.from_numpy(LAYOUTS[name](features, 3)).double())
+    distances = torch.cdist(places, places).fill_diagonal_(torch.inf)
+    assert bool(((distances.argmin(1) < 20) == (torch.arange(40) < 20)).all())
+
+
+def test_notes_of_all_models_are_written_once(whole):
+    _, folder = whole
+    text = (folder / "report.html").read_text()
+    assert text.count("Operations count multiplications") == 1
+    assert len(re.findall("<b>(pool|blind)</b>: [^<]*dimensions are in use", text)) == 2  # of each model its own
 
 
 def test_names_are_escaped(tmp_path):

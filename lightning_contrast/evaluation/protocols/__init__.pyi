@@ -8,6 +8,16 @@ from .comparison import mcnemar as mcnemar
 from .comparison import paired_bootstrap as paired_bootstrap
 from .cue_conflict import cue_conflict_images as cue_conflict_images
 from .cue_conflict import shape_decisions as shape_decisions
+from .dense import Segmentation as Segmentation
+from .dense import attention_scores as attention_scores
+from .dense import patch_features as patch_features
+from .dense import patch_shares as patch_shares
+from .dense import segmentation_knn as segmentation_knn
+from .dense import segmentation_linear as segmentation_linear
+from .dense import segmentation_scores as segmentation_scores
+from .detection import average_precision as average_precision
+from .detection import detection_frozen as detection_frozen
+from .detection import frozen_detector as frozen_detector
 from .few_shot import few_shot as few_shot
 from .few_shot import label_efficiency as label_efficiency
 from .fine_tuning import FINE_TUNE_RECIPES as FINE_TUNE_RECIPES
@@ -30,6 +40,7 @@ from .predictions import worst_group_accuracy as worst_group_accuracy
 from .retrieval import knn_sweep as knn_sweep
 from .retrieval import label_retrieval as label_retrieval
 from .retrieval import retrieved as retrieved
+from .segmentation_sets import read_segmentation as read_segmentation
 from .shifts import class_mean_accuracy as class_mean_accuracy
 from .shifts import long_tail as long_tail
 from .shifts import long_tail_rows as long_tail_rows

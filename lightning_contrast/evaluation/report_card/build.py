@@ -26,6 +26,9 @@ OPTIONS: dict[str, Any] = {
     "max_iter": 300,
     "view_images": 128,
     "views": 8,
+    "scenes": 256,
+    "segmentation_steps": 500,
+    "detection_steps": 200,
     "pictures": 300,
     "recipe": "small",
     "tuned_test_images": 2048,
@@ -35,12 +38,15 @@ OPTIONS: dict[str, Any] = {
     "shortcut_train_images": 1024,
     "shortcut_test_images": 256,
     "cue_images": 512,
+    "maps": ("t-SNE",),
 }
 """Options of the parts: test images that are corrupted, severities, steps of SGD of the grid of heads (12,500 in the
 paper), halvings of the search for C (8 in CLIP's), iterations of each fit of it (1,000 in CLIP's), images and views of
-the geometry, images of the figures, recipe of the fine-tuning (a name of `FINE_TUNE_RECIPES`) and its test images at
-most, imbalance of the long tail, test images that are attacked and steps of an attack, images of the planted shortcut,
-images with conflicting cues."""
+the geometry, scenes that the dense parts learn from (they are judged by half as many) and steps of their heads, images
+of the figures, recipe of the fine-tuning (a name of `FINE_TUNE_RECIPES`) and its test images at most, imbalance of the
+long tail, test images that are attacked and steps of an attack, images of the planted shortcut, images with conflicting
+cues, and maps: "t-SNE" and "UMAP" (extra ``umap``)."""
+_OF_FIGURES = ("pictures", "maps")
 _VERSION = 1  # of the files of single parts
 
 
@@ -144,6 +150,7 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
     from tqdm import tqdm
 
     keys = {name: _model_key(context, name) for name in context.subjects}
+    measured = {name: value for name, value in context.options.items() if name not in _OF_FIGURES}
     quiet = None if progress and rank() == 0 else True  # None: only in a terminal
     with tqdm(total=len(chosen) * len(keys), desc="parts", disable=quiet, leave=False) as bar:
         for place, name in enumerate(chosen):
@@ -154,7 +161,7 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
             for model in context.subjects:
                 bar.set_postfix_str(f"{name}, {model}")
                 others = sorted(keys.values()) if name in ("similarity", "corruptions") else part_inputs(context, name)
-                key = digest(_VERSION, name, keys[model], others, model, found.reference, context.seed, context.options)
+                key = digest(_VERSION, name, keys[model], others, model, found.reference, context.seed, measured)
                 path = folder / "parts" / f"{name}-{key}.pt"
                 outcome = _saved(path)
                 if outcome is None:
@@ -214,6 +221,8 @@ def _checked(
 def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in options:
         check_choice("options", name, OPTIONS)
+    for layout in options.get("maps", ()):
+        check_choice("maps", layout, ("t-SNE", "UMAP"))
     return dict(options)
 
 

@@ -2,11 +2,13 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 COLORS = ("#2a7bd1", "#d9622b", "#3a9a5b", "#a355c9", "#b8912a", "#5b6b7a")
 _QUERIES, _NEIGHBORS = 8, 6
 _MOST_CLASSES = 30
+_MOST_TICKS = 8
+_EDGE = 48  # pixels of a thumbnail, at most
 
 
 def draw(report: Report, context: Context) -> dict[str, list[tuple[str, str]]]:
@@ -39,15 +43,35 @@ def draw(report: Report, context: Context) -> dict[str, list[tuple[str, str]]]:
         lines = {model: outcome.curves for model, outcome in outcomes.items() if outcome.curves}
         if lines:
             found[name] = [(f"{part.curve[1]} by {part.curve[0]}", curves(lines, part.curve, log_x=part.log_x))]
-    pictures = []
-    for model in context.subjects:
-        for caption, make in (("Map (t-SNE)", image_map), ("Neighbors", neighbors), ("Confusion", confusion)):
+    makers: list[tuple[str, Callable[[Context, str], str]]] = [
+        (f"Map ({layout})", partial(image_map, layout=layout)) for layout in context.options["maps"]
+    ]
+    pictures, failures = [], []
+    for caption, make in (*makers, ("Neighbors", neighbors), ("Confusion", confusion)):
+        for model in context.subjects:
             try:
                 pictures.append((f"{caption} of {model}", make(context, model)))
-            except (ValueError, TypeError, RuntimeError) as error:
-                report.errors.setdefault("pictures", {})[f"{model}, {caption.lower()}"] = " ".join(str(error).split())
-    found["pictures"] = pictures
+            except (ValueError, TypeError, RuntimeError, ImportError) as error:
+                failures.append((f"{caption} of {model}", " ".join(str(error).split())))
+    found |= {"pictures": pictures, "failures": failures}
+    if any("<use" in picture for _, picture in pictures):
+        found["thumbnails"] = [("", thumbnails(context))]
     return found
+
+
+def thumbnails(context: Context) -> str:
+    """Return an invisible SVG with the images of the figures, once for all models."""
+    images, _ = context.images(int(context.options["pictures"]))
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0" style="position:absolute" aria-hidden="true">'
+    ]
+    for row, image in enumerate(images):
+        source = _png(image, _EDGE)
+        parts.append(
+            f'<symbol id="image-{row}" viewBox="0 0 {_EDGE} {_EDGE}">'
+            f'<image width="{_EDGE}" height="{_EDGE}" href="{source}"/></symbol>'
+        )
+    return "".join([*parts, "</svg>"])
 
 
 def curves(
@@ -72,6 +96,10 @@ def curves(
             model = f"_{model}"  # one entry of the legend per model  # noqa: PLW2901
     if log_x:
         plot.set_xscale("log")
+        ticks = sorted({float(x) for of in lines.values() for points in of.values() for x, _ in points})
+        if len(ticks) <= _MOST_TICKS:
+            plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            plot.set_xticks([], minor=True)
     if axes[1].startswith("share"):
         plot.set_yscale("log")
     plot.set(xlabel=axes[0], ylabel=axes[1])
@@ -81,25 +109,59 @@ def curves(
     return svg(figure)
 
 
-def image_map(context: Context, model: str) -> str:
-    """Draw test images at the t-SNE coordinates of their features (scikit-learn)."""
-    from sklearn.manifold import TSNE
+def image_map(context: Context, model: str, layout: str = "t-SNE") -> str:
+    """Draw test images where t-SNE (scikit-learn) or UMAP (umap-learn) places their features.
 
+    Args:
+        context: The features and images.
+        model: Name of the model.
+        layout: A name of `LAYOUTS`.
+
+    Raises:
+        ValueError: If there are fewer than five images.
+        ModuleNotFoundError: If umap-learn is missing.
+    """
     images, features = context.pictures(model)
     if len(images) < 5:
         raise ValueError("A map needs five images or more.")
-    perplexity = min(30.0, (len(images) - 1) / 3)
-    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=context.seed % 2**32)
-    places = tsne.fit_transform(features.double().numpy())
+    places = LAYOUTS[layout](features.double().numpy(), context.seed % 2**32)
     low, high = places.min(0), places.max(0)
     places = (places - low) / np.maximum(high - low, 1e-9)
-    size, thumb = 640, 24
+    size, thumb = 640, 32
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" role="img">']
-    for image, (x, y) in zip(images, places, strict=True):
+    for row, (x, y) in enumerate(places):
         left, top = (round(float(place) * (size - thumb), 1) for place in (x, y))
-        source = _png(image, 32)
-        parts.append(f'<image x="{left}" y="{top}" width="{thumb}" height="{thumb}" href="{source}"/>')
+        parts.append(_place(row, left, top, thumb))
     return "".join([*parts, "</svg>"])
+
+
+def _tsne(features: NDArray[Any], seed: int) -> NDArray[Any]:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed)
+    places: NDArray[Any] = tsne.fit_transform(features)
+    return places
+
+
+def _umap(features: NDArray[Any], seed: int) -> NDArray[Any]:
+    try:
+        from umap import UMAP
+    except ModuleNotFoundError as error:
+        hint = "pip install 'lightning_contrast[umap]'"
+        raise ModuleNotFoundError(f"A map by UMAP needs umap-learn. Install the extra: {hint}.", name="umap") from error
+    near = min(15, len(features) - 1)
+    umap = UMAP(metric="cosine", n_neighbors=near, init="random", random_state=seed, n_jobs=1)
+    threads = torch.get_num_threads()
+    try:
+        places: NDArray[Any] = umap.fit_transform(features)
+    finally:
+        torch.set_num_threads(threads)  # numba sets the number of OpenMP's threads
+    return places
+
+
+LAYOUTS = {"t-SNE": _tsne, "UMAP": _umap}
+"""Projections of features ``(N, F)`` to places ``(N, 2)`` by name."""
 
 
 def neighbors(context: Context, model: str) -> str:
@@ -110,17 +172,14 @@ def neighbors(context: Context, model: str) -> str:
         raise ValueError("Neighbors need two images or more.")
     _, found = nearest_neighbours(features, features, count + 1)
     rows = [row * len(images) // _QUERIES for row in range(min(_QUERIES, len(images)))]
-    edge, gap = 48, 4
+    edge, gap = _EDGE, 4
     width, height = (count + 1) * (edge + gap) + 12, len(rows) * (edge + gap)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">']
     for line, row in enumerate(rows):
         others = [int(other) for other in found[row] if int(other) != row][:count]
         for place, shown in enumerate([row, *others]):
             left = place * (edge + gap) + (12 if place else 0)
-            source = _png(images[shown], 48)
-            parts.append(
-                f'<image x="{left}" y="{line * (edge + gap)}" width="{edge}" height="{edge}" href="{source}"/>'
-            )
+            parts.append(_place(shown, left, line * (edge + gap), edge))
     return "".join([*parts, "</svg>"])
 
 
@@ -135,19 +194,19 @@ def confusion(context: Context, model: str) -> str:
     ones = torch.ones(len(found.labels))
     counts.index_put_((found.labels.cpu(), found.logits.argmax(1).cpu()), ones, accumulate=True)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    figure = _figure(0.5 * number + 2.6, 0.42 * number + 1.6)
+    figure = _figure(0.36 * number + 2.2, 0.36 * number + 1.0)
     plot = figure.add_subplot()
     plot.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     names: Sequence[str] = context.class_names or [str(label) for label in range(number)]
     ticks = range(number)
-    plot.set_xticks(ticks, [str(label) for label in ticks], fontsize=7)
-    plot.set_yticks(ticks, [f"{name} {label}" for label, name in zip(ticks, names, strict=False)], fontsize=7)
+    plot.set_xticks(ticks, [str(label) for label in ticks], fontsize=9)
+    plot.set_yticks(ticks, [f"{name} {label}" for label, name in zip(ticks, names, strict=False)], fontsize=9)
     for row in ticks:
         for column in ticks:
             share = float(shares[row, column])
             if share >= 0.05:
                 color = "white" if share > 0.5 else "#333333"
-                plot.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color=color)
+                plot.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
     plot.set(xlabel="predicted", ylabel="")
     return svg(figure)
 
@@ -162,6 +221,11 @@ def svg(figure: "Figure") -> str:
     text = memory.getvalue()
     text = text[text.index("<svg") :]
     return text.replace("#000000", "currentColor").replace("fill: black", "fill: currentColor")
+
+
+def _place(row: int, left: float, top: float, edge: float) -> str:
+    """Return the SVG element that shows an image of `thumbnails`."""
+    return f'<use x="{left}" y="{top}" width="{edge}" height="{edge}" href="#image-{row}"/>'
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -53,7 +53,7 @@ def _render(
     def measured_names(part: str) -> list[str]:
         return list(dict.fromkeys(name for of in measured.get(part, {}).values() for name in of))
 
-    functions = {"metrics": metrics, "measured_names": measured_names}
+    functions = {"metrics": metrics, "measured_names": measured_names, "notes": notes}
     found_rows = summary(found)
     return environment.get_template(template).render(
         report=found, measured=measured, figures=figures, summary=found_rows, **functions
@@ -61,12 +61,14 @@ def _render(
 
 
 def number(value: Any) -> str:
-    """Return a number for readers: three decimals for shares, fewer digits for large ones."""
+    """Return a number for readers: three decimals for shares, two digits of small ones, fewer for large ones."""
     if value is None:
         return "\u2013"
     size = abs(value)
-    if value == int(value) and size >= 2:
+    if value == 0 or (value == int(value) and size >= 2):
         return f"{int(value):,}"
+    if size < 0.01:
+        return f"{value:.2g}"
     return f"{value:,.3f}" if size < 10 else f"{value:,.1f}"
 
 
@@ -94,8 +96,9 @@ def summary(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         if part["higher_is_better"] is not None and len(known) > 1:
             choose = max if part["higher_is_better"] else min
             best = choose(cell["value"] for cell in known)
+            tie = all(cell["value"] == best for cell in known)
             for cell in known:
-                cell["best"] = cell["value"] == best
+                cell["best"] = cell["value"] == best and not tie
         if cells:
             rows.append({"part": name, "title": part["title"], "metric": label, "cells": cells})
     return rows
@@ -104,3 +107,16 @@ def summary(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 def metrics(part: Mapping[str, Any]) -> list[str]:
     """Return the names of all values of a part, in the order in which they appear."""
     return list(dict.fromkeys(name for of in part["models"].values() for name in of["values"]))
+
+
+def notes(part: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the notes of a part, each once, with the models that have it; "" if all have it.
+
+    Args:
+        part: A part of `Report.as_dict`.
+    """
+    found: dict[str, list[str]] = {}
+    for model, of in part["models"].items():
+        for note in of["notes"]:
+            found.setdefault(note, []).append(model)
+    return [("" if len(of) == len(part["models"]) > 1 else ", ".join(of), note) for note, of in found.items()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lightning_contrast.evaluation.report_card import (
     bias,
     classification,
+    dense,
     interventions,
     robustness,
     shifts,
@@ -264,6 +265,33 @@ PARTS: dict[str, ReportPart] = {
         "https://arxiv.org/abs/1905.00414, https://arxiv.org/abs/2010.15327",
         structure.similarity,
         higher_is_better=None,
+    ),
+    "segmentation": ReportPart(
+        "Segmentation",
+        "Whether the features of patches say what is where, on scenes of two emoji that are not part of the data.",
+        "Classes of pixels from alpha: ground and nine groups, things of the test are new. BatchNorm and a 1 x 1 "
+        "convolution on frozen patches by AdamW; and the vote of 30 patches, exp(cosine / 0.02).",
+        "https://arxiv.org/abs/2304.07193 7.4, https://arxiv.org/abs/2306.01667",
+        dense.segmentation,
+        "mIoU (linear)",
+    ),
+    "attention": ReportPart(
+        "Attention",
+        "Whether a vision transformer attends to things and not to the ground of scenes of two emoji.",
+        "Class token of the last layer; the patches with 60 % of the attention against alpha, the best head of each "
+        "image; and whether the strongest patch of the mean of the heads lies on a thing.",
+        "https://arxiv.org/abs/2104.14294 4.2.2, https://arxiv.org/abs/1608.00507",
+        dense.attention,
+        "Jaccard (best head)",
+    ),
+    "detection": ReportPart(
+        "Detection",
+        "Whether things can be found from the frozen map, on scenes of two emoji.",
+        "torchvision's Faster R-CNN, one class; region proposals and box head trained by AdamW, the backbone frozen.",
+        "https://arxiv.org/abs/1506.01497",
+        dense.detection,
+        "AP50",
+        by_default=False,
     ),
     "cost": ReportPart(
         "Cost",
