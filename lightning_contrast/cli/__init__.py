@@ -7,7 +7,9 @@ its name; ``--config FILE`` runs your own. Classes and view policies of the pack
 Checkpoints are written by `AtomicCheckpointIO` unless the recipe sets ``trainer.plugins``. ``--ckpt_path last`` uses
 the newest intact checkpoint of all runs in the Trainer's folder and fails if there is none. ``predict`` writes the
 features to ``features.npz`` in the folder of the run. ``report CKPT ... --data DATA --output DIR`` judges checkpoints,
-see `evaluation.report`. Errors of the user are printed on one line; ``--debug`` shows the traceback.
+see `evaluation.report`; ``export CKPT PATH --format onnx`` writes a backbone in another form, see `export.export`;
+``embed CKPT FOLDER --data DATA`` writes the features of a data set, see `evaluation.embed_dataset`.
+Errors of the user are printed on one line; ``--debug`` shows the traceback.
 """
 
 import os
@@ -49,7 +51,7 @@ def main(args: list[str] | None = None, *, run: bool = True) -> Any:
         run: False builds Trainer, module and data without running them; ``args`` then has no subcommand.
 
     Returns:
-        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``; the report of the subcommand ``report``.
+        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``; of other subcommands what they made.
 
     Raises:
         SystemExit: With status 2, if the arguments cannot be parsed.
@@ -62,13 +64,18 @@ def main(args: list[str] | None = None, *, run: bool = True) -> Any:
         import jsonargparse  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"The command line needs jsonargparse. {_HINT}.", name="jsonargparse") from error
+    from lightning_contrast.cli import embed_command, export_command, report_command
     from lightning_contrast.cli._command_line import build
-    from lightning_contrast.cli.report_command import COMMAND, run_report
 
+    commands = {
+        report_command.COMMAND: report_command.run_report,
+        export_command.COMMAND: export_command.run_export,
+        embed_command.COMMAND: embed_command.run_embed,
+    }
     given = sys.argv[1:] if args is None else args
     with _debug("--debug" in given):
-        if run and given and given[0] == COMMAND:
-            return run_report(given[1:])
+        if run and given and given[0] in commands:
+            return commands[given[0]](given[1:])
         return build(args, run=run)
 
 
