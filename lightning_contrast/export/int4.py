@@ -45,7 +45,8 @@ def round_to_int4(network: nn.Module, group_size: int) -> tuple[nn.Module, dict[
     def fits(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and module.in_features % group_size == 0
 
-    quantize_(found, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size)), filter_fn=fits)
+    four_bits = torch.int4  # type: ignore[attr-defined]  # torch's stubs lack it
+    quantize_(found, IntxWeightOnlyConfig(weight_dtype=four_bits, granularity=PerGroup(group_size)), filter_fn=fits)
     levels: dict[str, dict[str, Any]] = {}
     for name, module in found.named_modules():
         if fits(module, name):

@@ -37,6 +37,6 @@ def prune_channels(network: nn.Module, share: float) -> nn.Module:
     require(len(layers) > 1, "network", "have convolutions or linear layers to prune", type(network).__name__, hint)
     for layer in layers[:-1]:
         if round(share * layer.weight.shape[0]) > 0:
-            prune.ln_structured(layer, "weight", amount=share, n=2, dim=0)
-            prune.remove(layer, "weight")
+            prune.ln_structured(layer, "weight", amount=share, n=2, dim=0)  # type: ignore[no-untyped-call]
+            prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
     return found

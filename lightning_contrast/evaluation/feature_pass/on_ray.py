@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_contrast._checks import require
+
 if TYPE_CHECKING:
     from lightning_contrast.evaluation.feature_pass.embedding import EmbeddingJob
 
@@ -41,6 +43,7 @@ def write_on_ray(job: "EmbeddingJob", workers: int) -> list[dict[str, Any]]:
 
     Raises:
         ModuleNotFoundError: If Ray is not installed; the message names the extra.
+        ValueError: If the cluster has fewer CPUs than workers.
     """
     try:
         import ray
@@ -51,7 +54,9 @@ def write_on_ray(job: "EmbeddingJob", workers: int) -> list[dict[str, Any]]:
         ray.init(log_to_driver=False)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
     reference = ray.put(job)
-    numbers = ray.data.range(len(job.shards), override_num_blocks=len(job.shards))
+    held = int(ray.cluster_resources().get("CPU", 0))
+    require(workers <= held, "ray_workers", f"be <= {held}, the CPUs of the cluster", workers, "Give fewer")
+    numbers = ray.data.from_items([{"id": index} for index in range(len(job.shards))])
     written = numbers.map_batches(
         ShardWriter,
         fn_constructor_args=([reference], torch.get_num_threads()),
