@@ -7,6 +7,7 @@ from . import contracts as contracts
 from . import data as data
 from . import distributed as distributed
 from . import evaluation as evaluation
+from . import export as export
 from . import losses as losses
 from . import methods as methods
 from . import metrics as metrics

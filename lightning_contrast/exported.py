@@ -26,6 +26,7 @@ from lightning_contrast.nn.small_vit import SMALL_VIT
 
 INPUT_SPEC = "input_spec"
 """Key of the preprocessing of images in exported files and in the metadata of ONNX graphs."""
+_INT4 = "int4"
 _TOLERANCE = 0.01  # of the largest feature: reduced precision passes, another stem does not
 _FILES = (".pt", ".pth", ".ckpt")
 _OWN = (SMALL_CONVNET, SMALL_VIT)  # networks without published weights
@@ -33,13 +34,13 @@ _DOWNLOADED = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Module:
-    """Return the backbone of a file that `export_backbone` wrote, in eval mode.
+    """Return the backbone of a file that `export.export` wrote as "state_dict" or "int4", in eval mode.
 
     The network is built as it was for the run: by name, with its arguments and its stem. Its features of fixed images
     are compared with those of the exported backbone. ``network.input_spec`` says how images are prepared, by
     `augment.ViewPolicy.from_input_spec`.
 
-        network = lc.evaluation.load_backbone("backbone.pt")
+        network = lc.export.load_backbone("backbone.pt")
         features = network(images)  # (B, F)
 
     Args:
@@ -56,7 +57,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
         FileNotFoundError: If the file does not exist.
     """
     saved = load_checkpoint(path)
-    hint = "Give a file that `export_backbone` wrote; its weights alone do not say what was built"
+    hint = "Give a file that `export.export` wrote; its weights alone do not say what was built"
     if not isinstance(saved, Mapping) or not saved.keys() >= {"state_dict", INPUT_SPEC, ARCHITECTURE, "features"}:
         fail("path", "be an exported backbone", str(path), hint)
     architecture, features = saved[ARCHITECTURE], saved["features"]
@@ -66,7 +67,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
         with torch.random.fork_rng(devices=[]):
             backbone = build_backbone(**_arguments(architecture), feature_dim=features.shape[1]).module
     try:
-        backbone.load_state_dict(strip_prefix(saved["state_dict"]))
+        backbone.load_state_dict(strip_prefix(saved["state_dict"]) | _unpacked(saved.get(_INT4, {})))
     except RuntimeError as error:
         fail("backbone", "fit the weights of the file", type(backbone).__name__, str(error).rstrip("."))
     FeatureOutput.attach(backbone, features.shape[1], architecture["tokens"])
@@ -89,7 +90,7 @@ def load_teacher(
 
     Args:
         teacher: A name, as for `nn.build_backbone`, whose published weights timm downloads; the path of a file by
-            `export_backbone` (".pt") or of a checkpoint (".ckpt") of a method whose backbone was given by name, of
+            `export.export` (".pt") or of a checkpoint (".ckpt") of a method whose backbone was given by name, of
             which the backbone is taken; or a module, which is used as it is.
         teacher_dim: Width D of the features ``(B, D)``; None reads it from the network.
         teacher_kwargs: Further arguments of the network that a name builds, such as ``pretrained=False``.
@@ -132,7 +133,7 @@ def _network_of(path: Path) -> nn.Module:
     if not isinstance(saved, Mapping) or "hyper_parameters" not in saved:
         return load_backbone(path)
     given = saved["hyper_parameters"]
-    name, hint = given.get("backbone"), "Export it by `evaluation.export_backbone`, or give the teacher as a module"
+    name, hint = given.get("backbone"), "Export it by `export.export`, or give the teacher as a module"
     if not isinstance(name, str) or " " in name:
         fail("teacher", "be a checkpoint with the name of its backbone", name, hint)
     options = {key: given[key] for key in ("small_images", "feature_dim", "tokens") if key in given}
@@ -175,6 +176,27 @@ def pack_weights(backbone: nn.Module, spec: Mapping[str, Any]) -> dict[str, Any]
     own = without_auxiliary(backbone.state_dict())
     weights = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
     return {"state_dict": weights, INPUT_SPEC: dict(spec), ARCHITECTURE: architecture, "features": features}
+
+
+def add_int4(saved: Mapping[str, Any], levels: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the content of a file with some weights in 4 bits; the others get names that no network accepts.
+
+    Args:
+        saved: Result of `pack_weights`.
+        levels: Per weight "packed" (uint8 ``(out, in / 2)``), "scale" (``(out, in / group_size)``) and "group_size".
+    """
+    kept = {name: value for name, value in strip_prefix(saved["state_dict"]).items() if name not in levels}
+    return {**saved, "state_dict": {PREFIX + name: value for name, value in kept.items()}, _INT4: dict(levels)}
+
+
+def _unpacked(levels: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return the weights ``(out, in)`` of levels by `add_int4`, the first of two in the low bits, each plus 8."""
+    found = {}
+    for name, given in levels.items():
+        packed = given["packed"]
+        whole = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).float() - 8
+        found[name] = whole * given["scale"].repeat_interleave(given["group_size"], dim=1)
+    return found
 
 
 def count_channels(network: nn.Module, spec: Mapping[str, Any]) -> int:

@@ -152,7 +152,7 @@ def from_pretrained_backbone(
 
     Args:
         module: A new method of this package; modified in place. Its heads keep their random initialization.
-        weights: A network such as one of timm; its ``state_dict``; or a file of `evaluation.export_backbone`, with a
+        weights: A network such as one of timm; its ``state_dict``; or a file of `export.export`, with a
             ``state_dict``, or with a Lightning checkpoint of a method of this package, whose backbone is used; read
             with ``weights_only=True``. A classifier ("head", "fc", "classifier") that the backbone lacks is ignored.
         head_warmup_epochs: Number of epochs in which the backbone is frozen, >= 0; see `HeadWarmup`.

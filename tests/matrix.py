@@ -46,7 +46,7 @@ CONDITIONS = {
     "watched": "A linear probe, k-NN, `CollapseMonitor`, `TrainingCostMonitor`, `InvarianceMonitor`, `ViewLogger`, "
     "`EmbeddingLogger` and (where a step has two views of a projection) `InstanceDiscriminationMonitor` at once change "
     "nothing in a run.",
-    "exported": "`export_backbone`: the weights load strictly into a fresh network of the same kind, the ONNX graph "
+    "exported": "`export.export`: the weights load strictly into a fresh network of the same kind, the ONNX graph "
     "gives the same features (1e-4) for any batch size; both carry the input's size, mean and std.",
 }
 

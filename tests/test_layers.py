@@ -15,7 +15,7 @@ LAYERS = [
     {"callbacks", "checkpoints", "data"},
     {"exported"},
     {"methods"},
-    {"evaluation", "testing", "resuming"},
+    {"evaluation", "export", "testing", "resuming"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Subset
 
 from lightning_contrast._checks import fail
 from lightning_contrast.contracts import batch_labels
+from lightning_contrast.evaluation.feature_pass.fingerprint import row_paths
 
 Columns: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
@@ -63,7 +63,7 @@ class FeatureWriter(BasePredictionWriter):
             columns["labels"] = labels.detach().cpu().numpy()
         if batch_indices is not None and len(batch_indices) == len(features):
             columns["indices"] = np.asarray(batch_indices, dtype=np.int64)
-            paths = _paths(_dataset(trainer, dataloader_idx), batch_indices)
+            paths = row_paths(_dataset(trainer, dataloader_idx), batch_indices)
             if paths is not None:
                 columns["paths"] = np.asarray(paths)
         self._batches[dataloader_idx].append(columns)
@@ -102,14 +102,3 @@ def _joined(batches: list[Columns]) -> Columns:
 def _dataset(trainer: L.Trainer, loader: int) -> Any:
     loaders = trainer.predict_dataloaders
     return getattr(loaders[loader] if isinstance(loaders, list | tuple) else loaders, "dataset", None)
-
-
-def _paths(dataset: Any, indices: Sequence[int]) -> list[str] | None:
-    """Return the files of rows of a dataset, or None if it has none."""
-    while isinstance(dataset, Subset):
-        indices = [dataset.indices[index] for index in indices]
-        dataset = dataset.dataset
-    paths, samples = getattr(dataset, "paths", None), getattr(dataset, "samples", None)
-    if isinstance(paths, Sequence):
-        return [str(paths[index]) for index in indices]
-    return [str(samples[index][0]) for index in indices] if isinstance(samples, Sequence) else None

@@ -1,13 +1,13 @@
 from .attention import attention_grid as attention_grid
 from .attention import attention_maps as attention_maps
 from .attention import compose_scenes as compose_scenes
-from .export import export_backbone as export_backbone
-from .export import export_towers as export_towers
-from .export import load_backbone as load_backbone
 from .feature_pass import FeatureSet as FeatureSet
 from .feature_pass import Subject as Subject
 from .feature_pass import cached_features as cached_features
+from .feature_pass import embed_dataset as embed_dataset
+from .feature_pass import load_backbone as load_backbone
 from .feature_pass import load_subject as load_subject
+from .feature_pass import read_embeddings as read_embeddings
 from .figures import caption_strips as caption_strips
 from .figures import image_map as image_map
 from .figures import neighbour_strips as neighbour_strips

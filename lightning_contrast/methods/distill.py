@@ -43,7 +43,7 @@ class Distill(SelfSupervisedModule):
     Args:
         backbone: The student: name of a timm model, or a module that maps images (B, C, H, W) to features (B, F).
         teacher: A timm name, whose published weights are downloaded; the path of a file that
-            `evaluation.export_backbone` wrote (".pt"), or of a checkpoint (".ckpt"); or a module (B, C, H, W) ->
+            `export.export` wrote (".pt"), or of a checkpoint (".ckpt"); or a module (B, C, H, W) ->
             (B, T), such as a backbone with its projector. Views are normalized alike for both networks. None, with
             ``teacher_dim``, to use a student that is trained already; it is refused in a fit.
         loss: "simreg", "seed", "compress", "compress_momentum" (the student's queue is filled by its EMA network),

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast import augment, evaluation, losses
+from lightning_contrast import augment, losses
 from lightning_contrast.augment.domains import satellite_views
 from lightning_contrast.callbacks import GradientCache
 from lightning_contrast.nn.auxiliary_batchnorm import (
@@ -154,7 +154,7 @@ def test_checkpoints_resume_and_load_without_the_callback_and_exports_have_the_f
     plain.on_load_checkpoint(saved)  # as `load_from_checkpoint` calls it
     plain.load_state_dict(saved["state_dict"])
     spec = {"size": 8, "mean": None, "std": None}
-    evaluation.export_backbone(whole, tmp_path / "backbone.pt", input_spec=spec)
+    lc.export.export(whole, tmp_path / "backbone.pt", input_spec=spec)
     exported = torch.load(tmp_path / "backbone.pt", weights_only=True)["state_dict"]
     kept = {key: value for key, value in state(whole.backbone).items() if NAME not in key}
     assert {key.removeprefix("needs_load_backbone."): value.shape for key, value in exported.items()} == {

@@ -160,7 +160,7 @@ def test_files_and_columns(tmp_path):
 def test_an_exported_backbone_brings_its_input(tmp_path):
     spec = {"size": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     network = lc.nn.build_backbone("small_convnet").module
-    lc.evaluation.export_backbone(network, tmp_path / "network.pt", input_spec=spec)
+    lc.export.export(network, tmp_path / "network.pt", input_spec=spec)
     subject = load_subject(tmp_path / "network.pt")
     assert subject.input_spec == spec
     assert subject.source == "file network.pt"

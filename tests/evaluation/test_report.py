@@ -21,6 +21,7 @@ from lightning_contrast.cli import main
 from lightning_contrast.evaluation.report_card import PARTS
 from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
+from lightning_contrast.export import export
 from lightning_contrast.nn import build_backbone
 from tests.launch import ChildError, run_processes
 from tests.tolerances import near, near64
@@ -535,7 +536,7 @@ def test_unknown_options_and_folders_are_named(tmp_path):
 def test_the_command_judges_exported_backbones(tmp_path, capsys):
     spec = {"size": 16, "mean": None, "std": None}
     torch.manual_seed(0)
-    ev.export_backbone(build_backbone("small_convnet").module, tmp_path / "net.pt", input_spec=spec)
+    export(build_backbone("small_convnet").module, tmp_path / "net.pt", input_spec=spec)
     shutil.copy(tmp_path / "net.pt", tmp_path / "epoch=0-step=9.pt")  # as Lightning names checkpoints
     given = [
         str(tmp_path / "net.pt"),

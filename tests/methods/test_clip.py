@@ -389,7 +389,7 @@ def exported(path, given):
 @both
 def test_both_towers_are_exported(method, tmp_path):
     module = make(method).eval()
-    paths = lc.evaluation.export_towers(module, tmp_path, input_spec={"size": 16, "mean": None, "std": None})
+    paths = lc.export.export_towers(module, tmp_path, input_spec={"size": 16, "mean": None, "std": None})
     pictures, tokens = images(), module.tokenizer(WORDS)
     with torch.no_grad():
         expected = module.encode_image(pictures), module.encode_text(tokens)
@@ -401,7 +401,7 @@ def test_both_towers_are_exported(method, tmp_path):
 @pytest.mark.parametrize("name", ["tiny-clip", *(pytest.param(n, marks=pytest.mark.slow) for n in [*KINDS][1:])])
 def test_open_clips_towers_are_exported(name, tiny_open_clip, tmp_path):
     module = KINDS[name][0].from_open_clip(name).eval()
-    paths = lc.evaluation.export_towers(module, tmp_path, input_spec={"size": 32, "mean": None, "std": None})
+    paths = lc.export.export_towers(module, tmp_path, input_spec={"size": 32, "mean": None, "std": None})
     pictures, tokens = torch.rand(6, 3, 32, 32), module.tokenizer(WORDS)
     with torch.no_grad():
         expected = [module.encode_image(pictures), module.encode_text(WORDS)]
@@ -414,8 +414,8 @@ def test_open_clips_towers_are_exported(name, tiny_open_clip, tmp_path):
 def test_what_has_no_towers_or_sizes_is_not_exported(tmp_path):
     spec = {"size": 16, "mean": None, "std": None}
     with pytest.raises(TypeError, match="`model` must be an image-text model"):
-        lc.evaluation.export_towers(nn.Linear(2, 2), tmp_path, input_spec=spec)
+        lc.export.export_towers(nn.Linear(2, 2), tmp_path, input_spec=spec)
     tower = lc.nn.NGramTower(width=16)
     module = lc.CLIP(TinyBackbone(), tower, tokenizer=lc.nn.NGramTokenizer())
     with pytest.raises(TypeError, match="`text_backbone` must have an int `context_length`, got 'NGramTower'"):
-        lc.evaluation.export_towers(module, tmp_path, input_spec=spec)
+        lc.export.export_towers(module, tmp_path, input_spec=spec)

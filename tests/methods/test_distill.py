@@ -261,7 +261,7 @@ def test_teachers_by_name_file_and_checkpoint(tmp_path):
     view = torch.rand(2, 3, PIXELS, PIXELS)
     with torch.no_grad():
         expected = method.eval()(view)
-    exported = lc.evaluation.export_backbone(
+    exported = lc.export.export(
         method, tmp_path / "backbone.pt", input_spec={"size": PIXELS, "mean": None, "std": None}
     )
     run = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)

@@ -268,7 +268,7 @@ def test_an_exported_backbone_gives_the_same_features(name, tmp_path):
         features = module.eval()(images)
     spec = {"size": PIXELS, "mean": None, "std": None}
 
-    saved = torch.load(lc.evaluation.export_backbone(module, tmp_path / "backbone.pt"), weights_only=True)
+    saved = torch.load(lc.export.export(module, tmp_path / "backbone.pt"), weights_only=True)
     assert saved["input_spec"] == spec
     fresh.load_state_dict(saved["state_dict"], strict=True)
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_an_exported_backbone_gives_the_same_features(name, tmp_path):
         again = fresh.eval()(images)
     torch.testing.assert_close(again, features, **f32(NETWORK))  # timm's own forward pass has other kernels
 
-    path = lc.evaluation.export_backbone(module, tmp_path / "backbone.onnx", format="onnx")
+    path = lc.export.export(module, tmp_path / "backbone.onnx", format="onnx")
     session = onnxruntime.InferenceSession(path)
     (given,) = session.run(["features"], {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(given), features, **f32(NETWORK))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_contrast as lc
-from lightning_contrast.evaluation import export_backbone, load_backbone
+from lightning_contrast.export import export, load_backbone
 from lightning_contrast.nn import build_backbone
 from tests.callbacks.step_modules import QUIET
 
@@ -129,14 +129,14 @@ def test_a_map_trains_is_copied_for_the_teacher_and_is_exported(tmp_path):
     torch.testing.assert_close(model(IMAGES), plain(IMAGES).mean((2, 3)))
     assert model.momentum_backbone(IMAGES).shape == (4, 6)
     spec = {"size": 16, "mean": None, "std": None}
-    again = load_backbone(export_backbone(model, tmp_path / "net.pt", input_spec=spec), network())
+    again = load_backbone(export(model, tmp_path / "net.pt", input_spec=spec), network())
     torch.testing.assert_close(again(IMAGES), model(IMAGES))
-    export_backbone(model, tmp_path / "net.onnx", format="onnx", input_spec=spec)  # compares the graph's features
+    export(model, tmp_path / "net.onnx", format="onnx", input_spec=spec)  # compares the graph's features
 
 
 def test_the_pooling_of_tokens_is_exported(tmp_path):
     settings = {"img_size": 16, "patch_size": 8, "depth": 1, "global_pool": ""}
     model = lc.SimCLR("test_vit", backbone_kwargs=settings, tokens="cls")
-    path = export_backbone(model, tmp_path / "vit.pt", input_spec={"size": 16, "mean": None, "std": None})
+    path = export(model, tmp_path / "vit.pt", input_spec={"size": 16, "mean": None, "std": None})
     with torch.no_grad():
         torch.testing.assert_close(load_backbone(path)(IMAGES), model.eval()(IMAGES))

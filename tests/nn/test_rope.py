@@ -72,10 +72,10 @@ def test_views_of_all_square_sizes_with_masks():
 def test_an_exported_network_is_loaded_with_its_positions(tmp_path):
     module = lc.DINO("small_vit", backbone_kwargs={"rope": True} | tiny(), num_prototypes=8, hidden_dim=8).eval()
     spec = {"size": 32, "mean": None, "std": None}
-    path = lc.evaluation.export_backbone(module, tmp_path / "backbone.pt", input_spec=spec)
+    path = lc.export.export(module, tmp_path / "backbone.pt", input_spec=spec)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(lc.evaluation.load_backbone(path)(images), module(images), **f32(NETWORK))
+        torch.testing.assert_close(lc.export.load_backbone(path)(images), module(images), **f32(NETWORK))
 
 
 def test_bad_input():

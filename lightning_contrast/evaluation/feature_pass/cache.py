@@ -79,11 +79,11 @@ def cached_features(
     rows = drawn_rows(loader)
     require(len(rows) > 0, "loader", "draw at least one row", 0, "Check its dataset")
     with eval_mode(subject.module), isolated(derived_seed(SEED)):
-        key = _shared(lambda: _key(subject, loader, rows, shard_size))
+        key = shared(lambda: pass_key(subject, loader, rows, shard_size))
         target = Path(folder) / key["folder"]
         if rank() == 0:
             _prepare(target, key)
-        shards = _shards(loader, rows, shard_size)
+        shards = row_shards(loader, rows, shard_size)
         _write(subject, loader, shards, target, progress=progress)
     if is_distributed():
         torch.distributed.barrier()
@@ -122,8 +122,8 @@ def features_of(subject: Subject, batch: Any) -> Tensor:
     return found
 
 
-def _key(subject: Subject, loader: DataLoader[Any], rows: list[int], shard_size: int) -> dict[str, Any]:
-    """Return what the features depend on, and the name of their folder."""
+def pass_key(subject: Subject, loader: DataLoader[Any], rows: list[int], shard_size: int) -> dict[str, Any]:
+    """Return what the features depend on, and as "folder" a digest of it; the network is in eval mode."""
     probe = next(iter(like(loader, rows[:_PROBED], drop_last=False)))
     outputs = features_of(subject, probe)
     parts = {
@@ -137,7 +137,7 @@ def _key(subject: Subject, loader: DataLoader[Any], rows: list[int], shard_size:
     return parts | {"folder": digest(parts)}
 
 
-def _shared(make: Any) -> Any:
+def shared(make: Any) -> Any:
     """Return what rank 0 makes, on all ranks; an error of rank 0 is raised on all."""
     if not is_distributed():
         return make()
@@ -164,7 +164,8 @@ def _prepare(target: Path, key: Mapping[str, Any]) -> None:
         raise OSError(error.errno, f"Cannot write features to {target}: {error.strerror or error}") from error
 
 
-def _shards(loader: DataLoader[Any], rows: list[int], shard_size: int) -> list[list[int]]:
+def row_shards(loader: DataLoader[Any], rows: list[int], shard_size: int) -> list[list[int]]:
+    """Return the rows of each shard, whole batches of the loader."""
     batch = like(loader, rows, drop_last=False).batch_size or 1
     size = -(-shard_size // batch) * batch
     return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -70,6 +70,22 @@ def data_digest(dataset: Any, rows: Sequence[int]) -> str:
     return digest(*parts)
 
 
+def row_paths(dataset: Any, rows: Sequence[int]) -> list[str] | None:
+    """Return the files of rows of a dataset, or None if it does not name files as ``paths`` or ``samples``.
+
+    Args:
+        dataset: Any dataset, or a `Subset` of one.
+        rows: Rows of the dataset.
+    """
+    while isinstance(dataset, Subset):
+        rows = [dataset.indices[row] for row in rows]
+        dataset = dataset.dataset
+    paths, samples = getattr(dataset, "paths", None), getattr(dataset, "samples", None)
+    if isinstance(paths, Sequence):
+        return [str(paths[row]) for row in rows]
+    return [str(samples[row][0]) for row in rows] if isinstance(samples, Sequence) else None
+
+
 def _plain(value: Any) -> str:
     """Return a text form of a value that is not a tensor; of a picture, a digest of its pixels."""
     pixels = getattr(value, "tobytes", None)

@@ -11,7 +11,9 @@ from lightning_contrast._checks import fail
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.augment.images import INTERPOLATIONS, as_float
 from lightning_contrast.checkpoints import load_checkpoint
-from lightning_contrast.exported import INPUT_SPEC, load_teacher
+from lightning_contrast.exported import INPUT_SPEC, load_backbone, load_teacher
+
+__all__ = ["Preprocess", "Subject", "load_backbone", "load_subject", "spec_transform"]
 
 _FILES = (".pt", ".pth", ".ckpt")
 Preprocess = Callable[[Tensor], Tensor]
@@ -37,7 +39,7 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
     """Return the network of a module, a file or a name, with the preprocessing that its weights expect.
 
     Args:
-        model: A module; the path of a file by `export_backbone` (".pt") or of a checkpoint (".ckpt") of a method whose
+        model: A module; the path of a file by `export.export` (".pt") or of a checkpoint (".ckpt") of a method whose
             backbone was given by name; or the name of a timm model, whose published weights timm downloads.
         preprocess: Maps images ``(B, C, H, W)`` of a loader to the input. None: the evaluation transform of the views
             of the module's Trainer; resize, center crop and normalization

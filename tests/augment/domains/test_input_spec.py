@@ -10,7 +10,7 @@ from torch import nn
 from lightning_contrast import augment
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.augment.domains import chest_xray_views, ct_views, histology_views, satellite_views
-from lightning_contrast.evaluation import export_backbone, load_backbone
+from lightning_contrast.export import export, load_backbone
 from tests.tolerances import NETWORK, f32
 
 SATELLITE = {"scale": (0, 10_000), "indices": [(7, 3)], "mean": [0.2] * 14, "std": [0.1] * 14}
@@ -74,12 +74,12 @@ def test_an_exported_backbone_gets_what_it_was_trained_with(name, tmp_path):
     net, images = network(total), stored(channels, limits)
     with torch.no_grad():
         expected = net(policy.eval_transform(images))
-    path = export_backbone(net, tmp_path / "net.pt", input_spec=policy.input_spec)
+    path = export(net, tmp_path / "net.pt", input_spec=policy.input_spec)
     loaded = load_backbone(path, network(total))
     with torch.no_grad():
         features = loaded(ViewPolicy.from_input_spec(loaded.input_spec).eval_transform(images))
     torch.testing.assert_close(features, expected)
-    path = export_backbone(net, tmp_path / "net.onnx", format="onnx", input_spec=policy.input_spec)
+    path = export(net, tmp_path / "net.onnx", format="onnx", input_spec=policy.input_spec)
     spec = json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["input_spec"])
     given = ViewPolicy.from_input_spec(spec).eval_transform(images)
     (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
@@ -119,6 +119,6 @@ def test_bad_specs(change, message, tmp_path):
         ViewPolicy.from_input_spec(spec)
     if "indices" not in change:
         with pytest.raises(ValueError, match=message):
-            export_backbone(network(3), tmp_path / "net.pt", input_spec=spec)
+            export(network(3), tmp_path / "net.pt", input_spec=spec)
     with pytest.raises(ValueError, match="`input_spec` must hold the size, mean and std"):
         ViewPolicy.from_input_spec({"size": 8})

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.evaluation import export_backbone, load_backbone
+from lightning_contrast.export import export, load_backbone
 from lightning_contrast.nn import build_backbone
-from tests.evaluation.test_export import convnet
+from tests.export.test_export import convnet
 
 SPEC = {"size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3]}
 
@@ -42,7 +42,7 @@ def test_the_network_is_built_again_and_never_read_as_another(case, tmp_path):
     model = lc.SimCLR(name, **CASES[case])
     vary(model.backbone)
     before, state = [m.training for m in model.modules()], torch.get_rng_state()
-    path = export_backbone(model, tmp_path / "net.pt", input_spec=SPEC)
+    path = export(model, tmp_path / "net.pt", input_spec=SPEC)
     again = load_backbone(path)
     assert [m.training for m in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
@@ -66,7 +66,7 @@ def test_the_network_is_built_again_and_never_read_as_another(case, tmp_path):
 
 
 def test_a_module_of_the_user_has_to_be_given_and_to_be_the_same(tmp_path):
-    path = export_backbone(vary(convnet()), tmp_path / "net.pt", input_spec=SPEC | {"size": 12})
+    path = export(vary(convnet()), tmp_path / "net.pt", input_spec=SPEC | {"size": 12})
     with pytest.raises(ValueError, match="`backbone` must be given for this file, got None"):
         load_backbone(path)
     assert load_backbone(path, convnet()).input_spec["size"] == 12
@@ -80,7 +80,7 @@ def test_a_module_of_the_user_has_to_be_given_and_to_be_the_same(tmp_path):
 
 def test_arguments_that_a_file_cannot_hold(tmp_path):
     model = lc.SimCLR("resnet10t", backbone_kwargs={"act_layer": nn.SiLU})
-    path = export_backbone(model, tmp_path / "net.pt", input_spec=SPEC)
+    path = export(model, tmp_path / "net.pt", input_spec=SPEC)
     with pytest.raises(ValueError, match="`backbone` must be given for this file"):
         load_backbone(path)
     with pytest.raises(ValueError, match="compute the features of the exported network"):
@@ -94,13 +94,13 @@ def test_only_files_of_the_export_are_read(tmp_path):
         load_backbone(tmp_path / "plain.pt")
     spec = {"size": 8, "mean": None, "std": None}
     with pytest.raises(ValueError, match=r"`input_spec` must be the input of the backbone, got .* The backbone raises"):
-        export_backbone(lc.SimCLR("test_vit"), tmp_path / "vit.pt", input_spec=spec)
+        export(lc.SimCLR("test_vit"), tmp_path / "vit.pt", input_spec=spec)
 
 
 @pytest.mark.parametrize("small", [False, True])
 def test_an_exported_backbone_starts_another_run(small, tmp_path):
     model = lc.SimCLR("resnet10t", small_images=small)
-    path = export_backbone(vary(model), tmp_path / "net.pt", input_spec=SPEC)
+    path = export(vary(model), tmp_path / "net.pt", input_spec=SPEC)
     other = lc.BYOL("resnet10t", small_images=small, hidden_dim=8, projection_dim=4)
     lc.resuming.from_pretrained_backbone(other, path)
     for name, tensor in model.backbone.state_dict().items():

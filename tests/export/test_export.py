@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.evaluation import export, export_backbone
+from lightning_contrast.export import export
 from tests.launch import run_processes
 from tests.tolerances import NETWORK, f32
 
@@ -32,8 +32,9 @@ def convnet(channels=3):
 
 def test_weights_are_plain_and_carry_the_input(tmp_path):
     net = convnet().to(memory_format=torch.channels_last)
-    path = export_backbone(lc.SupCon(net), tmp_path / "new" / "net.pt", input_spec=SPEC)
+    path = export(lc.SupCon(net), tmp_path / "new" / "net.pt", input_spec=SPEC)
     saved = torch.load(path, weights_only=True)
+    assert {file.name for file in path.parent.iterdir()} == {"net.pt", "net.pt.parity.json"}
     assert saved.keys() == {"state_dict", "input_spec", "architecture", "features"}
     assert saved["input_spec"] == SPEC
     assert all(tensor.is_contiguous() for tensor in saved["state_dict"].values())
@@ -48,7 +49,7 @@ def test_a_graph_is_self_contained_and_the_model_is_not_modified(tmp_path):
     model = lc.SupCon(convnet().double())
     model.backbone[2].eval()
     before = copy.deepcopy(model.state_dict())
-    path = export_backbone(model, tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
+    path = export(model, tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
     modes = [module.training for module in model.backbone]
     assert modes == [True, True, False, True, True, True]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -70,7 +71,7 @@ def test_a_graph_is_self_contained_and_the_model_is_not_modified(tmp_path):
 
 def test_the_channels_are_those_of_the_network(tmp_path):
     spec = {"size": 12, "mean": None, "std": None}
-    path = export_backbone(convnet(channels=2), tmp_path / "net.onnx", format="onnx", input_spec=spec)
+    path = export(convnet(channels=2), tmp_path / "net.onnx", format="onnx", input_spec=spec)
     assert onnxruntime.InferenceSession(path).get_inputs()[0].shape[1:] == [2, 12, 12]
 
 
@@ -79,7 +80,7 @@ def test_the_timm_network_of_a_masked_transformer_is_written(tmp_path):
     model = lc.IBOT("test_vit", backbone_kwargs=settings, num_prototypes=8, hidden_dim=8, bottleneck_dim=4)
     for network in (model, model.momentum_backbone):
         spec = SPEC | {"size": 16}
-        saved = torch.load(export_backbone(network, tmp_path / "vit.pt", input_spec=spec), weights_only=True)
+        saved = torch.load(export(network, tmp_path / "vit.pt", input_spec=spec), weights_only=True)
         timm.create_model("test_vit", num_classes=0, **settings).load_state_dict(saved["state_dict"], strict=True)
 
 
@@ -92,7 +93,7 @@ def test_the_input_is_that_of_the_trainers_views_and_of_the_checkpoint(tmp_path)
     trainer = L.Trainer(max_steps=1, limit_val_batches=0, callbacks=[lc.ViewAugmentation(policy)], **quiet)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    saved = torch.load(export_backbone(model, tmp_path / "net.pt"), weights_only=True)
+    saved = torch.load(export(model, tmp_path / "net.pt"), weights_only=True)
     kept = torch.load(tmp_path / "run.ckpt", weights_only=True)["input_spec"]
     assert saved["input_spec"] == kept
     assert (kept["size"], kept["mean"], kept["std"]) == (12, pytest.approx(SPEC["mean"]), pytest.approx(SPEC["std"]))
@@ -107,14 +108,19 @@ class Doubling(nn.Module):
 
 
 def test_a_graph_that_differs_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="differ from those of the model by up to"):
-        export_backbone(Doubling(), tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
+    before = tmp_path / "net.onnx"
+    before.write_text("an older file")
+    for name, format in (("net.onnx", "onnx"), ("net.pt2", "torch_export")):
+        with pytest.raises(RuntimeError, match="differ from those of the model by up to 1 of the largest"):
+            export(Doubling(), tmp_path / name, format=format, input_spec=SPEC)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+    assert before.read_text() == "an older file"
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"format": "tflite"}, ValueError, "`format` must be one of 'state_dict', 'onnx', got 'tflite'"),
+        ({"format": "tflite"}, ValueError, "`format` must be one of 'state_dict', 'timm', 'onnx', .*, got 'tflite'"),
         ({"input_spec": None}, ValueError, "`input_spec` must hold the size, mean and std of the images, got None"),
         ({"input_spec": {"size": 12}}, ValueError, "`input_spec` must hold the size, mean and std"),
         ({"input_spec": SPEC | {"size": 0}}, ValueError, "`size` must be >= 1, got 0"),
@@ -124,13 +130,13 @@ def test_a_graph_that_differs_is_refused(tmp_path):
 def test_what_is_refused(tmp_path, arguments, error, message):
     settings = {"model": convnet(), "input_spec": SPEC} | arguments
     with pytest.raises(error, match=message.replace("(", r"\(")):
-        export_backbone(settings.pop("model"), tmp_path / "net.pt", **settings)
+        export(settings.pop("model"), tmp_path / "net.pt", **settings)
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning_contrast\[export\]"):
-        export_backbone(convnet(), tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
+        export(convnet(), tmp_path / "net.onnx", format="onnx", input_spec=SPEC)
 
 
 @pytest.mark.dist
@@ -142,7 +148,7 @@ def test_shards_are_refused(tmp_path):
         net = convnet()
         fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
         try:
-            export_backbone(net, tmp_path / "net.pt", input_spec=SPEC)
+            export(net, tmp_path / "net.pt", input_spec=SPEC)
         except ValueError as error:
             return str(error)
         return "no error"
@@ -153,6 +159,5 @@ def test_shards_are_refused(tmp_path):
 def test_a_compiled_module_is_looked_into(tmp_path):
     net = convnet()
     compiled = torch.compile(net, backend="eager")
-    saved = torch.load(export_backbone(compiled, tmp_path / "net.pt", input_spec=SPEC), weights_only=True)
+    saved = torch.load(export(compiled, tmp_path / "net.pt", input_spec=SPEC), weights_only=True)
     assert saved["state_dict"].keys() == net.state_dict().keys()
-    assert export.INPUT_SPEC == "input_spec"
