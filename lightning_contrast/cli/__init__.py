@@ -63,12 +63,17 @@ def main(args: list[str] | None = None, *, run: bool = True) -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"The command line needs jsonargparse. {_HINT}.", name="jsonargparse") from error
     from lightning_contrast.cli._command_line import build
+    from lightning_contrast.cli.index_command import run_index
     from lightning_contrast.cli.report_command import COMMAND, run_report
+    from lightning_contrast.cli.search_command import run_search
+    from lightning_contrast.cli.serve_command import run_serve
+
+    commands = {COMMAND: run_report, "index": run_index, "search": run_search, "serve": run_serve}
 
     given = sys.argv[1:] if args is None else args
     with _debug("--debug" in given):
-        if run and given and given[0] == COMMAND:
-            return run_report(given[1:])
+        if run and given and given[0] in commands:
+            return commands[given[0]](given[1:])
         return build(args, run=run)
 
 

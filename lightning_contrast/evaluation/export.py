@@ -16,6 +16,7 @@ from lightning_contrast._checks import check_choice, fail
 from lightning_contrast.augment.images import check_input_spec, check_size
 from lightning_contrast.exported import INPUT_SPEC, count_channels, load_backbone, pack_weights
 from lightning_contrast.nn import MaskedViT, TextTransformer
+from lightning_contrast.nn.tokenizer_spec import tokenizer_spec
 from lightning_contrast.sharding import is_fsdp1_shard
 
 __all__ = ["ExportFormat", "export_backbone", "export_towers", "load_backbone"]
@@ -121,8 +122,8 @@ def export_towers(
     ``image.onnx`` maps ``images`` (B, C, h, w), float32 and normalized with the mean and std, to ``embeddings``
     (B, D) of unit length, as ``model.encode_image`` does; ``text.onnx`` maps ``tokens`` (B, L), int64, to
     ``embeddings`` (B, D), as ``model.encode_text`` does with tokens. B is free, and for `nn.TextTransformer` also L up
-    to its context length; other text towers take the context length. The tokenizer is not part of the graph. Each graph
-    is run once in onnxruntime and compared with the model. Needs the extra:
+    to its context length; other text towers take the context length. The tokenizer is not part of the graph: if it is one
+    of this package, its kind and arguments are JSON in the metadata of ``text.onnx``. Each graph is run once in onnxruntime and compared with the model. Needs the extra:
     ``pip install 'lightning_contrast[export]'``.
 
     Args:
@@ -153,7 +154,8 @@ def export_towers(
     images = torch.rand(2, count_channels(image, spec), *check_size(spec["size"]))
     _write_graph(image, images, folder / "image.onnx", ("images", "embeddings"), {INPUT_SPEC: json.dumps(spec)})
     tokens = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
-    _write_graph(text, tokens, folder / "text.onnx", ("tokens", "embeddings"), {"context_length": str(length)})
+    facts = {"context_length": str(length), "tokenizer": json.dumps(tokenizer_spec(getattr(model, "tokenizer", None)))}
+    _write_graph(text, tokens, folder / "text.onnx", ("tokens", "embeddings"), facts)
     return folder / "image.onnx", folder / "text.onnx"
 
 
