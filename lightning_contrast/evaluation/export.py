@@ -122,9 +122,9 @@ def export_towers(
     ``image.onnx`` maps ``images`` (B, C, h, w), float32 and normalized with the mean and std, to ``embeddings``
     (B, D) of unit length, as ``model.encode_image`` does; ``text.onnx`` maps ``tokens`` (B, L), int64, to
     ``embeddings`` (B, D), as ``model.encode_text`` does with tokens. B is free, and for `nn.TextTransformer` also L up
-    to its context length; other text towers take the context length. The tokenizer is not part of the graph: if it is one
-    of this package, its kind and arguments are JSON in the metadata of ``text.onnx``. Each graph is run once in onnxruntime and compared with the model. Needs the extra:
-    ``pip install 'lightning_contrast[export]'``.
+    to its context length; other text towers take the context length. The tokenizer is not part of the graph: if it is
+    one of this package, its kind and arguments are JSON in the metadata of ``text.onnx``. Each graph is run once in
+    onnxruntime and compared with the model. Needs the extra: ``pip install 'lightning_contrast[export]'``.
 
     Args:
         model: A `CLIP` or `SigLIP`; it is not modified.

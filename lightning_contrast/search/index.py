@@ -18,7 +18,7 @@ from lightning_contrast.nn.byte_tokenizer import Tokenizer
 from lightning_contrast.search.near_duplicates import Duplicates, group_duplicates
 from lightning_contrast.search.store import VectorTable, quoted
 from lightning_contrast.serving.embedder import Embedder, open_embedder
-from lightning_contrast.serving.pictures import RefusedImage, decode_image
+from lightning_contrast.serving.pictures import RefusedImageError, decode_image
 
 Query = str | Path | bytes | Tensor | NDArray[np.float32]
 _FORMAT = 1
@@ -141,7 +141,7 @@ class ImageIndex:
             RuntimeError: If another process is writing to the index.
         """
         check_at_least("batch_size", batch_size, 1)
-        embedder = self._model("update")
+        embedder = self.model_for("update")
         paths = self._find()
         hint = "Check that the folder is there as before: an update would empty the index"
         require(bool(paths) or not len(self), "folder", "have images", str(self.folder), hint)
@@ -172,7 +172,7 @@ class ImageIndex:
 
         Raises:
             ValueError: If the query or the condition is not valid, or the model has no text tower.
-            RefusedImage: If the image cannot be read.
+            RefusedImageError: If the image cannot be read.
         """
         check_at_least("k", k, 1)
         vector = self.embed(query)
@@ -189,9 +189,9 @@ class ImageIndex:
             require(vector.shape == shape, "query", f"have the shape {shape}", vector.shape, "Give one vector")
             require(bool(np.isfinite(vector).all()), "query", "be finite", "NaN or infinity", "Check the vector")
         elif isinstance(query, str):
-            vector = self._model("words").embed_texts([query])[0]
+            vector = self.model_for("words").embed_texts([query])[0]
         else:
-            embedder = self._model("images")
+            embedder = self.model_for("images")
             data = query.read_bytes() if isinstance(query, Path) else query
             image = decode_image(data, size=embedder.size) if isinstance(data, bytes) else data
             if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
@@ -248,7 +248,8 @@ class ImageIndex:
         """Return the bytes of the store."""
         return self._table.size_on_disk()
 
-    def _model(self, what: str) -> Embedder:
+    def model_for(self, what: str) -> Embedder:
+        """Return the model, or raise a ValueError that names what needs it."""
         if self.embedder is None:
             fail("model", f"be given for {what}", None, "Open the index with its model")
         return self.embedder
@@ -289,7 +290,7 @@ class ImageIndex:
                 path.encode()
                 stat, data = file.stat(), file.read_bytes()  # a change in between is found by the next update
                 pixels = decode_image(data, size=embedder.size)
-            except (OSError, RefusedImage, UnicodeEncodeError) as error:
+            except (OSError, RefusedImageError, UnicodeEncodeError) as error:
                 done.unreadable[path.encode(errors="replace").decode()] = str(error)
                 lost += [path] if path in known else []
                 continue

@@ -86,7 +86,7 @@ class Embedder:
             require(width == self.dim, "model", "have one width of both towers", (self.dim, width), "Export it again")
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Return an image (3, H, W), uint8, as the model takes it: (C, h, w), float32, or uint8 for a model of pixels."""
+        """Return an image (3, H, W), uint8, as the model takes it: (C, h, w), float32 or, of pixels, uint8."""
         given = pixels[None]
         if self._policy.channels == 1:
             weights = torch.tensor([0.299, 0.587, 0.114])  # of luma, as Pillow's "L"

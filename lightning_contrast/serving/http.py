@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lightning_contrast._version import __version__
 from lightning_contrast.serving.batching import FullError
 from lightning_contrast.serving.limits import Limits
-from lightning_contrast.serving.pictures import RefusedImage
+from lightning_contrast.serving.pictures import RefusedImageError
 
 Result = TypeVar("Result")
 log = logging.getLogger("lightning_contrast.serving")
@@ -79,7 +79,7 @@ class RequestError(HTTPException):
         self.code, self.field = code, field
 
 
-def refused(error: RefusedImage, field: str) -> RequestError:
+def refused(error: RefusedImageError, field: str) -> RequestError:
     """Return the answer for an image that was refused."""
     return RequestError(_STATUS.get(error.code, 422), error.code, str(error), field)
 

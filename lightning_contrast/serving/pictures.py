@@ -12,7 +12,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Pillow's names of the formats that are decoded."""
 
 
-class RefusedImage(ValueError):
+class RefusedImageError(ValueError):
     """An image that is not decoded.
 
     Args:
@@ -27,10 +27,10 @@ class RefusedImage(ValueError):
 
 
 def decode_image(data: bytes, *, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode an image file as the data modules do: RGB, upright by its EXIF orientation, of an animation the first frame.
+    """Decode an image file as the data modules do: RGB, upright by its EXIF orientation.
 
-    Transparency is dropped and CMYK is converted by Pillow. The number of pixels is taken from the header, before any
-    are decoded.
+    Of an animation the first frame is taken, transparency is dropped, and CMYK is converted by Pillow. The number of
+    pixels is taken from the header, before any are decoded.
 
     Args:
         data: Content of the file.
@@ -42,35 +42,35 @@ def decode_image(data: bytes, *, size: tuple[int, int] | None = None, max_pixels
         Pixels (3, H, W), uint8.
 
     Raises:
-        RefusedImage: If it is not an image of a known format, is damaged, too large or too elongated, or has more than
-            8 bits in one channel.
+        RefusedImageError: If it is not an image of a known format, is damaged, too large or too elongated, or has
+            more than 8 bits in one channel.
     """
     if not data:
-        raise RefusedImage("empty_image", "The file is empty.")
+        raise RefusedImageError("empty_image", "The file is empty.")
     known = ", ".join(FORMATS)
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             (width, height), mode = image.size, image.mode
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RefusedImage("too_many_pixels", f"The image has more than {max_pixels} pixels.") from error
+        raise RefusedImageError("too_many_pixels", f"The image has more than {max_pixels} pixels.") from error
     except Exception as error:  # Pillow's readers raise errors of many types
-        raise RefusedImage("not_an_image", f"The file is not an image that can be read ({known}).") from error
+        raise RefusedImageError("not_an_image", f"The file is not an image that can be read ({known}).") from error
     if width * height > max_pixels:
-        raise RefusedImage("too_many_pixels", f"The image has {width} x {height} pixels, more than {max_pixels}.")
+        raise RefusedImageError("too_many_pixels", f"The image has {width} x {height} pixels, more than {max_pixels}.")
     if width * height == 0:
-        raise RefusedImage("damaged_image", "The image has no pixels.")
+        raise RefusedImageError("damaged_image", "The image has no pixels.")
     if mode[0] in "IF":
         reason = f"The image has more than 8 bits per channel (Pillow's mode {mode}); convert it to 8 bits."
-        raise RefusedImage("unsupported_pixels", reason)
+        raise RefusedImageError("unsupported_pixels", reason)
     if size is not None and _resized_area(size, (height, width)) > max_pixels:
         reason = (
             f"An image of {width} x {height} pixels is too elongated: resized for the model it has too many pixels."
         )
-        raise RefusedImage("too_elongated", reason)
+        raise RefusedImageError("too_elongated", reason)
     try:
         return read_rgb(BytesIO(data), formats=FORMATS)
     except Exception as error:
-        raise RefusedImage("damaged_image", f"The image is damaged: {_first_line(error)}.") from error
+        raise RefusedImageError("damaged_image", f"The image is damaged: {_first_line(error)}.") from error
 
 
 def _resized_area(size: tuple[int, int], shape: tuple[int, int]) -> float:

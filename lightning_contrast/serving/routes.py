@@ -23,7 +23,7 @@ from lightning_contrast.serving.http import (
     refused,
 )
 from lightning_contrast.serving.limits import Limits
-from lightning_contrast.serving.pictures import RefusedImage, decode_image
+from lightning_contrast.serving.pictures import RefusedImageError, decode_image
 
 Image = Annotated[UploadFile, File(description="An image file: JPEG, PNG, WebP, GIF, BMP, TIFF or PPM")]
 Images = Annotated[list[UploadFile], File(description="Image files", min_length=1)]
@@ -181,7 +181,7 @@ async def _results(batcher: Batcher[Any, Any], items: Sequence[Any]) -> list[Any
 def _checked(found: Sequence[Any], fields: Sequence[str]) -> list[Vector]:
     """Return the vectors (D,) among the results, or raise the first error."""
     for place, value in enumerate(found):
-        if isinstance(value, RefusedImage):
+        if isinstance(value, RefusedImageError):
             raise refused(value, fields[min(place, len(fields) - 1)])
         if isinstance(value, FullError):
             raise RequestError(503, "busy", str(value))

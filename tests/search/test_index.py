@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_contrast.search import ImageIndex, group_duplicates
-from lightning_contrast.serving import RefusedImage
+from lightning_contrast.serving import RefusedImageError
 from tests.search.kill_index import embedder, run
 from tests.served_models import encoded, expected, image_model, picture, towers
 from tests.tolerances import FORMULA, NETWORK, f32, near
@@ -175,7 +175,7 @@ def test_without_a_model_vectors_can_be_searched(index, tmp_path):
 @pytest.mark.parametrize(
     ("query", "error"),
     [
-        (b"nothing", RefusedImage),
+        (b"nothing", RefusedImageError),
         (np.ones(5), ValueError),
         (np.full(12, np.nan), ValueError),
         (np.zeros(12), ValueError),

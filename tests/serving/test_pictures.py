@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from lightning_contrast.data import read_rgb
-from lightning_contrast.serving import Limits, RefusedImage, create_app, decode_image
+from lightning_contrast.serving import Limits, RefusedImageError, create_app, decode_image
 from tests.served_models import encoded, expected, image_model, picture
 from tests.tolerances import FORMULA, f32
 
@@ -139,7 +139,7 @@ def test_an_elongated_image_would_need_more_pixels_than_allowed():
     """1 x 5,000 pixels cover 20 x 24 pixels only as 24 x 120,000."""
     line = encoded(Image.new("L", (1, 5000)))
     assert decode_image(line).shape == (3, 5000, 1)
-    with pytest.raises(RefusedImage, match="elongated"):
+    with pytest.raises(RefusedImageError, match="elongated"):
         decode_image(line, size=(20, 24), max_pixels=24 * 120_000 - 1)
     assert decode_image(line, size=(20, 24), max_pixels=24 * 120_000 + 1).shape == (3, 5000, 1)
 

@@ -300,8 +300,8 @@ def test_models_that_are_refused(tmp_path):
         Embedder(lambda images: images.numpy(), SPEC, model_digest="0")
     with pytest.raises(ValueError, match="scale"):
         Embedder(lambda images: images.flatten(1).numpy(), SPEC | {"scale": [0, 65535]}, model_digest="0")
+    spec = SPEC | {"mean": [0.5] * 4, "std": [0.5] * 4}
     with pytest.raises(ValueError, match="channels"):
-        spec = SPEC | {"mean": [0.5] * 4, "std": [0.5] * 4}
         Embedder(lambda images: images.flatten(1).numpy(), spec, model_digest="0")
     with pytest.raises(TypeError, match="path or a module"):
         open_embedder(3)
