@@ -30,7 +30,7 @@ class Hit(NamedTuple):
     Attributes:
         path: Path of the file, relative to the folder of the index.
         score: Cosine to the query, in -1..1.
-        folder: Folder of the file, relative to that of the index; "" for the folder itself.
+        folder: Folder of the file, relative to that of the index, which is "." itself.
         width: Width of the image, in pixels, upright.
         height: Height.
         digest: Digest of the content of the file.
@@ -296,8 +296,7 @@ class ImageIndex:
                 continue
             facts = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns, "digest": _digest(data)}
             shape = {"height": pixels.shape[1], "width": pixels.shape[2]}
-            folder = Path(path).parent.as_posix()
-            rows.append({"path": path, "folder": "" if folder == "." else folder} | facts | shape)
+            rows.append({"path": path, "folder": Path(path).parent.as_posix()} | facts | shape)
             images.append(embedder.prepare(pixels))
         if rows:
             vectors = embedder.embed_prepared(images)

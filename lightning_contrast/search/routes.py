@@ -134,7 +134,9 @@ def build_search_app(index: ImageIndex, limits: Limits) -> FastAPI:
         words: Annotated[str | None, Form(description="Words, of a model with a text tower")] = None,
         image: Annotated[UploadFile | None, File(description="An image file")] = None,
         digest: Annotated[str | None, Form(pattern=_DIGEST, description="Of an image of the index")] = None,
-        folder: Annotated[str | None, Form(max_length=4096, description="Only images of this folder")] = None,
+        folder: Annotated[
+            str | None, Form(max_length=4096, description='Only images of this folder; the top is "."')
+        ] = None,
         k: Annotated[int, Form(ge=1, le=_MOST, description="Number of hits")] = 24,
     ) -> Hits:
         if sum(query is not None for query in (words, image, digest)) != 1:
@@ -161,7 +163,7 @@ def _security(page: str) -> dict[str, str]:
         digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in found]
         parts[name] = " ".join(f"'sha256-{digest}'" for digest in digests)
     policy = (
-        f"default-src 'none'; script-src {parts['script']}; style-src {parts['style']}; img-src 'self' blob:; "
+        f"default-src 'none'; script-src {parts['script']}; style-src {parts['style']}; img-src 'self' blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}

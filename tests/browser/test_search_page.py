@@ -89,7 +89,7 @@ def test_the_page_searches(tab, index, address, tmp_path):
     tab.wait_for(lambda: "not an image" in tab.text(), "reason", 30)
     assert tab.failures == []
     assert {url for url in tab.responses if not url.startswith(("blob:", "data:"))} <= {
-        f"{address}/{path}" for path in ("", "index", "search", "favicon.ico", *(image_paths(index)))
+        f"{address}/{path}" for path in ("", "index", "search", *(image_paths(index)))
     }
 
 

@@ -54,7 +54,7 @@ def test_the_first_update_adds_all(tmp_path, folder):
     paths, vectors = index.stored_vectors()
     wanted = torch.tensor(np.stack([unit(int(Path(path).stem)) for path in paths]))
     torch.testing.assert_close(vectors, wanted, **f32(NETWORK))
-    assert index.folders() == {"": 4, "town": 3, "town/old": 3}
+    assert index.folders() == {".": 4, "town": 3, "town/old": 3}
     assert index.size_on_disk() > vectors.numel() * 4
 
 
@@ -69,7 +69,7 @@ def test_hits_are_the_nearest_with_their_cosines(index, folder):
         hits = index.search(query, 4)
         assert [int(Path(hit.path).stem) for hit in hits] == order[:4]
         assert [hit.score for hit in hits] == [near(cosines[number], NETWORK) for number in order[:4]]
-    assert (hits[0].width, hits[0].height, hits[0].folder) == (40, 30, "")
+    assert (hits[0].width, hits[0].height, hits[0].folder) == (40, 30, ".")
     assert index.path_of(hits[0].digest) == folder / hits[0].path
     assert index.path_of("0" * 32) is None
     assert len(index.search(unit(3), 99)) == 10
