@@ -14,7 +14,9 @@ from . import metrics as metrics
 from . import nn as nn
 from . import optim as optim
 from . import resuming as resuming
+from . import search as search
 from . import seeding as seeding
+from . import serving as serving
 from . import testing as testing
 from .callbacks import AdversarialView as AdversarialView
 from .callbacks import AttributePenalty as AttributePenalty

@@ -16,6 +16,8 @@ LAYERS = [
     {"exported"},
     {"methods"},
     {"evaluation", "export", "testing", "resuming"},
+    {"serving"},
+    {"search"},
     {"cli"},
     {"__init__", "__main__"},
 ]

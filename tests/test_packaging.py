@@ -32,6 +32,7 @@ def test_wheel_is_built_quietly_and_is_complete(tmp_path):
     kept = [path for path in package.rglob("*") if path.suffix in {".py", ".pyi", ".typed"}]
     kept += [*(package / "data" / "emoji").iterdir(), *(package / "recipes").glob("*.yaml")]
     kept += (package / "evaluation" / "report_card" / "templates").iterdir()
+    kept += (package / "search" / "templates").iterdir()
     assert {str(path.relative_to(ROOT)) for path in kept if path.is_file()} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith(("tests", "examples", "benchmarks"))]
     licenses = {Path(name).name for name in names if ".dist-info/licenses/" in name}

@@ -1,5 +1,7 @@
 """LightningDataModules for in-memory datasets and image folders."""
 
+from lightning_contrast.data._folder_files import find_images
+from lightning_contrast.data._folder_images import read_rgb
 from lightning_contrast.data.emoji_module import EmojiDataModule
 from lightning_contrast.data.folder_module import ImageFolderDataModule
 from lightning_contrast.data.group_pairs import GroupPairs
@@ -31,5 +33,7 @@ __all__ = [
     "VideoFolderDataModule",
     "balanced_weights",
     "estimate_mean_std",
+    "find_images",
+    "read_rgb",
     "write_shards",
 ]

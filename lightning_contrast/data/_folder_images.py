@@ -214,19 +214,20 @@ def resized(image: Tensor, size: int, resize: str, seed: int | None) -> Tensor:
     return square
 
 
-def read_rgb(path: str | BinaryIO, *, exif: bool = True) -> Tensor:
-    """Read a file with Pillow as RGB, uint8 ``(3, H, W)``.
+def read_rgb(path: str | BinaryIO, *, exif: bool = True, formats: Sequence[str] | None = None) -> Tensor:
+    """Read a file with Pillow as RGB, uint8 ``(3, H, W)``; of several frames the first, and without transparency.
 
     Args:
         path: The file, or its open binary stream.
         exif: Turn the image upright by its EXIF orientation.
+        formats: Pillow's names of the formats that are tried; None for all.
 
     Raises:
         ValueError: If its pixels have more than 8 bits.
     """
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=formats) as image:
         if image.mode[0] in "IF":  # Pillow would clip such values at 255
             raise ValueError(f"it has more than 8 bits (Pillow's mode {image.mode!r}); give a `loader` that scales it.")
         rgb = image.convert("RGB")

@@ -18,6 +18,7 @@ from lightning_contrast.export.samples import Samples, read_samples
 from lightning_contrast.export.source import check_whole, float_copy, input_of
 from lightning_contrast.exported import INPUT_SPEC, count_channels
 from lightning_contrast.nn.frozen_teacher import weights_digest
+from lightning_contrast.nn.tokenizer_spec import tokenizer_spec
 
 _RANDOM_TEXTS = 16
 
@@ -40,8 +41,9 @@ def export_towers(
     (B, D) of unit length, as ``model.encode_image`` does; ``text.onnx`` maps ``tokens`` (B, L), int64, to
     ``embeddings`` (B, D), as ``model.encode_text`` does with tokens. B is free, and for `nn.TextTransformer` also L up
     to its context length; other text towers take the context length. The tokenizer is not part of the graph. The
-    metadata are those of `export`, of ``text.onnx`` "context_length" instead of the preprocessing; "model_digest" is
-    the same in both, since only embeddings of one pair are compared. Nothing is written if one of the two differs by
+    metadata are those of `export`, of ``text.onnx`` "context_length" and "tokenizer" (kind and arguments of one of this
+    package, else null) instead of the preprocessing; "model_digest" is the same in both, since only embeddings of one
+    pair are compared. Nothing is written if one of the two differs by
     more than the tolerance. Needs the extra: ``pip install 'lightning_contrast[export]'``.
 
     Args:
@@ -91,7 +93,11 @@ def export_towers(
     }
     preparation = {"size": spec["size"], "mean": spec["mean"], "std": spec["std"], "scale": spec.get("scale")}
     preparation |= {"interpolation": resampling, "inside": False}
-    metadata = [{INPUT_SPEC: json.dumps(spec), "preprocessing": preparation}, {"context_length": length}]
+    tokenizer = json.dumps(tokenizer_spec(getattr(model, "tokenizer", None)))
+    metadata = [
+        {INPUT_SPEC: json.dumps(spec), "preprocessing": preparation},
+        {"context_length": length, "tokenizer": tokenizer},
+    ]
     given = [pairs, _tokens(model, pairs, length, vocabulary)]
 
     folder = Path(folder)

@@ -35,6 +35,8 @@ class OpenClipTokenizer(CutTexts):
         context_length: L, the number of tokens of each text, for the tokenizer of a name; None is that of the model.
 
     Attributes:
+        name: The name of the open_clip model; None for a function.
+        context_length: As given.
         vocab_size: Number of token ids.
         cut: Number of texts that were cut so far.
 
@@ -44,6 +46,8 @@ class OpenClipTokenizer(CutTexts):
     """
 
     def __init__(self, tokenizer: str | Callable[..., Tensor], context_length: int | None = None) -> None:
+        self.name = tokenizer if isinstance(tokenizer, str) else None
+        self.context_length = context_length
         self.tokenizer = _named_tokenizer(tokenizer, context_length) if isinstance(tokenizer, str) else tokenizer
         self.vocab_size: int | None = getattr(self.tokenizer, "vocab_size", None)
 
