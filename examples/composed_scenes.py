@@ -27,15 +27,6 @@ def exchanged(images, masks):
     return swapped
 
 
-def winoground(similarity, tie=1e-5):
-    """Return text, image and group score (Winoground) of similarities (N, 2 images, 2 texts); pairs on the diagonal."""
-    own, other = (part.diagonal(dim1=1, dim2=2) for part in (similarity, similarity.flip(2)))
-    text = (own - other > tie).all(1)  # each image prefers its caption; what differs by less is equal, and so wrong
-    image = (own - other.flip(1) > tie).all(1)  # each caption prefers its image
-    scores = {"text": text, "image": image, "group": text & image}
-    return {name: round(float(right.float().mean()), 3) for name, right in scores.items()}
-
-
 @torch.no_grad()
 def scores(model, policy, data, split, count):
     """Return the scores of the last scenes of a split, each beside the scene with both things exchanged."""
@@ -44,7 +35,9 @@ def scores(model, policy, data, split, count):
     pictures = (images, exchanged(images, data.masks(split)[-count:]))
     texts = (data.captions(split)[-count:], data.swapped_captions(split)[-count:])
     encoded = torch.stack([model.encode_image(policy.eval_transform(picture)) for picture in pictures], 1)
-    return winoground(encoded @ torch.stack([model.encode_text(captions) for captions in texts], 2))
+    similarity = torch.stack([model.encode_text(captions) for captions in texts], 1) @ encoded.mT  # (N, texts, images)
+    found = lc.evaluation.winoground_scores(similarity, tie=1e-5)  # what differs by less is equal, and so wrong
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def main():

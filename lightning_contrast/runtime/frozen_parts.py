@@ -1,6 +1,7 @@
 """Submodules of a method that are not trained."""
 
 import warnings
+from typing import Any
 
 import lightning as L
 
@@ -10,6 +11,7 @@ class FrozenParts(L.LightningModule):
 
     frozen_parts: tuple[str, ...] = ()
     """The names of these submodules."""
+    _filters: tuple[Any, ...] = ()
 
     def freeze_parts(self, *names: str) -> None:
         """Freeze submodules from now on; the parts of an optimizer are chosen afterwards.
@@ -33,8 +35,18 @@ class FrozenParts(L.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Prevent Lightning's warning of modules in evaluation mode if no others are."""
+        """Prevent Lightning's warning of modules in evaluation mode, if no others are, until `on_train_start`."""
         super().on_fit_start()
         frozen = {module for name in self.frozen_parts for module in self.get_submodule(name).modules()}
         if frozen and all(module.training or module in frozen for module in self.modules()):
+            before = list(warnings.filters)
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+            self._filters = tuple(item for item in warnings.filters if item not in before)
+
+    def on_train_start(self) -> None:
+        """Remove the filter of warnings."""
+        super().on_train_start()
+        for item in self._filters:
+            if item in warnings.filters:
+                warnings.filters.remove(item)  # type: ignore[attr-defined]
+        self._filters = ()

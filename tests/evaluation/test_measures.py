@@ -145,6 +145,34 @@ def test_winoground():
     assert ev.winoground_scores(**given) == near64(found["value"])
 
 
+@pytest.mark.parametrize(
+    ("scores", "text", "image"),
+    [
+        ([[0.9, 0.2], [0.1, 0.8]], 1, 1),
+        ([[0.1, 0.8], [0.9, 0.2]], 0, 0),
+        ([[0.5, 0.9], [0.4, 0.95]], 1, 0),  # the second image is preferred by both captions
+        ([[0.5, 0.4], [0.9, 0.95]], 0, 1),  # the second caption is preferred by both images
+        ([[0.5, 0.5], [0.5, 0.5]], 0, 0),  # ties are wrong
+    ],
+)
+def test_winoground_by_hand(scores, text, image):
+    expected = {"text": text, "image": image, "group": text * image}
+    assert ev.winoground_scores(torch.tensor([scores])) == expected
+    assert ev.winoground_scores(torch.tensor([scores]), tie=0.01) == expected
+
+
+def test_winoground_of_what_differs_by_rounding():
+    scores = torch.tensor([[[0.5 + 1e-6, 0.5], [0.5, 0.5 + 1e-6]]])
+    assert ev.winoground_scores(scores) == {"text": 1, "image": 1, "group": 1}
+    assert ev.winoground_scores(scores, tie=1e-5) == {"text": 0, "image": 0, "group": 0}
+
+
+def test_winoground_by_chance():
+    found = ev.winoground_scores(torch.randn(100_000, 2, 2, generator=torch.Generator().manual_seed(0)))
+    for name, chance in {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}.items():
+        assert abs(found[name] - chance) < 0.01, name
+
+
 def test_dense_vote():
     found, given = record("dense_knn_vote", torch.float32)
     ours = metrics.neighbour_vote(**given, **found["params"])
@@ -224,6 +252,7 @@ LOGITS, LABELS = torch.eye(3), torch.arange(3)
         (lambda: ev.image_text_recall(LOGITS, LOGITS, torch.tensor([0, 0, 1]), k=1), "`text_image` must name each"),
         (lambda: ev.image_text_recall(LOGITS, LOGITS, LABELS, k=4), "`k` must be <= 3"),
         (lambda: ev.winoground_scores(LOGITS), "`scores` must be"),
+        (lambda: ev.winoground_scores(LOGITS.new_zeros(1, 2, 2), tie=-1.0), "`tie` must be >= 0"),
         (lambda: metrics.neighbour_vote(LOGITS, LOGITS, LOGITS, temperature=0.1), "`neighbours` must be"),
     ],
 )

@@ -20,7 +20,7 @@ from lightning_contrast.evaluation.protocols.inputs import held_out
 from lightning_contrast.evaluation.protocols.linear import LINEAR_PROTOCOLS, Heads, LinearProtocol
 from lightning_contrast.optim import LARS
 from lightning_contrast.seeding import derived_seed
-from tests.tolerances import NETWORK, TRAINING, assert_same_bits, f32, near, near64
+from tests.tolerances import NETWORK, TRAINING, assert_same_bits, f32, f64, near, near64
 
 
 def blobs(count=120, width=12, classes=4, distance=1.5, seed=0):
@@ -34,13 +34,14 @@ TRAIN, TEST = blobs(), blobs(60, seed=1)
 BOTH = (*TRAIN, *TEST)
 
 
-def train_by_hand(protocol, rate, seed, epochs, batch_size):
-    """Train one linear layer in a plain loop."""
-    (x, y), used = TRAIN, protocol
-    generator = torch.Generator().manual_seed(derived_seed(seed, 3))
-    layer = nn.Linear(12, 4)
+def train_by_hand(protocol, rate, seed, epochs, batch_size, *, x=TRAIN[0], test=TEST[0], start=None):
+    """Train one linear layer in a plain loop, from ``start`` or the weights that the seed gives."""
+    y, used = TRAIN[1], protocol
+    if start is None:
+        start = torch.randn(4, 12, generator=torch.Generator().manual_seed(derived_seed(seed, 3))) * used.init
+    layer = nn.Linear(x.shape[1], 4, dtype=x.dtype)
     with torch.no_grad():
-        layer.weight.copy_(torch.randn(4, 12, generator=generator) * used.init)
+        layer.weight.copy_(start)
         layer.bias.zero_()
     norm = nn.BatchNorm1d(12, affine=False, eps=1e-6) if used.normalize else nn.Identity()
     if used.optimizer == "lars":
@@ -69,7 +70,7 @@ def train_by_hand(protocol, rate, seed, epochs, batch_size):
             optimizer.step()
             step += 1
     with torch.no_grad():
-        return layer(norm.eval()(TEST[0]))
+        return layer(norm.eval()(test))
 
 
 @pytest.mark.parametrize("name", LINEAR_PROTOCOLS)
@@ -92,21 +93,26 @@ def test_the_published_rates():
     assert simclr.settings["batch_size"] == 120
 
 
-def test_heads_of_the_grid_are_those_of_runs_alone():
-    x, y = TRAIN
-    used = LinearProtocol(0.1, epochs=5, batch_size=40)
-    heads = Heads({"a": x, "b": x[:, :5]}, [("a", 0.1), ("a", 0.5), ("b", 0.2)], 4, used, seed=0)
-    start = [weight.detach().clone() for weight in heads.weights]
-    heads.fit({"a": x, "b": x[:, :5]}, y)
-    together = heads.logits({"a": TEST[0], "b": TEST[0][:, :5]})
-    for place, (kind, rate) in enumerate(heads.grid):
-        part = slice(None) if kind == "a" else slice(5)
-        alone = Heads({kind: x[:, part]}, [(kind, rate)], 4, used, seed=0)
-        with torch.no_grad():
-            alone.weights[0].copy_(start[place])
-        alone.fit({kind: x[:, part]}, y)
-        logits = alone.logits({kind: TEST[0][:, part]})[0]
-        torch.testing.assert_close(together[place], logits, **f32(TRAINING, size=5))
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True}, {"weight_decay": 0.05}, {"nesterov": True, "weight_decay": 0.05}]
+)
+def test_heads_of_the_grid_are_those_of_separate_optimizers(options):
+    used = LinearProtocol(0.1, epochs=5, batch_size=50, **options)
+    kinds, others = ({"a": x.double(), "b": x[:, :5].double()} for x in (TRAIN[0], TEST[0]))
+    grid = [("a", 0.1), ("b", 0.2), ("a", 0.5), ("b", 0.01)]
+    heads = Heads(kinds, grid, 4, used, seed=0).double()
+    generator = torch.Generator().manual_seed(derived_seed(0, 3))
+    starts = [torch.randn(4, kinds[kind].shape[1], generator=generator) * used.init for kind, _ in grid]
+    heads.fit(kinds, TRAIN[1])
+    for (kind, rate), start, found in zip(grid, starts, heads.logits(others), strict=True):
+        alone = train_by_hand(used, rate, 0, 5, 50, x=kinds[kind], test=others[kind], start=start)
+        torch.testing.assert_close(found, alone, **f64(TRAINING, size=5))
+
+
+def test_a_grid_with_lars_is_refused():
+    used = LinearProtocol(0.1, optimizer="lars")
+    with pytest.raises(ValueError, match="`grid` must hold one head with LARS"):
+        Heads({"a": TRAIN[0]}, [("a", 0.1), ("a", 0.5)], 4, used, seed=0)
 
 
 def test_the_grid_chooses_on_held_out_rows_and_prefers_the_better_features():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, check_not_negative, fail, require
 from lightning_contrast.metrics.neighbours import check_features
 
 SETUPS = {
@@ -115,24 +115,28 @@ def image_text_recall(images: Tensor, texts: Tensor, text_image: Tensor, *, k: i
     return found
 
 
-def winoground_scores(scores: Tensor) -> dict[str, float]:
+def winoground_scores(scores: Tensor, *, tie: float = 0.0) -> dict[str, float]:
     """Compute the three scores of Winoground (https://arxiv.org/abs/2204.03162); a tie counts as wrong.
 
     Args:
         scores: Similarity of each caption (rows) and image (columns) of an item, ``(N, 2, 2)``; caption i belongs to
             image i.
+        tie: Similarities that differ by no more are equal, >= 0. A text tower without word order gives both captions
+            one embedding up to rounding, of which each is right in half of the items if 0.
 
     Returns:
         ``text``: each image prefers its caption; ``image``: each caption prefers its image; ``group``: both. Shares in
         0..1; chance is 1/4, 1/4 and 1/6.
 
     Raises:
-        ValueError: If the shape is another, or there are no items.
+        ValueError: If the shape is another, there are no items or ``tie`` is negative.
     """
+    check_not_negative("tie", tie)
     fits = scores.ndim == 3 and scores.shape[1:] == (2, 2) and len(scores) > 0
     require(fits, "scores", "be (N, 2, 2), N >= 1", tuple(scores.shape), "Give caption by image for each item")
-    text = (scores[:, 0, 0] > scores[:, 1, 0]) & (scores[:, 1, 1] > scores[:, 0, 1])
-    image = (scores[:, 0, 0] > scores[:, 0, 1]) & (scores[:, 1, 1] > scores[:, 1, 0])
+    own, swapped = scores.diagonal(dim1=1, dim2=2), scores.flip(1).diagonal(dim1=1, dim2=2)  # by image, (N, 2)
+    text = (own - swapped > tie).all(1)
+    image = (own - swapped.flip(1) > tie).all(1)
     shares = {"text": text, "image": image, "group": text & image}
     return {name: float(right.double().mean()) for name, right in shares.items()}
 

@@ -44,6 +44,8 @@ def labeled(features: Tensor, labels: Tensor | None, name: str = "labels") -> La
     require(whole, name, f"be integers of shape ({len(features)},)", got, "Give one class per row of features")
     known = labels >= 0
     require(bool(known.any()), name, "have labeled rows", "none", "-1 means unlabeled")
+    if bool(known.all()):  # no copy of the features
+        return Labeled(features.detach().float(), labels.long())
     return Labeled(features.detach()[known].float(), labels[known].long())
 
 

@@ -1,6 +1,6 @@
 """Linear classifiers trained by SGD in published protocols, and DINOv2's grid of heads trained in one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from lightning_contrast.seeding import derived_seed
 GRID_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 """Learning rates of DINOv2's grid, for a batch of 256."""
 _EVALUATED = 8192  # rows per product at the end
+_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,9 @@ def linear_grid(
 class Heads(nn.Module):
     """Linear heads with learning rates of their own, trained on the same batches by one product per kind of features.
 
+    The heads of a kind are one matrix ``(C H, F)``, class by class, so that a step reads its features once for all of
+    them, and softmax runs over whole vectors of heads. Each head takes the steps that it would take alone.
+
     Args:
         features: Training features by kind, ``(N, F)`` each.
         grid: Kind of features and absolute learning rate of each head.
@@ -233,6 +237,9 @@ class Heads(nn.Module):
         protocol: Everything else.
         seed: Seed of weights and order.
         steps: Steps of the run; None follows from the epochs.
+
+    Raises:
+        ValueError: If there are several heads of one kind with LARS, whose ratio would be that of all of them.
     """
 
     def __init__(
@@ -247,40 +254,27 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.num_classes, self.protocol, self.seed, self.steps = grid, num_classes, protocol, seed, steps
+        self.places = {kind: [i for i, (name, _) in enumerate(grid) if name == kind] for kind in features}
+        alone = protocol.optimizer != "lars" or len(grid) == 1
+        require(alone, "grid", "hold one head with LARS", len(grid), 'Use `optimizer="sgd"` for a grid')
         generator = torch.Generator().manual_seed(derived_seed(seed, 3))
-        weights = []
-        for kind, _ in grid:
-            weight = torch.randn(num_classes, features[kind].shape[1], generator=generator) * protocol.init
-            weights.append(nn.Parameter(weight.to(features[kind].device)))
-        self.weights = nn.ParameterList(weights)
-        self.biases = nn.ParameterList([nn.Parameter(torch.zeros_like(weight[:, 0])) for weight in weights])
-        self.norms = nn.ModuleList()
-        for part in features.values():
+        drawn = [torch.randn(num_classes, features[kind].shape[1], generator=generator) for kind, _ in grid]
+        self.weights, self.biases, self.norms = nn.ParameterList(), nn.ParameterList(), nn.ModuleList()
+        for kind, part in features.items():
+            weight = torch.stack([drawn[place] for place in self.places[kind]], dim=1).flatten(0, 1) * protocol.init
+            self.weights.append(weight.to(part.device))
+            self.biases.append(torch.zeros(len(weight), device=part.device))
             norm = nn.BatchNorm1d(part.shape[1], affine=False, eps=1e-6) if protocol.normalize else nn.Identity()
             self.norms.append(norm.to(part.device))
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the parameters of each head with its learning rate; biases are not adapted by LARS."""
-        adapted = {"adapt": True} if self.protocol.optimizer == "lars" else {}
-        plain = {"adapt": False} if self.protocol.optimizer == "lars" else {}
-        groups: list[dict[str, Any]] = []
-        for weight, bias, (_, rate) in zip(self.weights, self.biases, self.grid, strict=True):
-            groups += [{"params": [weight], "lr": rate, **adapted}, {"params": [bias], "lr": rate, **plain}]
-        return groups
-
-    def forward(self, batches: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits of all heads, ``(B, H, C)``.
+    def forward(self, batches: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the logits of the heads of each kind, ``(B, C, H)``.
 
         Args:
             batches: Features by kind, ``(B, F)`` each.
         """
-        found = []
-        for norm, (kind, batch) in zip(self.norms, batches.items(), strict=True):
-            places = [place for place, (name, _) in enumerate(self.grid) if name == kind]
-            weight = torch.cat([self.weights[place] for place in places])
-            bias = torch.cat([self.biases[place] for place in places])
-            found.append(F.linear(norm(batch), weight, bias).view(len(batch), len(places), self.num_classes))
-        return torch.cat(found, dim=1)
+        parts = zip(self.norms, self.weights, self.biases, batches.values(), strict=True)
+        return [F.linear(norm(x), weight, bias).view(len(x), self.num_classes, -1) for norm, weight, bias, x in parts]
 
     def fit(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
         """Train the heads.
@@ -293,13 +287,7 @@ class Heads(nn.Module):
         used, rows = self.protocol, len(labels)
         per_epoch = -(-rows // used.batch_size)
         total = used.epochs * per_epoch if self.steps is None else self.steps
-        options: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": used.weight_decay}
-        groups = self.parameter_groups()
-        if used.optimizer == "lars":
-            optimizer: torch.optim.Optimizer = LARS(groups, **options)
-        else:
-            optimizer = torch.optim.SGD(groups, nesterov=used.nesterov, **options)
-        rates = [group["lr"] for group in optimizer.param_groups]
+        step_heads = self._lars() if used.optimizer == "lars" else self._momentum_sgd()
         generator = torch.Generator().manual_seed(derived_seed(self.seed, 4))
         step = 0
         while step < total:
@@ -307,20 +295,50 @@ class Heads(nn.Module):
             for batch in torch.split(order, used.batch_size):
                 if step == total:
                     break
-                share = self._rate(step // per_epoch * per_epoch if used.per_epoch else step, total)
-                for group, given in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = given * share
-                logits = self({kind: part[batch] for kind, part in features.items()})
-                targets = labels[batch].unsqueeze(1).expand(-1, len(self.grid))
-                loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="sum") / len(batch)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                found = self({kind: part.index_select(0, batch) for kind, part in features.items()})
+                losses = []
+                for logits in found:
+                    targets = labels[batch].unsqueeze(1).expand(-1, logits.shape[2])
+                    losses.append(F.cross_entropy(logits, targets, reduction="sum"))
+                self.zero_grad()
+                (torch.stack(losses).sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
+                step_heads(self._rate(step // per_epoch * per_epoch if used.per_epoch else step, total))
                 step += 1
+
+    def _momentum_sgd(self) -> Callable[[float], None]:
+        """Return a step of SGD with momentum, given a factor of the rates: `torch.optim.SGD` with a rate per row."""
+        held = []
+        for kind, weight, bias in zip(self.places, self.weights, self.biases, strict=True):
+            rates = weight.new_tensor([self.grid[place][1] for place in self.places[kind]]).repeat(self.num_classes)
+            held += [(weight, torch.zeros_like(weight), rates.unsqueeze(1)), (bias, torch.zeros_like(bias), rates)]
+
+        @torch.no_grad()
+        def step(factor: float) -> None:
+            for parameter, momentum, rates in held:
+                gradient = parameter.grad
+                if self.protocol.weight_decay:
+                    gradient.add_(parameter, alpha=self.protocol.weight_decay)
+                momentum.mul_(_MOMENTUM).add_(gradient)
+                update = gradient.add_(momentum, alpha=_MOMENTUM) if self.protocol.nesterov else momentum
+                parameter.addcmul_(update, rates, value=-factor)
+
+        return step
+
+    def _lars(self) -> Callable[[float], None]:
+        """Return a step of LARS for one head, given a factor of its rate; the bias is not adapted."""
+        groups = [{"params": [*self.weights]}, {"params": [*self.biases], "adapt": False}]
+        optimizer = LARS(groups, lr=0.0, momentum=_MOMENTUM, weight_decay=self.protocol.weight_decay)
+
+        def step(factor: float) -> None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.grid[0][1] * factor
+            optimizer.step()
+
+        return step
 
     @torch.no_grad()
     def logits(self, features: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the logits of each head, ``(M, C)``, in evaluation mode.
+        """Return the logits of each head, ``(M, C)``, in evaluation mode, in the order of the grid.
 
         Args:
             features: Features by kind, ``(M, F)`` each.
@@ -331,7 +349,10 @@ class Heads(nn.Module):
             self({kind: part[start : start + _EVALUATED] for kind, part in features.items()})
             for start in range(0, rows, _EVALUATED)
         ]
-        return list(torch.cat(parts).unbind(1))
+        found: dict[int, Tensor] = {}
+        for places, chunks in zip(self.places.values(), zip(*parts, strict=True), strict=True):
+            found |= dict(zip(places, torch.cat(chunks).unbind(2), strict=True))
+        return [found[place] for place in range(len(self.grid))]
 
     def _rate(self, step: int, total: int) -> float:
         """Return the factor of the learning rates at a step."""
