@@ -20,7 +20,7 @@ def run_serve(args: Sequence[str]) -> Any:
     from lightning_contrast.serving import Limits, create_app, serve
 
     parser = Parser(prog="lightning-contrast serve", description=_DESCRIPTION)
-    parser.add_argument("model", type=str, help="ONNX graph, folder of `export.export_towers`, .pt or .ckpt file")
+    parser.add_argument("model", type=str, help="ONNX graph, folder of `export_towers`, .pt or .ckpt file")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="address; the default is this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for a free one")
     parser.add_argument("--max_batch", type=int, default=16, help="largest batch of the model")

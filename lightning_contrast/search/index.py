@@ -72,7 +72,7 @@ class ImageIndex:
 
     Args:
         store: Folder of the store; it is created at the first use.
-        model: What `open_embedder` takes, such as an ONNX graph or the folder of `export.export_towers`. None opens an index
+        model: What `open_embedder` takes, such as an ONNX graph or the folder of `export_towers`. None opens an index
             that exists for queries by vectors.
         folder: Folder of the images; None reads that of an index that exists. Hidden files are left out.
         tokenizer: See `open_embedder`.

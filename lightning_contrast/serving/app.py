@@ -43,7 +43,7 @@ def create_app(
     request is written to a path that it names, and nothing is unpickled.
 
     Args:
-        model_path: An ONNX graph by `export.export`, a folder by `export.export_towers`, or what else `open_embedder` takes.
+        model_path: An ONNX graph by `export.export`, a folder by `export_towers`, or what else `open_embedder` takes.
         limits: Limits of requests; None for the defaults of `Limits`.
         max_batch: Largest batch of the model, >= 1.
         max_delay: Time that an image waits for others, in seconds, >= 0.

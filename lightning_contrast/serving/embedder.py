@@ -34,7 +34,7 @@ class Embedder:
         run: Maps prepared images (B, C, h, w), float32, to vectors (B, D).
         input_spec: Specification of the images, see `ViewPolicy.input_spec`.
         model_digest: Digest of the weights.
-        interpolation: Resampling, "bilinear" or "bicubic".
+        interpolation: Resampling, "bilinear" or "bicubic"; None is that of the specification.
         channels: Channels of the images if the mean is None: 3, or 1 for gray images.
         encode_texts: Maps B texts to vectors (B, D); None for a model without a text tower.
         takes_pixels: Whether the model scales and normalizes the images itself: it is given uint8 images (B, C, h, w).
@@ -58,7 +58,7 @@ class Embedder:
         input_spec: Any,
         *,
         model_digest: str,
-        interpolation: str = "bilinear",
+        interpolation: str | None = None,
         channels: int = 3,
         encode_texts: Callable[[list[str]], Vectors] | None = None,
         takes_pixels: bool = False,
@@ -124,7 +124,7 @@ class Embedder:
             TypeError: If the texts are not a list of str.
         """
         if self._encode_texts is None:
-            hint = "Give the folder of `export.export_towers`, or an image-text module"
+            hint = "Give the folder of `export_towers`, or an image-text module"
             fail("model", "have a text tower for texts", "a model of images alone", hint)
         return np.asarray(self._encode_texts(check_captions(texts)), dtype=np.float32)
 
@@ -143,7 +143,7 @@ def open_embedder(
 
     Args:
         model: An ONNX graph (".onnx") by `export.export`, with the ``input_spec`` in its metadata; a folder by
-            `export.export_towers`, or its ``image.onnx``, for images and texts; an exported backbone (".pt") or a checkpoint
+            `export_towers`, or its ``image.onnx``, for images and texts; an exported backbone (".pt") or a checkpoint
             (".ckpt") of a method whose backbone was given by name; a module; or an `Embedder`, which is returned.
         tokenizer: Function of a list of B str that returns int64 tokens (B, L); None is that of the module, or the one
             that the file of the text tower names.
@@ -170,7 +170,7 @@ def open_embedder(
     if not path.is_dir() and path.suffix in (".pt", ".pth", ".ckpt"):
         subject = load_subject(path)
         return _of_module(subject.module, input_spec or subject.input_spec, weights_digest(subject.module))
-    hint = "Give an .onnx file of `export.export`, a folder of `export.export_towers`, or a .pt or .ckpt file"
+    hint = "Give an .onnx file of `export.export`, a folder of `export_towers`, or a .pt or .ckpt file"
     require(graph.suffix == ".onnx" and graph.is_file(), "model", "be a model file", str(path), hint)
     return _of_graph(graph, tokenizer, input_spec, threads)
 
