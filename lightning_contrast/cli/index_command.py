@@ -27,9 +27,7 @@ def run_index(args: Sequence[str]) -> Any:
     parser = Parser(prog="lightning-contrast index", description=_DESCRIPTION)
     parser.add_argument("store", type=str, help="folder of the index")
     parser.add_argument("folder", type=str, help="folder of the images")
-    parser.add_argument(
-        "--model", type=str, required=True, help="ONNX graph, folder of `export_towers`, .pt or .ckpt"
-    )
+    parser.add_argument("--model", type=str, required=True, help="ONNX graph, folder of `export_towers`, .pt or .ckpt")
     parser.add_argument("--batch_size", type=int, default=64, help="images of a commit")
     parser.add_argument("--verify", type=bool, default=False, help="compare contents, not sizes and times")
     parser.add_argument(
