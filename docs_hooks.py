@@ -1,7 +1,7 @@
 """Pages of the site that are made of other texts: a card per method, the callbacks, and the API reference.
 
-mkdocs calls `on_config` and `on_files`; see ``mkdocs.yml``. The sources are the docstrings, the recipes, and the tables of
-the README and of ``docs/learn.md``: nothing is written twice.
+mkdocs calls `on_config` and `on_files`; see ``mkdocs.yml``. The sources are the docstrings, the recipes, and the
+tables of the README and of ``docs/learn.md``: nothing is written twice.
 """
 
 import inspect
