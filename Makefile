@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
 CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
 
-.PHONY: install demo test fast test-elsewhere matrix check format bench learn faults audit clean browser-test
+.PHONY: install docs demo test fast test-elsewhere matrix check format bench learn faults audit clean browser-test
 
 install: $(DEPENDENCIES) $(CHECKOUT)
 
@@ -54,6 +54,11 @@ test-elsewhere: install
 # Every method under every condition: runs the cells and writes docs/matrix.md.
 matrix: install
 	$(PYTEST) -m matrix --matrix docs/matrix.md tests/methods
+
+# The documentation site in build/site; a warning, such as a broken link, is an error. `tests/browser/test_site.py` builds
+# it too, in `make test`, and looks at it where there is a browser.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Needs a browser: Debian's package chromium; without one the tests are skipped.
 browser-test: install

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
     "ignore:The dirpath has changed",
+    "ignore:Checkpoint directory .* exists and is not empty",
 )
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +140,8 @@ def test_views_writes_a_picture_and_judges(folder, tmp_path, monkeypatch, capsys
     first = output.read_bytes()
     assert code == 0
     assert "4 of 12 images" in out
-    assert Image.open(output).size[1] > 4 * 128
+    with Image.open(output) as picture:
+        assert picture.size[1] > 4 * 128
     assert call([*arguments, "--seed", "1"], monkeypatch, capsys)[0] == 0
     assert output.read_bytes() != first
     assert call(arguments, monkeypatch, capsys)[0] == 0
@@ -307,6 +309,7 @@ def test_a_sweep_runs_resumes_and_tells_failures(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_continues_exactly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
     whole = main(["fit", *SMALL, *VIEWS, "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path / 'whole'}"])
     step = lc.SimCLR.training_step
 
@@ -334,8 +337,9 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_continues_exactly(tmp_pat
 
 @pytest.mark.slow
 def test_the_run_folder_holds_what_a_run_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lightning-contrast", "fit", *SMALL, *VIEWS, "--trainer.max_epochs=2"])
-    cli = main([*sys.argv[1:], f"--trainer.default_root_dir={tmp_path}"])
+    arguments = ["fit", *SMALL, *VIEWS, "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["lightning-contrast", *arguments])
+    cli = main()
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert "--model=SimCLR" in environment["command"]
     assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
