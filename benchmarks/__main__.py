@@ -7,7 +7,19 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS
 
-NAMES = ("views", "losses", "knn", "evaluators", "ema", "end_to_end", "overhead", "monitors", "memory", "launches")
+NAMES = (
+    "views",
+    "losses",
+    "knn",
+    "evaluators",
+    "ema",
+    "end_to_end",
+    "overhead",
+    "monitors",
+    "memory",
+    "launches",
+    "streaming",
+)
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "lightning", "kornia", "torchvision", "lightly", "timm", "pytorch-metric-learning")
+PACKAGES = ("torch", "lightning", "kornia", "torchvision", "lightly", "timm", "pytorch-metric-learning", "litdata")
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Shards from a folder of images, for `StreamingImageDataModule`."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +8,8 @@ from typing import Any, Literal
 import torch
 
 from lightning_contrast._checks import check_at_least, check_choice, require
+from lightning_contrast.data.chunk_copies import CLASSES, import_litdata, missing
 from lightning_contrast.data.folder_module import EXTENSIONS, list_images
-from lightning_contrast.data.shards import CLASSES, missing
 from lightning_contrast.seeding import derived_seed
 
 
@@ -80,11 +79,9 @@ Files = Sequence[tuple[str, int | None]]
 
 
 def _write_litdata(files: Files, target: Path, count: int, progress: Callable[[int, int], None]) -> None:
-    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask PyPI
-    try:
-        from litdata.streaming import Cache
-    except ModuleNotFoundError as error:
-        raise missing("litdata") from error
+    import_litdata()
+    from litdata.streaming import Cache
+
     target.mkdir(parents=True, exist_ok=True)
     cache = Cache(str(target), chunk_size=count)
     for place, (path, label) in enumerate(files):

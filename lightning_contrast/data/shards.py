@@ -13,11 +13,18 @@ from typing import Any
 import numpy as np
 
 from lightning_contrast._checks import fail, require
+from lightning_contrast.data.chunk_copies import (
+    ChunkCopies,
+    chunk_index,
+    class_names_of,
+    file_size,
+    import_litdata,
+    is_address,
+    missing,
+)
 from lightning_contrast.data.pair_shards import IMAGES
 
 Source = str | Path | Sequence[str | Path]
-CLASSES = "classes.json"
-"""File with the names of the classes, written by `write_shards`."""
 
 
 class Shards(Sequence[str]):
@@ -27,13 +34,11 @@ class Shards(Sequence[str]):
         sizes: Number of images of each shard.
         labeled: Whether the records have labels.
         class_names: Names of the classes; empty if they are not known.
-        remote: Whether the shards are copied from an address to this machine when they are read.
     """
 
     sizes: list[int]
     labeled: bool
     class_names: tuple[str, ...] = ()
-    remote: bool = False
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -60,40 +65,35 @@ class LitdataShards(Shards):
 
     Args:
         argument: Name of the argument, for messages.
-        folder: Folder or address with ``index.json``.
+        folder: Folder with ``index.json``; its chunks may be missing if there are ``copies``.
         image_key: Key of the image in a dict.
         label_key: Key of the label in a dict.
-        cache_dir: Folder in which chunks of an address are kept.
-        cache_size: Most that they may occupy, such as "100GB".
+        copies: What copies chunks to the folder before they are read, and ``folder`` is then None.
     """
 
     def __init__(
-        self, argument: str, folder: str, image_key: str, label_key: str, cache_dir: str | None, cache_size: str | None
+        self, argument: str, folder: str | None, image_key: str, label_key: str, copies: "ChunkCopies | None" = None
     ) -> None:
-        self.folder, self.image_key, self.label_key = folder, image_key, label_key
-        self.options = {"cache_dir": cache_dir, "max_cache_size": cache_size}
-        self.remote = is_address(folder)
-        self._opened: tuple[int, Any] | None = None
-        if not self.remote:
-            self._chunks = _local_chunks(argument, Path(folder))
-            self.class_names = _class_names(Path(folder))
-            self._sized([chunk["chunk_size"] for chunk in self._chunks])
+        self.folder = str(folder) if copies is None else copies.address
+        self.image_key, self.label_key, self.copies = image_key, label_key, copies
+        self._opened: tuple[int, str, Any] | None = None
+        self._chunks = _chunks_of(argument, Path(self.folder)) if copies is None else copies.chunks
+        self.class_names = class_names_of(Path(self.folder)) if copies is None else copies.class_names
+        self._sized([chunk["chunk_size"] for chunk in self._chunks])
         try:
-            first = self._dataset(0)[0:1][0]
+            first = self._record(0)
         except ModuleNotFoundError:
             raise
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            hint = "Give the folder or address that holds litdata's index.json"
+            hint = "Write the shards again"
             raise ValueError(f"`{argument}` must be readable by litdata, got {folder!r}: {reason}. {hint}.") from error
-        if self.remote:
-            cache = self._dataset(0).cache
-            self._chunks = [{"filename": f"chunk {number}"} for number, _ in enumerate(cache.get_chunk_intervals())]
-            self._sized([interval.chunk_end - interval.chunk_start for interval in cache.get_chunk_intervals()])
         if isinstance(first, dict) and image_key not in first:
             fail(argument, f"have the key {image_key!r} in its records", sorted(first), "Set `image_key`")
         self.labeled = self._parts(first)[1] is not None
         self._opened = None  # each process opens it for itself
+        if copies is not None:
+            copies.release()
 
     def __getitem__(self, position: Any) -> Any:
         shard, place = self._place(position)
@@ -101,8 +101,7 @@ class LitdataShards(Shards):
 
     def read(self, position: int) -> tuple[Any, int]:
         """Return the image of a record, encoded or decoded, and its label; -1 if there is none."""
-        data = self._dataset(position)
-        image, label = self._parts(data[position])
+        image, label = self._parts(self._record(position))
         return image, -1 if label is None else int(label)
 
     def _parts(self, record: Any) -> tuple[Any, Any]:
@@ -112,17 +111,12 @@ class LitdataShards(Shards):
             return record[0], record[1] if len(record) > 1 else None
         return record, None
 
-    def _dataset(self, position: int) -> Any:
-        if self._opened is None or self._opened[0] != os.getpid():
-            os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask PyPI in each process
-            try:
-                from litdata import StreamingDataset
-            except ModuleNotFoundError as error:
-                raise missing("litdata") from error
-            opened = StreamingDataset(self.folder, **self.options)
-            opened[position : position + 1]  # a slice: chunks of an address are kept, not single records
-            self._opened = (os.getpid(), opened)
-        return self._opened[1]
+    def _record(self, position: int) -> Any:
+        folder = self.folder if self.copies is None else self.copies.folder_with(self._place(position)[0])
+        if self._opened is None or self._opened[:2] != (os.getpid(), folder):
+            litdata = import_litdata()
+            self._opened = (os.getpid(), folder, litdata.StreamingDataset(folder))
+        return self._opened[2][position]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": None}
@@ -156,7 +150,7 @@ class TarShards(Shards):
         self._spans, self._labels = np.array(found, dtype=np.int64), np.array(labels, dtype=np.int64)
         self._sized(sizes)
         self.labeled = bool((self._labels >= 0).all())
-        self.class_names = _class_names(Path(self.shards[0]).parent)
+        self.class_names = class_names_of(Path(self.shards[0]).parent)
         self._files: dict[int, int] = {}  # of this process
         self._process = os.getpid()
 
@@ -194,7 +188,7 @@ def open_shards(
     image_key: str = "image",
     label_key: str = "label",
     cache_dir: str | Path | None = None,
-    cache_size: str | None = None,
+    cache_gb: float | None = None,
 ) -> Shards:
     """Find the records of a set.
 
@@ -204,8 +198,8 @@ def open_shards(
             ``train-{000..099}.tar``; or a list of tar files.
         image_key: Key of the image in a record of litdata.
         label_key: Key of the label in a record of litdata, or in a ``.json`` file.
-        cache_dir: Folder in which chunks of an address are kept.
-        cache_size: Most that they may occupy, such as "100GB".
+        cache_dir: Folder to which chunks of an address are copied.
+        cache_gb: Size of the copies on this machine, in GB; None: without a limit.
 
     Raises:
         FileNotFoundError: If a folder or shard is missing.
@@ -216,32 +210,28 @@ def open_shards(
     require(bool(given), argument, "name a folder or tar files", source, "Give the folder of the shards")
     tars = [one for one in given if one.rstrip().endswith((".tar", ".tgz", ".tar.gz"))]
     if not tars and len(given) == 1:
-        folder = given[0]
-        keys = (image_key, label_key, None if cache_dir is None else str(cache_dir), cache_size)
-        if is_address(folder):
-            return LitdataShards(argument, folder, *keys)
-        return _open_folder(argument, Path(folder), keys)
+        if is_address(given[0]):
+            hint = "Give a folder on a fast disk of this machine, to which chunks are copied"
+            require(cache_dir is not None, "cache_dir", "be given for an address", cache_dir, hint)
+            copies = ChunkCopies(argument, given[0], Path(str(cache_dir)), cache_gb)
+            return LitdataShards(argument, None, image_key, label_key, copies)
+        return _open_folder(argument, Path(given[0]), image_key, label_key)
     hint = "Use one format: a folder that litdata wrote, or tar files"
     require(len(tars) == len(given), argument, "be tar files or one folder, not both", given[:3], hint)
     return TarShards(argument, _expanded(argument, tars), label_key)
 
 
-def is_address(source: str) -> bool:
-    """Return whether a source is an address that litdata copies from, such as ``s3://`` or ``gs://``."""
-    return "://" in source or source.startswith("local:")
-
-
-def _open_folder(argument: str, folder: Path, keys: tuple[str, str, str | None, str | None]) -> Shards:
+def _open_folder(argument: str, folder: Path, image_key: str, label_key: str) -> Shards:
     if not folder.is_dir():
         fail(argument, "be an existing folder", str(folder), "Set it to the folder of your shards", FileNotFoundError)
     chunked, tars = (folder / "index.json").is_file(), sorted(str(file) for file in folder.glob("*.tar"))
     hint = f"It has index.json of litdata and {len(tars)} tar files: move one of them to a folder of its own"
     require(not (chunked and tars), argument, "hold shards of one format", str(folder), hint)
     if tars:
-        return TarShards(argument, tars, keys[1])
+        return TarShards(argument, tars, label_key)
     hint = "Make them of a folder of images with `lightning-contrast optimize FOLDER OUTPUT`, or `data.write_shards`"
     require(chunked, argument, "hold shards (litdata's index.json, or *.tar)", str(folder), hint)
-    return LitdataShards(argument, str(folder), *keys)
+    return LitdataShards(argument, str(folder), image_key, label_key)
 
 
 def _expanded(argument: str, given: list[str]) -> list[str]:
@@ -260,11 +250,6 @@ def _expanded(argument: str, given: list[str]) -> list[str]:
     if absent:
         fail(argument, "name existing tar files", absent[:3], "Correct the paths", FileNotFoundError)
     return files
-
-
-def missing(library: str) -> ModuleNotFoundError:
-    """Return the error for a library of the extra ``stream`` that is not installed."""
-    return ModuleNotFoundError(f"These shards need {library}: pip install 'lightning_contrast[stream]'.")
 
 
 def _samples(argument: str, shard: str, label_key: str) -> Iterator[tuple[int, int, int | None]]:
@@ -311,24 +296,12 @@ def _label(
     return label
 
 
-def _local_chunks(argument: str, folder: Path) -> list[dict[str, Any]]:
+def _chunks_of(argument: str, folder: Path) -> list[dict[str, Any]]:
     """Return the chunks that litdata's index lists, after checking that they are complete."""
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        chunks: list[dict[str, Any]] = [chunk for chunk in index["chunks"] if chunk["chunk_size"] > 0]
-    except (ValueError, KeyError, TypeError) as error:
-        fail(argument, f"hold a valid index.json ({error!r})", str(folder), "Write the shards again")
-    require(bool(chunks), argument, "hold images", f"{folder} with empty shards", "Write the shards again")
+    chunks, compressed = chunk_index(argument, folder)
     for chunk in chunks:
-        file = folder / chunk["filename"]
-        size = file.stat().st_size if file.is_file() else 0
-        compressed = index.get("config", {}).get("compression") is not None
         hint = "Copy the folder again: the shard is missing or cut off"
+        size = file_size(folder / chunk["filename"])
         complete = size > 0 if compressed else size >= chunk["chunk_bytes"]
         require(complete, argument, f"hold the {chunk['chunk_bytes']} bytes of {chunk['filename']}", size, hint)
     return chunks
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    file = folder / CLASSES
-    return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ()

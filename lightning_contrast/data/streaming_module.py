@@ -8,15 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from lightning_contrast._checks import check_at_least, check_choice, check_word, fail, require
+from lightning_contrast._checks import check_at_least, check_choice, check_positive, check_word, fail, require
 from lightning_contrast.data._folder_images import FolderImages, Sample, training_resize
+from lightning_contrast.data.chunk_copies import is_address
 from lightning_contrast.data.decoding import EncodedBatch, EncodedImage, decode, decoded_on, encoded, encoded_batch
 from lightning_contrast.data.folder_module import ImageFolderDataModule
 from lightning_contrast.data.loading import replicas_and_rank
 from lightning_contrast.data.shard_order import ShardOrder
-from lightning_contrast.data.shards import Shards, Source, is_address, open_shards
-
-_MIX_SHARDS = 4
+from lightning_contrast.data.shards import LitdataShards, Shards, Source, open_shards
 
 
 class ShardImages(FolderImages):
@@ -106,11 +105,11 @@ class StreamingImageDataModule(ImageFolderDataModule):
         exif: Turn photographs upright by their EXIF orientation.
         on_error: "raise" or "skip", as in `ImageFolderDataModule`; `skipped` names the records. "skip" needs
             ``decode="workers"``.
-        mix_shards: Number of shards that a worker reads together, to shuffle their images, >= 1. None: 4, and 1 for an
-            address, where a chunk must not be needed again after it has been read. Write shards in a random order (as
-            `write_shards` does), since batches are mixed from few of them.
-        cache_dir: For addresses: folder of the copied chunks; None is litdata's.
-        cache_size: For addresses: most that they may occupy, such as "100GB"; None is litdata's rule.
+        mix_shards: Number of shards that a worker reads together, to shuffle their images, >= 1. Write shards in a
+            random order (as `write_shards` does), since batches are mixed from few of them.
+        cache_dir: For an address: folder on a disk of this machine, to which chunks are copied.
+        cache_gb: For an address: size of the copies on this machine, in GB, > 0. If not all chunks fit, each worker
+            keeps those that it reads. None: without a limit.
         seed: Seed of the order and of the workers, >= 0.
         indices: Also yield the positions.
         pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
@@ -139,9 +138,9 @@ class StreamingImageDataModule(ImageFolderDataModule):
         label_key: str = "label",
         exif: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
-        mix_shards: int | None = None,
+        mix_shards: int = 4,
         cache_dir: str | Path | None = None,
-        cache_size: str | None = None,
+        cache_gb: float | None = None,
         seed: int = 0,
         indices: bool = False,
         pin_memory: bool = False,
@@ -166,14 +165,15 @@ class StreamingImageDataModule(ImageFolderDataModule):
         )
         check_word("image_key", image_key, "It is a key of the records")
         check_word("label_key", label_key, "It is a key of the records")
-        if mix_shards is not None:
-            check_at_least("mix_shards", mix_shards, 1)
+        check_at_least("mix_shards", mix_shards, 1)
+        if cache_gb is not None:
+            check_positive("cache_gb", cache_gb)
         remote = any(isinstance(source, str | Path) and is_address(str(source)) for source in self.dirs.values())
-        for name, value in (("cache_dir", cache_dir), ("cache_size", cache_size)):
+        for name, value in (("cache_dir", cache_dir), ("cache_gb", cache_gb)):
             hint = "Local shards are read where they are"
             require(value is None or remote, name, "be left out without an address", value, hint)
         self.decode, self.labels, self.exif, self.mix_shards = decode, labels, exif, mix_shards
-        self.keys = {"image_key": image_key, "label_key": label_key, "cache_dir": cache_dir, "cache_size": cache_size}
+        self.keys = {"image_key": image_key, "label_key": label_key, "cache_dir": cache_dir, "cache_gb": cache_gb}
         if decode == "device":  # set on the object: Lightning then prefers it to the module's hook of this name
             self.transfer_batch_to_device = self._to_device  # type: ignore[method-assign]
 
@@ -203,12 +203,15 @@ class StreamingImageDataModule(ImageFolderDataModule):
         """Return the order in which each worker reads its own shards."""
         shards = dataset.shards  # type: ignore[attr-defined]
         replicas, _ = replicas_and_rank(self.trainer)
+        workers = max(self.num_workers, 1)
+        if isinstance(shards, LitdataShards) and shards.copies is not None:
+            shards.copies.divide(replicas * workers, self.mix_shards)
         return ShardOrder(
             shards.sizes,
             replicas=replicas,
-            workers=max(self.num_workers, 1),
+            workers=workers,
             batch_size=self.batch_size,
-            mix_shards=self.mix_shards or (1 if shards.remote else _MIX_SHARDS),
+            mix_shards=self.mix_shards,
         )
 
     def _to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

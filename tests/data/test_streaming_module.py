@@ -1,5 +1,6 @@
 """Images in shards: the same batches as from the folder, each image once, exact resume, broken records by name."""
 
+import contextlib
 import io
 import json
 import tarfile
@@ -306,14 +307,52 @@ def test_a_broken_record_is_skipped_and_counted(broken, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_address_is_copied_to_the_cache(shards, tmp_path, workers):
-    address = f"local:{shards / 'litdata'}"  # litdata copies from it as from s3://
-    data = _data(address, cache_dir=str(tmp_path / "cache"), num_workers=workers)
-    assert data.train_dataloader().sampler.batches.mix_shards == 1
-    assert sorted(_flat(_epoch(data))) == list(range(48))
-    assert len(list((tmp_path / "cache").rglob("*.bin"))) == 8
-    local = _data(shards / "litdata", num_workers=workers, mix_shards=1)
+    address, cache = f"local:{shards / 'litdata'}", tmp_path / "cache"  # litdata copies from it as from s3://
+    data = _data(address, cache_dir=cache, num_workers=workers)
+    local = _data(shards / "litdata", num_workers=workers)
     for batch, other in zip(data.train_dataloader(), local.train_dataloader(), strict=True):
         assert torch.equal(batch[0].pixels, other[0].pixels)
+        assert torch.equal(batch[1], other[1])
+    copied = {path.name: path.stat().st_mtime_ns for path in cache.rglob("chunk-*.bin")}
+    assert len(copied) == 8
+    assert len(_epoch(_data(address, cache_dir=cache))) == 12
+    assert copied == {path.name: path.stat().st_mtime_ns for path in cache.rglob("chunk-*.bin")}
+    assert data.num_classes == 3
+
+
+def _bytes_of(folder):
+    total = 0
+    for path in folder.rglob("chunk-*.bin"):
+        with contextlib.suppress(FileNotFoundError):  # removed by a worker in the meantime
+            total += path.stat().st_size
+    return total
+
+
+@pytest.mark.parametrize(("workers", "mix"), [(0, 2), (2, 1)])
+def test_a_set_larger_than_the_cache_is_read_within_it(shards, tmp_path, workers, mix):
+    address, cache = f"local:{shards / 'litdata'}", tmp_path / "cache"
+    largest = max(path.stat().st_size for path in (shards / "litdata").glob("*.bin"))
+    options = {"num_workers": workers, "cache_dir": cache, "mix_shards": mix}
+    size = (mix + 1) * max(workers, 1) * largest / 1e9
+    data = _data(address, cache_gb=size, **options)
+    loader = data.train_dataloader()
+    assert not data._sets["train"].shards.copies.shared
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        seen, most = [], 0
+        for batch in loader:
+            seen += batch[2].tolist()
+            most = max(most, _bytes_of(cache))
+        assert sorted(seen) == list(range(48))
+        assert 0 < most <= size * 1e9
+    with pytest.raises(ValueError, match="`cache_gb` must be at least"):
+        _data(address, cache_gb=size * 0.99, **options).train_dataloader()
+    (cache / next(cache.iterdir()).name / "process-999999999-x").mkdir()  # of a killed process
+    data = _data(address, cache_gb=size, **options)
+    data.setup()
+    assert not list(cache.rglob("process-999999999-x"))
+    if workers:
+        assert not list(cache.rglob("chunk-*.bin"))  # the workers have ended
 
 
 def test_decoding_where_the_batch_is_used_gives_the_same_batches(shards):
@@ -503,6 +542,9 @@ def test_bad_shards_are_refused(case, shards, tmp_path):
         ({"decode": "device", "on_error": "skip"}, ValueError, '`on_error` must be "raise" with'),
         ({"mix_shards": 0}, ValueError, "`mix_shards` must be >= 1"),
         ({"cache_dir": "x"}, ValueError, "`cache_dir` must be left out without an address"),
+        ({"cache_gb": 1}, ValueError, "`cache_gb` must be left out without an address"),
+        ({"train": "local:no", "cache_gb": 0}, ValueError, "`cache_gb` must be > 0"),
+        ({"train": "local:no"}, ValueError, "`cache_dir` must be given for an address"),
         ({"size": 0}, ValueError, "`size` must be >= 1"),
         ({"batch_size": 49}, ValueError, "`batch_size` must be at most 48"),
     ],
