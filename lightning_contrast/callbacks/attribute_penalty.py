@@ -242,14 +242,15 @@ class GroupAdversary:
         return global_mean(entropy, known.float().clamp_min(_TINY))
 
     def _built(self, features: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
-        network = self.network
-        if network is None or self.optimizer is None or network[0].in_features != features.shape[1]:
+        network, optimizer = self.network, self.optimizer
+        if network is None or optimizer is None or network[0].in_features != features.shape[1]:
             with seeded(0, features.device):
                 layers = nn.Linear(features.shape[1], _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, self.num_groups)
-            self.network = nn.Sequential(*layers).to(features.device)
-            self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr)
+            network = nn.Sequential(*layers).to(features.device)
+            optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr)
             if self._pending:
-                self.network.load_state_dict(self._pending["network"])
-                self.optimizer.load_state_dict(self._pending["optimizer"])
+                network.load_state_dict(self._pending["network"])
+                optimizer.load_state_dict(self._pending["optimizer"])
                 self._pending = {}
-        return self.network, self.optimizer
+            self.network, self.optimizer = network, optimizer
+        return network, optimizer
