@@ -182,7 +182,8 @@ class SeedObjective(Objective):
 
     def queues(self) -> dict[str, nn.Module]:
         """Return the queues of the teacher's embeddings."""
-        return {"keys": self.queue} | ({} if self.small_queue is None else {"small_keys": self.small_queue})
+        small: dict[str, nn.Module] = {} if self.small_queue is None else {"small_keys": self.small_queue}
+        return {"keys": self.queue, **small}
 
 
 class CompressObjective(Objective):
