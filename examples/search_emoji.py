@@ -11,7 +11,7 @@ import lightning_contrast as lc
 
 
 def write_images(data: lc.data.EmojiDataModule, folder: Path) -> None:
-    """Write the emoji of the artist that is searched, named by their captions, in folders "seen" and "unseen" things."""
+    """Write the emoji of the artist that is searched, named by captions, in folders of "seen" and "unseen" things."""
     noto, captions = data.artists("train")[0], data.captions("train")
     unseen, names = data.artists("val")[0], data.captions("val")[: len(data.things("val"))]
     for part, images, words in (("seen", noto, captions), ("unseen", unseen, names)):
@@ -38,10 +38,10 @@ if __name__ == "__main__":
     for words in args.words:
         print(f"{words}:", ", ".join(f"{hit.path} {hit.score:.2f}" for hit in index.search(words, 5)))
     pictures, names = data.artists("train")[1], data.captions("train")
-    for place in range(0, len(pictures), len(pictures) // 3):
+    for place in (part * len(pictures) // 3 for part in range(3)):
         hits = index.search(pictures[place], 5, where="folder = 'seen'")
         print(f"picture of {names[place]}:", ", ".join(f"{hit.path} {hit.score:.2f}" for hit in hits))
     found = index.near_duplicates(0.99)
-    print(f"near duplicates: {len(found)} groups, such as", found[:2])
+    print(f"near duplicates: {len(found)} groups, the smallest:", found[-1:])
     if args.page:
         lc.serving.serve(lc.search.create_search_app(index))
