@@ -158,6 +158,20 @@ def test_clip_emoji(tmp_path, method, fold):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_search_emoji(tmp_path):
+    pytest.importorskip("lancedb")
+    arguments = ("--epochs", "1", "--words", "cat", "--output", "out")
+    out = run(ROOT / "examples" / "search_emoji.py", *arguments, cwd=tmp_path)
+    count = len(list((tmp_path / "out" / "images").rglob("*.png")))
+    assert f"{count} images, {count} added" in out
+    five = r"^(?:cat|picture of [^:]+): (?:(?:un)?seen/.+\.png -?[01]\.\d\d(?:, |$)){5}"
+    assert len(re.findall(five, out, flags=re.M)) == 4
+    again = run(ROOT / "examples" / "search_emoji.py", *arguments, cwd=tmp_path)
+    assert f"{count} images, 0 added" in again  # the same seed gives the same model
+
+
+@pytest.mark.slow
 def test_wrong_captions(tmp_path):
     arguments = ("--epochs", "1", "--share", "0.3", "--output", "out")
     run(ROOT / "examples" / "wrong_captions.py", *arguments, cwd=tmp_path)

@@ -1,0 +1,148 @@
+"""The similarity service under load on loopback: p50 and p99 of a request, images/s, and those of the bare session.
+
+Clients are threads of another process on the same machine, each with one image per request and the next after its
+answer. Without ``--models`` a ResNet-50 with random weights is exported, and made int8 by ONNX Runtime (static, per
+channel, calibrated on the images of the requests).
+"""
+
+import argparse
+import http.client
+import io
+import json
+import multiprocessing
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGES, EDGE = 32, 256
+
+
+def jpegs() -> list[bytes]:
+    found = []
+    for seed in range(IMAGES):
+        noise = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).resize((EDGE, EDGE), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        found.append(file.getvalue())
+    return found
+
+
+def make_models(folder: Path) -> dict[str, Path]:
+    import onnx
+    import timm
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from lightning_contrast.evaluation import export_backbone
+    from lightning_contrast.serving import decode_image, open_embedder
+
+    spec = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    torch.manual_seed(0)
+    network = timm.create_model("resnet50", num_classes=0, zero_init_last=False)
+    floats = export_backbone(network, folder / "float.onnx", format="onnx", input_spec=spec)
+    embedder, name = open_embedder(floats), "images"
+    batches = [{name: embedder.prepare(decode_image(data))[None].numpy()} for data in jpegs()]
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    prepared, path = folder / "prepared.onnx", folder / "int8.onnx"
+    quant_pre_process(str(floats), str(prepared))
+    quantize_static(str(prepared), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"input_spec": json.dumps(spec)})
+    onnx.save(model, path)
+    return {"float": floats, "int8": path}
+
+
+def client(port: int, clients: int, seconds: float, answers: "multiprocessing.Queue[list[float]]") -> None:
+    images, times, lock = jpegs(), [], threading.Lock()
+    end = time.perf_counter() + seconds
+
+    def ask(place: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        head = b"--x\r\ncontent-disposition: form-data; name=image; filename=x\r\n\r\n"
+        while time.perf_counter() < end:
+            place = (place + 1) % len(images)
+            start = time.perf_counter()
+            body = head + images[place] + b"\r\n--x--\r\n"
+            connection.request("POST", "/embed", body, {"content-type": "multipart/form-data; boundary=x"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200, answer.status
+            with lock:
+                times.append(time.perf_counter() - start)
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answers.put(times)
+
+
+def measure(path: Path, clients: list[int], seconds: float, threads: int) -> dict[str, object]:
+    import uvicorn
+
+    from lightning_contrast.serving import create_app, decode_image, open_embedder
+
+    embedder = open_embedder(path, threads=threads)
+    images = [embedder.prepare(decode_image(data)) for data in jpegs()]
+    found: dict[str, object] = {"MB": round(path.stat().st_size / 1e6, 1)}
+    for size in (1, 8):
+        embedder.embed_prepared(images[:size])
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            embedder.embed_prepared(images[:size])
+            count += size
+        found[f"bare session, batch {size}: images/s"] = round(count / (time.perf_counter() - start), 1)
+    server = uvicorn.Server(uvicorn.Config(create_app(embedder), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    for count in clients:
+        answers: multiprocessing.Queue[list[float]] = context.Queue()
+        process = context.Process(target=client, args=(port, count, seconds, answers))
+        process.start()
+        times = answers.get(timeout=seconds + 300)
+        process.join()
+        p50, p99 = np.percentile(times, [50, 99]) * 1000
+        row = {"p50 ms": round(float(p50), 1), "p99 ms": round(float(p99), 1)}
+        found[f"{count} clients"] = row | {"images/s": round(len(times) / seconds, 1), "requests": len(times)}
+    server.should_exit = True
+    thread.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=[], help="NAME=PATH of ONNX graphs")
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("runs/serving.jsonl"))
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        given = dict(model.split("=", 1) for model in args.models)
+        for name, path in (given or make_models(Path(folder))).items():
+            row = {"model": name} | measure(Path(path), args.clients, args.seconds, args.threads)
+            print(json.dumps(row), flush=True)
+            with args.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
