@@ -88,6 +88,7 @@ def test_invariance(tmp_path):
     assert (tmp_path / "out" / "invariance.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_domain_views(tmp_path):
     run(ROOT / "examples" / "domain_views.py", "--output", "views.png", cwd=tmp_path)
     picture, kept = (path.read_bytes() for path in (tmp_path / "views.png", ROOT / "docs" / "images" / "domains.png"))

@@ -274,6 +274,7 @@ def test_a_method_with_a_named_backbone_loads_without_arguments(name, tmp_path):
 
 
 @primary
+@pytest.mark.slow
 @pytest.mark.matrix("exported")
 def test_an_exported_backbone_gives_the_same_features(name, tmp_path):
     module, fresh = named(name)
