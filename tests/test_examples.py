@@ -31,7 +31,7 @@ def test_fits_on_a_page(path):
 
 @pytest.mark.slow
 def test_quickstart(tmp_path):
-    out = run(ROOT / "examples" / "quickstart.py", "--epochs", "2", "--output", "out", cwd=tmp_path)
+    out = run(ROOT / "examples" / "quickstart.py", "--epochs", "1", "--output", "out", cwd=tmp_path)
     assert "recall@1" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results) == {"pixels", "random", "trained", "seconds", "seed"}
