@@ -36,9 +36,9 @@ demo: install
 test: install
 	$(PYTEST)
 
-# What starts no processes and takes no more than a few seconds a test: under three minutes on two quiet cores.
+# What starts no processes and takes no more than a few seconds a test, without the cells of the matrix (`make matrix`).
 fast: install
-	$(PYTEST) -m "not dist and not slow and not browser"
+	$(PYTEST) -m "not dist and not slow and not browser and not matrix"
 
 # The numerical tests as on other machines: with the kernels of a processor without AVX, and with those of one with AVX2
 # at two threads for each of JOBS processes (more threads than cores) and in random order. The variables choose the code

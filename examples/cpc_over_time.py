@@ -52,6 +52,7 @@ def judge(model, data, policy):
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=10)
+parser.add_argument("--batches", type=int, help="batches per epoch, for a quick try")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--fold", type=int, help="1 to 4: judge on a fold of the training things")
 parser.add_argument("--output", type=Path, default=Path("cpc_over_time.json"))
@@ -66,7 +67,8 @@ results = {"random weights": judge(model, data, policy)}
 print(json.dumps(results), flush=True)
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 views = lc.ViewAugmentation(policy, seed=options.seed)
-trainer = L.Trainer(max_epochs=options.epochs, accelerator="cpu", callbacks=[views], **quiet)
+limit = {"max_epochs": options.epochs, "limit_train_batches": options.batches}
+trainer = L.Trainer(**limit, accelerator="cpu", callbacks=[views], **quiet)
 trainer.fit(model, data)
 results["trained"] = judge(model, data, policy)
 results |= {"loss": round(float(trainer.callback_metrics["train/loss"]), 3), "seed": options.seed, "fold": options.fold}

@@ -53,6 +53,7 @@ def run(description, rows, make, output, **statistics):
     parser.add_argument("--rows", nargs="+", default=[*rows], choices=[*rows])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batches", type=int, help="batches per epoch, for a quick try")
     parser.add_argument("--fold", type=int, help="1 to 4: judge on a fold of the training things")
     parser.add_argument("--output", type=Path, default=Path(output), help="gets a line per run")
     options = parser.parse_args()
@@ -64,7 +65,8 @@ def run(description, rows, make, output, **statistics):
         model, policy, epochs = make(rows[row], options.epochs)
         views = lc.ViewAugmentation(policy, seed=seed)
         if epochs:
-            L.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[views], **quiet).fit(model, data)
+            limit = {"max_epochs": epochs, "limit_train_batches": options.batches}
+            L.Trainer(**limit, accelerator="cpu", callbacks=[views], **quiet).fit(model, data)
         line = json.dumps({"row": row, "seed": seed, "fold": options.fold, **judge(model, data, **statistics)})
         print(line, flush=True)
         with options.output.open("a") as file:

@@ -31,7 +31,7 @@ def test_fits_on_a_page(path):
 
 @pytest.mark.slow
 def test_quickstart(tmp_path):
-    out = run(ROOT / "examples" / "quickstart.py", "--epochs", "2", "--output", "out", cwd=tmp_path)
+    out = run(ROOT / "examples" / "quickstart.py", "--epochs", "1", "--output", "out", cwd=tmp_path)
     assert "recall@1" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results) == {"pixels", "random", "trained", "seconds", "seed"}
@@ -88,6 +88,7 @@ def test_invariance(tmp_path):
     assert (tmp_path / "out" / "invariance.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_domain_views(tmp_path):
     run(ROOT / "examples" / "domain_views.py", "--output", "views.png", cwd=tmp_path)
     picture, kept = (path.read_bytes() for path in (tmp_path / "views.png", ROOT / "docs" / "images" / "domains.png"))
@@ -117,15 +118,15 @@ def test_point_contrast(tmp_path):
 
 @pytest.mark.slow
 def test_curl(tmp_path):
-    out = run(ROOT / "examples" / "curl.py", "--epochs", "10", cwd=tmp_path)
+    out = run(ROOT / "examples" / "curl.py", "--epochs", "5", cwd=tmp_path)
     random, trained = shares(out, "recall@1")
-    assert trained > max(2 * random, 5 / 624)  # 18 times chance on fold 1, with three quarters of the steps
+    assert trained > max(2 * random, 5 / 624)  # 27 times chance with seed 0
 
 
 @pytest.mark.slow
 def test_bind_emoji(tmp_path):
-    """Means over both directions: 25 and 5 times chance on fold 1 with seed 0, and at chance with random weights."""
-    out = run(ROOT / "examples" / "bind_emoji.py", "--fold", "1", cwd=tmp_path)
+    """Means over both directions: 13 and 4 times chance on fold 1 with seed 0, and at chance with random weights."""
+    out = run(ROOT / "examples" / "bind_emoji.py", "--fold", "1", "--epochs", "20", cwd=tmp_path)
     found, chance = shares(out, "@10"), (10 / 934, 10 / 312)
     assert len(found) == 8
     for place, bounds in ((0, (0, 1.6)), (4, (8, 40))):  # random weights, trained
@@ -183,28 +184,6 @@ def test_wrong_captions(tmp_path):
 
 
 COMPOSED = runpy.run_path(str(ROOT / "examples" / "composed_scenes.py"))
-
-
-@pytest.mark.parametrize(
-    ("similarity", "text", "image"),
-    [
-        ([[0.9, 0.1], [0.2, 0.8]], 1, 1),
-        ([[0.1, 0.9], [0.8, 0.2]], 0, 0),
-        ([[0.5, 0.4], [0.9, 0.95]], 1, 0),  # the second image is preferred by both captions
-        ([[0.5, 0.9], [0.4, 0.95]], 0, 1),  # the second caption is preferred by both images
-        ([[0.5, 0.5], [0.5, 0.5]], 0, 0),  # ties are wrong
-    ],
-)
-def test_scores_of_composed_scenes_by_hand(similarity, text, image):
-    found = COMPOSED["winoground"](torch.tensor([similarity]))
-    assert found == {"text": text, "image": image, "group": text * image}
-
-
-def test_scores_of_composed_scenes_by_chance():
-    draws = torch.randn(100_000, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = COMPOSED["winoground"](draws)
-    for name, chance in {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}.items():
-        assert abs(found[name] - chance) < 0.01, name
 
 
 class Squares:
@@ -278,7 +257,9 @@ def test_check_lightly(tmp_path):
 @pytest.mark.slow
 def test_temporal_emoji(tmp_path):
     rows = ["random", "instance", "instance + temporal"]
-    run(ROOT / "examples" / "temporal_emoji.py", "--epochs", "2", "--seeds", "0", "--rows", *rows, cwd=tmp_path)
+    for some, batches in ((rows[:2], ["--batches", "2"]), (rows[2:], [])):  # of the second only that it runs
+        arguments = ("--epochs", "2", *batches, "--seeds", "0", "--rows", *some)
+        run(ROOT / "examples" / "temporal_emoji.py", *arguments, cwd=tmp_path)
     found = {
         line["row"]: line for line in map(json.loads, (tmp_path / "temporal_emoji.jsonl").read_text().splitlines())
     }
@@ -290,7 +271,7 @@ def test_temporal_emoji(tmp_path):
 
 @pytest.mark.slow
 def test_vjepa_emoji(tmp_path):
-    run(ROOT / "examples" / "vjepa_emoji.py", "--epochs", "1", "--seeds", "0", cwd=tmp_path)
+    run(ROOT / "examples" / "vjepa_emoji.py", "--epochs", "1", "--batches", "4", "--seeds", "0", cwd=tmp_path)
     random, trained = map(json.loads, (tmp_path / "vjepa_emoji.jsonl").read_text().splitlines())
     assert (random["row"], trained["row"]) == ("random", "V-JEPA")
     assert trained != random | {"row": "V-JEPA"}  # an epoch is too short to learn: see docs/masked.md
@@ -299,7 +280,7 @@ def test_vjepa_emoji(tmp_path):
 
 @pytest.mark.slow
 def test_cpc_over_time(tmp_path):
-    run(ROOT / "examples" / "cpc_over_time.py", "--epochs", "1", cwd=tmp_path)
+    run(ROOT / "examples" / "cpc_over_time.py", "--epochs", "1", "--batches", "3", cwd=tmp_path)
     results = json.loads((tmp_path / "cpc_over_time.json").read_text())
     random, trained = results["random weights"], results["trained"]
     assert random["of 129"] == pytest.approx(1 / 129, abs=0.003)  # chance

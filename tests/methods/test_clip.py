@@ -400,7 +400,8 @@ def test_both_towers_are_exported(method, tmp_path):
     assert tokens.shape[1] < module.text_backbone.context_length
 
 
-@pytest.mark.parametrize("name", ["tiny-clip", *(pytest.param(n, marks=pytest.mark.slow) for n in [*KINDS][1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_open_clips_towers_are_exported(name, tiny_open_clip, tmp_path):
     module = KINDS[name][0].from_open_clip(name).eval()
     paths = lc.export.export_towers(module, tmp_path, input_spec={"size": 32, "mean": None, "std": None})

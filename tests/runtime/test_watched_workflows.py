@@ -22,12 +22,15 @@ from tests.callbacks.watchers import Images, Shows, watchers
 from tests.methods.cases import make
 from tests.runtime.test_workflows import IGNORED, three
 
-pytestmark = pytest.mark.filterwarnings(
-    *IGNORED,
-    "ignore:CollapseMonitor",  # these networks are small
-    'ignore:`knn`. with `bank="train"` it compares features of the training weights',  # of EMAWeightAveraging
-    "ignore:.*this run has no validation data",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        *IGNORED,
+        "ignore:CollapseMonitor",  # these networks are small
+        'ignore:`knn`. with `bank="train"` it compares features of the training weights',  # of EMAWeightAveraging
+        "ignore:.*this run has no validation data",
+    ),
+]
 VIEWS = {"SimCLR": 2, "MoCo": 2, "DINO": 4}
 
 

@@ -326,7 +326,7 @@ class Heads(nn.Module):
 
     def _lars(self) -> Callable[[float], None]:
         """Return a step of LARS for one head, given a factor of its rate; the bias is not adapted."""
-        groups = [{"params": [*self.weights]}, {"params": [*self.biases], "adapt": False}]
+        groups: list[dict[str, Any]] = [{"params": [*self.weights]}, {"params": [*self.biases], "adapt": False}]
         optimizer = LARS(groups, lr=0.0, momentum=_MOMENTUM, weight_decay=self.protocol.weight_decay)
 
         def step(factor: float) -> None:
