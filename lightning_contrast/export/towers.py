@@ -91,7 +91,10 @@ def export_towers(
     }
     preparation = {"size": spec["size"], "mean": spec["mean"], "std": spec["std"], "scale": spec.get("scale")}
     preparation |= {"interpolation": resampling, "inside": False}
-    metadata = [{INPUT_SPEC: json.dumps(spec), "preprocessing": preparation}, {"context_length": length}]
+    metadata: list[dict[str, Any]] = [
+        {INPUT_SPEC: json.dumps(spec), "preprocessing": preparation},
+        {"context_length": length},
+    ]
     given = [pairs, _tokens(model, pairs, length, vocabulary)]
 
     folder = Path(folder)
