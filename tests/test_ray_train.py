@@ -10,7 +10,7 @@ from tests.tolerances import TRAINING, f32
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore")  # of Ray's and Lightning's own
-def test_two_ray_workers_give_the_run_of_ddp(tmp_path):
+def test_two_ray_workers_give_the_run_of_ddp(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -47,6 +47,7 @@ def test_two_ray_workers_give_the_run_of_ddp(tmp_path):
         fit(tmp_path / "ddp.pt", devices=2, strategy="ddp")
 
     run_processes(run, 2)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else other tests starve them
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5})

@@ -27,7 +27,8 @@ from lightning_contrast.export.parity import (
 from lightning_contrast.export.pruning import prune_channels
 from lightning_contrast.export.samples import Samples, read_samples
 from lightning_contrast.export.source import PixelInput, backbone_of, float_copy, input_of
-from lightning_contrast.exported import ARCHITECTURE, INPUT_SPEC, add_int4, count_channels, load_backbone, pack_weights
+from lightning_contrast.exported import INPUT_SPEC, add_int4, count_channels, load_backbone, pack_weights
+from lightning_contrast.nn.backbones import ARCHITECTURE
 from lightning_contrast.nn.frozen_teacher import weights_digest
 
 __all__ = ["ExportFormat", "export", "load_backbone"]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_contrast.export.graphs import onnx_runner, silent
@@ -107,7 +108,7 @@ def _static(prepared: Path, path: Path, model: Any, nodes: list[str], calibratio
 
         def __init__(self) -> None:
             name = model.graph.input[0].name
-            self.batches: Iterator[dict[str, Any]] = iter({name: b.numpy()} for b in calibration.split(_BATCH))
+            self.batches: Iterator[dict[str, Any]] = iter({name: b.numpy()} for b in torch.split(calibration, _BATCH))
 
         def get_next(self) -> dict[str, Any] | None:
             """Return the next batch, or None."""

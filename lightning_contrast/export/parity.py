@@ -130,7 +130,7 @@ def _place(path: Path) -> Path:
 
 def run_all(runner: Runner, inputs: Tensor, *, batch_size: int = _BATCH) -> Tensor:
     """Return the features of all inputs ``(N, ...)``, ``(N, F)`` float32; the first batch holds one of them."""
-    parts = [inputs[:1], *inputs[1:].split(batch_size)]
+    parts = [inputs[:1], *torch.split(inputs[1:], batch_size)]
     with torch.no_grad():
         return torch.cat([runner(part).float().cpu() for part in parts if len(part)])
 

@@ -94,7 +94,7 @@ def export_towers(
     preparation = {"size": spec["size"], "mean": spec["mean"], "std": spec["std"], "scale": spec.get("scale")}
     preparation |= {"interpolation": resampling, "inside": False}
     tokenizer = json.dumps(tokenizer_spec(getattr(model, "tokenizer", None)))
-    metadata = [
+    metadata: list[dict[str, Any]] = [
         {INPUT_SPEC: json.dumps(spec), "preprocessing": preparation},
         {"context_length": length, "tokenizer": tokenizer},
     ]

@@ -171,9 +171,10 @@ def test_the_command_is_killed_and_resumed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
-def test_two_ray_workers_write_the_same_bytes_and_resume(tmp_path):
+def test_two_ray_workers_write_the_same_bytes_and_resume(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     whole = bytes_of(embed_dataset(network(), loader(), tmp_path / "one", shard_size=4))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else other tests starve them
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         folder = embed_dataset(network(), loader(), tmp_path / "two", shard_size=4, ray_workers=2)
