@@ -55,6 +55,32 @@ def test_quickstart(tmp_path):
 
 
 @pytest.mark.slow
+def test_report(tmp_path):
+    """Trains the demo's SimCLR where there is no checkpoint, and continues from its own files."""
+    out = run(ROOT / "examples" / "report.py", "--epochs", "1", "--parts", "knn", cwd=tmp_path)
+    values = dict(re.findall(r"^(\w+): (0\.\d+)$", out, flags=re.M))
+    assert list(values) == ["SimCLR", "random", "pixels", "HOG", "supervised"]
+    assert float(values["pixels"]) == pytest.approx(0.569, abs=0.002)  # no training in it: as in the demo
+    assert float(values["HOG"]) == pytest.approx(0.596, abs=0.002)
+    assert values["random"] != values["SimCLR"]
+    folder = tmp_path / "runs" / "report"
+    stamps = [(folder / name).stat().st_mtime_ns for name in ("demo/simclr.ckpt", "supervised-1.pt")]
+    page = (folder / "report.html").read_text()
+    assert len(page) < 5e6
+    checkpoint = ("--checkpoint", str(folder / "demo" / "simclr.ckpt"))
+    assert run(ROOT / "examples" / "report.py", "--epochs", "1", "--parts", "knn", *checkpoint, cwd=tmp_path) == out
+    assert [(folder / name).stat().st_mtime_ns for name in ("demo/simclr.ckpt", "supervised-1.pt")] == stamps
+
+
+def test_the_kept_report_is_one_small_page():
+    text = (ROOT / "docs" / "report_sample.html").read_text()
+    assert len(text) < 5e6
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
+    for name in ("SimCLR", "random", "pixels", "HOG", "supervised"):
+        assert f"<b>{name}</b>" in text
+
+
+@pytest.mark.slow
 def test_reconstruct_emoji(tmp_path):
     out = run(ROOT / "examples" / "reconstruct_emoji.py", "--epochs", "3", "--images", "3", cwd=tmp_path)
     errors = re.findall(r"pixels ([\d.]+), of a gray guess ([\d.]+)", out)

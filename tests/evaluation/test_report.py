@@ -18,7 +18,7 @@ from lightning_contrast import evaluation as ev
 from lightning_contrast.augment import CORRUPTIONS
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.cli import main
-from lightning_contrast.evaluation.report_card import PARTS
+from lightning_contrast.evaluation.report_card import PARTS, cost
 from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
 from lightning_contrast.export import export
@@ -128,7 +128,7 @@ def test_every_part_has_values_of_every_model(whole):
         assert list(outcomes) == ["pool", "blind"], part
         fits = {"segmentation": ["pool"], "detection": ["pool"], "attention": []}.get(part, ["pool", "blind"])
         assert [name for name, outcome in outcomes.items() if outcome.values] == fits, part
-        assert all(outcome.values or "not judged" in outcome.notes[0] for outcome in outcomes.values()), part
+        assert all(outcome.values or "Not judged" in outcome.notes[0] for outcome in outcomes.values()), part
         headline = PARTS[part].headline.replace("5-way", "3-way")
         assert not headline or all(any(n.startswith(headline) for n in outcomes[name].values) for name in fits), part
 
@@ -368,6 +368,38 @@ def test_the_page_is_one_file_that_needs_no_network(whole):
         assert number(row["value"]) in words
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
+
+
+class Meter:
+    """Stands in for the energy meter: 0.5 Wh."""
+
+    def take(self):
+        return 5e-4
+
+    def stop(self):
+        self.stopped = True
+
+
+def test_memory_and_energy_are_measured_and_not_in_the_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "EnergyMeter", Meter)
+    monkeypatch.setattr(cost, "_ENERGY_SECONDS", 0.0)  # one pass
+    monkeypatch.setattr(cost, "_pass_seconds", lambda subject, inputs: 0.5)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    given = {"parts": ("cost",), "options": FAST | {"energy": True}, "progress": False}
+    found = ev.report({"net": net}, Data(), output=tmp_path, **given).outcomes["cost"]["net"]
+    monkeypatch.undo()
+    pixels = 64 * 16 * 16
+    tensors = 3 * pixels + 8 * 3 * 9 + 8 + 8 * pixels + 64 * 8  # images, weights, the map, its mean
+    assert found.measured["peak memory of a pass of 64 images in MiB"] == near64(4 * tensors / 2**20)
+    assert found.measured["images per second"] == near64(64 / 0.5)
+    assert found.measured["Wh per 1,000 images (estimate)"] == near64(0.5 * 1000 / 64)
+    assert found.measured["g of CO2 per 1,000 images (estimate)"] == near64(473 * 5e-4 * 1000 / 64)
+    text = (tmp_path / "report.json").read_text()
+    assert not [name for name in found.measured if name in text]
+    assert set(json.loads((tmp_path / "measured.json").read_text())["cost"]["net"]) == set(found.measured)
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs codecarbon.*pip install 'lightning_contrast\[energy\]'"):
+        ev.report({"net": net}, Data(), output=tmp_path, **given)
 
 
 def test_maps_place_every_image_and_name_what_is_missing(tmp_path, monkeypatch):

@@ -115,15 +115,16 @@ def detection_frozen(
         hint = "Give boxes (K, 4) for each image"
         require(fits, f"{name}_boxes", f"be {len(images)} tensors (K, 4)", len(boxes), hint)
     with isolated(derived_seed(seed, 5)), torch.enable_grad():
-        detector = frozen_detector(model, train).train()
+        device = train.device
+        detector = frozen_detector(model, train).to(device).train()
         trained = [p for p in detector.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             rows = torch.randperm(len(train))[:batch_size].tolist()
             targets = [
-                {"boxes": train_boxes[row].float(), "labels": torch.ones(len(train_boxes[row]), dtype=torch.long)}
-                for row in rows
+                {"boxes": of.float().to(device), "labels": torch.ones(len(of), dtype=torch.long, device=device)}
+                for of in (train_boxes[row] for row in rows)
             ]
             losses: dict[str, Tensor] = detector([train[row] for row in rows], targets)
             loss = torch.stack(list(losses.values())).sum()
@@ -134,8 +135,8 @@ def detection_frozen(
     found: list[dict[str, Any]] = []
     with eval_mode(detector), torch.no_grad():
         for part in test.split(batch_size):
-            found += detector(list(part))
-    boxes, scores = [one["boxes"] for one in found], [one["scores"] for one in found]
+            found += detector(list(part.to(device)))
+    boxes, scores = [one["boxes"].cpu() for one in found], [one["scores"].cpu() for one in found]
     values = {f"ap{round(100 * iou)}": average_precision(boxes, scores, test_boxes, iou=iou) for iou in (0.5, 0.75)}
     return values | {"proposals": sum(map(len, boxes)) / len(boxes)}
 
@@ -148,7 +149,7 @@ def average_precision(boxes: Boxes, scores: Sequence[Tensor], truth: Boxes, *, i
     and averaged over it. COCO's evaluation interpolates at 101 points instead.
 
     Args:
-        boxes: Detected boxes of each image, ``(K, 4)``: left, top, right, bottom.
+        boxes: Detected boxes of each image, ``(K, 4)``: left, top, right, bottom; all tensors on one device.
         scores: Their scores ``(K,)``.
         truth: True boxes of each image ``(T, 4)``.
         iou: Least overlap, in (0, 1].
@@ -179,7 +180,7 @@ def average_precision(boxes: Boxes, scores: Sequence[Tensor], truth: Boxes, *, i
     for _, image, row in ranked:
         hit = False
         if len(truth[image]):
-            overlaps = box_iou(boxes[image][row : row + 1].double(), truth[image].double().to(boxes[image].device))[0]
+            overlaps = box_iou(boxes[image][row : row + 1].double(), truth[image].double())[0]
             best = int(overlaps.argmax())
             hit = float(overlaps[best]) >= iou and (image, best) not in taken
             if hit:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast.callbacks.throughput.meters import check_codecarbon
 from lightning_contrast.checkpoints import AtomicCheckpointIO, load_checkpoint
 from lightning_contrast.distributed import rank
 from lightning_contrast.evaluation.feature_pass.cache import FeatureSet, cached_features
@@ -29,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "scenes": 256,
     "segmentation_steps": 500,
     "detection_steps": 200,
+    "energy": False,
     "pictures": 300,
     "recipe": "small",
     "tuned_test_images": 2048,
@@ -42,10 +44,11 @@ OPTIONS: dict[str, Any] = {
 }
 """Options of the parts: test images that are corrupted, severities, steps of SGD of the grid of heads (12,500 in the
 paper), halvings of the search for C (8 in CLIP's), iterations of each fit of it (1,000 in CLIP's), images and views of
-the geometry, scenes that the dense parts learn from (they are judged by half as many) and steps of their heads, images
-of the figures, recipe of the fine-tuning (a name of `FINE_TUNE_RECIPES`) and its test images at most, imbalance of the
-long tail, test images that are attacked and steps of an attack, images of the planted shortcut, images with conflicting
-cues, and maps: "t-SNE" and "UMAP" (extra ``umap``)."""
+the geometry, scenes that the dense parts learn from (they are judged by half as many) and steps of their heads, whether
+`cost` measures energy for five seconds per model (extra ``energy``), images of the figures, recipe of the fine-tuning (a
+name of `FINE_TUNE_RECIPES`) and its test images at most, imbalance of the long tail, test images that are attacked and
+steps of an attack, images of the planted shortcut, images with conflicting cues, and maps: "t-SNE" and "UMAP" (extra
+``umap``)."""
 _OF_FIGURES = ("pictures", "maps")
 _VERSION = 1  # of the files of single parts
 
@@ -221,6 +224,8 @@ def _checked(
 def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in options:
         check_choice("options", name, OPTIONS)
+    if options.get("energy"):
+        check_codecarbon()
     for layout in options.get("maps", ()):
         check_choice("maps", layout, ("t-SNE", "UMAP"))
     return dict(options)

@@ -28,7 +28,6 @@ _BATCH = 64
 _DRAWS = 1000
 _MEMORY = 10_240  # patches
 _GRID = 20  # finer maps are averaged, so that a search takes seconds
-_NO_MAP = "No map of patches: not judged."
 
 
 class _SceneSet(NamedTuple):
@@ -45,8 +44,8 @@ def segmentation(context: Context, model: str) -> Outcome:
     try:
         train, test = (_scenes(context, subject, split) for split in ("train", "test"))
         maps = [_maps(subject, part.inputs) for part in (train, test)]
-    except (ValueError, TypeError) as error:
-        return Outcome(notes=[f"{_NO_MAP} {error}"])
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: of a layer that takes one size only
+        return _not_judged(error)
     given = (maps[0], train.masks, maps[1], test.masks)
     classes = 1 + EmojiDataModule.num_classes
     steps = int(context.options["segmentation_steps"])
@@ -68,8 +67,8 @@ def attention(context: Context, model: str) -> Outcome:
     try:
         test = _scenes(context, subject, "test")
         maps = torch.cat([attention_maps(subject.module, part).cpu() for part in test.inputs.split(_BATCH)])
-    except (ValueError, TypeError):
-        return Outcome(notes=["No vision transformer of timm with a class token: not judged."])
+    except (ValueError, TypeError, RuntimeError) as error:
+        return _not_judged(error)
     found = attention_scores(maps, test.masks > 0)
     add_mean(outcome, "Jaccard (best head)", found["jaccard"], context.seed)
     add_mean(outcome, "pointing game", found["pointing"], context.seed)
@@ -84,14 +83,19 @@ def detection(context: Context, model: str) -> Outcome:
     try:
         train, test = (_scenes(context, subject, split) for split in ("train", "test"))
         _maps(subject, test.inputs[:1])
-    except (ValueError, TypeError) as error:
-        return Outcome(notes=[f"{_NO_MAP} {error}"])
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: of a layer that takes one size only
+        return _not_judged(error)
     boxes = [[of * part.inputs.shape[-1] / part.masks.shape[-1] for of in part.boxes] for part in (train, test)]
     found = detection_frozen(
         subject.module, train.inputs, boxes[0], test.inputs, boxes[1], steps=steps, seed=context.seed
     )
     values = {"AP50": found["ap50"], "AP75": found["ap75"]}
     return Outcome(values=dict(values), notes=[f"{len(test.inputs)} scenes, {steps} steps."])
+
+
+def _not_judged(error: Exception) -> Outcome:
+    """Return an outcome without values, for a network without patches or attention, or of another kind of image."""
+    return Outcome(notes=[f"Not judged: {' '.join(str(error).split())}"])
 
 
 def _scenes(context: Context, subject: Subject, split: Any) -> _SceneSet:

@@ -295,9 +295,10 @@ PARTS: dict[str, ReportPart] = {
     ),
     "cost": ReportPart(
         "Cost",
-        "What a feature costs; times are of this machine, and not part of report.json.",
-        "Parameters, floating point operations by torch, the fastest of three passes of 64 images.",
-        "torch.utils.flop_counter",
+        "What a feature costs; times, memory and energy are of this machine, and not part of report.json.",
+        "Parameters, floating point operations by torch, the fastest of three passes of 64 images, memory of one; with "
+        "the option `energy`, energy by codecarbon.",
+        "torch.utils.flop_counter, https://github.com/mlco2/codecarbon",
         cost,
         "parameters",
         higher_is_better=False,
