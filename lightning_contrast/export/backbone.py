@@ -28,6 +28,7 @@ from lightning_contrast.export.pruning import prune_channels
 from lightning_contrast.export.samples import Samples, read_samples
 from lightning_contrast.export.source import PixelInput, backbone_of, float_copy, input_of
 from lightning_contrast.exported import INPUT_SPEC, add_int4, count_channels, load_backbone, pack_weights
+from lightning_contrast.nn.auxiliary_batchnorm import remove_auxiliary_batchnorm
 from lightning_contrast.nn.backbones import ARCHITECTURE
 from lightning_contrast.nn.frozen_teacher import weights_digest
 
@@ -290,6 +291,7 @@ def _write_weights(
     blank = None
     if not built_by_name:
         blank = copy.deepcopy(source)
+        remove_auxiliary_batchnorm(blank)  # files do not hold it
         with torch.no_grad():
             for parameter in blank.parameters():
                 parameter.zero_()

@@ -288,6 +288,14 @@ def unroute(module: nn.Module) -> None:
                 del owner[outer]
 
 
+def remove_auxiliary_batchnorm(network: nn.Module) -> None:
+    """Remove the second sets of BatchNorm of a network, in place, and their routes."""
+    unroute(nn.ModuleList([network]))
+    for norm in list(network.modules()):
+        if hasattr(norm, NAME):
+            delattr(norm, NAME)
+
+
 def _owner_of(network: nn.Module) -> tuple[str, dict[str, Any]]:
     """Return where the ``forward`` of a network is: inside that of `GradientCache`, which recomputes it, if any."""
     forward = network.__dict__.get("forward")

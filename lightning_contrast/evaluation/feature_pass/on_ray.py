@@ -52,12 +52,12 @@ def write_on_ray(job: "EmbeddingJob", workers: int) -> list[dict[str, Any]]:
         raise ModuleNotFoundError(f"`ray_workers` needs Ray: {_EXTRA}.") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    gpus = 1 if resources.get("GPU", 0) >= workers else 0
-    reference = ray.put(job)
     resources_of: Any = ray.cluster_resources
     resources = resources_of()
     held = int(resources.get("CPU", 0))
     require(workers <= held, "ray_workers", f"be <= {held}, the CPUs of the cluster", workers, "Give fewer")
+    gpus = 1 if resources.get("GPU", 0) >= workers else 0
+    reference = ray.put(job)
     numbers = ray.data.from_items([{"id": index} for index in range(len(job.shards))])
     written = numbers.map_batches(
         ShardWriter,
