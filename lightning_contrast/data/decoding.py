@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_contrast.data._folder_images import read_rgb, resized, stacked
+from lightning_contrast.seeding import send
 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG"
@@ -134,12 +135,12 @@ def decoded_on(
                 found = pixels[place] if place in pixels else _by_nvjpeg([files[place]], device)[0]
                 image = upright(found, orientation)
             else:
-                image = decode(files[place].numpy().tobytes(), exif=exif).to(device, non_blocking=True)
+                image = send(decode(files[place].numpy().tobytes(), exif=exif), device)
         except Exception as error:
             reason = str(error).rstrip(".")
             raise RuntimeError(f"Cannot decode the image {batch.names[place]}: {reason}.") from error
         squares.append(resized(image, size, evaluation if seed is None else training, seed))
-    return [stacked(squares), *(part.to(device, non_blocking=True) for part in batch.rest)]
+    return [stacked(squares), *(send(part, device) for part in batch.rest)]
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:

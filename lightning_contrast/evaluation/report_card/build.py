@@ -45,10 +45,10 @@ OPTIONS: dict[str, Any] = {
 """Options of the parts: test images that are corrupted, severities, steps of SGD of the grid of heads (12,500 in the
 paper), halvings of the search for C (8 in CLIP's), iterations of each fit of it (1,000 in CLIP's), images and views of
 the geometry, scenes that the dense parts learn from (they are judged by half as many) and steps of their heads, whether
-`cost` measures energy for five seconds per model (extra ``energy``), images of the figures, recipe of the fine-tuning (a
-name of `FINE_TUNE_RECIPES`) and its test images at most, imbalance of the long tail, test images that are attacked and
-steps of an attack, images of the planted shortcut, images with conflicting cues, and maps: "t-SNE" and "UMAP" (extra
-``umap``)."""
+`cost` measures energy for five seconds per model (extra ``energy``), images of the figures, recipe of the fine-tuning
+(a name of `FINE_TUNE_RECIPES`) and its test images at most, imbalance of the long tail, test images that are attacked
+and steps of an attack, images of the planted shortcut, images with conflicting cues, and maps: "t-SNE" and "UMAP"
+(extra ``umap``)."""
 _OF_FIGURES = ("pictures", "maps")
 _VERSION = 1  # of the files of single parts
 
