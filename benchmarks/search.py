@@ -47,7 +47,7 @@ def lance(stored: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor) -> N
             table.put(rows, stored[first : first + 1000].numpy(), replace=False)
         written = time.perf_counter() - start
         table.compact()
-        sizes = {"raw MB": round(stored.numel() * 4 / 1e6, 1), "MB before compaction": round(folder_size(folder), 1)}
+        sizes = {"raw MB": round(stored.numel() * 4 / 1e6, 1), "MB after compaction": round(folder_size(folder), 1)}
 
         def search(query: torch.Tensor, probes: int | None = None) -> list[int]:
             return [int(row["path"]) for row in table.nearest(query.numpy(), K, None, probes)]

@@ -214,7 +214,7 @@ def resized(image: Tensor, size: int, resize: str, seed: int | None) -> Tensor:
     return square
 
 
-def read_rgb(path: str | BinaryIO, *, exif: bool = True, formats: Sequence[str] | None = None) -> Tensor:
+def read_rgb(path: str | BinaryIO, *, exif: bool = True, formats: tuple[str, ...] | None = None) -> Tensor:
     """Read a file with Pillow as RGB, uint8 ``(3, H, W)``; of several frames the first, and without transparency.
 
     Args:

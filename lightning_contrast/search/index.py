@@ -21,6 +21,8 @@ from lightning_contrast.serving.embedder import Embedder, open_embedder
 from lightning_contrast.serving.pictures import RefusedImageError, decode_image
 
 Query = str | Path | bytes | Tensor | NDArray[np.float32]
+FILE_PIXELS = 89_000_000
+"""Largest number of pixels of a file of the folder, about that of which Pillow warns."""
 _FORMAT = 1
 
 
@@ -192,13 +194,17 @@ class ImageIndex:
             vector = self.model_for("words").embed_texts([query])[0]
         else:
             embedder = self.model_for("images")
-            data = query.read_bytes() if isinstance(query, Path) else query
-            image = decode_image(data, size=embedder.size) if isinstance(data, bytes) else data
+            image: Any = query
+            if isinstance(query, Path):
+                image = decode_image(query.read_bytes(), size=embedder.size, max_pixels=FILE_PIXELS)
+            elif isinstance(query, bytes):
+                image = decode_image(query, size=embedder.size)
             if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
                 got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
                 fail("query", "be words, an image or a vector", got, "Give pixels (3, H, W), uint8", TypeError)
             vector = embedder.embed_images([image])[0]
-        return _unit(vector[None])[0]
+        unit: NDArray[np.float32] = _unit(vector[None])[0]
+        return unit
 
     def near_duplicates(self, threshold: float = 0.95) -> list[tuple[list[str], float]]:
         """Return groups of images that are nearly the same for the model, largest group first.
@@ -283,13 +289,14 @@ class ImageIndex:
         self, embedder: Embedder, paths: Sequence[str], known: dict[str, list[Any]], done: IndexUpdate
     ) -> list[str]:
         """Commit the vectors of files, and return the paths of stored ones that cannot be read any more."""
-        rows, images, lost = [], [], []
+        rows: list[dict[str, Any]] = []
+        images, lost = [], []
         for path in paths:
             file = self.folder / path
             try:
                 path.encode()
                 stat, data = file.stat(), file.read_bytes()  # a change in between is found by the next update
-                pixels = decode_image(data, size=embedder.size)
+                pixels = decode_image(data, size=embedder.size, max_pixels=FILE_PIXELS)
             except (OSError, RefusedImageError, UnicodeEncodeError) as error:
                 done.unreadable[path.encode(errors="replace").decode()] = str(error)
                 lost += [path] if path in known else []
@@ -300,14 +307,14 @@ class ImageIndex:
             images.append(embedder.prepare(pixels))
         if rows:
             vectors = embedder.embed_prepared(images)
-            zero = ~vectors.any(axis=1)
+            zero: list[bool] = (vectors == 0).all(axis=1).tolist()
             for row in (row for row, is_zero in zip(rows, zero, strict=True) if is_zero):
                 done.unreadable[row["path"]] = "The model's output is a vector of zeros."
                 lost += [row["path"]] if row["path"] in known else []
             rows = [row for row, is_zero in zip(rows, zero, strict=True) if not is_zero]
             replace = any(row["path"] in known for row in rows)
             if rows:
-                self._table.put(rows, _unit(vectors[~zero]), replace=replace)
+                self._table.put(rows, _unit(vectors[np.logical_not(zero)]), replace=replace)
         for row in rows:
             (done.changed if row["path"] in known else done.added).append(row["path"])
         return lost
@@ -326,4 +333,5 @@ def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     hint = "The cosine to a vector of zeros is not defined; check the model"
     require(bool((lengths > 0).all()), "vectors", "not be 0", "a vector of zeros", hint)
-    return (vectors / lengths).astype(np.float32)
+    unit: NDArray[np.float32] = (vectors / lengths).astype(np.float32)
+    return unit

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, Response
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from lightning_contrast.search.index import ImageIndex
+from lightning_contrast.search.index import FILE_PIXELS, ImageIndex
 from lightning_contrast.search.store import quoted
 from lightning_contrast.serving.http import (
     ERRORS,
@@ -33,7 +33,9 @@ _PAGE = Path(__file__).parent / "templates" / "search.html"
 _EDGE = 320  # longest side of a small picture, in pixels
 _MOST = 100
 _DIGEST = "^[0-9a-f]{32}$"
-_NOT_FOUND = {404: ERRORS[400] | {"description": "No image of the index has this digest"}}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    404: ERRORS[400] | {"description": "No image of the index has this digest"}
+}
 _DESCRIPTION = "Search a folder of images by words or images."
 Digest = Annotated[str, InPath(pattern=_DIGEST, description="Digest of the content of an image of the index")]
 
@@ -83,6 +85,8 @@ def build_search_app(index: ImageIndex, limits: Limits) -> FastAPI:
             return await in_time(asyncio.ensure_future(run()), limits)
         except RefusedImageError as error:
             raise refused(error, "image") from error
+        except ValueError as error:  # of a query whose vector is 0
+            raise RequestError(422, "invalid_query", str(error)) from error
 
     def of_index(digest: str) -> torch.Tensor:
         path = index.path_of(digest)
@@ -92,7 +96,7 @@ def build_search_app(index: ImageIndex, limits: Limits) -> FastAPI:
             data = path.read_bytes()
         except OSError as error:
             raise RequestError(404, "not_found", "The file is gone; update the index.", "digest") from error
-        return decode_image(data, max_pixels=limits.max_pixels)
+        return decode_image(data, max_pixels=FILE_PIXELS)
 
     def find(query: Any, k: int, folder: str | None) -> list[Found]:
         where = None if folder is None else f"folder = {quoted(folder)}"

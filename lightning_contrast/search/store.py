@@ -151,7 +151,8 @@ class VectorTable:
         Raises:
             ValueError: If the condition is not valid.
         """
-        search = self._table.search(query, vector_column_name=VECTOR).distance_type("cosine").limit(k)
+        search: Any = self._table.search(query, vector_column_name=VECTOR)
+        search = search.distance_type("cosine").limit(k)
         search = search.bypass_vector_index() if probes is None else search.nprobes(probes)
         if where is not None:
             search = search.where(where, prefilter=True)

@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
@@ -40,7 +40,7 @@ class Batcher(Generic[Given, Prepared]):
     def __init__(
         self,
         prepare: Callable[[Given], Prepared],
-        run: Callable[[Sequence[Prepared]], Sequence[Any]],
+        run: Callable[[Sequence[Prepared]], Iterable[Any]],
         *,
         max_batch: int,
         max_delay: float,

@@ -141,7 +141,8 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, left = time.perf_counter(), 500, self.limits.max_body
+        start, status = time.perf_counter(), 500
+        left: int | None = self.limits.max_body
         deadline = start + self.limits.seconds
 
         async def limited() -> Message:

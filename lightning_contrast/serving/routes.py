@@ -86,9 +86,9 @@ def build_app(embedder: Embedder, limits: Limits, *, max_batch: int, max_delay: 
         sizes.observe(size)
         durations.observe(seconds)
 
-    batching = {"max_batch": max_batch, "max_delay": max_delay, "max_waiting": limits.max_waiting}
-    image_queue = Batcher(prepare, embedder.embed_prepared, on_batch=note, **batching)  # type: ignore[arg-type]
-    text_queue = Batcher(lambda text: text, lambda batch: embedder.embed_texts(list(batch)), **batching)  # type: ignore[arg-type]
+    batching: dict[str, Any] = {"max_batch": max_batch, "max_delay": max_delay, "max_waiting": limits.max_waiting}
+    image_queue: Batcher[bytes, Any] = Batcher(prepare, embedder.embed_prepared, on_batch=note, **batching)
+    text_queue: Batcher[str, str] = Batcher(str, lambda batch: embedder.embed_texts(list(batch)), **batching)
 
     def stop() -> None:
         image_queue.close()
