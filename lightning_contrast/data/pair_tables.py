@@ -62,7 +62,7 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of each row's place, lines from 1, and the row."""
     if table.suffix == ".parquet":
         try:
-            from pyarrow import parquet  # type: ignore[import-untyped]
+            from pyarrow import parquet
         except ImportError as error:
             hint = "pip install 'lightning_contrast[pairs]'"
             raise ModuleNotFoundError(f"Parquet files need pyarrow: {hint}.") from error
