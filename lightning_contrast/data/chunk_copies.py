@@ -115,7 +115,7 @@ class ChunkCopies:
 
     def _fetch(self, filename: str, folder: Path, *, required: bool) -> None:
         import_litdata()
-        from litdata.streaming.downloader import get_downloader
+        from litdata.streaming.downloader import get_downloader  # type: ignore[import-untyped]
 
         source = f"{self.address.rstrip('/')}/{filename}"
         try:
@@ -176,7 +176,7 @@ def import_litdata() -> Any:
     """
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask PyPI in each process
     try:
-        import litdata
+        import litdata  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise missing("litdata") from error
     return litdata

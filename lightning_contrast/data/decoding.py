@@ -121,7 +121,7 @@ def decoded_on(
     Raises:
         RuntimeError: If an image cannot be decoded; the message names it.
     """
-    files = list(batch.data.split([length for length, _, _ in batch.images]))
+    files = list(torch.split(batch.data, [length for length, _, _ in batch.images]))
     on_gpu = {place for place, file in enumerate(files) if device.type == "cuda" and bytes(file[:2].tolist()) == _JPEG}
     jpegs = sorted(on_gpu)
     pixels: dict[int, Tensor] = {}

@@ -157,7 +157,7 @@ def test_an_order_has_each_image_once_and_few_shards_per_worker(sizes, replicas,
     epochs = [order.order(seed=1, epoch=epoch).tolist() for epoch in range(3)]
     for rows in epochs:
         assert sorted(rows) == list(range(sum(sizes)))
-        share = sum(sizes) // replicas
+        share, pairs = sum(sizes) // replicas, 0  # of a worker and a shard that it reads
         for rank in range(replicas):
             own = rows[: share * replicas][rank::replicas]
             batches = [own[start : start + batch_size] for start in range(0, share - batch_size + 1, batch_size)]
@@ -166,6 +166,8 @@ def test_an_order_has_each_image_once_and_few_shards_per_worker(sizes, replicas,
                 spans = [[place for place, found in enumerate(read) if found == shard] for shard in set(read)]
                 open_at_once = [sum(span[0] <= place <= span[-1] for span in spans) for place in range(len(read))]
                 assert max(open_at_once, default=0) <= mix
+                pairs += len(spans)
+        assert pairs <= len(sizes) + replicas * workers - 1  # each cut of the sequence divides at most one shard
     assert epochs[0] != epochs[1] != epochs[2]
     assert order.order(seed=1, epoch=0).tolist() == epochs[0]
     assert order.order(seed=2, epoch=0).tolist() != epochs[0]
