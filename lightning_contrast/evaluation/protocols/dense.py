@@ -86,7 +86,7 @@ def _as_map(owner: nn.Module, output: Any, images: Tensor) -> Tensor | None:
         return None
     height, width = (-(-side // edge) for side, edge in zip(images.shape[-2:], patch, strict=True))
     tokens = output[:, int(getattr(owner, "num_prefix_tokens", 0)) :]
-    return tokens.mT.unflatten(2, (height, width)) if tokens.shape[1] == height * width else None
+    return tokens.mT.reshape(*tokens.mT.shape[:2], height, width) if tokens.shape[1] == height * width else None
 
 
 def _last_output(backbone: nn.Module, images: Tensor, modules: list[nn.Module] | None) -> Tensor | None:
@@ -174,10 +174,10 @@ def segmentation_knn(
     def vote(maps: Tensor) -> Tensor:
         queries = maps.permute(0, 2, 3, 1).flatten(0, 2).float()
         votes = []
-        for part in queries.split(_QUERIES):
+        for part in torch.split(queries, _QUERIES):
             _, rows = nearest_neighbours(part, bank, k)
             votes.append(neighbour_vote(part, bank[rows], shares[rows], temperature=temperature))
-        return torch.cat(votes).unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
+        return torch.cat(votes).view(len(maps), *maps.shape[2:], num_classes).permute(0, 3, 1, 2)
 
     return _scored(vote, test, test_masks, num_classes)
 
@@ -243,7 +243,7 @@ def segmentation_linear(
             picked = targets[rows]
             loss = F.cross_entropy(logits, picked, ignore_index=-1, reduction="sum") / (picked >= 0).sum().clamp(min=1)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     norm.eval()
@@ -335,7 +335,7 @@ def attention_scores(maps: Tensor, masks: Tensor, *, mass: float = 0.6) -> dict[
 def _scored(logits: Callable[[Tensor], Tensor], maps: Tensor, masks: Tensor, num_classes: int) -> Segmentation:
     """Upsample the logits of maps to the pixels of the masks, and compare."""
     found = []
-    for rows in torch.arange(len(maps)).split(_IMAGES):
+    for rows in torch.split(torch.arange(len(maps)), _IMAGES):
         large = F.interpolate(logits(maps[rows]), size=masks.shape[1:], mode="bilinear", align_corners=False)
         found.append(large.argmax(1).to(masks.device))
     return segmentation_scores(torch.cat(found), masks, num_classes=num_classes)

@@ -129,12 +129,12 @@ def detection_frozen(
             losses: dict[str, Tensor] = detector([train[row] for row in rows], targets)
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     found: list[dict[str, Any]] = []
     with eval_mode(detector), torch.no_grad():
-        for part in test.split(batch_size):
+        for part in torch.split(test, batch_size):
             found += detector(list(part.to(device)))
     boxes, scores = [one["boxes"].cpu() for one in found], [one["scores"].cpu() for one in found]
     values = {f"ap{round(100 * iou)}": average_precision(boxes, scores, test_boxes, iou=iou) for iou in (0.5, 0.75)}

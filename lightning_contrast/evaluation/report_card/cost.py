@@ -69,14 +69,14 @@ def _peak_mib(subject: Subject, inputs: Tensor) -> float:
     if inputs.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(inputs.device)
         subject.module(inputs)
-        return torch.cuda.max_memory_allocated(inputs.device) / 2**20
+        return float(torch.cuda.max_memory_allocated(inputs.device)) / 2**20
     held = [inputs, *subject.module.parameters(), *subject.module.buffers()]
     with LiveBytes() as counter:
         subject.module(inputs)
-    return (counter.peak + sum(tensor.nbytes for tensor in held)) / 2**20
+    return float(counter.peak + sum(tensor.nbytes for tensor in held)) / 2**20
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the results of operations that are alive at one time; work space of kernels is not counted.
 
     Attributes:
@@ -84,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._known: dict[int, tuple[Any, int]] = {}
 
@@ -95,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 storage = tensor.untyped_storage()
-                self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self._known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
         self._known = {key: of for key, of in self._known.items() if not of[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._known.values()))
         return found

@@ -66,7 +66,7 @@ def attention(context: Context, model: str) -> Outcome:
     outcome, subject = Outcome(), context.subjects[model]
     try:
         test = _scenes(context, subject, "test")
-        maps = torch.cat([attention_maps(subject.module, part).cpu() for part in test.inputs.split(_BATCH)])
+        maps = torch.cat([attention_maps(subject.module, part).cpu() for part in torch.split(test.inputs, _BATCH)])
     except (ValueError, TypeError, RuntimeError) as error:
         return _not_judged(error)
     found = attention_scores(maps, test.masks > 0)
@@ -119,16 +119,16 @@ def _scenes(context: Context, subject: Subject, split: Any) -> _SceneSet:
         preprocess = spec_transform({**spec, "size": max(1, round(images.shape[-1] / patch)) * patch})
     parameter = next(subject.module.parameters(), None)
     given = images if parameter is None else images.to(parameter.device)
-    inputs = torch.cat([preprocess(part) for part in given.split(_BATCH)])
+    inputs = torch.cat([preprocess(part) for part in torch.split(given, _BATCH)])
     check_image_size(subject.module if owner is None else owner, inputs)
     return _SceneSet(inputs, data.class_masks(split), data.boxes(split))
 
 
 def _maps(subject: Subject, inputs: Tensor) -> Tensor:
     """Return the patch features ``(N, F, h, w)`` of inputs ``(N, C, H, W)``, on the CPU, at most 20 x 20."""
-    maps = torch.cat([patch_features(subject.module, part).cpu() for part in inputs.split(_BATCH)])
-    grid = [min(_GRID, side) for side in maps.shape[2:]]
-    return maps if [*maps.shape[2:]] == grid else F.adaptive_avg_pool2d(maps, grid)
+    maps = torch.cat([patch_features(subject.module, part).cpu() for part in torch.split(inputs, _BATCH)])
+    grid = (min(_GRID, maps.shape[2]), min(_GRID, maps.shape[3]))
+    return maps if maps.shape[2:] == grid else F.adaptive_avg_pool2d(maps, grid)
 
 
 def _foreground(found: Segmentation) -> Tensor:
@@ -144,6 +144,6 @@ def _interval(found: Segmentation, seed: int) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(derived_seed(seed, 6))
     drawn = torch.randint(number, (_DRAWS, number), generator=generator)
     counts = torch.zeros(_DRAWS, number, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-    sums = (counts @ found.confusion.flatten(1).double()).unflatten(1, found.confusion.shape[1:])
+    sums = (counts @ found.confusion.flatten(1).double()).view(_DRAWS, *found.confusion.shape[1:])
     ends = class_iou(sums).nanmean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(ends[0]), float(ends[1])
