@@ -69,7 +69,7 @@ class VectorTable:
         return int(self._table.count_rows())
 
     def _create(self, facts: Mapping[str, Any], dim: int) -> Any:
-        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow as pa
 
         numbers = ("bytes", "changed_ns", "width", "height")
         columns = [("path", pa.string()), ("folder", pa.string()), ("digest", pa.string())]
