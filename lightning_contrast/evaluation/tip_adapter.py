@@ -122,6 +122,7 @@ def fit_tip_adapter_keys(
         require(len(rows) == len(classes) > 0, name, "have one class per image", (len(rows), len(classes)), "Pass both")
 
     def logits(images: Tensor, keys: Tensor) -> Tensor:
+        """Return the scores (B, classes) of embeddings (B, D)."""
         options = {"weight": weight, "sharpness": sharpness, "logit_scale": logit_scale}
         return tip_adapter_logits(images, keys, cache_labels, class_weights, **options)
 

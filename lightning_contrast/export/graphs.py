@@ -76,6 +76,7 @@ def onnx_runner(path: Path) -> Runner:
     name = session.get_inputs()[0].name
 
     def run(given: Tensor) -> Tensor:
+        """Return the features (B, F) of a batch."""
         (found,) = session.run(None, {name: given.numpy()})
         return torch.from_numpy(found)
 

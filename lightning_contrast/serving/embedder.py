@@ -188,6 +188,7 @@ def _of_module(module: nn.Module, spec: Any, weights: int) -> Embedder:
     device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
 
     def run(images: Tensor) -> Vectors:
+        """Return the vectors (B, D) of images (B, C, h, w)."""
         with eval_mode(module), torch.no_grad():
             return encode(images.to(device)).float().cpu().numpy()  # type: ignore[no-any-return]
 

@@ -71,6 +71,7 @@ def pgd_robustness(
     of_head = next(head.parameters(), images).device
 
     def logits(given: Tensor) -> Tensor:
+        """Return the scores (B, classes) of images (B, C, H, W)."""
         found: Tensor = head(model(change(given)).to(of_head))
         return found.to(device)
 
@@ -90,6 +91,7 @@ def pgd_robustness(
                 chosen, wanted = batch[rows], target[rows]
 
                 def loss(given: Tensor, wanted: Tensor = wanted) -> Tensor:
+                    """Return the cross-entropy of each image, (B,)."""
                     return F.cross_entropy(logits(given), wanted, reduction="none")
 
                 if not robust:

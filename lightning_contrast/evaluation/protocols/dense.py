@@ -172,6 +172,7 @@ def segmentation_knn(
     require(len(bank) >= k, "k", f"be <= {len(bank)}, the labeled patches of the memory", k, "Decrease `k`")
 
     def vote(maps: Tensor) -> Tensor:
+        """Return the scores of patches of maps (B, F, h, w)."""
         queries = maps.permute(0, 2, 3, 1).flatten(0, 2).float()
         votes = []
         for part in torch.split(queries, _QUERIES):

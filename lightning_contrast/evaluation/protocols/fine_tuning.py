@@ -285,7 +285,7 @@ class _Tuning:
         return found.float()
 
     def fit(self, images: Tensor, labels: Tensor, rates: tuple[float, float], epochs: int) -> None:
-        """Train; all random numbers come from torch's global generator, which is seeded here."""
+        """Train on images (N, C, H, W); all draws come from torch's global generator, which is seeded here."""
         used, rows = self.recipe, len(images)
         batch = min(used.batch_size, rows)
         torch.manual_seed(self.seed)
