@@ -204,7 +204,7 @@ class AdversarialView(L.Callback):
                 check_pixels(pixels)
 
             def normalize(bands: Tensor) -> Tensor:
-                """Return the input of the networks (B, C, h, w) for attacked bands, with the indices that follow them."""
+                """Return the input of the networks (B, C, h, w) for attacked bands, with their indices."""
                 return ((follow_indices(pixels, bands, indices) - mean) / std).to(view.dtype)
 
             attacked = self.attack.view(
