@@ -80,7 +80,7 @@ Files = Sequence[tuple[str, int | None]]
 
 def _write_litdata(files: Files, target: Path, count: int, progress: Callable[[int, int], None]) -> None:
     import_litdata()
-    from litdata.streaming import Cache
+    from litdata.streaming import Cache  # type: ignore[import-untyped]
 
     target.mkdir(parents=True, exist_ok=True)
     cache = Cache(str(target), chunk_size=count)
@@ -94,7 +94,7 @@ def _write_litdata(files: Files, target: Path, count: int, progress: Callable[[i
 
 def _write_tars(files: Files, target: Path, count: int, progress: Callable[[int, int], None]) -> None:
     try:
-        from webdataset import ShardWriter
+        from webdataset import ShardWriter  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise missing("webdataset") from error
     target.mkdir(parents=True, exist_ok=True)
