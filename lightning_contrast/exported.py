@@ -22,7 +22,10 @@ from lightning_contrast.nn.backbones import (
 )
 from lightning_contrast.nn.feature_output import FeatureOutput
 from lightning_contrast.nn.frozen_teacher import FrozenTeacher
+from lightning_contrast.nn.patch_grid import replace_batchnorm
 from lightning_contrast.nn.small_vit import SMALL_VIT
+from lightning_contrast.nn.tubelets import VIDEO_VITS, build_tubelet_backbone
+from lightning_contrast.nn.video import CLIP_NAMES, build_clip_backbone
 
 INPUT_SPEC = "input_spec"
 """Key of the preprocessing of images in exported files and in the metadata of ONNX graphs."""
@@ -65,7 +68,7 @@ def load_backbone(path: str | Path, backbone: nn.Module | None = None) -> nn.Mod
         hint = "The file does not hold how the network was built: give `backbone=`, a network built in the same way"
         require(architecture["name"] is not None, "backbone", "be given for this file", None, hint)
         with torch.random.fork_rng(devices=[]):
-            backbone = build_backbone(**_arguments(architecture), feature_dim=features.shape[1]).module
+            backbone = _rebuilt(architecture, features.shape[1])
     try:
         backbone.load_state_dict(strip_prefix(saved["state_dict"]) | _unpacked(saved.get(_INT4, {})))
     except RuntimeError as error:
@@ -207,9 +210,20 @@ def count_channels(network: nn.Module, spec: Mapping[str, Any]) -> int:
     return 3 if convolution is None else convolution.in_channels
 
 
-def _arguments(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("small_images", "backbone_kwargs", "tokens")
-    return {"backbone": architecture["name"]} | {name: architecture[name] for name in names}
+def _rebuilt(architecture: Mapping[str, Any], feature_dim: int) -> nn.Module:
+    """Return the network of images or clips that the entry of a file describes, with new weights."""
+    name, options = architecture["name"], _options(architecture)
+    if name in VIDEO_VITS:
+        network = build_tubelet_backbone(name, **options).module
+    elif name in CLIP_NAMES:
+        network = build_clip_backbone(name, **options).module
+    else:
+        network = build_backbone(name, feature_dim=feature_dim, **options).module
+    return replace_batchnorm(network) if architecture.get("layer_norm") else network
+
+
+def _options(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: architecture[name] for name in ("small_images", "backbone_kwargs", "tokens")}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, require
-from lightning_contrast.nn.backbones import read_feature_dim
+from lightning_contrast.nn.backbones import BUILT_AS, read_feature_dim
 
 
 class PatchGrid(nn.Module):
@@ -193,4 +193,6 @@ def replace_batchnorm(network: nn.Module) -> nn.Module:
         return nn.Sequential(norm, *rest) if rest else norm  # timm's norms may hold an activation
     for name, child in network.named_children():
         setattr(network, name, replace_batchnorm(child))
+    if (built := getattr(network, BUILT_AS, None)) is not None:  # exported files say how the network is built again
+        object.__setattr__(network, BUILT_AS, {**built, "layer_norm": True})
     return network

@@ -11,6 +11,8 @@ from lightning_contrast.precision import upcast
 
 SMALL_VIDEO_CONVNET = "small_video_convnet"
 TORCHVISION_NAMES = ("r3d_18", "mc3_18", "r2plus1d_18")
+CLIP_NAMES = (SMALL_VIDEO_CONVNET, *TORCHVISION_NAMES)
+"""Networks of clips that `build_clip_backbone` builds by name."""
 
 
 class VideoBackbone(nn.Module):
@@ -96,7 +98,7 @@ def build_clip_backbone(backbone: str | nn.Module | Backbone, **options: Unpack[
     """
     if isinstance(backbone, Backbone):
         return backbone
-    video = backbone in (SMALL_VIDEO_CONVNET, *TORCHVISION_NAMES) if isinstance(backbone, str) else False
+    video = backbone in CLIP_NAMES if isinstance(backbone, str) else False
     if not video and not isinstance(backbone, VideoBackbone):
         return build_backbone(backbone, **options)
     kwargs = dict(options.pop("backbone_kwargs", None) or {})

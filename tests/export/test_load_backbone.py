@@ -111,3 +111,22 @@ def test_an_exported_backbone_starts_another_run(small, tmp_path):
         lc.resuming.from_pretrained_backbone(wrong, path)
     with pytest.raises(ValueError, match="have the stem of the backbone"):
         lc.resuming.from_pretrained_backbone(wrong, build_backbone("resnet10t", small_images=small).module)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: lc.TemporalCPC("resnet10t", context_dim=8),  # with LayerNorm in place of BatchNorm
+        lambda: lc.TemporalContrast("small_video_convnet", projection_dim=8),
+        lambda: lc.VJEPA("small_video_vit", predictor_dim=24, predictor_depth=1, backbone_kwargs={"depth": 1}),
+    ],
+    ids=["TemporalCPC", "TemporalContrast", "VJEPA"],
+)
+def test_networks_of_clips_are_built_again(build, tmp_path):
+    torch.manual_seed(0)
+    model = build()
+    vary(model.backbone)
+    again = load_backbone(export(model, tmp_path / "net.pt", input_spec=SPEC | {"size": 32}))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model.backbone.eval()(images))
