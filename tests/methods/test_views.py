@@ -16,7 +16,7 @@ STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 def recipe(name):
     """Return the method of a recipe, the policy that it names, and the policy's arguments."""
     config = yaml.safe_load(RECIPES[name].read_text())
-    callbacks = {entry["class_path"]: entry["init_args"] for entry in config["trainer"]["callbacks"]}
+    callbacks = {entry["class_path"]: entry.get("init_args") for entry in config["trainer"]["callbacks"]}
     policy = callbacks["ViewAugmentation"]["policy"]
     arguments = dict(policy["init_args"])
     if "specs" in arguments:
@@ -65,7 +65,8 @@ def test_views_are_those_of_the_recipe(name):
 def test_views_take_statistics_and_options(name):
     method, _, _ = recipe(name)
     policy = method.views(32, **STATISTICS, color=False)
-    assert policy.input_spec == {"size": 32} | STATISTICS
+    resampling = {"interpolation": "bicubic"} if policy.interpolation == "bicubic" else {}
+    assert policy.input_spec == {"size": 32} | STATISTICS | resampling
     assert all(view.shape[:2] == (6, 3) for view in drawn(policy, 0))
     with pytest.raises(TypeError, match="colour"):
         method.views(32, colour=False)
