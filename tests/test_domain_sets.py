@@ -174,7 +174,9 @@ def test_both_policies_give_views_of_one_size_and_normalization(name):
     images, _ = draw_split(name, 0, "train", 20)
     unit = DomainImages(name, 0, train=20, test=20, unit=True).images("train")
     theirs, ours = (domains.policy_of(name, row, images) for row in domains.ROWS[2:])
-    assert ours.input_spec == theirs.input_spec | ({} if ours.scale is None else {"scale": list(ours.scale)})
+    wanted = theirs.input_spec | ({} if ours.scale is None else {"scale": list(ours.scale)})
+    del wanted["interpolation"]  # bicubic as published; images of this size are not resized for the evaluation
+    assert ours.input_spec == wanted
     whole = [domains.policy_of(name, row, images, 48) for row in domains.ROWS[2:]]
     assert_same_bits(whole[0].eval_transform(unit), whole[1].eval_transform(images))
 
