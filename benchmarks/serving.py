@@ -38,13 +38,13 @@ def make_models(folder: Path) -> dict[str, Path]:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    from lightning_contrast.evaluation import export_backbone
+    from lightning_contrast.export import export
     from lightning_contrast.serving import decode_image, open_embedder
 
     spec = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     torch.manual_seed(0)
     network = timm.create_model("resnet50", num_classes=0, zero_init_last=False)
-    floats = export_backbone(network, folder / "float.onnx", format="onnx", input_spec=spec)
+    floats = export(network, folder / "float.onnx", format="onnx", input_spec=spec)
     embedder, name = open_embedder(floats), "images"
     batches = [{name: embedder.prepare(decode_image(data))[None].numpy()} for data in jpegs()]
 

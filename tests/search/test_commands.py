@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lightning_contrast.cli import main
-from lightning_contrast.evaluation import export_backbone
+from lightning_contrast.export import export
 from tests.served_models import SPEC, image_model, picture, towers
 
 
@@ -41,7 +41,7 @@ def test_weights_of_a_file_make_an_index(folder, capsys):
     import lightning_contrast as lc
 
     network = lc.nn.build_backbone("small_convnet").module
-    path = export_backbone(network, folder / "net.pt", input_spec=SPEC)
+    path = export(network, folder / "net.pt", input_spec=SPEC)
     main(["index", str(folder / "store"), str(folder / "images"), "--model", str(path)])
     main(["index", str(folder / "store"), str(folder / "images"), "--model", str(path), "--verify", "true"])
     assert "4 images: 0 added, 0 changed, 0 removed, 0 unreadable, 4 unchanged" in capsys.readouterr().out
