@@ -39,7 +39,6 @@ def run_export(args: Sequence[str]) -> Path:
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=False)
     parser.add_argument("--format", type=ExportFormat, default="state_dict", help="format of the file")
     parser.add_argument("--input_spec", type=dict[str, Any] | None, default=None, help="size, mean and std")
-    parser.add_argument("--interpolation", type=str | None, default=None, help="bilinear or bicubic")
     parser.add_argument("--preprocess", type=bool, default=False, help="uint8 images in; for graphs")
     parser.add_argument("--images", type=int, default=512, help="images that are compared")
     parser.add_argument("--calibration_images", type=int, default=128, help="images of the calibration of int8")
@@ -54,7 +53,7 @@ def run_export(args: Sequence[str]) -> Path:
     spec = built.input_spec or subject.input_spec
     hint = 'Give --input_spec \'{"size": 224, "mean": [...], "std": [...]}\''
     require(spec is not None, "input_spec", "be given for a model that does not hold one", None, hint)
-    names = ("format", "interpolation", "preprocess", "images", "calibration_images", "prune", "group_size")
+    names = ("format", "preprocess", "images", "calibration_images", "prune", "group_size")
     chosen = {name: built[name] for name in (*names, "tolerance")}
     path = export(subject.module, built.path, input_spec=spec, data=built.get("data"), **chosen)
     sys.stdout.write(f"{read_report(path)}\n{path}\n")

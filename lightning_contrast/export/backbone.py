@@ -26,7 +26,7 @@ from lightning_contrast.export.parity import (
 )
 from lightning_contrast.export.pruning import prune_channels
 from lightning_contrast.export.samples import Samples, read_samples
-from lightning_contrast.export.source import PixelInput, backbone_of, float_copy, input_of
+from lightning_contrast.export.source import PixelInput, backbone_of, float_copy, input_of, preprocessing
 from lightning_contrast.exported import INPUT_SPEC, add_int4, count_channels, load_backbone, pack_weights
 from lightning_contrast.nn.auxiliary_batchnorm import remove_auxiliary_batchnorm
 from lightning_contrast.nn.backbones import ARCHITECTURE
@@ -57,7 +57,6 @@ def export(
     *,
     format: ExportFormat = "state_dict",
     input_spec: Mapping[str, Any] | None = None,
-    interpolation: str | None = None,
     preprocess: bool = False,
     data: Any = None,
     images: int = 512,
@@ -99,11 +98,10 @@ def export(
         path: Path of the file, of the folder for "timm"; missing folders are created.
         format: See above.
         input_spec: Specification of the images: ``{"size", "mean", "std"}``, mean and std None for images that are only
-            scaled to 0..1, and where they differ "scale", "window" and "indices" (see `ViewPolicy.input_spec`). None
-            uses that of the `ViewAugmentation` of the model's Trainer, or the model's own. Checkpoints of a run with
-            this callback contain it under "input_spec". `augment.ViewPolicy.from_input_spec` prepares images by it.
-        interpolation: Resampling of the resizing, "bilinear" or "bicubic", for the metadata and ``data``; None is that
-            of the Trainer's views, or "bilinear".
+            scaled to 0..1, and where they differ "scale", "window", "indices" and "interpolation" (see
+            `ViewPolicy.input_spec`). None uses that of the `ViewAugmentation` of the model's Trainer, or the model's
+            own. Checkpoints of a run with this callback contain it under "input_spec".
+            `augment.ViewPolicy.from_input_spec` prepares images by it.
         preprocess: Put scaling and normalization into the graph, which then takes uint8 images (B, C, h, w); they still
             have to be resized. For "onnx", "torch_export" and "onnx-int8".
         data: Images for the comparison, and for "onnx-int8" (required) the calibration: a DataModule (its validation
@@ -136,7 +134,7 @@ def export(
     """
     _check(format, preprocess, data, images, calibration_images)
     backbone = backbone_of(model)
-    spec, resampling = input_of(model, input_spec, interpolation)
+    spec = input_of(model, input_spec)
     lossy = format in ("onnx-int8", "int4") or prune > 0
     bound = check_tolerance(tolerance, LOSSY if lossy else EXACT)
     if format in ("onnx", "onnx-int8"):
@@ -145,7 +143,7 @@ def export(
     before = float_copy(backbone)
     source = backbone if prune == 0 else prune_channels(backbone, prune)
     count = images + (calibration_images if format == "onnx-int8" else 0)
-    options: dict[str, Any] = {"channels": channels, "interpolation": resampling, "count": count, "pixels": preprocess}
+    options: dict[str, Any] = {"channels": channels, "count": count, "pixels": preprocess}
     compared = read_samples(data, spec, **options)
     calibration = None
     if format == "onnx-int8":
@@ -162,13 +160,13 @@ def export(
         network = float_copy(source)
         if format in _GRAPHS:
             runnable: nn.Module = PixelInput(network, spec).eval() if preprocess else network
-            metadata = _metadata(source, format, spec, resampling, inside=preprocess, width=expected.shape[1])
+            metadata = _metadata(source, format, spec, inside=preprocess, width=expected.shape[1])
             written = write_graph(
                 runnable, target, format, ("images", "features"), metadata, compared.inputs[:2], calibration, bound
             )
         elif format == "timm":
             target.mkdir()
-            timm_folder.write_folder(source, target, spec, channels, resampling)
+            timm_folder.write_folder(source, target, spec, channels)
             written = Written(timm_folder.load_folder(target), [], {})
         else:
             written, network = _write_weights(source, target, spec, group_size if format == "int4" else None)
@@ -261,15 +259,12 @@ def write_graph(
     return Written(graphs.onnx_runner(target), found.kinds, found.left_in_float)
 
 
-def _metadata(
-    network: nn.Module, format: str, spec: Mapping[str, Any], interpolation: str, *, inside: bool, width: int
-) -> dict[str, str]:
+def _metadata(network: nn.Module, format: str, spec: Mapping[str, Any], *, inside: bool, width: int) -> dict[str, str]:
     """Return what the file says of itself."""
-    preparation = {"size": spec["size"], "mean": spec["mean"], "std": spec["std"], "scale": spec.get("scale")}
     return as_json(
         {
             INPUT_SPEC: dict(spec),
-            "preprocessing": preparation | {"interpolation": interpolation, "inside": inside},
+            "preprocessing": preprocessing(spec, inside=inside),
             "embedding_dim": width,
             "model_digest": f"{weights_digest(network):016x}-{format}",
             "format": format,

@@ -13,6 +13,7 @@ from lightning_contrast.augment.images import check_scaled_values
 from lightning_contrast.callbacks.capture.dataloaders import like
 from lightning_contrast.callbacks.capture.sampling import drawn_rows, is_map_style
 from lightning_contrast.contracts import batch_labels, batch_texts, check_images, is_texts, split_batch
+from lightning_contrast.export.source import pixel_spec
 
 RANDOM_IMAGES = 16
 """Images of random pixels that are compared if no data are given."""
@@ -49,9 +50,7 @@ class Samples(NamedTuple):
         return Samples(self.inputs[rows], labels, source, texts)
 
 
-def read_samples(
-    data: Any, spec: Mapping[str, Any], *, channels: int, interpolation: str, count: int, pixels: bool = False
-) -> Samples:
+def read_samples(data: Any, spec: Mapping[str, Any], *, channels: int, count: int, pixels: bool = False) -> Samples:
     """Return images of data, prepared for a network.
 
     Of a DataLoader whose rows are read by index they lie at equal distances in the set; of any other iterable they are
@@ -62,7 +61,6 @@ def read_samples(
             an iterable of batches by the batch contract; images ``(N, C, H, W)``; or None for random pixels.
         spec: The ``input_spec`` of the network.
         channels: Channels of the network's input.
-        interpolation: Resampling of the resizing, "bilinear" or "bicubic".
         count: Largest number of images, >= 1.
         pixels: Return uint8 images of the network's size instead of normalized ones.
 
@@ -71,10 +69,7 @@ def read_samples(
         ValueError: If a batch holds views, its values are out of range, or there are no images.
     """
     indices = len(spec.get("indices", []))
-    wanted = dict(spec)
-    if pixels:
-        wanted = {"size": spec["size"], "mean": None, "std": None} | ({"scale": s} if (s := spec.get("scale")) else {})
-    policy = ViewPolicy.from_input_spec(wanted, channels=channels - indices, interpolation=interpolation)
+    policy = ViewPolicy.from_input_spec(pixel_spec(spec) if pixels else spec, channels=channels - indices)
     if data is None:
         shape = (RANDOM_IMAGES, channels - indices, policy.height, policy.width)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0))

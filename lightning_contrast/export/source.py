@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_contrast._checks import check_choice, fail, require
+from lightning_contrast._checks import fail, require
 from lightning_contrast.augment.bands import append_indices
-from lightning_contrast.augment.images import INTERPOLATIONS, check_input_spec, rescale
+from lightning_contrast.augment.images import check_input_spec, rescale
 from lightning_contrast.exported import INPUT_SPEC
 from lightning_contrast.nn import MaskedViT
 from lightning_contrast.sharding import is_fsdp1_shard
@@ -41,16 +41,15 @@ def check_whole(model: nn.Module) -> None:
         fail("model", "have full weights", "a module sharded by FSDP", hint)
 
 
-def input_of(model: Any, input_spec: Mapping[str, Any] | None, interpolation: str | None) -> tuple[dict[str, Any], str]:
-    """Return the ``input_spec`` and its resampling: as given, else of the view policy of the model's Trainer.
+def input_of(model: Any, input_spec: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the ``input_spec``: as given, else that of the view policy of the model's Trainer.
 
     Args:
         model: The module; if it has no Trainer, the specification of ``model.input_spec`` counts.
         input_spec: See `ViewPolicy.input_spec`.
-        interpolation: "bilinear" or "bicubic"; None is that of the specification, bilinear if it names none.
 
     Raises:
-        ValueError: If the specification is missing or incomplete, or the resampling is unknown.
+        ValueError: If the specification is missing or incomplete.
     """
     model = getattr(model, "_orig_mod", model)
     callbacks = getattr(getattr(model, "_trainer", None), "callbacks", [])
@@ -58,11 +57,23 @@ def input_of(model: Any, input_spec: Mapping[str, Any] | None, interpolation: st
     policy = next((policy for policy in policies if getattr(policy, INPUT_SPEC, None) is not None), None)
     if input_spec is None:
         input_spec = getattr(model if policy is None else policy, INPUT_SPEC, None)
-    spec = check_input_spec(input_spec)
-    resampling = interpolation or spec.get("interpolation", "bilinear")
-    check_choice("interpolation", resampling, INTERPOLATIONS)
-    spec = {key: value for key, value in spec.items() if key != "interpolation"}
-    return spec | ({} if resampling == "bilinear" else {"interpolation": resampling}), resampling
+    return check_input_spec(input_spec)
+
+
+def pixel_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``input_spec`` of a network that normalizes images itself: they are resized, and keep their range."""
+    return {key: spec[key] for key in ("size", "scale", "interpolation") if key in spec} | {"mean": None, "std": None}
+
+
+def preprocessing(spec: Mapping[str, Any], *, inside: bool) -> dict[str, Any]:
+    """Return the metadata "preprocessing", of which every entry is given.
+
+    Args:
+        spec: The ``input_spec``.
+        inside: Whether the graph scales and normalizes.
+    """
+    given = {name: spec.get(name) for name in ("size", "mean", "std", "scale")}
+    return given | {"interpolation": spec.get("interpolation", "bilinear"), "inside": inside}
 
 
 def float_copy(network: nn.Module) -> nn.Module:

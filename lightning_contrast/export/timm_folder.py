@@ -17,15 +17,14 @@ from lightning_contrast.nn.backbones import BUILT_AS
 _HINT = "Use format='state_dict', whose file `load_backbone` reads"
 
 
-def write_folder(backbone: nn.Module, folder: Path, spec: Mapping[str, Any], channels: int, interpolation: str) -> None:
+def write_folder(backbone: nn.Module, folder: Path, spec: Mapping[str, Any], channels: int) -> None:
     """Write ``config.json`` and ``model.safetensors``.
 
     Args:
         backbone: A network that timm built.
         folder: Folder of the files, which exists.
-        spec: The ``input_spec``: size, mean and std become timm's data configuration.
+        spec: The ``input_spec``: size, mean, std and resampling become timm's data configuration.
         channels: Channels of the images.
-        interpolation: Resampling of the resizing.
 
     Raises:
         ValueError: If timm cannot build the network by a name and plain arguments, or prepare its images.
@@ -57,7 +56,7 @@ def write_folder(backbone: nn.Module, folder: Path, spec: Mapping[str, Any], cha
             "custom_load": False,
             "input_size": [channels, *size],
             "fixed_input_size": bool(config.get("fixed_input_size", False)),
-            "interpolation": interpolation,
+            "interpolation": spec.get("interpolation", "bilinear"),
             "crop_pct": 1.0,
             "crop_mode": "center",
             "mean": spec["mean"] or [0.0] * channels,

@@ -15,7 +15,7 @@ from lightning_contrast.export import graphs
 from lightning_contrast.export.backbone import LOSSY, publish, size_of, split_calibration, write_graph
 from lightning_contrast.export.parity import EXACT, ParityReport, as_json, check_parity, check_tolerance, compare
 from lightning_contrast.export.samples import Samples, read_samples
-from lightning_contrast.export.source import check_whole, float_copy, input_of
+from lightning_contrast.export.source import check_whole, float_copy, input_of, preprocessing
 from lightning_contrast.exported import INPUT_SPEC, count_channels
 from lightning_contrast.nn.frozen_teacher import weights_digest
 from lightning_contrast.nn.tokenizer_spec import tokenizer_spec
@@ -29,7 +29,6 @@ def export_towers(
     *,
     format: Literal["onnx", "onnx-int8"] = "onnx",
     input_spec: Mapping[str, Any] | None = None,
-    interpolation: str | None = None,
     data: Any = None,
     images: int = 512,
     calibration_images: int = 128,
@@ -51,7 +50,6 @@ def export_towers(
         folder: Folder of the files; it is created.
         format: "onnx", or "onnx-int8" as in `export`.
         input_spec: As in `export`.
-        interpolation: As in `export`.
         data: Pairs for the comparison and the calibration: a DataModule or a loader of (images, texts), or with
             "image" and "text". None compares random pixels and tokens.
         images: As in `export`; the same number of texts.
@@ -78,24 +76,22 @@ def export_towers(
     if not all(isinstance(part, nn.Module) for part in (*parts, *towers)):
         fail("model", "be an image-text model", type(model).__name__, "Give a `CLIP` or `SigLIP`", TypeError)
     length, vocabulary = (_size_of(towers[1], name) for name in ("context_length", "vocab_size"))
-    spec, resampling = input_of(model, input_spec, interpolation)
+    spec = input_of(model, input_spec)
     check_whole(model)
     bound = check_tolerance(tolerance, EXACT if format == "onnx" else LOSSY)
     graphs.require_onnx()
     encoders = [float_copy(_Encoder(*pair)) for pair in zip(towers, parts, strict=True)]  # type: ignore[arg-type]
     count = images + (calibration_images if format == "onnx-int8" else 0)
     channels = count_channels(encoders[0], spec)
-    pairs = read_samples(data, spec, channels=channels, interpolation=resampling, count=count)
+    pairs = read_samples(data, spec, channels=channels, count=count)
     common = {
         "model_digest": f"{weights_digest(nn.ModuleList(encoders)):016x}-{format}",
         "format": format,
         "package_version": __version__,
     }
-    preparation = {"size": spec["size"], "mean": spec["mean"], "std": spec["std"], "scale": spec.get("scale")}
-    preparation |= {"interpolation": resampling, "inside": False}
     tokenizer = json.dumps(tokenizer_spec(getattr(model, "tokenizer", None)))
     metadata: list[dict[str, Any]] = [
-        {INPUT_SPEC: json.dumps(spec), "preprocessing": preparation},
+        {INPUT_SPEC: json.dumps(spec), "preprocessing": preprocessing(spec, inside=False)},
         {"context_length": length, "tokenizer": tokenizer},
     ]
     given = [pairs, _tokens(model, pairs, length, vocabulary)]

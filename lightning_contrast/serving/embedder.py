@@ -15,6 +15,7 @@ from lightning_contrast._checks import check_captions, fail, require
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.augment.images import check_input_spec
 from lightning_contrast.evaluation import load_subject
+from lightning_contrast.export.source import pixel_spec
 from lightning_contrast.exported import INPUT_SPEC, count_channels
 from lightning_contrast.metrics.zero_shot import eval_mode
 from lightning_contrast.nn.byte_tokenizer import Tokenizer
@@ -34,7 +35,6 @@ class Embedder:
         run: Maps prepared images (B, C, h, w), float32, to vectors (B, D).
         input_spec: Specification of the images, see `ViewPolicy.input_spec`.
         model_digest: Digest of the weights.
-        interpolation: Resampling, "bilinear" or "bicubic"; None is that of the specification.
         channels: Channels of the images if the mean is None: 3, or 1 for gray images.
         encode_texts: Maps B texts to vectors (B, D); None for a model without a text tower.
         takes_pixels: Whether the model scales and normalizes the images itself: it is given uint8 images (B, C, h, w).
@@ -44,7 +44,7 @@ class Embedder:
         size: Height and width of the prepared images, in pixels.
         input_spec: As given.
         model_digest: As given, a hexadecimal number.
-        preprocessing_digest: Digest of the specification and the resampling.
+        preprocessing_digest: Digest of the specification.
         has_texts: Whether there is a text tower.
 
     Raises:
@@ -58,25 +58,20 @@ class Embedder:
         input_spec: Any,
         *,
         model_digest: str,
-        interpolation: str | None = None,
         channels: int = 3,
         encode_texts: Callable[[list[str]], Vectors] | None = None,
         takes_pixels: bool = False,
     ) -> None:
         self.input_spec = check_input_spec(input_spec)
-        interpolation = interpolation or self.input_spec.get("interpolation", "bilinear")
-        inner = {"size": self.input_spec["size"], "mean": None, "std": None}  # what is done here of a model of pixels
-        inner |= {"scale": self.input_spec["scale"]} if "scale" in self.input_spec else {}
-        policy = ViewPolicy.from_input_spec(
-            inner if takes_pixels else self.input_spec, channels=channels, interpolation=interpolation
-        )
+        done_here = pixel_spec(self.input_spec) if takes_pixels else self.input_spec
+        policy = ViewPolicy.from_input_spec(done_here, channels=channels)
         hint = "Pictures have 3 channels, or 1 for gray ones"
         require(policy.channels in (1, 3), "model", "take images of 3 channels or 1", policy.channels, hint)
         self._policy, self._run, self._encode_texts = policy, run, encode_texts
         self.size = (policy.height, policy.width)
         self.model_digest = model_digest
         self._takes_pixels = takes_pixels
-        facts = [self.input_spec, interpolation, policy.channels, takes_pixels]
+        facts = [self.input_spec, policy.channels, takes_pixels]
         self.preprocessing_digest = _digest(json.dumps(facts).encode())
         self.has_texts = encode_texts is not None
         dots = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(3, 8, 8)
@@ -181,8 +176,6 @@ def _of_module(module: nn.Module, spec: Any, weights: int) -> Embedder:
     spec = subject.input_spec if spec is None else spec
     hint = "Give `input_spec=`, or a file that holds it"
     require(spec is not None, "model", "have a known `input_spec`", subject.source, hint)
-    policy = getattr(subject.preprocess, "__self__", None)
-    interpolation = policy.interpolation if isinstance(policy, ViewPolicy) else None
     encode: Any = getattr(module, "encode_image", module)
     encode_text: Any = getattr(module, "encode_text", None)
     device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
@@ -200,7 +193,6 @@ def _of_module(module: nn.Module, spec: Any, weights: int) -> Embedder:
         run,
         spec,
         model_digest=_digest(f"{weights} {type(module).__qualname__} {module!r}".encode()),
-        interpolation=interpolation,
         channels=count_channels(module, check_input_spec(spec)),
         encode_texts=None if encode_text is None else run_texts,
     )
@@ -218,7 +210,6 @@ def _of_graph(path: Path, tokenizer: Tokenizer | None, spec: Any, threads: int |
     kind = _KINDS.get(given.type)
     hint = "Export a backbone, which takes floats or uint8"
     require(kind is not None and len(given.shape) == 4, "model", "take images (B, C, h, w)", given.type, hint)
-    preparation = _read_json(metadata.get("preprocessing", "{}"), "preprocessing")
     channels = given.shape[1] if isinstance(given.shape[1], int) else 3
     files = [path]
     encode_texts = None
@@ -233,7 +224,6 @@ def _of_graph(path: Path, tokenizer: Tokenizer | None, spec: Any, threads: int |
         run,
         spec,
         model_digest=_digest(*(file_digest(file) for file in files), repr(tokenizer_spec(tokenizer)).encode()),
-        interpolation=preparation.get("interpolation"),
         channels=channels,
         encode_texts=encode_texts,
         takes_pixels=kind is np.uint8,

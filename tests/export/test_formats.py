@@ -16,6 +16,7 @@ from lightning_contrast.export.samples import Samples, read_samples
 from tests.tolerances import FORMULA, NETWORK, f32, near
 
 SPEC = {"size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3]}
+BICUBIC = SPEC | {"interpolation": "bicubic"}
 
 
 def images(count, seed=0, size=16):
@@ -69,7 +70,7 @@ def run(path, given):
 
 def test_timm_loads_a_folder_strictly_and_prepares_images_alike(tmp_path):
     network = vit()
-    path = export(lc.SimCLR(network), tmp_path / "vit", format="timm", input_spec=SPEC, interpolation="bicubic")
+    path = export(lc.SimCLR(network), tmp_path / "vit", format="timm", input_spec=BICUBIC)
     assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors", "README.md", "parity.json"}
     loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     given = torch.rand(3, 3, 16, 16)
@@ -142,7 +143,7 @@ def test_the_metadata_say_what_the_file_is(tmp_path):
     other = convnet()
     with torch.no_grad():
         other.stem[0].weight[0, 0, 0, 0] += 1
-    options = {"format": "onnx", "input_spec": SPEC, "interpolation": "bicubic"}
+    options = {"format": "onnx", "input_spec": BICUBIC}
     found = [
         onnxruntime.InferenceSession(export(net, tmp_path / "a.onnx", **options)).get_modelmeta().custom_metadata_map
         for net in (convnet(), other)
@@ -298,15 +299,15 @@ def test_a_fall_of_knn_is_refused_beyond_one_query(tmp_path, after, passes):
 
 def test_data_are_prepared_by_the_spec_and_spread_over_the_set():
     pixels, labels = images(60, size=20)
-    found = read_samples(loader(60, size=20), SPEC, channels=3, interpolation="bicubic", count=7)
+    found = read_samples(loader(60, size=20), BICUBIC, channels=3, count=7)
     policy = lc.augment.ViewPolicy.from_input_spec(SPEC, interpolation="bicubic")
     rows = [i * 60 // 7 for i in range(7)]
     assert found.labels.tolist() == labels[rows].tolist()
     torch.testing.assert_close(found.inputs, policy.eval_transform(pixels[rows]), **f32(FORMULA))
     with pytest.raises(ValueError, match=r"`images` must lie in 0\.\.1"):
-        read_samples(torch.randn(4, 3, 16, 16), SPEC, channels=3, interpolation="bilinear", count=4)
+        read_samples(torch.randn(4, 3, 16, 16), SPEC, channels=3, count=4)
     with pytest.raises(TypeError, match="`data` must be a DataModule or a loader, got 'int'"):
-        read_samples(3, SPEC, channels=3, interpolation="bilinear", count=4)
+        read_samples(3, SPEC, channels=3, count=4)
 
 
 def test_a_report_is_required():
