@@ -1,4 +1,4 @@
-"""LightningDataModules for in-memory datasets and image folders."""
+"""LightningDataModules for images in memory, in folders and in shards, and for videos."""
 
 from lightning_contrast.data._folder_files import find_images
 from lightning_contrast.data._folder_images import read_rgb

@@ -64,7 +64,7 @@ class ChunkCopies:
         """Divide the size of the copies among the processes that read them.
 
         Args:
-            readers: Number of processes, workers included.
+            readers: Number of processes on this machine, workers included.
             together: Number of chunks that each of them reads together.
 
         Raises:
@@ -75,7 +75,7 @@ class ChunkCopies:
         largest = max(chunk["chunk_bytes"] for chunk in self.chunks)
         needed = (together + 1) * readers * largest / 1e9
         hint = "Raise it, lower `mix_shards` or `num_workers`, or write smaller shards"
-        rule = f"be at least {needed:.3g}, for {readers} workers of all processes that read {together} chunks together"
+        rule = f"be at least {needed:.3g}, for {readers} workers on this machine that read {together} chunks together"
         require(needed <= self.size, "cache_gb", rule, self.size, hint)
         self.keep = int(self.size * 1e9 / (readers * largest))
 

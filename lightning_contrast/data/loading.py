@@ -21,8 +21,8 @@ class BatchOrder(Protocol):
     """Order of the training images; see `StructuredBatches`."""
 
     @property
-    def digest(self) -> int:
-        """A number that differs for other orders."""
+    def layout(self) -> Layout:
+        """Numbers by name that must be equal to resume within an epoch."""
         ...
 
     def __len__(self) -> int:
@@ -270,7 +270,7 @@ class ResumableLoader(DataLoader[Any]):
     def _layout(self) -> Layout:
         sampler = self.sampler
         batches = getattr(sampler, "batches", None)
-        order = {} if batches is None else getattr(batches, "layout", {"order": int(batches.digest)})
+        order = {} if batches is None else batches.layout
         return order | {
             "images": len(self.dataset),  # type: ignore[arg-type]
             "batch_size": self.batch_size or 0,

@@ -36,11 +36,6 @@ class ShardOrder:
         shards = int.from_bytes(content, "big")
         self.layout: Layout = {"shards": shards, "workers": workers, "mix_shards": mix_shards}
 
-    @property
-    def digest(self) -> int:
-        """A number that differs for other shards, workers or mixtures."""
-        return derived_seed(*self.layout.values(), self.replicas, self.batch_size)
-
     def __len__(self) -> int:
         return int(self.sizes.sum())
 

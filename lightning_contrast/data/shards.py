@@ -180,6 +180,11 @@ class TarShards(Shards):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
 
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) == os.getpid():  # a forked worker has other descriptors of these numbers
+            for file in self._files.values():
+                os.close(file)
+
 
 def open_shards(
     argument: str,

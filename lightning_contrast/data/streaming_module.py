@@ -98,7 +98,8 @@ class StreamingImageDataModule(ImageFolderDataModule):
         resize: "whole", "crop", "center" or "squash", as in `ImageFolderDataModule`.
         decode: "workers" decodes in the worker processes; "device" where the batch is used: on a CUDA device nvJPEG
             decodes the JPEGs of a batch in one call (its pixels may differ by a few levels from those of a CPU), other
-            files and devices are decoded by the main process.
+            files and devices are decoded by the main process. Only a Trainer that has the data module does so: for
+            loaders that you read yourself use "workers".
         labels: None yields the labels if the records have them, True requires them, False leaves them out.
         image_key: Key of the image in the records of litdata.
         label_key: Key of the label in the records of litdata, and in ``.json`` files of tar shards without ``.cls``.
@@ -108,8 +109,8 @@ class StreamingImageDataModule(ImageFolderDataModule):
         mix_shards: Number of shards that a worker reads together, to shuffle their images, >= 1. Write shards in a
             random order (as `write_shards` does), since batches are mixed from few of them.
         cache_dir: For an address: folder on a disk of this machine, to which chunks are copied.
-        cache_gb: For an address: size of the copies on this machine, in GB, > 0. If not all chunks fit, each worker
-            keeps those that it reads. None: without a limit.
+        cache_gb: For an address: size of the copies of each set on this machine, in GB, > 0. If not all chunks fit,
+            each worker keeps those that it reads, in validation two. None: without a limit.
         seed: Seed of the order and of the workers, >= 0.
         indices: Also yield the positions.
         pin_memory: Copy batches to page-locked memory, for faster transfer to an accelerator.
@@ -205,7 +206,8 @@ class StreamingImageDataModule(ImageFolderDataModule):
         replicas, _ = replicas_and_rank(self.trainer)
         workers = max(self.num_workers, 1)
         if isinstance(shards, LitdataShards) and shards.copies is not None:
-            shards.copies.divide(replicas * workers, self.mix_shards)
+            nodes = self.trainer.num_nodes if self.trainer is not None else 1
+            shards.copies.divide(max(1, replicas // nodes) * workers, self.mix_shards)
         return ShardOrder(
             shards.sizes,
             replicas=replicas,

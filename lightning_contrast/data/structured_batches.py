@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_contrast._checks import check_at_least, fail, require
-from lightning_contrast.data.loading import EpochSampler, replicas_and_rank
+from lightning_contrast.data.loading import EpochSampler, Layout, replicas_and_rank
 from lightning_contrast.precision import upcast
 from lightning_contrast.seeding import derived_seed
 
@@ -117,6 +117,11 @@ class StructuredBatches:
             alone=alone,
             batches=self,
         )
+
+    @property
+    def layout(self) -> Layout:
+        """The digest, by name: see `ResumableLoader`."""
+        return {"order": int(self.digest)}
 
     @property
     def digest(self) -> int:

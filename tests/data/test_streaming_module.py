@@ -1,8 +1,10 @@
 """Images in shards: the same batches as from the folder, each image once, exact resume, broken records by name."""
 
 import contextlib
+import gc
 import io
 import json
+import os
 import tarfile
 import types
 from pathlib import Path
@@ -562,3 +564,17 @@ def test_a_missing_library_is_named_with_its_extra(shards, monkeypatch):
         source = shards / name if name == "litdata" else str(shards / name / "shard-{000000..000003}.tar")
         with pytest.raises(ModuleNotFoundError, match=rf"need {name}: pip install 'lightning_contrast\[stream\]'"):
             _data(source).setup()
+
+
+def test_shards_are_closed_with_their_module(folder, tmp_path):
+    write_shards(folder, tmp_path / "tars", format="webdataset", images_per_shard=3)
+    opened = []
+    for _ in range(2):
+        module = StreamingImageDataModule(tmp_path / "tars", size=8, batch_size=2, num_workers=0)
+        module.setup("fit")
+        for batch in module.train_dataloader():
+            assert len(batch[0]) == 2
+        opened.append(len(os.listdir("/proc/self/fd")))
+        del module, batch
+        gc.collect()
+    assert opened[0] == opened[1]
