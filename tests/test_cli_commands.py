@@ -245,6 +245,18 @@ def test_cells_are_the_product_of_axes_and_seeds():
     assert RECIPE["data"] == "EmojiDataModule"  # left as it was
 
 
+def test_labels_stand_for_their_values():
+    grid = {"model.projection_dim": [16], "on": {"a": {"model.head_norm": "{norm}"}}, "norm": {"null": {}, "true": {}}}
+    values = [cell.config["model"]["init_args"]["head_norm"] for cell in Sweep(RECIPE, grid).cells]
+    assert values == [None, True]
+    assert [cell.labels for cell in Sweep(RECIPE, {"model.head_norm": [None, True, 0.1, "layer"]}).cells] == [
+        ("null",),
+        ("true",),
+        ("0.1",),
+        ("layer",),
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [
@@ -350,7 +362,13 @@ def test_the_run_folder_holds_what_a_run_was(tmp_path, monkeypatch):
     assert [(row["epoch"], row["step"]) for row in rows] == [("0", "3"), ("1", "6")]
     assert float(rows[-1]["train/loss"]) == float(cli.trainer.callback_metrics["train/loss"])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
-    (path,) = tmp_path.rglob("*.ckpt")
+    more = [argument.replace("max_epochs=2", "max_epochs=3") for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["lightning-contrast", *more, "--ckpt_path=last"])
+    main()
+    again = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in again] == ["0", "1", "2"]
+    assert [row["train/loss"] for row in again[:2]] == [row["train/loss"] for row in rows]
+    path, *_ = sorted(tmp_path.rglob("*.ckpt"))
     assert not any(
         "View" in name and "Augmentation" not in name for name in lc.checkpoints.load_checkpoint(path)["callbacks"]
     )

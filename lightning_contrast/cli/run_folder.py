@@ -25,6 +25,7 @@ from lightning_contrast.evaluation.feature_pass.fingerprint import data_digest
 
 INTERRUPTED = "interrupted.ckpt"
 """Name of the checkpoint of an interrupted run, in the folder of the others."""
+METRICS = "metrics.csv"
 _PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "kornia", "lightly", "numpy", "jsonargparse")
 
 
@@ -69,8 +70,10 @@ class RunFolder(Checkpoint):
             self._handler = signal.signal(signal.SIGINT, self._on_signal)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write the fingerprint of the data."""
+        """Write the fingerprint of the data, and read the metrics of a run that continues in its folder."""
+        self._step = trainer.global_step
         if trainer.is_global_zero:
+            self._rows = _rows_before(_folder(trainer) / METRICS, trainer.current_epoch) if self._step else []
             loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
             found = {name: [_about(loader) for loader in _leaves(value)] for name, value in loaders.items()}
             _write(_folder(trainer) / "data.json", found)
@@ -122,7 +125,7 @@ class RunFolder(Checkpoint):
             self._rows.pop()
         self._rows.append(row)
         names = list(dict.fromkeys(name for row in self._rows for name in row))
-        with (_folder(trainer) / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        with (_folder(trainer) / METRICS).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._rows)
@@ -204,6 +207,15 @@ def _about(loader: Any) -> dict[str, Any]:
 
 def _folder(trainer: Any) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _rows_before(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """Return the rows of the epochs before one, if there is a file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    return [{**row, "epoch": int(row["epoch"])} for row in rows if int(row["epoch"]) < epoch]
 
 
 def _checkpoint_folder(trainer: Any) -> Path:

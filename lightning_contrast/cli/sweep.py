@@ -161,7 +161,7 @@ def _filled(value: Any, labels: Mapping[str, str]) -> Any:
 
 
 def _label(value: Any) -> str:
-    return str(value) if isinstance(value, str | int | float | None) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def set_argument(config: dict[str, Any], path: str, value: Any) -> None:

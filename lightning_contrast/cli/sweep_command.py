@@ -109,7 +109,8 @@ def _run(config: dict[str, Any], folder: Path) -> None:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config), encoding="utf-8")
     arguments = ["fit", "--config", str(recipe), f"--trainer.default_root_dir={folder}"]
-    checkpoint = latest_checkpoint(folder)
+    # A run with a result is here because it failed: it starts again, not from just before its end.
+    checkpoint = None if (folder / RESULT).is_file() else latest_checkpoint(folder)
     arguments += [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
     start, before, result = time.monotonic(), sys.argv, {"status": "finished", "seed": config["seed_everything"]}
     try:
