@@ -52,7 +52,10 @@ def run_embed(args: Sequence[str]) -> Path:
     if starts:
         torch.distributed.init_process_group("gloo")
     try:
-        built.data.prepare_data()
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # downloads, once per machine
+            built.data.prepare_data()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         built.data.setup({"train": "fit", "val": "validate"}.get(built.split, built.split))
         loader = getattr(built.data, f"{built.split}_dataloader")()
         subject = load_subject(built.model)

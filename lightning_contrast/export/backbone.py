@@ -26,11 +26,10 @@ from lightning_contrast.export.parity import (
 )
 from lightning_contrast.export.pruning import prune_channels
 from lightning_contrast.export.samples import Samples, read_samples
-from lightning_contrast.export.source import PixelInput, backbone_of, float_copy, input_of, preprocessing
+from lightning_contrast.export.source import PixelInput, backbone_of, float_copy, input_of, model_digest, preprocessing
 from lightning_contrast.exported import INPUT_SPEC, add_int4, count_channels, load_backbone, pack_weights
 from lightning_contrast.nn.auxiliary_batchnorm import remove_auxiliary_batchnorm
 from lightning_contrast.nn.backbones import ARCHITECTURE
-from lightning_contrast.nn.frozen_teacher import weights_digest
 
 __all__ = ["ExportFormat", "export", "load_backbone"]
 
@@ -120,8 +119,9 @@ def export(
         The path.
 
     Raises:
-        ValueError: If an argument is unknown or out of range, ``input_spec`` is missing, incomplete or not an input of
-            the backbone, the model is sharded, or the format cannot hold the network.
+        ValueError: If an argument is unknown or out of range, ``path`` is a folder where a file is written or the
+            reverse, ``input_spec`` is missing, incomplete or not an input of the backbone, the model is sharded, or the
+            format cannot hold the network.
         TypeError: If the model is not a module, or ``data`` no images.
         ModuleNotFoundError: If the extra is not installed.
         RuntimeError: If the features of the file differ from those of the backbone.
@@ -135,6 +135,10 @@ def export(
     _check(format, preprocess, data, images, calibration_images)
     backbone = backbone_of(model)
     spec = input_of(model, input_spec)
+    path = Path(path)
+    fits = not path.exists() or path.is_dir() == (format == "timm")
+    kind = "a folder" if format == "timm" else "a file"
+    require(fits, "path", f"be {kind} for format={format!r}", str(path), "Choose another path")
     lossy = format in ("onnx-int8", "int4") or prune > 0
     bound = check_tolerance(tolerance, LOSSY if lossy else EXACT)
     if format in ("onnx", "onnx-int8"):
@@ -151,7 +155,6 @@ def export(
     reference: nn.Module = PixelInput(before, spec).eval() if preprocess else before
     expected = _features(reference, compared.inputs, spec)
 
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
         folder = Path(name)
@@ -160,7 +163,16 @@ def export(
         network = float_copy(source)
         if format in _GRAPHS:
             runnable: nn.Module = PixelInput(network, spec).eval() if preprocess else network
-            metadata = _metadata(source, format, spec, inside=preprocess, width=expected.shape[1])
+            metadata = as_json(
+                {
+                    INPUT_SPEC: spec,
+                    "preprocessing": preprocessing(spec, inside=preprocess),
+                    "embedding_dim": expected.shape[1],
+                    "model_digest": model_digest(source, format, calibration and calibration.inputs, bound),
+                    "format": format,
+                    "package_version": __version__,
+                }
+            )
             written = write_graph(
                 runnable, target, format, ("images", "features"), metadata, compared.inputs[:2], calibration, bound
             )
@@ -257,20 +269,6 @@ def write_graph(
         found = int8.quantize(first, target, calibration.inputs, folder=folder, tolerance=tolerance)
     graphs.add_metadata(target, metadata)
     return Written(graphs.onnx_runner(target), found.kinds, found.left_in_float)
-
-
-def _metadata(network: nn.Module, format: str, spec: Mapping[str, Any], *, inside: bool, width: int) -> dict[str, str]:
-    """Return what the file says of itself."""
-    return as_json(
-        {
-            INPUT_SPEC: dict(spec),
-            "preprocessing": preprocessing(spec, inside=inside),
-            "embedding_dim": width,
-            "model_digest": f"{weights_digest(network):016x}-{format}",
-            "format": format,
-            "package_version": __version__,
-        }
-    )
 
 
 def _write_weights(

@@ -63,6 +63,7 @@ def quantize(source: Path, target: Path, calibration: Tensor, *, folder: Path, t
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
     model = onnx.load(prepared)
     groups = _groups(model)
+    onnx.save(model, prepared)  # nodes got their names
     judged = calibration[:_JUDGED]
     expected = run_all(onnx_runner(prepared), judged)
 
@@ -100,7 +101,6 @@ def _groups(model: Any) -> dict[str, list[str]]:
 
 def _static(prepared: Path, path: Path, model: Any, nodes: list[str], calibration: Tensor, folder: Path) -> None:
     """Quantize some nodes; the ranges of all tensors are measured at the first call and kept in the folder."""
-    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
@@ -114,8 +114,6 @@ def _static(prepared: Path, path: Path, model: Any, nodes: list[str], calibratio
             """Return the next batch, or None."""
             return next(self.batches, None)
 
-    if model.SerializeToString() != prepared.read_bytes():  # nodes got their names
-        onnx.save(model, prepared)
     with silent("", "onnxruntime"):
         quantize_static(
             str(prepared),

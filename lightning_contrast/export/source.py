@@ -1,6 +1,7 @@
 """What is exported: the network, the specification of its images, and a copy that runs in float32 on the CPU."""
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from lightning_contrast.augment.bands import append_indices
 from lightning_contrast.augment.images import check_input_spec, rescale
 from lightning_contrast.exported import INPUT_SPEC
 from lightning_contrast.nn import MaskedViT
+from lightning_contrast.nn.frozen_teacher import weights_digest
 from lightning_contrast.sharding import is_fsdp1_shard
 
 
@@ -63,6 +65,23 @@ def input_of(model: Any, input_spec: Mapping[str, Any] | None) -> dict[str, Any]
 def pixel_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``input_spec`` of a network that normalizes images itself: they are resized, and keep their range."""
     return {key: spec[key] for key in ("size", "scale", "interpolation") if key in spec} | {"mean": None, "std": None}
+
+
+def model_digest(network: nn.Module, format: str, calibration: Tensor | None, tolerance: float) -> str:
+    """Return the metadata "model_digest": other weights, formats and, for int8, calibrations have another one.
+
+    Args:
+        network: The network whose weights are written.
+        format: Of the file.
+        calibration: Inputs ``(N, ...)`` of the calibration for int8.
+        tolerance: Of int8, on which the operators in float depend.
+    """
+    found = f"{weights_digest(network):016x}-{format}"
+    if calibration is None:
+        return found
+    content = hashlib.blake2b(f"{found} {tolerance}".encode(), digest_size=8)
+    content.update(calibration.contiguous().numpy().data)
+    return f"{content.hexdigest()}-{format}"
 
 
 def preprocessing(spec: Mapping[str, Any], *, inside: bool) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Export of the two encoders of an image-text model."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,8 @@ from lightning_contrast.export import graphs
 from lightning_contrast.export.backbone import LOSSY, publish, size_of, split_calibration, write_graph
 from lightning_contrast.export.parity import EXACT, ParityReport, as_json, check_parity, check_tolerance, compare
 from lightning_contrast.export.samples import Samples, read_samples
-from lightning_contrast.export.source import check_whole, float_copy, input_of, preprocessing
+from lightning_contrast.export.source import check_whole, float_copy, input_of, model_digest, preprocessing
 from lightning_contrast.exported import INPUT_SPEC, count_channels
-from lightning_contrast.nn.frozen_teacher import weights_digest
 from lightning_contrast.nn.tokenizer_spec import tokenizer_spec
 
 _RANDOM_TEXTS = 16
@@ -84,14 +82,15 @@ def export_towers(
     count = images + (calibration_images if format == "onnx-int8" else 0)
     channels = count_channels(encoders[0], spec)
     pairs = read_samples(data, spec, channels=channels, count=count)
+    calibrating = split_calibration(pairs, calibration_images)[0].inputs if format == "onnx-int8" else None
     common = {
-        "model_digest": f"{weights_digest(nn.ModuleList(encoders)):016x}-{format}",
+        "model_digest": model_digest(nn.ModuleList(encoders), format, calibrating, bound),
         "format": format,
         "package_version": __version__,
     }
-    tokenizer = json.dumps(tokenizer_spec(getattr(model, "tokenizer", None)))
+    tokenizer = tokenizer_spec(getattr(model, "tokenizer", None))
     metadata: list[dict[str, Any]] = [
-        {INPUT_SPEC: json.dumps(spec), "preprocessing": preprocessing(spec, inside=False)},
+        {INPUT_SPEC: spec, "preprocessing": preprocessing(spec, inside=False)},
         {"context_length": length, "tokenizer": tokenizer},
     ]
     given = [pairs, _tokens(model, pairs, length, vocabulary)]

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -17,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import lightning_contrast as lc
 from lightning_contrast.augment.domains import satellite_views
 from lightning_contrast.evaluation import cached_features, encode, load_subject
+from lightning_contrast.evaluation.feature_pass import subjects
 from lightning_contrast.evaluation.feature_pass.subjects import spec_transform
 from tests.launch import ChildError, run_processes
 from tests.tolerances import NETWORK, assert_same_bits, f32
@@ -206,7 +209,7 @@ def test_a_checkpoint_of_a_run_brings_the_input_of_its_views(tmp_path):
 def test_a_name_brings_the_transform_of_timm():
     spec = {"size": 20, "mean": [0.5] * 3, "std": [0.25] * 3}
     images = torch.randint(0, 256, (2, 3, 50, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = spec_transform(spec, interpolation="bicubic", crop_pct=0.8)(images)
+    found = spec_transform(spec | {"interpolation": "bicubic"}, crop_pct=0.8)(images)
     resized = F.interpolate(images.float() / 255, (25, 30), mode="bicubic", antialias=True).clamp(0, 1)
     expected = (resized[..., 2:22, 5:25] - 0.5) / 0.25
     torch.testing.assert_close(found, expected, **f32(NETWORK, size=1))
@@ -247,3 +250,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Cannot write features to"):
         run(tmp_path / "file")
+
+
+def test_the_specification_of_a_timm_name_holds_its_resampling(monkeypatch):
+    """An export of the network is otherwise compared and labeled as bilinear."""
+    network = timm.create_model("resnet10t", num_classes=0)
+    network.pretrained_cfg = dict(network.pretrained_cfg) | {"interpolation": "lanczos", "crop_pct": 0.9}
+    monkeypatch.setattr(subjects, "load_teacher", lambda name: SimpleNamespace(module=network))
+    assert load_subject("resnet10t").input_spec["interpolation"] == "bicubic"

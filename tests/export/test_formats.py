@@ -13,6 +13,7 @@ import lightning_contrast as lc
 from lightning_contrast.export import export, load_backbone, prune_channels, read_report
 from lightning_contrast.export.parity import check_parity, compare
 from lightning_contrast.export.samples import Samples, read_samples
+from lightning_contrast.export.source import model_digest
 from tests.tolerances import FORMULA, NETWORK, f32, near
 
 SPEC = {"size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3]}
@@ -313,3 +314,26 @@ def test_data_are_prepared_by_the_spec_and_spread_over_the_set():
 def test_a_report_is_required():
     with pytest.raises(FileNotFoundError, match="`path` must have a parity report"):
         read_report("nowhere.onnx")
+
+
+def test_int8_graphs_of_other_calibrations_have_other_digests():
+    network = convnet()
+    inputs = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    digests = [
+        model_digest(network, "onnx-int8", calibration, tolerance)
+        for calibration, tolerance in ((inputs, 0.01), (inputs, 0.01), (1 - inputs, 0.01), (inputs, 0.02))
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(("format", "is_folder"), [("state_dict", True), ("timm", False)])
+def test_a_path_of_the_other_kind_is_refused_before_any_work(tmp_path, format, is_folder):
+    path = tmp_path / "there"
+    if is_folder:
+        path.mkdir()
+    else:
+        path.write_text("")
+    with pytest.raises(ValueError, match="`path` must be a f"):
+        export(convnet(), path, format=format, input_spec=SPEC)
+    assert [found.name for found in tmp_path.iterdir()] == ["there"]

@@ -61,24 +61,25 @@ class EmbeddingJob:
             Its entry in the manifest.
         """
         path = self.folder / f"shard-{index:05d}.parquet"
-        if path.exists() and (entry := _entry(path, index, self.identity)) is not None:
-            return entry
+        if (found := _read(path, index, self.identity)) is not None:
+            return found[0]
         rows, features, labels = self.shards[index], [], []
         with eval_mode(self.subject.module), isolated(derived_seed(SEED, index)):  # transforms do not depend on workers
             for batch in like(self.loader, rows, drop_last=False):
-                found = features_of(self.subject, batch)
+                outputs = features_of(self.subject, batch)
                 known = batch_labels(batch)
-                whole = known is not None and known.shape == (len(found),) and not known.is_floating_point()
-                features.append(found.numpy())
+                whole = known is not None and known.shape == (len(outputs),) and not known.is_floating_point()
+                features.append(outputs.numpy())
                 labels.append(known.cpu().numpy().astype(np.int64) if known is not None and whole else None)
         columns = np.concatenate(features)
         require(len(columns) == len(rows), "loader", f"yield {len(rows)} rows", len(columns), "Do not skip images")
         classes = [part for part in labels if part is not None]
         known_labels = np.concatenate(classes) if len(classes) == len(labels) else None
         _write_parquet(path, rows, columns, known_labels, row_paths(self.loader.dataset, rows), self.identity, index)
-        entry = _entry(path, index, self.identity)
-        require(entry is not None, "folder", "keep what is written", str(path), "Check the disk")
-        return dict(entry or {})
+        written = _read(path, index, self.identity)
+        if written is None:
+            fail("folder", "keep what is written", str(path), "Check the disk")
+        return written[0]
 
     def finish(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write the manifest, after all shards."""
@@ -102,7 +103,7 @@ def embed_dataset(
     Columns: ``id`` (int64, the row of the dataset), ``path`` (string; null if the dataset names no files), ``label``
     (int64; null without classes) and ``feature`` (list of F float32). Rows are read once each, in the order of the
     dataset, without shuffling and without ``drop_last``. ``_manifest.json`` is written last: what was embedded (digests
-    of model, data and preprocessing, ``embedding_dim``), and per shard its file, number of rows and digest.
+    of model, data and preprocessing), and per shard its file, number of rows and digest.
     ``pyarrow.parquet.read_table(folder)`` reads all shards; `read_embeddings` checks them too.
 
     A pass that was killed resumes after its whole shards. With a process group the ranks share the shards; with
@@ -190,11 +191,13 @@ def read_embeddings(folder: str | Path) -> Any:
         hint = "Run the embedding again; it resumes"
         fail("folder", f"hold a whole embedding with {MANIFEST}", str(folder), hint, FileNotFoundError)
     manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+    tables = []
     for entry in manifest["shards"]:
-        path = target / entry["file"]
-        if not path.exists() or _entry(path, entry["shard"], manifest["folder"]) != entry:
+        found = _read(target / entry["file"], entry["shard"], manifest["folder"])
+        if found is None or found[0] != entry:
             fail("folder", "hold the shards of its manifest", entry["file"], "Run the embedding again; it resumes")
-    return pyarrow.concat_tables([pyarrow.parquet.read_table(target / entry["file"]) for entry in manifest["shards"]])
+        tables.append(found[1])
+    return pyarrow.concat_tables(tables)
 
 
 def _require_pyarrow() -> None:
@@ -266,8 +269,8 @@ def _digest(table: Any, identity: str, index: int) -> str:
     return found.hexdigest()
 
 
-def _entry(path: Path, index: int, identity: str) -> dict[str, Any] | None:
-    """Return the entry of a shard in the manifest, or None if it is damaged or of another embedding."""
+def _read(path: Path, index: int, identity: str) -> tuple[dict[str, Any], Any] | None:
+    """Return the entry of a shard in the manifest and its table; None if it is missing, damaged or another one."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -278,4 +281,4 @@ def _entry(path: Path, index: int, identity: str) -> dict[str, Any] | None:
             return None
     except (pa.ArrowException, OSError, KeyError):
         return None
-    return {"shard": index, "file": path.name, "rows": table.num_rows, "digest": held}
+    return {"shard": index, "file": path.name, "rows": table.num_rows, "digest": held}, table

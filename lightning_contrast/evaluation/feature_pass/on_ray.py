@@ -1,5 +1,7 @@
 """Shards of an embedding written by the actors of Ray Data, on as many machines as the cluster has."""
 
+import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +59,8 @@ def write_on_ray(job: "EmbeddingJob", workers: int) -> list[dict[str, Any]]:
     held = int(resources.get("CPU", 0))
     require(workers <= held, "ray_workers", f"be <= {held}, the CPUs of the cluster", workers, "Give fewer")
     gpus = 1 if resources.get("GPU", 0) >= workers else 0
-    reference = ray.put(job)
+    network = copy.deepcopy(job.subject.module).cpu()  # actors may have no GPU
+    reference = ray.put(dataclasses.replace(job, subject=job.subject._replace(module=network)))
     numbers = ray.data.from_items([{"id": index} for index in range(len(job.shards))])
     written = numbers.map_batches(
         ShardWriter,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_contrast._checks import fail
 from lightning_contrast.augment import ViewPolicy
-from lightning_contrast.augment.images import INTERPOLATIONS, as_float
+from lightning_contrast.augment.images import as_float
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.exported import INPUT_SPEC, load_backbone, load_teacher
 
@@ -42,8 +42,8 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
         model: A module; the path of a file by `export.export` (".pt") or of a checkpoint (".ckpt") of a method whose
             backbone was given by name; or the name of a timm model, whose published weights timm downloads.
         preprocess: Maps images ``(B, C, H, W)`` of a loader to the input. None: the evaluation transform of the views
-            of the module's Trainer; resize, center crop and normalization
-            by the ``input_spec`` of the module or file; timm's transform of a name; scaling to 0..1 if there is none.
+            of the module's Trainer; resize, center crop and normalization by the ``input_spec`` of the module or file;
+            timm's transform of a name; scaling to 0..1 if there is none.
 
     Raises:
         TypeError: If ``model`` is none of these.
@@ -71,20 +71,19 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
     if config.get("mean") is None or config.get("input_size") is None:
         return _subject(network, None, source, preprocess)
     spec = {"size": config["input_size"][-1], "mean": list(config["mean"]), "std": list(config["std"])}
-    resampling = {"interpolation": config.get("interpolation", "bilinear"), "crop_pct": config.get("crop_pct") or 1.0}
-    return Subject(network, preprocess or spec_transform(spec, **resampling), spec, source)
+    if config.get("interpolation", "bilinear") != "bilinear":
+        spec["interpolation"] = "bicubic"
+    return Subject(network, preprocess or spec_transform(spec, crop_pct=config.get("crop_pct") or 1.0), spec, source)
 
 
-def spec_transform(spec: Mapping[str, Any], *, interpolation: str | None = None, crop_pct: float = 1.0) -> Preprocess:
+def spec_transform(spec: Mapping[str, Any], *, crop_pct: float = 1.0) -> Preprocess:
     """Return the transform of evaluation for images ``(B, C, H, W)``: resize, center crop and normalization.
 
     Args:
         spec: An ``input_spec``, see `ViewPolicy.input_spec`: size, mean and std, and what else a domain needs.
-        interpolation: Resampling, "bilinear", or "bicubic" as for any other name; None is that of the spec.
         crop_pct: Share of the shorter side that the center crop keeps, in (0, 1]; below 1 only for a square size.
     """
-    known = interpolation if interpolation in (None, *INTERPOLATIONS) else "bicubic"
-    policy = ViewPolicy.from_input_spec(spec, interpolation=known)
+    policy = ViewPolicy.from_input_spec(spec)
     size, mode = policy.height, policy.interpolation
     edge = max(size, round(size / crop_pct))
     if edge == size:
