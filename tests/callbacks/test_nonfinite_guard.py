@@ -6,13 +6,16 @@ optimizer without gradients, and moves its counters and schedules as after a ste
 
 import math
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 from torch.utils.data import DataLoader
 
+import lightning_contrast as lc
 from lightning_contrast.callbacks import MomentumUpdate, NonFiniteGuard, QueueUpdate
 from lightning_contrast.testing import HostSyncs, assert_callback_changes_nothing, run_processes
 from tests.callbacks.step_modules import QUIET, Pair, fit, states_equal
@@ -382,3 +385,21 @@ def test_a_queue_callback_of_the_user_is_not_fed_either():
     a = everything(*method_fit("MoCo", views(5, 2), [QueueUpdate()], left_out=[2]))
     b = everything(*method_fit("MoCo", views(5, 2, bad=[2]), [QueueUpdate(), NonFiniteGuard()]))
     assert states_equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+def test_a_step_of_w_mse_without_a_cholesky_factor_is_skipped():
+    """Equal images have equal embeddings, whose covariance is singular: the recipes of W-MSE have the guard."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+    module = lc.WMSE(backbone, feature_dim=6, hidden_dim=8, projection_dim=2, whitening_size=6, lr=0.1, warmup_epochs=0)
+    before = [weight.clone() for weight in module.parameters()]
+    singular = [torch.ones(6, 3, 2, 2)] * 2
+    guard = lc.NonFiniteGuard()
+    with pytest.warns(RuntimeWarning, match="the first is the loss. The step is skipped"):
+        quiet_fit(module, [guard], [singular, [torch.rand(6, 3, 2, 2), torch.rand(6, 3, 2, 2)]])
+    assert guard.skipped == 1
+    assert all(weight.isfinite().all() for weight in module.parameters())
+    assert any(not torch.equal(one, other) for one, other in zip(before, module.parameters(), strict=True))
+    recipes = Path(lc.__file__).parent.glob("recipes/wmse_*.yaml")
+    assert all("class_path: NonFiniteGuard" in path.read_text() for path in recipes)
