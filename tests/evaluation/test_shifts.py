@@ -82,6 +82,24 @@ def test_masked_gradients_are_not_robustness(change, got):
         ev.pgd_robustness(nn.Flatten(), head, images, labels, preprocess=change)
 
 
+def test_masked_gradients_are_found_in_any_batch():
+    images, head = rand(8, 3, 2, 2), nn.Linear(12, 2).requires_grad_(False)
+    head.weight.zero_(), head.bias.copy_(torch.tensor([1.0, 0.0]))
+    labels = (torch.arange(8) < 4).long()  # the first batch is wrong without an attack
+    with pytest.raises(ValueError, match="`model` must be differentiable in the images"):
+        ev.pgd_robustness(nn.Flatten(), head, images, labels, batch_size=4)
+
+
+def test_a_class_that_the_head_does_not_know_is_wrong():
+    torch.manual_seed(0)
+    images, head = rand(6, 3, 2, 2), nn.Linear(12, 2)
+    labels = head(images.flatten(1)).argmax(1)
+    labels[[1, 4]] = torch.tensor([2, 7])
+    found = ev.pgd_robustness(nn.Flatten(), head, images, labels, epsilon=1e-3, steps=1)
+    assert found["clean"].tolist() == [True, False, True, True, False, True]
+    assert not (found["robust"] & ~found["clean"]).any()
+
+
 def test_the_head_is_the_logistic_probe():
     for labels in (TRAIN[1], TRAIN[1] % 2 * 3):
         for standardize in (False, True):
@@ -281,6 +299,7 @@ SIX = torch.arange(6) % 2
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX, steps=-1), "`steps` must be >= 0"),
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX[:2]), "`labels` must be integers of"),
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES * 9, SIX), "`images` must lie in 0..1"),
+        (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX - 1), "`labels` must be >= 0"),
         (lambda: ev.long_tail_rows(Y, imbalance=0.5), "`imbalance` must be >= 1"),
         (lambda: ev.long_tail_rows(Y * 0), "`labels` must hold two classes"),
         (lambda: ev.long_tail(*BOTH, many=5, few=10), "`many` must be >= 10"),
