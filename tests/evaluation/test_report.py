@@ -407,6 +407,19 @@ def test_memory_and_energy_are_measured_and_not_in_the_json(tmp_path, monkeypatc
         ev.report({"net": net}, Data(), output=tmp_path, **given)
 
 
+def test_memory_on_an_accelerator_is_that_of_one_model(monkeypatch):
+    """Of a device that holds 1000 bytes of other models, the weights and the inputs before the pass, 700 more in it."""
+    model = nn.Linear(5, 3)
+    inputs = types.SimpleNamespace(device=torch.device("cuda"), nbytes=40)
+    before = 1000 + inputs.nbytes + 4 * (15 + 3)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: before)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: before + 700)
+    monkeypatch.setattr(model, "forward", lambda given: None)
+    subject = types.SimpleNamespace(module=model)
+    assert cost._peak_mib(subject, inputs) * 2**20 == near64(40 + 4 * 18 + 700)
+
+
 def test_maps_place_every_image_and_name_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)  # as if it were not installed
     given = {"parts": ("knn",), "options": FAST | {"maps": ("UMAP", "t-SNE")}, "progress": False}
