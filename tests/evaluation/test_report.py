@@ -20,7 +20,7 @@ from lightning_contrast import evaluation as ev
 from lightning_contrast.augment import CORRUPTIONS
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.cli import main
-from lightning_contrast.evaluation.report_card import PARTS, cost
+from lightning_contrast.evaluation.report_card import PARTS, cost, dense, shifts
 from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
 from lightning_contrast.export import export
@@ -232,6 +232,48 @@ def test_other_data(tmp_path):
     assert "fine_tuning" not in default.outcomes
     with pytest.raises(TypeError, match="`transfer` must be a dict"):
         card(tmp_path, transfer=[other])
+
+
+class Missing(Data):
+    """Its files are not there."""
+
+    def __init__(self, file, **options):
+        super().__init__(**options)
+        self.file = file
+
+    def setup(self, stage):
+        if not self.file.exists():
+            raise FileNotFoundError(f"No images in {self.file.name}")
+
+
+def test_other_data_that_cannot_be_read_are_named(tmp_path):
+    given = {"parts": ("transfer", "knn"), "of": {"pool": Pool()}}
+    gone = Missing(tmp_path / "file", count=60)
+    alone = card(tmp_path / "alone", transfer={"gone": gone}, **given)
+    assert "No images in file" in alone.errors["transfer"]["pool"]
+    assert "pool" in alone.outcomes["knn"]
+    for count in (60, 40):  # of the second, no kept table of the first
+        found = card(tmp_path / "both", transfer={"gone": gone, "other": Data(count=count)}, **given)
+        notes = found.outcomes["transfer"]["pool"].notes
+        assert "Failed for gone: No images in file" in notes
+        assert any(f"other: {count} training" in note for note in notes)
+    gone.file.touch()
+    found = card(tmp_path / "both", transfer={"gone": gone, "other": Data(count=40)}, **given)
+    assert "gone, linear top1" in found.outcomes["transfer"]["pool"].values
+
+
+@pytest.mark.parametrize("part", ["segmentation", "attention", "detection", "transfer"])
+def test_a_full_memory_says_nothing_about_a_model(part, tmp_path, monkeypatch):
+    given = {"parts": (part,), "of": {"pool": Pool()}, "transfer": {"other": Data(count=60)}}
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for module, name in ((dense, "_scenes"), (shifts, "cached_features")):
+        monkeypatch.setattr(module, name, full)
+    found = card(tmp_path, **given)
+    assert found.errors[part]["pool"] == "OutOfMemoryError: CUDA out of memory"
+    assert not list((tmp_path / "parts").glob("*"))
 
 
 class HalfLabeled(DescribedData):

@@ -50,6 +50,9 @@ the geometry, scenes that the dense parts learn from (they are judged by half as
 and steps of an attack, images of the planted shortcut, images with conflicting cues, and maps: "t-SNE" and "UMAP"
 (extra ``umap``)."""
 _OF_FIGURES = ("pictures", "maps")
+_FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError, OSError)
+"""Errors that are named in the report and do not stop it."""
+_PROBED = 4  # images whose features, as floats, tell preprocessings apart
 _VERSION = 1  # of the files of single parts
 
 
@@ -171,7 +174,7 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
                     try:
                         with isolated(derived_seed(context.seed, place)):
                             outcome = part.run(context, model)
-                    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError) as error:
+                    except _FAILURES as error:
                         found.errors.setdefault(name, {})[model] = _one_line(error)
                     else:
                         if rank() == 0:
