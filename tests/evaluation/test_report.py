@@ -551,6 +551,43 @@ def test_parts_that_change_images_refuse_other_ranges(wide, tmp_path):
     assert all("0..1" in found.errors[part]["pool"] for part in CHANGING)
 
 
+def test_a_preprocess_for_uint8_only_is_named(tmp_path):
+    """Divided by 255 twice, images are black."""
+    given = {"parts": ("knn", *CHANGING), "of": {"pool": Pool()}}
+    found = card(tmp_path, **given, preprocess={"pool": lambda images: images.float() / 255})
+    assert list(found.errors) == sorted(CHANGING, key=list(PARTS).index)
+    assert all("`preprocess` must map uint8 images" in found.errors[part]["pool"] for part in CHANGING)
+    assert "pool" in found.outcomes["knn"]
+
+    def rounded(images):
+        return as_float(images) + (0 if images.is_floating_point() else 0.4 / 255)  # as a resize of uint8 rounds
+
+    assert card(tmp_path / "rounded", **given, preprocess={"pool": rounded}).errors == {}
+
+
+class Dropped(Pool):
+    """Has a Dropout, which features do not show."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.dropout = nn.Dropout(rate)
+
+
+def test_kept_parts_are_of_the_same_preprocessing_and_training(tmp_path):
+    given = {"parts": ("knn", "attacks")}
+
+    def darker(images):
+        return as_float(images) * (0.97 if images.is_floating_point() else 1)
+
+    frozen = Pool()
+    frozen.layer.bias.requires_grad_(False)
+    for place, (model, preprocess) in enumerate(
+        [(Pool(), {}), (Pool(), {"m": darker}), (frozen, {}), (Dropped(0.1), {}), (Dropped(0.2), {}), (Pool(), {})]
+    ):
+        card(tmp_path, of={"m": model}, preprocess=preprocess, **given)
+        assert len(list((tmp_path / "parts").glob("attacks-*"))) == min(place + 1, 5)
+
+
 def test_parts_without_labels_work_without_labels(tmp_path):
     found = card(tmp_path, parts=("knn", "geometry"), data=Data(labels=False), of={"pool": Pool()})
     assert "`datamodule` must yield labels for this part" in found.errors["knn"]["pool"]
@@ -579,7 +616,7 @@ class Fatal(Pool):
 def test_a_killed_report_continues(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(ChildError):  # in the part "geometry", which encodes views
-        run_processes(lambda _: card(tmp_path / "a", of={"pool": Fatal(log, die_at=4 + 120 + 4 + 66 + 1)}), 1)
+        run_processes(lambda _: card(tmp_path / "a", of={"pool": Fatal(log, die_at=4 + 120 + 4 + 66 + 4 + 1)}), 1)
     names = {path.name.split("-")[0] for path in (tmp_path / "a" / "parts").iterdir()}
     assert names == {"knn", "retrieval"}
     assert not (tmp_path / "a" / "report.json").exists()
