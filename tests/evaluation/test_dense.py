@@ -56,6 +56,16 @@ def test_shares_of_patches_leave_void_pixels_out():
     torch.testing.assert_close(shares[0], expected)
 
 
+def test_shares_are_made_of_some_images_at_a_time(monkeypatch):
+    masks = torch.randint(0, 4, (40, 6, 6))
+    masks[3, :2] = 255
+    expected = torch.cat([protocols.patch_shares(mask[None], 4, (2, 3)) for mask in masks])
+    sizes, one_hot = [], F.one_hot
+    monkeypatch.setattr(F, "one_hot", lambda classes, number: sizes.append(len(classes)) or one_hot(classes, number))
+    assert_same_bits(protocols.patch_shares(masks, 4, (2, 3)), expected)
+    assert sizes == [16, 16, 8]  # a number per pixel and class takes 64 GB for VOC
+
+
 # Protocols
 
 
@@ -124,6 +134,31 @@ def test_maps_of_a_transformer_are_its_patch_tokens():
     assert maps.shape == (2, 24, 4, 6)
     assert_same_bits(maps[1, :, 2, 5], tokens[1, 3 + 2 * 6 + 5])
     assert vit.training
+
+
+class Wrapped(nn.Module):
+    """Layers before and after a network, which is called, or whose ``forward_features`` is."""
+
+    def __init__(self, network, called):
+        super().__init__()
+        self.network, self.called = network, called
+
+    def forward(self, images):
+        given = 2 * images + 1
+        found = self.network(given) if self.called else self.network.forward_features(given).mean(1)
+        return found[:, :3].view(3)  # of one image only
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_layers_before_a_network_change_its_map(called):
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SMALL)
+    images = torch.randn(2, 3, 32, 32)
+    wrapped = Wrapped(vit, called)
+    assert_same_bits(ev.patch_features(wrapped, images), ev.patch_features(vit, 2 * images + 1))
+    assert not vit._forward_pre_hooks
+    assert "forward_features" not in vars(vit)
+    smaller = nn.Sequential(nn.AvgPool2d(2), vit)
+    assert ev.patch_features(smaller, torch.randn(2, 3, 64, 64)).shape == (2, 24, 4, 4)
 
 
 @pytest.mark.parametrize("name", ["small_convnet", "resnet18"])

@@ -20,7 +20,7 @@ from lightning_contrast import evaluation as ev
 from lightning_contrast.augment import CORRUPTIONS
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.cli import main
-from lightning_contrast.evaluation.report_card import PARTS, cost
+from lightning_contrast.evaluation.report_card import PARTS, cost, dense, shifts
 from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
 from lightning_contrast.export import export
@@ -234,6 +234,48 @@ def test_other_data(tmp_path):
         card(tmp_path, transfer=[other])
 
 
+class Missing(Data):
+    """Its files are not there."""
+
+    def __init__(self, file, **options):
+        super().__init__(**options)
+        self.file = file
+
+    def setup(self, stage):
+        if not self.file.exists():
+            raise FileNotFoundError(f"No images in {self.file.name}")
+
+
+def test_other_data_that_cannot_be_read_are_named(tmp_path):
+    given = {"parts": ("transfer", "knn"), "of": {"pool": Pool()}}
+    gone = Missing(tmp_path / "file", count=60)
+    alone = card(tmp_path / "alone", transfer={"gone": gone}, **given)
+    assert "No images in file" in alone.errors["transfer"]["pool"]
+    assert "pool" in alone.outcomes["knn"]
+    for count in (60, 40):  # of the second, no kept table of the first
+        found = card(tmp_path / "both", transfer={"gone": gone, "other": Data(count=count)}, **given)
+        notes = found.outcomes["transfer"]["pool"].notes
+        assert "Failed for gone: No images in file" in notes
+        assert any(f"other: {count} training" in note for note in notes)
+    gone.file.touch()
+    found = card(tmp_path / "both", transfer={"gone": gone, "other": Data(count=40)}, **given)
+    assert "gone, linear top1" in found.outcomes["transfer"]["pool"].values
+
+
+@pytest.mark.parametrize("part", ["segmentation", "attention", "detection", "transfer"])
+def test_a_full_memory_says_nothing_about_a_model(part, tmp_path, monkeypatch):
+    given = {"parts": (part,), "of": {"pool": Pool()}, "transfer": {"other": Data(count=60)}}
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for module, name in ((dense, "_scenes"), (shifts, "cached_features")):
+        monkeypatch.setattr(module, name, full)
+    found = card(tmp_path, **given)
+    assert found.errors[part]["pool"] == "OutOfMemoryError: CUDA out of memory"
+    assert not list((tmp_path / "parts").glob("*"))
+
+
 class HalfLabeled(DescribedData):
     """The first images have no label."""
 
@@ -407,6 +449,19 @@ def test_memory_and_energy_are_measured_and_not_in_the_json(tmp_path, monkeypatc
         ev.report({"net": net}, Data(), output=tmp_path, **given)
 
 
+def test_memory_on_an_accelerator_is_that_of_one_model(monkeypatch):
+    """Of a device that holds 1000 bytes of other models, the weights and the inputs before the pass, 700 more in it."""
+    model = nn.Linear(5, 3)
+    inputs = types.SimpleNamespace(device=torch.device("cuda"), nbytes=40)
+    before = 1000 + inputs.nbytes + 4 * (15 + 3)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: before)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: before + 700)
+    monkeypatch.setattr(model, "forward", lambda given: None)
+    subject = types.SimpleNamespace(module=model)
+    assert cost._peak_mib(subject, inputs) * 2**20 == near64(40 + 4 * 18 + 700)
+
+
 def test_maps_place_every_image_and_name_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)  # as if it were not installed
     given = {"parts": ("knn",), "options": FAST | {"maps": ("UMAP", "t-SNE")}, "progress": False}
@@ -496,6 +551,43 @@ def test_parts_that_change_images_refuse_other_ranges(wide, tmp_path):
     assert all("0..1" in found.errors[part]["pool"] for part in CHANGING)
 
 
+def test_a_preprocess_for_uint8_only_is_named(tmp_path):
+    """Divided by 255 twice, images are black."""
+    given = {"parts": ("knn", *CHANGING), "of": {"pool": Pool()}}
+    found = card(tmp_path, **given, preprocess={"pool": lambda images: images.float() / 255})
+    assert list(found.errors) == sorted(CHANGING, key=list(PARTS).index)
+    assert all("`preprocess` must map uint8 images" in found.errors[part]["pool"] for part in CHANGING)
+    assert "pool" in found.outcomes["knn"]
+
+    def rounded(images):
+        return as_float(images) + (0 if images.is_floating_point() else 0.4 / 255)  # as a resize of uint8 rounds
+
+    assert card(tmp_path / "rounded", **given, preprocess={"pool": rounded}).errors == {}
+
+
+class Dropped(Pool):
+    """Has a Dropout, which features do not show."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.dropout = nn.Dropout(rate)
+
+
+def test_kept_parts_are_of_the_same_preprocessing_and_training(tmp_path):
+    given = {"parts": ("knn", "attacks")}
+
+    def darker(images):
+        return as_float(images) * (0.97 if images.is_floating_point() else 1)
+
+    frozen = Pool()
+    frozen.layer.bias.requires_grad_(False)
+    for place, (model, preprocess) in enumerate(
+        [(Pool(), {}), (Pool(), {"m": darker}), (frozen, {}), (Dropped(0.1), {}), (Dropped(0.2), {}), (Pool(), {})]
+    ):
+        card(tmp_path, of={"m": model}, preprocess=preprocess, **given)
+        assert len(list((tmp_path / "parts").glob("attacks-*"))) == min(place + 1, 5)
+
+
 def test_parts_without_labels_work_without_labels(tmp_path):
     found = card(tmp_path, parts=("knn", "geometry"), data=Data(labels=False), of={"pool": Pool()})
     assert "`datamodule` must yield labels for this part" in found.errors["knn"]["pool"]
@@ -524,7 +616,7 @@ class Fatal(Pool):
 def test_a_killed_report_continues(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(ChildError):  # in the part "geometry", which encodes views
-        run_processes(lambda _: card(tmp_path / "a", of={"pool": Fatal(log, die_at=4 + 120 + 4 + 66 + 1)}), 1)
+        run_processes(lambda _: card(tmp_path / "a", of={"pool": Fatal(log, die_at=4 + 120 + 4 + 66 + 4 + 1)}), 1)
     names = {path.name.split("-")[0] for path in (tmp_path / "a" / "parts").iterdir()}
     assert names == {"knn", "retrieval"}
     assert not (tmp_path / "a" / "report.json").exists()

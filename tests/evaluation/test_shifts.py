@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_contrast import evaluation as ev
 from lightning_contrast import metrics
+from lightning_contrast.evaluation.protocols import cue_conflict, shifts
 from tests.evaluation.test_protocols import BOTH, TEST, TRAIN, blobs
 from tests.tolerances import FORMULA, assert_same_bits, f32, near64
 
@@ -82,6 +84,24 @@ def test_masked_gradients_are_not_robustness(change, got):
         ev.pgd_robustness(nn.Flatten(), head, images, labels, preprocess=change)
 
 
+def test_masked_gradients_are_found_in_any_batch():
+    images, head = rand(8, 3, 2, 2), nn.Linear(12, 2).requires_grad_(False)
+    head.weight.zero_(), head.bias.copy_(torch.tensor([1.0, 0.0]))
+    labels = (torch.arange(8) < 4).long()  # the first batch is wrong without an attack
+    with pytest.raises(ValueError, match="`model` must be differentiable in the images"):
+        ev.pgd_robustness(nn.Flatten(), head, images, labels, batch_size=4)
+
+
+def test_a_class_that_the_head_does_not_know_is_wrong():
+    torch.manual_seed(0)
+    images, head = rand(6, 3, 2, 2), nn.Linear(12, 2)
+    labels = head(images.flatten(1)).argmax(1)
+    labels[[1, 4]] = torch.tensor([2, 7])
+    found = ev.pgd_robustness(nn.Flatten(), head, images, labels, epsilon=1e-3, steps=1)
+    assert found["clean"].tolist() == [True, False, True, True, False, True]
+    assert not (found["robust"] & ~found["clean"]).any()
+
+
 def test_the_head_is_the_logistic_probe():
     for labels in (TRAIN[1], TRAIN[1] % 2 * 3):
         for standardize in (False, True):
@@ -144,11 +164,29 @@ def test_unseen_groups():
     assert torch.equal(found[1]["seen"].labels, found[1]["unseen"].labels)
     assert found[1]["images"][0] == int(rest.sum())
     assert abs(found[1]["images"][0] - found[1]["images"][1]) <= 12  # a rounding in each class and group
+    assert found[1]["images"][0] == found[1]["images"][1]
     assert found[2]["seen"].top1 > found[2]["unseen"].top1 + 0.2
     with pytest.raises(ValueError, match="`test_groups` must have a group with 5 test images that can be left out"):
         ev.unseen_groups(*TRAIN, TRAIN[1] * 0, *TEST, TEST[1] * 0)
     with pytest.raises(ValueError, match="`train_groups` must be integers of shape"):
         ev.unseen_groups(*TRAIN, TRAIN[1][:3], *TEST, TEST[1])
+
+
+def test_the_control_of_unseen_groups_is_as_large_where_cells_are_small(monkeypatch):
+    """Of cells with two images each, a rounding in every cell would leave half of the images out or in."""
+    groups, labels = (of.flatten().repeat(2) for of in torch.meshgrid(torch.arange(10), torch.arange(4), indexing="ij"))
+    features = torch.arange(80.0).unsqueeze(1).repeat(1, 2)  # name the rows
+    given = []
+    monkeypatch.setattr(shifts, "logistic_probe", lambda x, *rest, **options: given.append(x[:, 0].long()))
+    found = ev.unseen_groups(features, labels, groups, features, labels, groups)
+    assert len(found) == 10
+    assert {of["images"] for of in found.values()} == {(72, 72)}
+    for control in given[1::2]:
+        assert len(set(control.tolist())) == 72
+        assert torch.bincount(labels[control]).tolist() == [18] * 4
+        assert set(torch.bincount(labels[control] * 10 + groups[control]).tolist()) == {1, 2}  # of each cell 1.8
+    seen = torch.bincount(groups[torch.cat(given[1::2])])
+    assert all(count < 80 for count in seen.tolist())  # rounding does not always favor the same groups
 
 
 SCENES = (rand(90, 3, 8, 8), torch.arange(90) % 3)
@@ -221,6 +259,25 @@ def test_images_with_conflicting_cues():
         ev.cue_conflict_images(images, torch.ones_like(masks), labels)
 
 
+def test_textures_of_large_images_are_the_largest_squares():
+    g = torch.Generator().manual_seed(0)
+    for height, width in ((40, 33), (24, 24), (56, 64)):
+        for _ in range(6):
+            mask = torch.rand(height, width, generator=g) < 0.995
+            found = cue_conflict._largest_square(mask)
+            edges = range(max(2, -(-min(height, width) // 8)), min(height, width) + 1)
+            whole = {edge: mask.unfold(0, edge, 1).unfold(1, edge, 1).all(3).all(2).nonzero() for edge in edges}
+            largest = max((edge for edge in edges if len(whole[edge])), default=None)
+            places = whole[largest]
+            assert found == (*places[len(places) // 2].tolist(), largest)
+    assert cue_conflict._largest_square(torch.zeros(16, 16, dtype=torch.bool)) is None
+    mask = (torch.arange(224) - 112).square() + (torch.arange(224)[:, None] - 112).square() < 80**2
+    start = time.process_time()
+    for _ in range(20):
+        assert cue_conflict._largest_square(mask) == (56, 56, 113)
+    assert time.process_time() - start < 5  # 0.03 s; 14 s if every square is summed
+
+
 def test_associations_are_two_sided():
     g = torch.Generator().manual_seed(0)
     x, y, a, b = (torch.randn(12, 6, generator=g) for _ in range(4))
@@ -281,6 +338,7 @@ SIX = torch.arange(6) % 2
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX, steps=-1), "`steps` must be >= 0"),
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX[:2]), "`labels` must be integers of"),
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES * 9, SIX), "`images` must lie in 0..1"),
+        (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX - 1), "`labels` must be >= 0"),
         (lambda: ev.long_tail_rows(Y, imbalance=0.5), "`imbalance` must be >= 1"),
         (lambda: ev.long_tail_rows(Y * 0), "`labels` must hold two classes"),
         (lambda: ev.long_tail(*BOTH, many=5, few=10), "`many` must be >= 10"),

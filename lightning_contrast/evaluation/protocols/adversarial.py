@@ -38,7 +38,7 @@ def pgd_robustness(
         model: Module from the input to features ``(B, F)``.
         head: Module from features to logits ``(B, C)``, such as `logistic_head`.
         images: ``(N, C, H, W)``, uint8 or floating in 0..1.
-        labels: Classes ``(N,)``, integers in 0..C - 1.
+        labels: Classes ``(N,)``, integers >= 0; an image of a class that the head does not know is wrong.
         preprocess: Maps images in 0..1, ``(B, C, H, W)``, to the input, differentiably: resize and normalization; None:
             the images are the input. The change is bounded in the images that are given, before it.
         epsilon: Largest change of a pixel in 0..1, >= 0.
@@ -64,6 +64,8 @@ def pgd_robustness(
     fits = labels.shape == (len(images),) and not labels.is_floating_point()
     require(fits, "labels", f"be integers of shape ({len(images)},)", tuple(labels.shape), "Give one class per image")
     require(len(images) > 0, "images", "hold at least one image", 0, "Give labeled images")
+    least = int(labels.min())
+    require(least >= 0, "labels", "be >= 0", least, "Leave unlabeled images out")
     first = next(model.parameters(), None)
     device = images.device if first is None else first.device
     size = step_size if step_size is not None else 2.5 * epsilon / max(1, steps)
@@ -77,13 +79,15 @@ def pgd_robustness(
 
     clean: list[Tensor] = []
     robust: list[Tensor] = []
+    checked = False
     with eval_mode(model), eval_mode(head):
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size].to(device)
             target = labels[start : start + batch_size].long().to(device)
             with torch.no_grad():
                 scores = logits(batch)
-            known = scores.gather(1, target.unsqueeze(1)).squeeze(1).isfinite()  # a class of the head
+            inside = target.clamp(max=scores.shape[1] - 1)
+            known = (inside == target) & scores.gather(1, inside.unsqueeze(1)).squeeze(1).isfinite()  # of the head
             right = scores.argmax(1) == target
             survives = right & known
             if epsilon > 0 and bool(survives.any()):
@@ -94,8 +98,9 @@ def pgd_robustness(
                     """Return the cross-entropy of each image, (B,)."""
                     return F.cross_entropy(logits(given), wanted, reduction="none")
 
-                if not robust:
+                if not checked:
                     _check_gradient(loss, chosen)
+                    checked = True
                 for restart in range(restarts):
                     generator = torch.Generator().manual_seed(derived_seed(seed, 15, start, restart))
                     attacked = pgd_attack(

@@ -104,14 +104,15 @@ def _largest_square(mask: Tensor) -> tuple[int, int, int] | None:
     """Return top, left and edge of the largest square inside a mask ``(H, W)``, None if it is too small."""
     shorter = min(mask.shape)
     least = max(2, -(-shorter // 8))
-    given = mask[None, None].float()
+    sums = F.pad(mask.long().cumsum(0).cumsum(1), (1, 0, 1, 0))  # of the pixels above and left
     low, high, place = least, shorter, None
     while low <= high:
         edge = (low + high) // 2
-        inside = F.avg_pool2d(given, edge, 1)[0, 0] == 1
-        if bool(inside.any()):
-            rows, columns = inside.nonzero()[len(inside.nonzero()) // 2].tolist()
-            low, place = edge + 1, (rows, columns, edge)
+        filled = sums[edge:, edge:] - sums[:-edge, edge:] - sums[edge:, :-edge] + sums[:-edge, :-edge]
+        corners = (filled == edge * edge).nonzero()
+        if len(corners):
+            row, column = corners[len(corners) // 2].tolist()
+            low, place = edge + 1, (row, column, edge)
         else:
             high = edge - 1
     return place

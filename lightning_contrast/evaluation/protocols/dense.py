@@ -15,7 +15,7 @@ from lightning_contrast.metrics.zero_shot import eval_mode
 from lightning_contrast.seeding import derived_seed
 
 _QUERIES = 1024  # patches per vote
-_IMAGES = 16  # images that are upsampled at once
+_IMAGES = 16  # images whose pixels have a number per class at once
 
 
 class Segmentation(NamedTuple):
@@ -36,10 +36,10 @@ class Segmentation(NamedTuple):
 def patch_features(model: nn.Module, images: Tensor, *, layer: str | None = None) -> Tensor:
     """Return the features of the patches of images, as a map.
 
-    Of networks with ``forward_features`` (all of timm), its output: the patch tokens of a vision transformer without
-    class and register tokens, after the last norm, or the last map of a convolutional network. Of other networks, the
-    last map larger than 1 x 1 that a submodule returns. The model runs in eval mode; the mode of every submodule is
-    restored.
+    Of networks with ``forward_features`` (all of timm), its output, of what layers before it give: the patch tokens of
+    a vision transformer without class and register tokens, after the last norm, or the last map of a convolutional
+    network. Of other networks, the last map larger than 1 x 1 that a submodule returns. The model runs in eval mode;
+    the mode of every submodule is restored.
 
     Args:
         model: A method of this package, whose ``backbone`` is used, or a network.
@@ -62,7 +62,8 @@ def patch_features(model: nn.Module, images: Tensor, *, layer: str | None = None
     owner = next((m for m in backbone.modules() if callable(getattr(m, "forward_features", None))), None)
     with eval_mode(backbone):
         if layer is None and owner is not None:
-            found = _as_map(owner, owner.forward_features(given), given)  # type: ignore[operator]  # callable, see above
+            own = given if owner is backbone else _input_of(owner, backbone, given)
+            found = _as_map(owner, owner.forward_features(own), own)  # type: ignore[operator]  # callable, see above
         else:
             found = _last_output(backbone, given, [modules[layer]] if layer is not None else None)
     hint = "Name the `layer` that returns a map, or wrap the network in a module whose submodule does"
@@ -70,6 +71,34 @@ def patch_features(model: nn.Module, images: Tensor, *, layer: str | None = None
         got = "none" if found is None else tuple(found.shape)
         fail("model", f"have a map of patches (B, F, h, w) ({type(backbone).__name__} has not)", got, hint)
     return found.float()
+
+
+class _ReachedError(Exception):
+    """Ends a pass at the network whose input is wanted."""
+
+
+def _input_of(owner: nn.Module, backbone: nn.Module, images: Tensor) -> Tensor:
+    """Return what a network inside of a backbone gets in a pass of images; the images if it is not called."""
+    seen: list[Tensor] = []
+
+    def reached(*args: Any, **kwargs: Any) -> None:
+        seen.extend(args[:1])
+        raise _ReachedError
+
+    own = vars(owner)
+    before = own.get("forward_features")
+    hook = owner.register_forward_pre_hook(lambda module, args: reached(*args))
+    own["forward_features"] = reached  # a backbone may call it without `forward`
+    try:
+        backbone(images)
+    except _ReachedError:
+        pass
+    finally:
+        hook.remove()
+        del own["forward_features"]
+        if before is not None:
+            own["forward_features"] = before
+    return seen[0] if seen else images
 
 
 def _as_map(owner: nn.Module, output: Any, images: Tensor) -> Tensor | None:
@@ -119,8 +148,11 @@ def patch_shares(masks: Tensor, num_classes: int, grid: tuple[int, int]) -> Tens
         ValueError: If a class is out of range.
     """
     classes, known = _classes(masks, num_classes)
-    hot = F.one_hot(classes, num_classes).permute(0, 3, 1, 2).float() * known.unsqueeze(1)
-    shares = F.adaptive_avg_pool2d(hot, grid)
+    found = []
+    for own, labeled in zip(torch.split(classes, _IMAGES), torch.split(known, _IMAGES), strict=True):
+        hot = F.one_hot(own, num_classes).permute(0, 3, 1, 2).float() * labeled.unsqueeze(1)
+        found.append(F.adaptive_avg_pool2d(hot, grid))
+    shares = torch.cat(found)
     total = shares.sum(1, keepdim=True)
     return torch.where(total > 0, shares / total.clamp(min=1e-12), 0.0)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, fail, require
-from lightning_contrast.evaluation.protocols.inputs import class_share, labeled, split
+from lightning_contrast.evaluation.protocols.inputs import labeled, split
 from lightning_contrast.evaluation.protocols.logistic import logistic_probe
 from lightning_contrast.seeding import derived_seed
 
@@ -156,9 +156,9 @@ def unseen_groups(
     """Judge classifiers on groups, such as artists or scanners, of which they have seen no image.
 
     For each group, logistic regression on standardized features is fitted to the training images of all other groups,
-    and judged on the test images of the group. The control is fitted to about as many training images of all groups,
-    with the same share of each class and group, and judged on the same test images: the difference is what the unseen
-    group costs the head. The backbone is frozen and may have seen the group.
+    and judged on the test images of the group. The control is fitted to exactly as many training images of all groups,
+    with the same share of each class and group up to rounding, and judged on the same test images: the difference is
+    what the unseen group costs the head. The backbone is frozen and may have seen the group.
 
     Args:
         train: Features ``(N, F)``, floating.
@@ -173,7 +173,7 @@ def unseen_groups(
 
     Returns:
         By group ``unseen`` and ``seen``, `ProbeResult` for the same test rows each, and ``images``, the numbers of
-        training images of both.
+        training images of both, which are equal.
 
     Raises:
         ValueError: If shapes do not match, or no group can be left out and judged.
@@ -192,19 +192,27 @@ def unseen_groups(
     judged = labeled(test[known["test"]], test_labels[known["test"]], "test_labels")
     of_train, of_test = (groups[name][known[name]].long() for name in ("train", "test"))
     present = sorted(set(of_train.tolist()))
+    cells = learned.labels * (1 + max(present)) + of_train
     found = {}
     for group in present:
         rest, own = of_train != group, of_test == group
-        if int(own.sum()) < least or len(set(learned.labels[rest].tolist())) < 2:
+        number = int(rest.sum())
+        if int(own.sum()) < least or number < 2:
+            continue
+        # Evenly from rows by class, in it by group in random order (so that rounding favors none), in that at random.
+        generator = torch.Generator().manual_seed(derived_seed(seed, group))
+        order, ranks = (
+            torch.randperm(size, generator=generator).to(cells.device) for size in (len(rest), 1 + int(cells.max()))
+        )
+        for keys in (ranks[cells], learned.labels):
+            order = order[keys[order].argsort(stable=True)]
+        control = order[torch.arange(number, device=cells.device) * len(order) // number].sort().values
+        if any(len(set(learned.labels[rows].tolist())) < 2 for rows in (rest, control)):
             continue
         queries = judged.features[own], judged.labels[own]
-        share = float(rest.double().mean())
-        # Classes within groups are drawn as classes of their own.
-        cells = learned.labels * (1 + max(present)) + of_train
-        control = class_share(cells, share, derived_seed(seed, group))
         unseen = logistic_probe(learned.features[rest], learned.labels[rest], *queries, c=c, standardize=True)
         seen = logistic_probe(learned.features[control], learned.labels[control], *queries, c=c, standardize=True)
-        found[group] = {"unseen": unseen, "seen": seen, "images": (int(rest.sum()), len(control))}
+        found[group] = {"unseen": unseen, "seen": seen, "images": (number, len(control))}
     if not found:
         hint = "Give two groups or more, with training images of two classes in the others"
         fail("test_groups", f"have a group with {least} test images that can be left out", present, hint)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast.augment.images import as_float
 from lightning_contrast.callbacks.throughput.meters import check_codecarbon
 from lightning_contrast.checkpoints import AtomicCheckpointIO, load_checkpoint
 from lightning_contrast.distributed import rank
@@ -50,6 +51,9 @@ the geometry, scenes that the dense parts learn from (they are judged by half as
 and steps of an attack, images of the planted shortcut, images with conflicting cues, and maps: "t-SNE" and "UMAP"
 (extra ``umap``)."""
 _OF_FIGURES = ("pictures", "maps")
+_FAILURES = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError, OSError)
+"""Errors that are named in the report and do not stop it."""
+_PROBED = 4  # images whose features, as floats, tell preprocessings apart
 _VERSION = 1  # of the files of single parts
 
 
@@ -171,7 +175,7 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
                     try:
                         with isolated(derived_seed(context.seed, place)):
                             outcome = part.run(context, model)
-                    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError) as error:
+                    except _FAILURES as error:
                         found.errors.setdefault(name, {})[model] = _one_line(error)
                     else:
                         if rank() == 0:
@@ -192,12 +196,25 @@ def _saved(path: Path) -> Outcome | None:
 
 
 def _model_key(context: Context, name: str) -> str:
-    """Return a digest of the features of a model and their labels."""
+    """Return a digest of a model, its features and their labels.
+
+    Parts that change images give the preprocessing floats in 0..1, and fine-tuning trains what requires gradients: two
+    models with the same features of the loader's images may differ in both.
+    """
     sets: list[FeatureSet] = [context.train[name], context.test[name]]
     tensors: list[Tensor] = []
     for of in sets:
         tensors += [of.features, *of.columns.values()] + ([] if of.labels is None else [of.labels])
-    return digest(*(tensor_digest(tensor) for tensor in tensors), sorted(sets[1].columns))
+    subject = context.subjects[name]
+    trained = [parameter for parameter, of in subject.module.named_parameters() if of.requires_grad]
+    try:
+        with isolated(derived_seed(context.seed)):  # random transforms
+            images, _ = context.images(_PROBED)
+            floats = tensor_digest(context.encode(name, as_float(images)).half())
+    except _FAILURES as error:  # images of another range; the parts that need one name it
+        floats = type(error).__name__
+    model = [repr(subject.module), subject.input_spec, trained, floats]
+    return digest(*(tensor_digest(tensor) for tensor in tensors), sorted(sets[1].columns), model)
 
 
 def _checked(

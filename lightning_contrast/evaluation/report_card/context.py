@@ -21,6 +21,9 @@ from lightning_contrast.evaluation.protocols.logistic import logistic_probe
 from lightning_contrast.metrics.zero_shot import eval_mode
 
 _BATCH = 256
+_COMPARED = 4  # images that are preprocessed as uint8 and as floats
+_SAME = 0.1  # of the distance of two images: a resize may round uint8
+_ROUNDING = 0.01  # of the norm, of features in which images hardly differ
 
 
 @dataclass
@@ -128,13 +131,26 @@ class Context:
             images: As the loader has them.
 
         Raises:
-            ValueError: If they have another range, or the model expects one.
+            ValueError: If they have another range, the model expects one, or its preprocessing takes floats in 0..1 for
+                other images than uint8.
             TypeError: If they are neither uint8 nor floats.
         """
         hint = "Leave this part out by `parts=`, or the views of geometry by options={'view_images': 0}"
         scale = (self.subjects[model].input_spec or {}).get("scale")
         require(scale is None, "models", "take images in 0..1 for this part", f"a scale of {scale}", hint)
-        return as_float(check_images(images, values=True, evaluating=True))
+        found = as_float(check_images(images, values=True, evaluating=True))
+        key = f"takes floats {model}"
+        if images.dtype == torch.uint8 and key not in self.memory:
+            expected, got = (self.encode(model, given[:_COMPARED]).double() for given in (images, found))
+            usual = (expected - expected.roll(1, 0)).norm() + _ROUNDING * expected.norm()  # between images
+            ratio = float((got - expected).norm() / usual.clamp(min=torch.finfo(torch.float64).tiny))
+            hint = "Give a `preprocess` that begins with `augment.images.as_float`, or leave this part out by `parts=`"
+            text = "map uint8 images and the same as floats in 0..1 to the same input, for parts that change images"
+            require(
+                ratio < _SAME, "preprocess", text, f"features that differ by {ratio:.2g} of two images' distance", hint
+            )
+            self.memory[key] = True
+        return found
 
     def pictures(self, model: str) -> tuple[Tensor, Tensor]:
         """Return the images ``(n, C, H, W)`` of the figures, and their features ``(n, F)``.

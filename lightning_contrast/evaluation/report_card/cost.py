@@ -65,15 +65,16 @@ def _pass_seconds(subject: Subject, inputs: Tensor) -> float:
 
 
 def _peak_mib(subject: Subject, inputs: Tensor) -> float:
-    """Return the largest number of MiB that tensors take during a pass of inputs ``(B, C, H, W)``."""
+    """Return the largest number of MiB that inputs ``(B, C, H, W)``, the model and what a pass makes take."""
+    held = sum(tensor.nbytes for tensor in (inputs, *subject.module.parameters(), *subject.module.buffers()))
     if inputs.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(inputs.device)
+        before = torch.cuda.memory_allocated(inputs.device)  # also of other models
         subject.module(inputs)
-        return float(torch.cuda.max_memory_allocated(inputs.device)) / 2**20
-    held = [inputs, *subject.module.parameters(), *subject.module.buffers()]
+        return float(torch.cuda.max_memory_allocated(inputs.device) - before + held) / 2**20
     with LiveBytes() as counter:
         subject.module(inputs)
-    return float(counter.peak + sum(tensor.nbytes for tensor in held)) / 2**20
+    return float(counter.peak + held) / 2**20
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -44,6 +44,8 @@ def segmentation(context: Context, model: str) -> Outcome:
     try:
         train, test = (_scenes(context, subject, split) for split in ("train", "test"))
         maps = [_maps(subject, part.inputs) for part in (train, test)]
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the network
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: of a layer that takes one size only
         return _not_judged(error)
     given = (maps[0], train.masks, maps[1], test.masks)
@@ -67,6 +69,8 @@ def attention(context: Context, model: str) -> Outcome:
     try:
         test = _scenes(context, subject, "test")
         maps = torch.cat([attention_maps(subject.module, part).cpu() for part in torch.split(test.inputs, _BATCH)])
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the network
     except (ValueError, TypeError, RuntimeError) as error:
         return _not_judged(error)
     found = attention_scores(maps, test.masks > 0)
@@ -83,6 +87,8 @@ def detection(context: Context, model: str) -> Outcome:
     try:
         train, test = (_scenes(context, subject, split) for split in ("train", "test"))
         _maps(subject, test.inputs[:1])
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the network
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: of a layer that takes one size only
         return _not_judged(error)
     boxes = [[of * part.inputs.shape[-1] / part.masks.shape[-1] for of in part.boxes] for part in (train, test)]

@@ -123,16 +123,16 @@ def part_inputs(context: Context, part: str) -> list[str]:
         part: Name of the part.
     """
     found = []
-    try:
-        for name in DECLARED.get(part, ()):
-            for train in (True, False):
-                found.append(digest(name, _digests(declared(context, name, train=train))))
-        if part == "transfer":
-            for name in context.transfer:
+    for name in (*DECLARED.get(part, ()), *(context.transfer if part == "transfer" else ())):
+        try:
+            if part == "transfer":
                 loaders = transfer_loaders(context, name)
-                found.append(digest(name, [data_digest(loader.dataset, drawn_rows(loader)) for loader in loaders]))
-    except (ValueError, TypeError, RuntimeError, LookupError):
-        return ["unreadable"]  # the part names the error
+                read = [data_digest(loader.dataset, drawn_rows(loader)) for loader in loaders]
+            else:
+                read = [_digests(declared(context, name, train=train)) for train in (True, False)]
+            found.append(digest(name, read))
+        except (ValueError, TypeError, RuntimeError, LookupError, OSError) as error:  # the part names it
+            found.append(digest(name, "unreadable", str(error)))
     return found
 
 

@@ -38,7 +38,9 @@ def other_sets(context: Context, model: str) -> Outcome:
             swept = logistic_sweep(*given.train, *given.test, seed=context.seed, steps=steps, max_iter=max_iter)
             k = min(20, len(given.train.labels))
             voted = knn_sweep(*given.train, *given.test, k=(k,))[k, 0.07]
-        except (ValueError, TypeError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the data
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
             failed = f"{name}: {' '.join(str(error).split())}"
             outcome.notes.append(f"Failed for {failed}")
             continue
