@@ -296,7 +296,7 @@ def test_a_small_index_has_no_lists(index):
 @pytest.mark.dist
 def test_killed_updates():
     """Fewer kills than `python -m tests.search.kill_index`, the earliest while the store is made."""
-    results = run(2, 80, seed=0) + run(1, 80, seed=5, seconds=0.02)
+    results = run(2, 80, seed=0) + run(1, 80, seed=5, commits=0)
     assert len(results) == 3
 
 
