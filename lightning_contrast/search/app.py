@@ -15,8 +15,8 @@ def create_search_app(index: ImageIndex, *, limits: Limits | None = None) -> "Fa
 
     ``GET /`` is the page, ``POST /search`` the query by ``words``, an ``image`` file or the ``digest`` of an image of
     the index, and ``GET /images/DIGEST`` a small picture of such an image. It runs with `serving.serve`, and has
-    the limits, errors and metrics of `serving.create_app`. Only files of the index can be read, by the digests of their
-    contents. Needs ``pip install 'lightning_contrast[search]'``.
+    the limits and errors of `serving.create_app`, ``/health``, and ``/metrics`` of the requests. Only files of the
+    index can be read, by the digests of their contents. Needs ``pip install 'lightning_contrast[search]'``.
 
     Args:
         index: The index, opened with its model.

@@ -1,6 +1,7 @@
 """A folder of images in a vector store: kept up to date, searched by images and words, judged for duplicates."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,13 +171,15 @@ class ImageIndex:
             k: Number of images, >= 1.
             where: SQL condition on ``path``, ``folder``, ``width``, ``height``, ``bytes``, ``changed_ns`` and
                 ``digest``; images are filtered before they are compared. Never make it of text from others.
-            probes: Lists of the index of `build_index` that are searched; None compares all images.
+            probes: Lists of the index of `build_index` that are searched, >= 1; None compares all images.
 
         Raises:
-            ValueError: If the query or the condition is not valid, or the model has no text tower.
+            ValueError: If the query, the condition or a number is not valid, or the model has no text tower.
             RefusedImageError: If the image cannot be read.
         """
         check_at_least("k", k, 1)
+        if probes is not None:
+            check_at_least("probes", probes, 1)
         vector = self.embed(query)
         if not len(self):
             return []
@@ -226,7 +229,7 @@ class ImageIndex:
     def folders(self) -> dict[str, int]:
         """Return the number of images by folder, sorted."""
         (found,) = self._table.columns("folder").values()
-        return {name: found.count(name) for name in sorted(set(found))}
+        return dict(sorted(Counter(found).items()))
 
     def path_of(self, digest: str) -> Path | None:
         """Return the path of a file with this digest of its content that is in the index, or None."""
@@ -279,7 +282,9 @@ class ImageIndex:
             except OSError:  # the reason is found where it is read
                 yield path
                 continue
-            same = _digest(content) == digest if verify else (stat.st_size, stat.st_mtime_ns) == (size, changed_ns)
+            same = (
+                content_digest(content) == digest if verify else (stat.st_size, stat.st_mtime_ns) == (size, changed_ns)
+            )
             if same:
                 done.unchanged += 1
             else:
@@ -301,7 +306,7 @@ class ImageIndex:
                 done.unreadable[path.encode(errors="replace").decode()] = str(error)
                 lost += [path] if path in known else []
                 continue
-            facts = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns, "digest": _digest(data)}
+            facts = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns, "digest": content_digest(data)}
             shape = {"height": pixels.shape[1], "width": pixels.shape[2]}
             rows.append({"path": path, "folder": Path(path).parent.as_posix()} | facts | shape)
             images.append(embedder.prepare(pixels))
@@ -320,7 +325,8 @@ class ImageIndex:
         return lost
 
 
-def _digest(data: bytes) -> str:
+def content_digest(data: bytes) -> str:
+    """Return the digest of the content of a file, 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

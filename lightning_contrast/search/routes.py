@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, Response
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from lightning_contrast.search.index import FILE_PIXELS, ImageIndex
+from lightning_contrast.search.index import FILE_PIXELS, ImageIndex, content_digest
 from lightning_contrast.search.store import quoted
 from lightning_contrast.serving.http import (
     ERRORS,
@@ -71,7 +71,8 @@ def build_search_app(index: ImageIndex, limits: Limits) -> FastAPI:
         index: The index.
         limits: Limits of requests.
     """
-    has_texts = index.model_for("the page").has_texts
+    model = index.model_for("the page")
+    has_texts = model.has_texts
     page = _PAGE.read_text(encoding="utf-8")
     app, _ = new_app("Image search", _DESCRIPTION, limits)
     slots = asyncio.Semaphore(8)  # searches and pictures in threads at a time
@@ -88,15 +89,8 @@ def build_search_app(index: ImageIndex, limits: Limits) -> FastAPI:
         except ValueError as error:  # of a query whose vector is 0
             raise RequestError(422, "invalid_query", str(error)) from error
 
-    def of_index(digest: str) -> torch.Tensor:
-        path = index.path_of(digest)
-        if path is None:
-            raise RequestError(404, "not_found", "No image of the index has this digest.", "digest")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RequestError(404, "not_found", "The file is gone; update the index.", "digest") from error
-        return decode_image(data, max_pixels=FILE_PIXELS)
+    def of_upload(data: bytes) -> torch.Tensor:
+        return decode_image(data, size=model.size, max_pixels=limits.max_pixels)
 
     def find(query: Any, k: int, folder: str | None) -> list[Found]:
         where = None if folder is None else f"folder = {quoted(folder)}"
@@ -106,7 +100,7 @@ def build_search_app(index: ImageIndex, limits: Limits) -> FastAPI:
         ]
 
     def picture(digest: str) -> bytes:
-        image = Image.fromarray(of_index(digest).permute(1, 2, 0).numpy())
+        image = Image.fromarray(_image_of(index, digest).permute(1, 2, 0).numpy())
         image.thumbnail((_EDGE, _EDGE))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=85)
@@ -147,16 +141,31 @@ def build_search_app(index: ImageIndex, limits: Limits) -> FastAPI:
             raise RequestError(422, "one_query", "Give one of words, an image and a digest.")
         query: Any
         if image is not None:
-            (query,) = await read_uploads([image], limits, "image")
+            (data,) = await read_uploads([image], limits, "image")
+            query = await in_thread(of_upload, data)
         elif words is not None:
             if not has_texts:
                 raise RequestError(422, "no_texts", "The model of this index has no text tower.", "words")
             (query,) = check_texts([words], limits, "words")
         else:
-            query = await in_thread(of_index, digest)
+            query = await in_thread(_image_of, index, digest)
         return Hits(hits=await in_thread(find, query, k, folder))
 
     return app
+
+
+def _image_of(index: ImageIndex, digest: str) -> torch.Tensor:
+    """Return the pixels (3, H, W), uint8, of the image of the index whose content has a digest."""
+    path = index.path_of(digest)
+    if path is None:
+        raise RequestError(404, "not_found", "No image of the index has this digest.", "digest")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RequestError(404, "not_found", "The file is gone; update the index.", "digest") from error
+    if content_digest(data) != digest:
+        raise RequestError(404, "not_found", "The file has changed; update the index.", "digest")
+    return decode_image(data, max_pixels=FILE_PIXELS)
 
 
 def _security(page: str) -> dict[str, str]:

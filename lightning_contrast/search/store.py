@@ -52,13 +52,14 @@ class VectorTable:
         elif facts is None:
             raise FileNotFoundError(f"There is no index in {folder}.")
         self._database = lancedb.connect(str(folder), read_consistency_interval=timedelta(0))  # others may write
-        try:
-            self._table = self._database.open_table(_NAME)
-        except ValueError:  # there is none, or a killed process began to make it
+        self._table = self._open()
+        if self._table is None:
             if facts is None:
-                raise FileNotFoundError(f"There is no index in {folder}.") from None
+                raise FileNotFoundError(f"There is no index in {folder}.")
             with self.writing():
-                self._table = self._create(facts, dim)
+                self._table = self._open()  # another process may have made it since
+                if self._table is None:
+                    self._table = self._create(facts, dim)
         saved = (self._table.schema.metadata or {}).get(_FACTS)
         if saved is None:
             fail("store", "be the folder of an index", str(folder), hint)
@@ -67,6 +68,13 @@ class VectorTable:
 
     def __len__(self) -> int:
         return int(self._table.count_rows())
+
+    def _open(self) -> Any:
+        """Return the table, or None if there is none or a killed process began to make it."""
+        try:
+            return self._database.open_table(_NAME)
+        except ValueError:
+            return None
 
     def _create(self, facts: Mapping[str, Any], dim: int) -> Any:
         import pyarrow as pa
@@ -132,11 +140,6 @@ class VectorTable:
 
         self._table.create_index(VECTOR, config=IvfFlat(distance_type="cosine", **options), replace=True)
 
-    @property
-    def has_index(self) -> bool:
-        """Return whether there is a vector index."""
-        return any(VECTOR in index.columns for index in self._table.list_indices())
-
     def nearest(
         self, query: NDArray[np.float32], k: int, where: str | None, probes: int | None
     ) -> list[dict[str, Any]]:
@@ -146,7 +149,7 @@ class VectorTable:
             query: A vector (D,), not 0.
             k: Number of rows, >= 1.
             where: SQL condition on the columns, applied first; None for all rows.
-            probes: Lists of the vector index that are searched; None for an exact search of all rows.
+            probes: Lists of the vector index that are searched, >= 1; None for an exact search of all rows.
 
         Raises:
             ValueError: If the condition is not valid.
@@ -159,14 +162,21 @@ class VectorTable:
         names = [name for name in self._table.schema.names if name != VECTOR]
         try:
             rows = search.select([*names, "_distance"]).to_list()
+        except Exception:
+            if where is not None:
+                self._check_condition(where, names)
+            raise
+        return [row | {"score": max(-1.0, min(1.0, 1 - row.pop("_distance")))} for row in rows]
+
+    def _check_condition(self, where: str, names: Sequence[str]) -> None:
+        """Raise a ValueError unless rows can be counted by a condition."""
+        try:
+            self._table.count_rows(where)
         except Exception as error:  # of several types
-            if where is None:
-                raise
             hint = str(error).strip().splitlines()[0].rstrip(".")
             raise ValueError(
                 f"`where` must be an SQL condition on {', '.join(names)}, got {where!r}. {hint}."
             ) from error
-        return [row | {"score": max(-1.0, min(1.0, 1 - row.pop("_distance")))} for row in rows]
 
     def columns(self, *names: str, where: str | None = None) -> dict[str, list[Any]]:
         """Return whole columns of plain values, sorted by path."""

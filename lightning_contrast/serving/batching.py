@@ -75,7 +75,7 @@ class Batcher(Generic[Given, Prepared]):
             if self._is_closed:
                 raise FullError("The service is stopping.")
             if self._at_work + len(items) > self._max_waiting:
-                raise FullError(f"{self._at_work} images are at work already; try again later.")
+                raise FullError(f"{self._at_work} items are at work already; try again later.")
             self._at_work += len(items)
             return [self._start(item) for item in items]
 

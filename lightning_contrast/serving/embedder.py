@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,21 +141,24 @@ def open_embedder(
         model: An ONNX graph (".onnx") by `export.export`, with the ``input_spec`` in its metadata; a folder by
             `export_towers`, or its ``image.onnx``, for images and texts; an exported backbone (".pt") or a checkpoint
             (".ckpt") of a method whose backbone was given by name; a module; or an `Embedder`, which is returned.
-        tokenizer: Function of a list of B str that returns int64 tokens (B, L); None is that of the module, or the one
-            that the file of the text tower names.
+        tokenizer: Function of a list of B str that returns int64 tokens (B, L), for the graph of a text tower; None is
+            the one that its file names. Any other model has its own. A tokenizer of this package is part of the digest
+            of the model by its settings, another one by its name alone.
         input_spec: Specification of the images, for a module or a file without it.
         threads: Threads of ONNX Runtime in an operator; None for one per core.
 
     Raises:
-        ValueError: If the file is not such a model, its ``input_spec`` or its tokenizer is unknown, or it does not map
-            8-bit images to vectors.
+        ValueError: If the file is not such a model, its ``input_spec`` or its tokenizer is unknown, a tokenizer is
+            given for anything but the graph of a text tower, or the model does not map 8-bit images to vectors.
         FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If ONNX Runtime is needed and not installed.
         TypeError: If ``model`` is none of these.
     """
     if isinstance(model, Embedder):
+        _check_no_tokenizer(tokenizer, "an Embedder")
         return model
     if isinstance(model, nn.Module):
+        _check_no_tokenizer(tokenizer, "a module")
         return _of_module(model, input_spec, weights_digest(model))
     if not isinstance(model, str | Path):
         fail("model", "be a path or a module", type(model).__name__, "Give the path of an ONNX graph", TypeError)
@@ -163,11 +167,17 @@ def open_embedder(
         raise FileNotFoundError(f"There is no model {path}.")
     graph = path / _GRAPH if path.is_dir() else path
     if not path.is_dir() and path.suffix in (".pt", ".pth", ".ckpt"):
+        _check_no_tokenizer(tokenizer, f"a {path.suffix} file")
         subject = load_subject(path)
         return _of_module(subject.module, input_spec or subject.input_spec, weights_digest(subject.module))
     hint = "Give an .onnx file of `export.export`, a folder of `export_towers`, or a .pt or .ckpt file"
     require(graph.suffix == ".onnx" and graph.is_file(), "model", "be a model file", str(path), hint)
     return _of_graph(graph, tokenizer, input_spec, threads)
+
+
+def _check_no_tokenizer(tokenizer: Tokenizer | None, model: str) -> None:
+    hint = "Give a tokenizer for the graph of a text tower alone; a module has its own"
+    require(tokenizer is None, "tokenizer", f"be None for {model}", tokenizer, hint)
 
 
 def _of_module(module: nn.Module, spec: Any, weights: int) -> Embedder:
@@ -179,14 +189,15 @@ def _of_module(module: nn.Module, spec: Any, weights: int) -> Embedder:
     encode: Any = getattr(module, "encode_image", module)
     encode_text: Any = getattr(module, "encode_text", None)
     device = next((weight.device for weight in module.parameters()), torch.device("cpu"))
+    lock = threading.Lock()  # the mode of the module is that of all threads
 
     def run(images: Tensor) -> Vectors:
         """Return the vectors (B, D) of images (B, C, h, w)."""
-        with eval_mode(module), torch.no_grad():
+        with lock, eval_mode(module), torch.no_grad():
             return encode(images.to(device)).float().cpu().numpy()  # type: ignore[no-any-return]
 
     def run_texts(texts: list[str]) -> Vectors:
-        with eval_mode(module), torch.no_grad():
+        with lock, eval_mode(module), torch.no_grad():
             return encode_text(texts).float().cpu().numpy()  # type: ignore[no-any-return]
 
     return Embedder(
@@ -211,11 +222,15 @@ def _of_graph(path: Path, tokenizer: Tokenizer | None, spec: Any, threads: int |
     hint = "Export a backbone, which takes floats or uint8"
     require(kind is not None and len(given.shape) == 4, "model", "take images (B, C, h, w)", given.type, hint)
     channels = given.shape[1] if isinstance(given.shape[1], int) else 3
-    files = [path]
+    files, reads = [path], "None"
     encode_texts = None
-    if path.name == _GRAPH and (path.parent / _TEXT_GRAPH).is_file():
-        files.append(path.parent / _TEXT_GRAPH)
-        encode_texts = _text_encoder(files[1], tokenizer, threads)
+    if path.name == _GRAPH and (text_path := path.parent / _TEXT_GRAPH).is_file():
+        text_session = _open_session(text_path, threads)
+        read = _saved_tokenizer(text_session, text_path) if tokenizer is None else tokenizer
+        files, reads = [path, text_path], _tokenizer_facts(read)
+        encode_texts = _text_encoder(text_session, read)
+    else:
+        _check_no_tokenizer(tokenizer, "a graph without a text tower")
 
     def run(images: Tensor) -> Vectors:
         return session.run(None, {given.name: images.numpy().astype(kind, copy=False)})[0]  # type: ignore[no-any-return]
@@ -223,22 +238,32 @@ def _of_graph(path: Path, tokenizer: Tokenizer | None, spec: Any, threads: int |
     return Embedder(
         run,
         spec,
-        model_digest=_digest(*(file_digest(file) for file in files), repr(tokenizer_spec(tokenizer)).encode()),
+        model_digest=_digest(*(file_digest(file) for file in files), reads.encode()),
         channels=channels,
         encode_texts=encode_texts,
         takes_pixels=kind is np.uint8,
     )
 
 
-def _text_encoder(path: Path, tokenizer: Tokenizer | None, threads: int | None) -> Callable[[list[str]], Vectors]:
+def _saved_tokenizer(session: Any, path: Path) -> Tokenizer:
+    """Return the tokenizer that the file of a text tower names."""
+    saved = _read_json(session.get_modelmeta().custom_metadata_map.get("tokenizer", "null"), "tokenizer")
+    hint = f"{path} does not name one: give the tokenizer of the training"
+    require(isinstance(saved, dict), "tokenizer", "be given for this text tower", None, hint)
+    return build_tokenizer(saved)
+
+
+def _tokenizer_facts(tokenizer: Tokenizer) -> str:
+    """Return what is known of a tokenizer: its settings, or the name of a function or a class."""
+    spec = tokenizer_spec(tokenizer)
+    if spec is not None:
+        return json.dumps(spec, sort_keys=True)
+    named: Any = tokenizer if hasattr(tokenizer, "__qualname__") else type(tokenizer)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _text_encoder(session: Any, read: Tokenizer) -> Callable[[list[str]], Vectors]:
     """Return the function from texts to vectors (B, D) of the graph of a text tower."""
-    session = _open_session(path, threads)
-    if tokenizer is None:
-        saved = _read_json(session.get_modelmeta().custom_metadata_map.get("tokenizer", "null"), "tokenizer")
-        hint = f"{path} does not name one: give the tokenizer of the training"
-        require(isinstance(saved, dict), "tokenizer", "be given for this text tower", None, hint)
-        tokenizer = build_tokenizer(saved)
-    read: Tokenizer = tokenizer
     given = session.get_inputs()[0]
     length = given.shape[1]
 

@@ -305,6 +305,11 @@ def test_data_are_prepared_by_the_spec_and_spread_over_the_set():
     rows = [i * 60 // 7 for i in range(7)]
     assert found.labels.tolist() == labels[rows].tolist()
     torch.testing.assert_close(found.inputs, policy.eval_transform(pixels[rows]), **f32(FORMULA))
+    plain = lc.augment.ViewPolicy.from_input_spec(
+        {"size": 16, "mean": None, "std": None}, interpolation="bicubic"
+    ).eval_transform(pixels[rows])
+    found = read_samples(loader(60, size=20), BICUBIC, channels=3, count=7, pixels=True)
+    assert torch.equal(found.inputs, (plain * 255).round().to(torch.uint8))
     with pytest.raises(ValueError, match=r"`images` must lie in 0\.\.1"):
         read_samples(torch.randn(4, 3, 16, 16), SPEC, channels=3, count=4)
     with pytest.raises(TypeError, match="`data` must be a DataModule or a loader, got 'int'"):

@@ -1,7 +1,8 @@
 """A program that kills updates of an index (SIGKILL) at random moments: ``python -m tests.search.kill_index``.
 
-Every try starts from an empty store. After each kill the index must open, hold whole commits only, of vectors that are
-those of the files, and the next update must complete it.
+Every try starts from an empty store, and the kill follows a drawn number of commits. After each kill the index must
+open, hold whole commits only, among them all that were seen, of vectors that are those of the files, and the next
+update must complete it.
 """
 
 import argparse
@@ -26,15 +27,26 @@ from tests.tolerances import FORMULA, f32
 BATCH = 8
 CHILD = """
 import sys
-from tests.search.kill_index import embedder
 from lightning_contrast.search import ImageIndex
+from lightning_contrast.search.store import VectorTable
+from tests.search.kill_index import BATCH, embedder
 import lancedb
+put, commits = VectorTable.put, 0
+def counted(*arguments, **options):
+    global commits
+    put(*arguments, **options)
+    commits += 1
+    print("commit", flush=True)
+    if commits == int(sys.argv[3]):
+        sys.stdin.readline()
+VectorTable.put = counted
 model = embedder()
 print("ready", flush=True)
 sys.stdin.readline()
-ImageIndex(sys.argv[1], model, sys.argv[2]).update(batch_size=8)
+ImageIndex(sys.argv[1], model, sys.argv[2]).update(batch_size=BATCH)
 print("done", flush=True)
 """
+"""Tells of each commit, and waits for the kill after that of a given number, so that none comes after the update."""
 
 
 def embedder():
@@ -65,52 +77,62 @@ def check(store, folder):
     return len(paths)
 
 
-def kill_once(work, folder, seconds, seed):
-    """Kill an update; return how many rows were kept (None: no index yet), and whether it had ended."""
+def kill_once(work, folder, seen, seconds):
+    """Kill an update some seconds after a number of its commits was seen; return how many rows were kept.
+
+    None: there was no index yet.
+    """
     store = work / "store"
     shutil.rmtree(store, ignore_errors=True)
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(store), str(folder)]
+    total = len(list(folder.rglob("*.png")))
+    last = min(seen + 2, -(-total // BATCH))
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(store), str(folder), str(last)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
         process.stdin.write("\n")
         process.stdin.flush()
-        time.sleep(random.Random(seed).uniform(0, seconds))
+        for _ in range(seen):
+            assert process.stdout.readline() == "commit\n"
+        time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
-        ended = "done" in process.stdout.read()
+        assert "done" not in process.stdout.read(), "the update had ended"
     finally:
         process.kill()
         process.wait()
         process.stdin.close()
         process.stdout.close()
     kept = check(store, folder)
+    assert (kept or 0) % BATCH == 0 or kept == total, "a part of a commit"
+    assert min(seen * BATCH, total) <= (kept or 0) <= min(last * BATCH, total), "a commit was lost"
     index = ImageIndex(store, embedder(), folder)
     done = index.update()
-    total = len(list(folder.rglob("*.png")))
     assert (len(index), len(done.added) + (kept or 0)) == (total, total)
     assert check(store, folder) == total
-    return kept, ended
+    return kept
 
 
-def run(tries, count, seed, seconds=None):
+def run(tries, count, seed, commits=None):
     """Kill updates; return what was kept by each.
 
     Args:
         tries: Number of kills.
         count: Number of images.
         seed: Seed of the moments.
-        seconds: Latest moment after the start; None: the time of a whole update.
+        commits: Commits before each kill; None: drawn from 0 to all of them.
     """
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "images"
         make_images(folder, count)
-        if seconds is None:
-            start = time.perf_counter()
-            ImageIndex(Path(name) / "first", embedder(), folder).update(batch_size=BATCH)
-            seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        ImageIndex(Path(name) / "first", embedder(), folder).update(batch_size=BATCH)
+        batches = -(-count // BATCH)
+        seconds = (time.perf_counter() - start) / batches
         for number in range(tries):
-            found.append(kill_once(Path(name), folder, seconds, seed + number))
+            draw = random.Random(seed + number)
+            seen = draw.randint(0, batches) if commits is None else commits
+            found.append(kill_once(Path(name), folder, seen, draw.uniform(0, seconds)))
     return found
 
 
@@ -120,5 +142,5 @@ if __name__ == "__main__":
         parser.add_argument(f"--{option}", type=int, default=value)
     args = parser.parse_args()
     results = run(args.tries, args.images, args.seed)
-    print("images kept after each kill, of", args.images, ":", [kept for kept, _ in results])
-    print(f"{len(results)} of {args.tries} survived; {sum(ended for _, ended in results)} had ended before the kill")
+    print("images kept after each kill, of", args.images, ":", results)
+    print(f"{len(results)} of {args.tries} survived a kill in a running update")

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import torch
 from PIL import Image
 
 from lightning_contrast.search import ImageIndex, group_duplicates
+from lightning_contrast.search.store import VectorTable
 from lightning_contrast.serving import RefusedImageError
 from tests.search.kill_index import embedder, run
 from tests.served_models import encoded, expected, image_model, picture, towers
 from tests.tolerances import FORMULA, NETWORK, f32, near
+
+ROW = {"path": "a", "folder": ".", "digest": "0" * 32, "bytes": 1, "changed_ns": 0, "width": 1, "height": 1}
 
 
 def fill(folder, count=10):
@@ -81,6 +85,31 @@ def test_filters_are_applied_before_the_search(index):
     assert index.search(unit(3), 9, where="width > 40") == []
     with pytest.raises(ValueError, match=r"where.*color"):
         index.search(unit(3), 9, where="color = 3")
+    with pytest.raises(ValueError, match="probes"):
+        index.search(unit(3), 9, probes=0)
+
+
+def test_a_good_condition_is_not_blamed_for_another_error(tmp_path):
+    table = VectorTable(tmp_path / "store", {}, 2)
+    table.put([ROW], np.eye(1, 2, dtype=np.float32), replace=False)
+    with pytest.raises(Exception, match=r"(?i)dim") as caught:
+        table.nearest(np.ones(5, dtype=np.float32), 1, "width > 0", None)
+    assert "where" not in str(caught.value)
+
+
+def test_the_later_of_two_creators_keeps_what_the_first_wrote(tmp_path, monkeypatch):
+    writing = VectorTable.writing
+
+    @contextmanager
+    def writing_after_another(table):
+        monkeypatch.setattr(VectorTable, "writing", writing)
+        VectorTable(tmp_path / "store", {"by": "first"}, 2).put([ROW], np.eye(1, 2, dtype=np.float32), replace=False)
+        with writing(table):
+            yield
+
+    monkeypatch.setattr(VectorTable, "writing", writing_after_another)
+    table = VectorTable(tmp_path / "store", {"by": "second"}, 2)
+    assert (len(table), table.facts) == (1, {"by": "first"})
 
 
 def test_an_update_follows_the_folder(index, folder):
@@ -267,7 +296,7 @@ def test_a_small_index_has_no_lists(index):
 @pytest.mark.dist
 def test_killed_updates():
     """Fewer kills than `python -m tests.search.kill_index`, the earliest while the store is made."""
-    results = run(2, 80, seed=0) + run(1, 80, seed=5, seconds=0.02)
+    results = run(2, 80, seed=0) + run(1, 80, seed=5, commits=0)
     assert len(results) == 3
 
 

@@ -66,7 +66,7 @@ def test_it_is_full_at_its_limit_and_takes_all_or_none():
     free = threading.Event()
     batcher = made(lambda batch: free.wait(5) and doubled(batch), max_waiting=3)
     held = batcher.submit(["1", "2"])
-    with pytest.raises(FullError, match="2 images are at work"):
+    with pytest.raises(FullError, match="2 items are at work"):
         batcher.submit(["3", "4"])
     held += batcher.submit(["3"])
     free.set()

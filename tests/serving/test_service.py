@@ -85,6 +85,12 @@ def test_texts_that_are_refused(text_client, texts):
     assert text_client.post("/embed/text", json={"texts": texts}).status_code == 422
 
 
+def test_as_many_texts_as_the_limit_are_answered(text_client):
+    answer = text_client.post("/embed/text", json={"texts": ["a cat"] * 256})
+    assert answer.status_code == 200
+    assert len(answer.json()["embeddings"]) == 256
+
+
 def test_half_a_surrogate_pair_is_refused(text_client):
     content = b'{"texts": ["\\ud83d"]}'
     answer = text_client.post("/embed/text", content=content, headers={"content-type": "application/json"})
