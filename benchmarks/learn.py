@@ -236,7 +236,9 @@ def kept(results: Path) -> str:
     runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     teachers = {run["seed"]: run["teacher"] for run in runs if "teacher" in run}
     lines = ["| student | k-NN | of seeds | share of the teacher's k-NN | seconds | seeds |", "|" + "---|" * 6]
-    rows: dict[str, list[tuple[float, float, float]]] = {"the teacher": [(k, 1.0, 0.0) for k in teachers.values()]}
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    if teachers:
+        rows["the teacher"] = [(k, 1.0, 0.0) for k in teachers.values()]
     for run in runs:
         if "teacher" in run or (run["row"] == ALONE and run["seed"] in teachers):
             figures = (run["knn"], run["knn"] / teachers[run["seed"]], run["seconds"])

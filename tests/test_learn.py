@@ -55,6 +55,18 @@ def test_table_gives_means_and_the_spread_of_the_seeds(tmp_path):
     assert lines[3] == "| simclr | 3 | 0.600 | 0.500-0.700 | 0.500 | 0.250 | 10 | 3 |"
 
 
+def test_students_are_compared_with_their_teacher(tmp_path):
+    (tmp_path / "simclr-0.json").write_text(json.dumps(record("simclr", 0, 0.5)))
+    (tmp_path / "alone-0.json").write_text(json.dumps(record(learn.ALONE, 0, 0.4)))
+    assert len(learn.kept(tmp_path).splitlines()) == 2  # no student so far
+    (tmp_path / "seed-0.json").write_text(json.dumps(record("seed", 0, 0.55) | {"teacher": 0.5}))
+    assert [line.split(" | ")[:4:3] for line in learn.kept(tmp_path).splitlines()[2:]] == [
+        ["| seed", "1.100"],
+        ["| the teacher", "1.000"],
+        [f"| {learn.ALONE}", "0.800"],
+    ]
+
+
 def test_the_page_names_the_machine_of_each_row(tmp_path):
     here, other = ({"processor": name, "torch": "2.14.1"} for name in ("A", "B"))
     for row, where in (("simclr", here), ("moco", here), ("byol", other)):
