@@ -12,7 +12,7 @@ import lightning_contrast as lc
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("methods/*.md"))]
 FENCES = [
     pytest.param(source, id=f"{page.stem}-{number}")
     for page in PAGES
