@@ -1,7 +1,7 @@
 """Pages of the site that are made of other texts: a card per method, the callbacks, and the API reference.
 
 mkdocs calls `on_config`, `on_files` and `on_page_markdown`; see ``mkdocs.yml``. The sources are the docstrings, the
-recipes, and the tables of the README and of ``docs/learn.md``: nothing is written twice. What docstrings have no room for
+recipes, and the tables of the README and of ``docs/learn.md``: nothing is written twice. What no docstring has room for
 is in ``docs/methods/NAME.md``: the idea of a method, its data flow, equation, defaults and pitfalls.
 """
 
