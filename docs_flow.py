@@ -154,7 +154,7 @@ def flow_figure(text: str, is_loss: Callable[[str], bool]) -> str:
             place = f'x="{(left + right) / 2:g}" y="{start + number * _LINE:g}"'
             parts.append(f'<text class="{kind}" {place}>{html.escape(line)}</text>')
         if box.symbol:
-            x = (box.last + 0.5) * wide + 7
+            x = (box.last + 0.5) * wide + 12
             symbol = html.escape(box.symbol)
             parts.append(f'<text class="symbol" x="{x:g}" y="{top + height + 14:g}">{symbol}</text>')
     label = html.escape("; then ".join(_spoken(flow, row) for row in range(flow.rows)), quote=True)
@@ -203,7 +203,7 @@ def _arrows(flow: Flow, tops: Sequence[tuple[float, float]], wide: float) -> lis
             start, end = sum(tops[box.row]), tops[after.row][0]
             parts.append(_arrow("arrow", f"M{x:g} {start:g}V{end:g}"))
             if any((row, lane) in flow.stops for row in range(box.row, after.row)):
-                y = (start + end) / 2 - 3
+                y = start + 7
                 parts.append(f'<path class="stop" d="M{x - 9:g} {y:g}h18m-18 5h18"/>')
     return parts
 

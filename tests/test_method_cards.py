@@ -23,6 +23,9 @@ SECTIONS = ["Data flow", "Equation", "Source and differences", "Defaults", "Pitf
 NO_MODULES = {"teacher"}  # `Distill` keeps it out of its modules
 OBJECTIVES = "lightning_contrast.nn.distillation_objectives"
 LOSS_TABLES = {"Distill": OBJECTIVES, "SEED": OBJECTIVES, "PairContrast": "lightning_contrast.losses.pair_losses"}
+PLAIN_LOSSES = ("nt_xent", "info_nce", "dense_info_nce", "sup_con", "alignment", "uniformity", "negative_cosine")
+PLAIN_LOSSES += ("view_invariance",)
+OTHER_LOSSES = {"NPID": {"info_nce"}, "CPC": {"cpc_sampled_loss"}, "TemporalCPC": {"cpc_all_times_loss"}}  # by argument
 
 
 @pytest.fixture
@@ -115,6 +118,11 @@ def test_the_picture_is_that_of_the_code(card):
     mine = used(sources(card.name))
     inside = {one for name in last if name in losses for one in used(inspect.getsource(getattr(lc.losses, name)))}
     assert all(name in mine or (name in inside and name not in last) for name in losses)
+    public = {
+        name for name in lc.losses.__all__ if name.endswith("_loss") or name in (*PLAIN_LOSSES, "view_invariance")
+    }
+    page = used(inspect.getsource(sys.modules[getattr(lc, card.name).__module__]))
+    assert page & public - OTHER_LOSSES.get(card.name, set()) <= set(losses)
 
 
 def known(name):
