@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import re
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def test_tables_name_what_exists(table):
 PUBLIC = [lc, *(getattr(lc, name) for name in lc.__all__ if name.islower())]
 
 
+@functools.cache
 def classes():
     """Return the names of all public classes of the package, wherever they are defined."""
     paths = [path for path in (ROOT / "lightning_contrast").rglob("*.py") if not path.stem.startswith("_")]
