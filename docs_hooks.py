@@ -1,7 +1,8 @@
 """Pages of the site that are made of other texts: a card per method, the callbacks, and the API reference.
 
-mkdocs calls `on_config` and `on_files`; see ``mkdocs.yml``. The sources are the docstrings, the recipes, and the
-tables of the README and of ``docs/learn.md``: nothing is written twice.
+mkdocs calls `on_config`, `on_files` and `on_page_markdown`; see ``mkdocs.yml``. The sources are the docstrings, the
+recipes, and the tables of the README and of ``docs/learn.md``: nothing is written twice. What no docstring has room for
+is in ``docs/methods/NAME.md``: the idea of a method, its data flow, equation, defaults and pitfalls.
 """
 
 import inspect
@@ -9,8 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
+from docs_flow import flow_figure
+from lightning_contrast import losses
 from lightning_contrast.cli.method_cards import MethodCard, method_cards
 
 ROOT = Path(__file__).parent
@@ -35,8 +39,6 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
     pages = {"methods/index.md": _methods(), "plugins.md": _plugins()}
-    measured = _measured()
-    pages |= {f"methods/{name}.md": _card(card, measured) for name, card in method_cards().items()}
     pages |= {f"api/{name}.md": _api(name, names) for name, names in _packages().items()}
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
@@ -71,11 +73,28 @@ def _measured() -> dict[str, list[str]]:
     return {row[0]: row for row in rows if len(row) == 8}
 
 
-def _card(card: MethodCard, measured: dict[str, list[str]]) -> str:
-    """Return the page of one method."""
-    lines = [f"# {card.name}", "", f"**{card.idea[:1].upper()}{card.idea[1:]}**", "", card.summary, ""]
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
+    """Complete the pages of the methods."""
+    name = page.file.src_uri.removeprefix("methods/").removesuffix(".md")
+    card = method_cards().get(name) if page.file.src_uri.startswith("methods/") else None
+    return _card(card, markdown, _measured()) if card else markdown
+
+
+def _card(card: MethodCard, markdown: str, measured: dict[str, list[str]]) -> str:
+    """Return the page of one method, given what ``docs/methods`` has."""
+    written = card_sections(markdown)
+    lines = [f"# {card.name}", "", f"**{card.idea[:1].upper()}{card.idea[1:]}**", "", written["idea"], ""]
+    lines += [
+        "## Data flow",
+        "",
+        flow_figure(written["flow"], lambda name: hasattr(losses, name)),
+        "",
+        card.summary,
+        "",
+    ]
+    lines += ["## Equation", "", _typeset(written["Equation"]), ""]
     lines += ["## Source and differences", "", _linked(card.source), ""]
-    lines += ["## Arguments", "", "| argument | default | meaning |", "|---|---|---|"]
+    lines += ["## Defaults", "", written["Defaults"], "", "| argument | default | meaning |", "|---|---|---|"]
     for argument in card.arguments:
         default = f"`{argument.default}`" if argument.default else ""
         text = _linked(argument.text.replace("|", "\\|"))
@@ -83,8 +102,10 @@ def _card(card: MethodCard, measured: dict[str, list[str]]) -> str:
     lines += ["", f"Further arguments: [API reference](../api/methods.md#lightning_contrast.methods.{card.name}).", ""]
     if card.views:
         lines += [f"Published views: `{card.name}.views(size)`, which is `augment.{card.views}`.", ""]
-    lines += ["## Recipes", ""]
-    lines += [f"- `lightning-contrast fit --config {name}`" for name in card.recipes] or ["None."]
+    lines += ["## Pitfalls", "", written["Pitfalls"], "", "## Recipes", ""]
+    lines += [f"- `lightning-contrast fit --config {name}`: {text}" for name, text in card.recipe_notes.items()] or [
+        "None."
+    ]
     lines += ["", "## Measured", ""]
     stems = [name.removesuffix("_emoji") for name in card.recipes if name.endswith("_emoji")]
     found = [measured[stem] for stem in stems if stem in measured]
@@ -99,6 +120,24 @@ def _card(card: MethodCard, measured: dict[str, list[str]]) -> str:
         lines += ["Not in the table of [results](../learn.md)."]
     file = card.path.relative_to(ROOT).as_posix()
     return "\n".join([*lines, "", f"Code: [{file}]({_SOURCE}{file}).", ""])
+
+
+def card_sections(markdown: str) -> dict[str, str]:
+    """Return "title", "idea" and "flow" of a page of ``docs/methods``, and its sections by their headings."""
+    first, *rest = re.split(r"(?m)^## ", markdown)
+    start = re.fullmatch(r"# (?P<title>\w+)\n\n(?P<idea>.*?)\n\n```flow\n(?P<flow>.*?)\n```\s*", first, re.S)
+    if start is None:
+        raise ValueError(f"a card begins with `# NAME`, the idea and a `flow` fence, got {first[:80]!r}")
+    return start.groupdict() | {heading: text.strip() for heading, text in (part.split("\n", 1) for part in rest)}
+
+
+def _typeset(text: str) -> str:
+    """Return a text whose ``math`` fences, in LaTeX, are MathML."""
+
+    def equation(match: re.Match[str]) -> str:
+        return f'<div class="equation">{convert(match[1], display="block")}</div>'
+
+    return re.sub(r"(?ms)^```math\n(.*?)\n```$", equation, text)
 
 
 def _linked(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import lightning_contrast as lc
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs").glob("methods/*.md"))]
 FENCES = [
     pytest.param(source, id=f"{page.stem}-{number}")
     for page in PAGES
@@ -50,6 +51,7 @@ def test_tables_name_what_exists(table):
 PUBLIC = [lc, *(getattr(lc, name) for name in lc.__all__ if name.islower())]
 
 
+@functools.cache
 def classes():
     """Return the names of all public classes of the package, wherever they are defined."""
     paths = [path for path in (ROOT / "lightning_contrast").rglob("*.py") if not path.stem.startswith("_")]

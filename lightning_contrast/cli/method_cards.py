@@ -62,10 +62,11 @@ class MethodCard:
     @property
     def arguments(self) -> list[Argument]:
         """The arguments of the constructor, without those of ``**options``."""
-        section = re.search(r"(?ms)^Args:\n(.*?)(?:^\S|\Z)", self.class_docstring)
+        owner = self._owner_of_arguments
+        section = re.search(r"(?ms)^Args:\n(.*?)(?:^\S|\Z)", ast.get_docstring(owner) or "")
         items = re.findall(r"(?ms)^    (\w+): (.*?)(?=^    [\w*]+: |\Z)", section[1] if section else "")
         texts = {name: " ".join(text.split()) for name, text in items}
-        init = next((node for node in self._class.body if getattr(node, "name", "") == "__init__"), None)
+        init = next((node for node in owner.body if getattr(node, "name", "") == "__init__"), None)
         if not isinstance(init, ast.FunctionDef):
             return [Argument(name, "", text) for name, text in texts.items()]
         given = init.args
@@ -83,6 +84,29 @@ class MethodCard:
         pattern = re.compile(rf"^model:\n  class_path: {self.name}$", re.M)
         paths = sorted((_PACKAGE / "recipes").glob("*.yaml"))
         return [path.stem for path in paths if pattern.search(path.read_text(encoding="utf-8"))]
+
+    @property
+    def recipe_notes(self) -> dict[str, str]:
+        """What each recipe says of itself, by its name: the comment that it begins with."""
+        notes = {}
+        for name in self.recipes:
+            lines = (_PACKAGE / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+            comment = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+            notes[name] = " ".join(comment)
+        return notes
+
+    @property
+    def _owner_of_arguments(self) -> ast.ClassDef:
+        """The class itself, or the base in `lightning_contrast.methods` whose constructor it has."""
+        if any(getattr(node, "name", "") == "__init__" for node in self._class.body):
+            return self._class
+        bases = [ast.unparse(base) for base in self._class.bases]
+        for node in self._tree.body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_contrast.methods."):
+                for name in (alias.name for alias in node.names if alias.name in bases):
+                    path = self.path.with_name(f"{(node.module or '').rsplit('.', 1)[1]}.py")
+                    return MethodCard(name, path)._owner_of_arguments
+        return self._class
 
     @property
     def _class(self) -> ast.ClassDef:

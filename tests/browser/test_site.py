@@ -16,7 +16,7 @@ from tests.browser.chromium import Chromium, find_chromium
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("index.html", "concepts.html", "command_line.html", "methods/index.html", "methods/SimCLR.html")
-PAGES += ("plugins.html", "learn.html", "migration.html", "api/losses.html")
+PAGES += ("methods/TemporalContrast.html", "plugins.html", "learn.html", "migration.html", "api/losses.html")
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 SEARCH = """(() => {
   const field = document.querySelector('.md-search__input');
@@ -50,7 +50,8 @@ def test_the_site_is_whole(tmp_path):
     build(site)
     for name in method_cards():
         text = (site / "methods" / f"{name}.html").read_text()
-        assert "Measured" in text, name
+        assert all(mark in text for mark in ("Measured", "<svg viewBox", "<math", "Pitfalls")), name
+        assert "```" not in text, name
     sheets = r'<link[^>]*rel="(?:stylesheet|preload|preconnect)"[^>]*\bhref'
     loaded = rf'(?:<script[^>]*\bsrc|{sheets}|<img[^>]*\bsrc)="(https?:.*?)"'
     for page in site.rglob("*.html"):
