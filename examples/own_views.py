@@ -15,7 +15,7 @@ from lightning_contrast.augment import domains, fused
 
 def gray_policy():
     """X-rays: the side of the heart and the level of gray carry meaning, so there is no flip and a mild gamma."""
-    return domains.chest_xray_views(64, mean=0.4, std=0.25, crop=(0.5, 1.0))
+    return domains.chest_xray_views(64, mean=(0.4,), std=(0.25,), crop=(0.5, 1.0))
 
 
 def four_band_policy():
