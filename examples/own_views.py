@@ -19,7 +19,7 @@ def gray_policy():
 
 
 def four_band_policy():
-    """Fields from above: any turn, blur and noise, but no jitter of colors, which bands do not have."""
+    """Fields from above: any turn, blur, noise and gamma, but no jitter of colors, which bands do not have."""
     view = augment.ViewSpec(
         64,
         (0.3, 1.0),
@@ -28,7 +28,8 @@ def four_band_policy():
         jitter_p=0.0,
         gray_p=0.0,
         blur_p=0.5,
-        last_operations=(fused.KorniaOperation(K.RandomGaussianNoise(std=0.02), p=0.3),),
+        noise_p=0.3,
+        last_operations=(fused.KorniaOperation(K.RandomGamma((0.8, 1.25)), p=0.5),),
     )
     bands = {"mean": (0.08, 0.13, 0.15, 0.32), "std": (0.01, 0.02, 0.05, 0.12)}  # of the images in 0..1
     return augment.make_policy([view, view], channels=4, color=False, scale=(0, 10_000), **bands)
