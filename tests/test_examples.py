@@ -76,7 +76,8 @@ def as_in_a_new_process(path, arguments, cwd):
 def run(path, *arguments, cwd):
     """Run an example as a script, in this process, whose imports are paid for, and return what it prints.
 
-    An exception or an exit with an error fails the test. Larger ones, such as the quickstart, get a process as a user starts it.
+    An exception or an exit with an error fails the test. Larger ones, such as the quickstart, get a process, as a user
+    starts it.
     """
     out = io.StringIO()
     with as_in_a_new_process(path, arguments, cwd), contextlib.redirect_stdout(out):
