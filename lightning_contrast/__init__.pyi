@@ -22,6 +22,7 @@ from .callbacks import AdversarialView as AdversarialView
 from .callbacks import AttributePenalty as AttributePenalty
 from .callbacks import CollapseMonitor as CollapseMonitor
 from .callbacks import EmbeddingLogger as EmbeddingLogger
+from .callbacks import FeatureRegularizer as FeatureRegularizer
 from .callbacks import GradientCache as GradientCache
 from .callbacks import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
 from .callbacks import InvarianceMonitor as InvarianceMonitor

@@ -1,5 +1,6 @@
 """The command line and the recipes in examples/configs."""
 
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning_contrast.cli._errors import user_message
 from lightning_contrast.cli._features import FeatureWriter
 from lightning_contrast.nn.multi_crop import count_global_views
 from lightning_contrast.testing import run_processes
+from tests.recipe_steps import FirstSteps, batch_of, generated
 from tests.tolerances import NETWORK, assert_same_bits, f32
 
 # Lightning 2.6 calls jsonargparse in ways that 4.49 has deprecated.
@@ -32,7 +34,9 @@ QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--tra
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 # Widths that a test cannot wait for; everything else is built as the recipe has it.
 SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 12, "projection_dim": 8, "queue_size": 64}
-SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8}
+SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8, "whitening_size": 16}
+TEACHERS = {128: ("small_convnet", {"width": 16}), 192: ("small_convnet", {})}  # by the width of their features
+TEACHERS |= {512: ("resnet10t", {}), 2048: ("resnet14t", {})}
 SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "small_video_vit", "r3d_18")
 
 
@@ -51,6 +55,15 @@ def small(path, tmp_path):
         arguments["backbone"] = SMALL["backbone"]
     for name in set(SMALL) & set(arguments) - {"backbone"}:
         arguments[name] = SMALL[name]
+    if "num_samples" in arguments and not path.stem.endswith("_emoji"):  # a row of a table for each image
+        arguments["num_samples"] = 64
+        if path.stem.endswith("_imagenet"):
+            arguments["num_negatives"] = 16  # drawn, as in the recipe
+    if "text_kwargs" in arguments:
+        arguments["text_kwargs"] |= {"width": 32, "layers": 2, "heads": 2}
+    if "teacher" in arguments:
+        arguments["teacher"], sizes = TEACHERS[arguments["teacher_dim"]]
+        arguments["teacher_kwargs"] = {"pretrained": False, **sizes}
     written = tmp_path / path.name
     written.write_text(yaml.safe_dump(recipe))
     return recipe, written
@@ -63,10 +76,13 @@ TEXTS = (lc.CLIP, lc.SigLIP, lc.GLoRIA)  # take one view, and data with captions
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
+def test_recipe_builds_what_it_names_and_fits_a_step(path, tmp_path, monkeypatch):
+    """The step is the first of a run that is planned as the recipe has it, on images that are made up or bundled."""
     monkeypatch.setattr(sys, "argv", ["lightning_contrast"])  # Lightning warns of two sources of arguments
     recipe, written = small(path, tmp_path)
-    cli = main(["--config", str(written), *CPU, *QUIET, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    short = ["--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"]
+    root = f"--trainer.default_root_dir={tmp_path}"
+    cli = main(["--config", str(written), *CPU, *QUIET, *short, root], run=False)
     assert type(cli.model).__name__ == recipe["model"]["class_path"]
     assert type(cli.datamodule).__name__ == recipe["data"]["class_path"]
     assert cli.trainer.max_epochs == recipe["trainer"]["max_epochs"]
@@ -84,6 +100,17 @@ def test_recipe_builds_what_it_names(path, tmp_path, monkeypatch):
         assert [view.shape for view in views[:count]] == [(2, 3, size, size)] * count
         assert all(view.shape[2] < size for view in views[count:])  # local ones
     assert any(isinstance(c, StepSeed) for c in cli.trainer.callbacks)
+
+    step, batch = FirstSteps(2 if type(cli.model) is lc.SEED else 1), batch_of(cli.model)  # SEED: with an empty queue 0
+    cli.trainer.callbacks.append(step)
+    if path.stem.endswith("_emoji"):
+        cli.datamodule.batch_size = batch
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    else:
+        cli.trainer.fit(cli.model, generated(cli.datamodule, size, batch))
+    assert cli.trainer.global_step == step.steps
+    assert math.isfinite(step.loss)
+    assert 0 < step.gradient < math.inf
 
 
 OTHER_DATA = {

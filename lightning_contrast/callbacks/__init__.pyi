@@ -3,6 +3,7 @@ from .attribute_penalty import AttributePenalty as AttributePenalty
 from .collapse.diagnosis import Thresholds as Thresholds
 from .collapse.instance_discrimination_monitor import InstanceDiscriminationMonitor as InstanceDiscriminationMonitor
 from .collapse.monitor import CollapseMonitor as CollapseMonitor
+from .feature_regularizer import FeatureRegularizer as FeatureRegularizer
 from .gradient_cache import GradientCache as GradientCache
 from .invariance.monitor import InvarianceMonitor as InvarianceMonitor
 from .momentum_update import MomentumUpdate as MomentumUpdate

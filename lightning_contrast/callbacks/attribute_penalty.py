@@ -3,24 +3,21 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from lightning_contrast._checks import (
     check_at_least,
     check_choice,
-    check_not_negative,
     check_positive,
-    check_word,
     fail,
     require,
 )
-from lightning_contrast.callbacks.capture.features import count_images, named_layers
+from lightning_contrast.callbacks.capture.features import count_images
 from lightning_contrast.callbacks.capture.labels import check_place, read_labels
+from lightning_contrast.callbacks.capture.penalty import FeaturePenalty
 from lightning_contrast.distributed import all_reduce_mean, global_mean, is_distributed
 from lightning_contrast.losses import hsic_loss
 from lightning_contrast.seeding import seeded
@@ -29,7 +26,7 @@ _HIDDEN = 64
 _TINY = 1e-12  # weight of an image of unknown group, so that a batch without a known one has the loss 0
 
 
-class AttributePenalty(L.Callback):
+class AttributePenalty(FeaturePenalty):
     """Add a penalty on the dependence of features on a protected attribute to the loss of any module.
 
     ``weight * losses.hsic_loss(features, attribute)`` is added to the loss before its backward pass, with the features
@@ -81,26 +78,17 @@ class AttributePenalty(L.Callback):
         if labels is None:
             hint = "Give a key, an index, or a function of the batch"
             fail("labels", "say where the protected attribute is", labels, hint, TypeError)
-        check_not_negative("weight", weight)
+        super().__init__(weight, features, name)
         check_positive("bandwidth", bandwidth)
         check_choice("penalty", penalty, ("hsic", "adversary"))
         check_positive("adversary_lr", adversary_lr)
-        check_word("name", name)
         self.adversary: GroupAdversary | None = None
         if penalty == "adversary":
             hint = "Give the number of groups"
             require(num_groups is not None, "num_groups", 'be given for penalty="adversary"', num_groups, hint)
             self.adversary = GroupAdversary(num_groups or 0, adversary_lr)
-        self.labels, self.weight, self.features = labels, weight, features
-        self.bandwidth, self.name = bandwidth, name
-        self._handle: RemovableHandle | None = None
-        self._groups: Tensor | None = None  # of the batch of a step, (B,)
-        self._outputs: list[Tensor] = []
-
-    @property
-    def state_key(self) -> str:
-        """Key in a checkpoint's ``"callbacks"``."""
-        return f"AttributePenalty[{self.name}]"
+        self.labels, self.bandwidth = labels, bandwidth
+        self._groups = torch.empty(0)  # of the batch of a step, (B,)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the classifier, if there is one."""
@@ -111,76 +99,32 @@ class AttributePenalty(L.Callback):
         if self.adversary is not None:
             self.adversary.load_state_dict(state_dict)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hook the submodule; strategies have wrapped it by now.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
-        layers = named_layers(pl_module)
-        check_choice("features", self.features, layers)
-        self._handle = layers[self.features].register_forward_hook(self._record)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Remove the hook."""
-        self._detach()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the hook: `on_train_end` is not called after an exception."""
-        self._detach()
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Read the attribute of the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         groups = read_labels(batch, self.labels, type(self).__name__)
         size = count_images(batch)
         require(len(groups) == size, "labels", f"be {size}, one for each image", len(groups), "Check their place")
         if self.adversary is not None and (batch_idx == 0 or groups.device.type == "cpu"):  # synchronizes
             self.adversary.check(groups)
-        self._groups, self._outputs = groups.to(pl_module.device), []
+        self._groups = groups.to(pl_module.device)
 
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Add the penalty to the loss."""
-        groups, outputs = self._groups, self._outputs
-        self._outputs = []
-        if groups is None:
-            return
-        hint = "Name a layer that the training step calls with gradient"
-        require(len(outputs) > 0, "features", f"be called in each step ({self.features!r} is not)", 0, hint)
-        rows = torch.cat(outputs)
-        of_rows = groups.repeat(len(rows) // len(groups))
+    def penalty(self, pl_module: Any, rows: Tensor, size: int) -> Tensor:
+        """Return the dependence of features on the attribute, or minus the cross entropy of the adversary.
+
+        Args:
+            pl_module: The LightningModule.
+            rows: Features ``(n B, F)`` of all views, one view after the other.
+            size: B, the number of images.
+        """
+        of_rows = self._groups.repeat(len(rows) // size)
         if self.adversary is None:
             value = hsic_loss(rows, of_rows, bandwidth=self.bandwidth)
-            pl_module.log(f"{self.name}/hsic", value.detach(), batch_size=len(groups))
+            pl_module.log(f"{self.name}/hsic", value.detach(), batch_size=size)
         else:
             value = -self.adversary.step(rows, of_rows)
-            pl_module.log(f"{self.name}/cross_entropy", -value.detach(), batch_size=len(groups))
-        if self.weight == 0 or not loss.requires_grad:
-            return
-        penalty = self.weight * value
-        if pl_module.automatic_optimization:
-            penalty = penalty / trainer.accumulate_grad_batches  # as the loss is
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        penalty = penalty if scaler is None else scaler.scale(penalty)
-        loss.add_(penalty.to(loss.dtype))  # in place: the Trainer takes no other loss from a callback
-
-    def _record(self, layer: nn.Module, args: Any, output: Any) -> None:
-        """Keep the features of a call with gradient."""
-        groups = self._groups
-        if groups is None or not torch.is_grad_enabled():
-            return
-        ok = isinstance(output, Tensor) and output.ndim in (2, 3, 4) and len(groups) and len(output) % len(groups) == 0
-        if not ok:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            rule = f"give one row for each of the {len(groups)} images ({self.features!r} does not)"
-            fail("features", rule, got, "Name a layer with an output (B, F), (B, N, F) or (B, F, H, W)")
-        if output.requires_grad:
-            features = output.transpose(1, 2) if output.ndim == 3 else output  # (n B, F, ...)
-            self._outputs.append(features if features.ndim == 2 else features.flatten(2).mean(2))
-
-    def _detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self._groups, self._outputs = None, None, []
+            pl_module.log(f"{self.name}/cross_entropy", -value.detach(), batch_size=size)
+        return value
 
 
 class GroupAdversary:

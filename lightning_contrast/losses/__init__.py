@@ -81,6 +81,7 @@ from lightning_contrast.losses.predictive_coding import (
 from lightning_contrast.losses.redundancy import (
     barlow_twins_loss,
     draw_permutations,
+    log_det_loss,
     mmcr_loss,
     tico_loss,
     vicreg_loss,
@@ -132,6 +133,7 @@ __all__ = [
     "kd_loss",
     "koleo_loss",
     "lejepa_loss",
+    "log_det_loss",
     "margin_contrastive_loss",
     "masked_l1_loss",
     "masked_patch_loss",

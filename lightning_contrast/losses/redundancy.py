@@ -1,4 +1,4 @@
-"""Losses on the statistics of embedding dimensions: Barlow Twins, VICReg, TiCo, W-MSE and MMCR.
+"""Losses on the statistics of embedding dimensions: Barlow Twins, VICReg, TiCo, W-MSE, MMCR and the coding rate.
 
 The sum of squares of a correlation or covariance matrix ``X'Y`` is computed from whichever is smaller: the ``D x D``
 matrix itself, or the two ``B x B`` matrices ``XX'`` and ``YY'``, whose inner product it is. The ``naive_*`` functions
@@ -355,3 +355,44 @@ def mmcr_loss(views: Tensor, momentum_views: Tensor | None = None, *, local_weig
     if local_weight:
         loss = loss + local_weight * global_mean(torch.linalg.svdvals(unit).sum(1))
     return loss
+
+
+def naive_log_det_loss(z: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """Reference form of `log_det_loss`: the log determinant of the ``(D, D)`` matrix.
+
+    Args:
+        z: Features of one view, ``(B, D)``.
+        distortion: Squared precision of the code, > 0.
+    """
+    unit = F.normalize(z, dim=1)
+    covariance = unit.T @ unit / len(z)  # (D, D)
+    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    return -0.5 * torch.logdet(identity + z.shape[1] / distortion * covariance)
+
+
+@full_precision
+def log_det_loss(z: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """Compute the negative coding rate of unit features: it is lowest if all directions are used alike.
+
+    Implements ``-R(Z, eps)`` of MCR2 (https://arxiv.org/abs/2006.08558), ``-0.5 logdet(I + D / (B eps^2) Z'Z)``, over
+    the global batch. Inputs are L2-normalized here. The determinant of the smaller of Z'Z and ZZ' is computed.
+
+    Args:
+        z: Features of one view, ``(B, D)``.
+        distortion: ``eps^2``, the squared precision of the code, > 0; 0.5 in the paper.
+
+    Returns:
+        A scalar in nats, the same on every rank, between ``-0.5 K log(1 + D / (K distortion))`` for K = min(B, D) and
+        ``-0.5 log(1 + D / distortion)``, the value of equal features.
+
+    Raises:
+        ValueError: If the shape is wrong, the batch is smaller than 2, or ``distortion`` is not positive.
+        TypeError: If the features are not floating point.
+    """
+    check_matrix("z", z)
+    check_positive("distortion", distortion, "The paper uses 0.5")
+    rows = _gathered("z", normalize(z))
+    size, width = rows.shape
+    gram = rows @ rows.T if size < width else rows.T @ rows
+    factor = torch.linalg.cholesky(gram * (width / (size * distortion)) + torch.eye(len(gram)).to(gram))
+    return -factor.diagonal().log().sum()

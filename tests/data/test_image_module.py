@@ -2,37 +2,15 @@
 
 import bz2
 import gzip
-import pickle
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_contrast.data import ImageDataModule
+from tests.archives import write_cifar
 
 RNG = np.random.default_rng(0)
-
-
-def _cifar(root, name):
-    """Write what CIFAR's archive holds; images and labels of both parts are returned."""
-    from torchvision import datasets
-
-    folder = root / {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}[name]
-    folder.mkdir()
-    key, classes = ("labels", 10) if name == "CIFAR10" else ("fine_labels", 100)
-    written = {}
-    for part, files in (("train", getattr(datasets, name).train_list), ("test", getattr(datasets, name).test_list)):
-        images, labels = [], []
-        for file, _ in files:
-            data = RNG.integers(0, 256, (6, 3072), dtype=np.uint8)
-            numbers = RNG.integers(0, classes, 6).tolist()
-            (folder / file).write_bytes(pickle.dumps({"data": data, key: numbers}))
-            images.append(data)
-            labels += numbers
-        written[part] = np.concatenate(images).reshape(-1, 3, 32, 32), labels
-    meta = getattr(datasets, name).meta
-    (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: [str(n) for n in range(classes)]}))
-    return written
 
 
 def _idx(root, packed, rows=(8, 5)):
@@ -89,7 +67,7 @@ def _same(data, split, expected):
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 def test_cifar(tmp_path, no_md5, name):
-    written = _cifar(tmp_path, name)
+    written = write_cifar(tmp_path, name, RNG)
     data = ImageDataModule(name, tmp_path, batch_size=2, indices=True)
     data.prepare_data()
     data.setup()

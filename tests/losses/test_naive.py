@@ -89,6 +89,12 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor
         partial(redundancy.naive_vicreg_loss, epsilon=0.3),
         [0.1 * A, 0.1 * B],
     ),
+    "log det": (losses.log_det_loss, redundancy.naive_log_det_loss, [A]),
+    "log det, wide": (
+        partial(losses.log_det_loss, distortion=0.1),
+        partial(redundancy.naive_log_det_loss, distortion=0.1),
+        [A[:4]],
+    ),
     "vicreg, wide": (losses.vicreg_loss, redundancy.naive_vicreg_loss, [A[:4], B[:4]]),
 }
 

@@ -117,6 +117,7 @@ MORE = {
     "barlow": _case(lambda a, b: losses.barlow_twins_loss(a, b, off_diagonal_weight=0.0051), 2),
     "vicreg": _case(losses.vicreg_loss, 2),
     "koleo": _case(losses.koleo_loss, 1),
+    "log det": _case(losses.log_det_loss, 1),
     "ijepa": _case(losses.ijepa_loss, 2),
     "swav": _case(lambda *x: losses.swav_loss(x, **_VIEWS), 3),
     "dino": _case(lambda a, b, c, d, e: losses.dino_loss([a, b, c], [d, e], None, **_DINO), 5),
