@@ -113,6 +113,10 @@ class Distill(SelfSupervisedModule):
             require(teacher_dim is not None, "teacher_dim", "be given without a teacher", teacher_dim, hint)
             check_at_least("teacher_dim", teacher_dim or 0, 1)
         else:
+            if isinstance(teacher, nn.Module):
+                own, theirs = (set(map(id, network.parameters())) for network in (self.backbone, teacher))
+                hint = "Give a copy of it, as a teacher is frozen"
+                require(not own & theirs, "teacher", "share no weights with `backbone`", type(teacher).__name__, hint)
             self.frozen_teacher = load_teacher(teacher, teacher_dim=teacher_dim, teacher_kwargs=teacher_kwargs)
             teacher_dim = self.frozen_teacher.feature_dim
         self.objective = OBJECTIVES[loss](
