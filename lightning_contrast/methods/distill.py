@@ -226,7 +226,8 @@ class Distill(SelfSupervisedModule):
         """Return (online, momentum) modules; only "disco" and "compress_momentum" have any."""
         if self.momentum_backbone is None or self.momentum_projector is None:
             return []
-        return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
+        head = [(self.projector, self.momentum_projector)]  # that of CompRess is an identity
+        return [(self.backbone, self.momentum_backbone), *(head if not isinstance(self.projector, nn.Identity) else [])]
 
     def queues(self) -> dict[str, nn.Module]:
         """Return the memories of the loss, and the cache."""

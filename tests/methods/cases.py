@@ -455,7 +455,7 @@ CASES |= {
     ),
     "Distill rkd": Case(TaughtDistill, views=1, settings={"loss": "rkd"}),
     "SEED": Case(TaughtSEED, views=1, settings={"queue_size": 24}),
-    "SEED small crops": Case(TaughtSEED, views=3, settings={"queue_size": 24, "small_crops": 2, "queue_dtype": "int4"}),
+    "SEED small crops": Case(TaughtSEED, views=3, settings={"queue_size": 24, "small_crops": 2}),
 }
 
 
