@@ -12,7 +12,9 @@ import lightning_contrast as lc
 ROLES = """ artist astronaut construction-worker cook detective elf factory-worker fairy farmer firefighter genie guard
  health-worker judge mage mechanic office-worker pilot police-officer scientist singer student superhero supervillain
  teacher technologist vampire zombie """.replace("\n", "")
-STRENGTHS = {"none": 1, "balanced weights": 1, "group DRO": 0.01, "HSIC": 100, "FSCL": 1, "counterfactual pairs": 1}
+STRENGTHS = {"group DRO": 0.01, "HSIC": 100}  # 1 for the others
+KINDS = {"HSIC": {}, "gradient reversal": {"penalty": "adversary", "num_groups": 2}}  # in each class
+REMEDIES = "none", "balanced weights", "group DRO", "HSIC", "gradient reversal", "FSCL", "counterfactual pairs"
 
 
 class Classifier(L.LightningModule):
@@ -52,16 +54,16 @@ def persons(data, split):
 def run(remedy, strength, epochs, seed, fold):
     """Train with a remedy; return figures on other persons, each as a man and as a woman: gap, worst group ..."""
     L.seed_everything(seed)
-    data, strength = lc.data.EmojiDataModule(validation_fold=fold), strength or STRENGTHS[remedy]
+    data, strength = lc.data.EmojiDataModule(validation_fold=fold), strength or STRENGTHS.get(remedy, 1)
     images, labels, gender = persons(data, "train")
     kept = (labels != gender) | (torch.rand(len(labels)) < 0.1)  # a tenth of the images that contradict the shortcut
     kept |= kept.roll(len(kept) // 2) & (remedy == "counterfactual pairs")  # each image with that of the other gender
-    groups = 2 * labels + gender if remedy == "balanced weights" else labels * 0
+    groups = (2 * labels + gender) * (remedy == "balanced weights")  # or all are one
     weights = lc.data.balanced_weights(groups.masked_fill(~kept, -1))
     dataset = TensorDataset(*(values[kept] for values in (images, labels, gender, weights)))
     views = lc.ViewAugmentation(lc.augment.make_policy([lc.augment.ViewSpec(32, (0.6, 1), gray_p=0)] * 2), seed=seed)
-    places = [lambda batch, y=y: batch[2].where(batch[1] == y, -1) for y in range(2) if remedy == "HSIC"]  # by class
-    penalties = [lc.AttributePenalty(place, weight=strength, name=f"class_{y}") for y, place in enumerate(places)]
+    places = [lambda batch, y=y: batch[2].where(batch[1] == y, -1) for y in range(2) if remedy in KINDS]
+    penalties = [lc.AttributePenalty(of, weight=strength, name=str(y), **KINDS[remedy]) for y, of in enumerate(places)]
     model, loader = Classifier(remedy, strength), DataLoader(dataset, batch_size=64, shuffle=True, drop_last=True)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     L.Trainer(max_epochs=epochs, callbacks=[views, *penalties], accelerator="cpu", **quiet).fit(model, loader)
@@ -72,8 +74,7 @@ def run(remedy, strength, epochs, seed, fold):
 
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--remedy", choices=[*STRENGTHS], default="none")
+parser.add_argument("--remedy", choices=REMEDIES, default="none")
 for name, kind, default in (("strength", float, None), ("epochs", int, 60), ("seed", int, 0), ("fold", int, None)):
     parser.add_argument(f"--{name}", type=kind, default=default)  # a fold, 1-4: judge on training persons
-options = vars(parser.parse_args())
-print(json.dumps(options | run(**options)))
+print(json.dumps((options := vars(parser.parse_args())) | run(**options)))

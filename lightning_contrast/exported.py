@@ -18,6 +18,7 @@ from lightning_contrast.nn.backbones import (
     PREFIX,
     SMALL_CONVNET,
     build_backbone,
+    read_feature_dim,
     strip_prefix,
 )
 from lightning_contrast.nn.feature_output import FeatureOutput
@@ -113,8 +114,10 @@ def load_teacher(
         fail("teacher_kwargs", "be None where `teacher` is no name", dict(teacher_kwargs), hint)
     if isinstance(teacher, nn.Module):
         width = getattr(teacher, "feature_dim", None) if teacher_dim is None else teacher_dim
-        return FrozenTeacher(*build_backbone(teacher, feature_dim=width))
-    return FrozenTeacher(*build_backbone(_network_of(Path(teacher)), feature_dim=teacher_dim))
+        return _frozen(teacher, width)
+    network = _network_of(Path(teacher))
+    _check_width(network, teacher_dim)
+    return _frozen(network, teacher_dim)
 
 
 def _named_teacher(teacher: str, teacher_dim: int | None, kwargs: dict[str, Any]) -> FrozenTeacher:
@@ -127,7 +130,29 @@ def _named_teacher(teacher: str, teacher_dim: int | None, kwargs: dict[str, Any]
         require(known and teacher not in _OWN, "teacher", "have published weights", teacher, hint)
         kwargs["pretrained"] = True
     with torch.random.fork_rng(devices=[]):
-        return FrozenTeacher(*build_backbone(teacher, feature_dim=teacher_dim, backbone_kwargs=kwargs))
+        made = _frozen(teacher, teacher_dim, kwargs)
+    _check_width(made.module, teacher_dim)
+    return made
+
+
+def _frozen(network: str | nn.Module, width: int | None, kwargs: Mapping[str, Any] | None = None) -> FrozenTeacher:
+    """Return a network as a teacher; errors say that it is the teacher."""
+    try:
+        network, width = build_backbone(network, feature_dim=width, backbone_kwargs=kwargs)
+    except ValueError as error:
+        raise ValueError(f"{error} Here `backbone` is the teacher, and `feature_dim` is `teacher_dim`.") from error
+    FeatureOutput.attach(network, width, None, is_teacher=True)
+    return FrozenTeacher(network, width)
+
+
+def _check_width(network: nn.Module, teacher_dim: int | None) -> None:
+    """Raise a ValueError if a network without classifier is known to have features of another width."""
+    try:
+        width = read_feature_dim(network)
+    except ValueError:  # it has a classifier, or does not say: its first features are checked
+        return
+    hint = "Leave it out: it is read from the teacher"
+    require(teacher_dim in (None, width), "teacher_dim", f"be {width}, the width of the teacher", teacher_dim, hint)
 
 
 def _network_of(path: Path) -> nn.Module:

@@ -428,7 +428,7 @@ def test_view_strengths(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remedy", ["group DRO", "HSIC", "FSCL", "counterfactual pairs"])
+@pytest.mark.parametrize("remedy", ["group DRO", "HSIC", "gradient reversal", "FSCL", "counterfactual pairs"])
 def test_fairness_emoji(tmp_path, remedy):
     out = run(ROOT / "examples" / "fairness_emoji.py", "--remedy", remedy, "--epochs", "1", "--fold", "1", cwd=tmp_path)
     found = json.loads(out.splitlines()[-1])

@@ -50,7 +50,7 @@ class AdversarialView(L.Callback):
     is taken, in ``candidates`` forward passes without gradient. With ``epsilon=0`` and ``steps=0`` it is not attacked.
 
     Args:
-        epsilon: Largest change of a pixel in 0..1, >= 0.
+        epsilon: Largest change of a pixel in 0..1, from 0 to 1.
         step_size: Change of a pixel per step, >= 0.
         steps: Number of steps, >= 0.
         random_start: Start at an offset that is uniform in [-epsilon, epsilon].

@@ -54,7 +54,7 @@ class AttributePenalty(FeaturePenalty):
         bandwidth: As of `losses.hsic_loss`, > 0.
         num_groups: G, the number of groups, >= 2; "adversary" needs it.
         adversary_lr: Learning rate of the classifier, > 0.
-        name: Prefix of the log key.
+        name: Prefix of the log key; must be unique among the `AttributePenalty` callbacks of a Trainer.
 
     Raises:
         TypeError: If ``labels`` is no place in a batch, or the attribute not an integer tensor.

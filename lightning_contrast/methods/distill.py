@@ -113,6 +113,10 @@ class Distill(SelfSupervisedModule):
             require(teacher_dim is not None, "teacher_dim", "be given without a teacher", teacher_dim, hint)
             check_at_least("teacher_dim", teacher_dim or 0, 1)
         else:
+            if isinstance(teacher, nn.Module):
+                own, theirs = (set(map(id, network.parameters())) for network in (self.backbone, teacher))
+                hint = "Give a copy of it, as a teacher is frozen"
+                require(not own & theirs, "teacher", "share no weights with `backbone`", type(teacher).__name__, hint)
             self.frozen_teacher = load_teacher(teacher, teacher_dim=teacher_dim, teacher_kwargs=teacher_kwargs)
             teacher_dim = self.frozen_teacher.feature_dim
         self.objective = OBJECTIVES[loss](
@@ -222,7 +226,8 @@ class Distill(SelfSupervisedModule):
         """Return (online, momentum) modules; only "disco" and "compress_momentum" have any."""
         if self.momentum_backbone is None or self.momentum_projector is None:
             return []
-        return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
+        head = [(self.projector, self.momentum_projector)]  # that of CompRess is an identity
+        return [(self.backbone, self.momentum_backbone), *(head if not isinstance(self.projector, nn.Identity) else [])]
 
     def queues(self) -> dict[str, nn.Module]:
         """Return the memories of the loss, and the cache."""

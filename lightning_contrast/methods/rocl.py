@@ -36,7 +36,7 @@ class RoCL(SelfSupervisedModule):
         projection_dim: D, the width of the projection.
         projector: A module (B, F) -> (B, D) that replaces the head.
         temperature: Divisor of the cosine similarities, > 0, of attack and loss.
-        epsilon: Largest change of a pixel in 0..1, >= 0.
+        epsilon: Largest change of a pixel in 0..1, from 0 to 1.
         step_size: Change of a pixel per step of the attack, >= 0.
         steps: Steps of the attack, >= 0.
         random_start: Start the attack at a random offset.

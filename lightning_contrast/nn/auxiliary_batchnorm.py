@@ -26,6 +26,7 @@ _KEEPS = {
     *(torch.flatten, torch.Tensor.flatten, torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.relu),
     *(torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.double, torch.Tensor.to),
     *(torch.Tensor.contiguous, torch.Tensor.clone, torch.clone, F.normalize, F.relu, F.dropout),
+    torch.Tensor.view_as,  # what FSDP2 does with the inputs of a network
 }
 _IMAGE_DIMS = 4
 

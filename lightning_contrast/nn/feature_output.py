@@ -23,21 +23,21 @@ class FeatureOutput:
         feature_dim: F.
         tokens: "mean" over the tokens without the first ``num_prefix_tokens`` of the network; "cls" for the first
             token; None raises for tokens.
+        is_teacher: Errors name the argument `teacher` instead of `backbone`.
     """
 
-    def __init__(self, feature_dim: int, tokens: TokenPooling = None) -> None:
+    def __init__(self, feature_dim: int, tokens: TokenPooling = None, is_teacher: bool = False) -> None:
         check_choice("tokens", tokens, (None, "mean", "cls"))
-        self.feature_dim, self.tokens = feature_dim, tokens
+        self.feature_dim, self.tokens, self.is_teacher = feature_dim, tokens, is_teacher
 
     @classmethod
-    def attach(cls, module: nn.Module, feature_dim: int, tokens: TokenPooling) -> None:
-        """Register the hook on a module, in place of an earlier one."""
-        hook = cls(feature_dim, tokens)
+    def attach(cls, module: nn.Module, feature_dim: int, tokens: TokenPooling, is_teacher: bool = False) -> None:
+        """Register the hook on a module, in place of an earlier one, whose pooling stays unless another is given."""
         for key, other in list(module._forward_hooks.items()):
             if isinstance(other, cls):
-                module._forward_hooks[key] = hook
+                module._forward_hooks[key] = cls(feature_dim, tokens or other.tokens, is_teacher)
                 return
-        module.register_forward_hook(hook)
+        module.register_forward_hook(cls(feature_dim, tokens, is_teacher))
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Tensor:
         """Return the features ``(B, F)`` of an output of the module."""
@@ -70,14 +70,17 @@ class FeatureOutput:
         name, width = type(module).__name__, self.feature_dim
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         head = next((name for name in _HEADS if isinstance(getattr(module, name, None), nn.Linear)), None)
+        argument, option = ("teacher", "teacher_dim") if self.is_teacher else ("backbone", "feature_dim")
         if not isinstance(output, Tensor):
             hint = "Wrap it in a module that returns one tensor"
+        elif output.ndim == 3 and output.shape[2] == width and self.is_teacher:
+            hint = "Pool its tokens in a wrapper"
         elif output.ndim == 3 and output.shape[2] == width:
             hint = 'Set `tokens="mean"` or `tokens="cls"` next to `backbone` to pool its tokens'
         elif head is not None:
-            hint = f"It has its classifier `{head}`: set `backbone.{head} = nn.Identity()`"
+            hint = f"It has its classifier `{head}`: set `{argument}.{head} = nn.Identity()`"
         elif output.ndim == 2:
-            hint = f"Set `feature_dim={output.shape[1]}`, or `global_pool` to one pooling"
+            hint = f"Set `{option}={output.shape[1]}`, or `global_pool` to one pooling"
         else:
-            hint = "Set `feature_dim` to the width of its output, or pool it in a wrapper"
-        fail("backbone", f"return features (B, {width})", f"{got} from {name}", hint)
+            hint = f"Set `{option}` to the width of its output, or pool it in a wrapper"
+        fail(argument, f"return features (B, {width})", f"{got} from {name}", hint)

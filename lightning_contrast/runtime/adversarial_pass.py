@@ -23,7 +23,7 @@ class Attack:
     """Numbers of an attack.
 
     Attributes:
-        epsilon: Largest change of a pixel in 0..1, >= 0.
+        epsilon: Largest change of a pixel in 0..1, from 0 to 1.
         step_size: Change of a pixel per step, >= 0.
         steps: Number of steps, >= 0.
         random_start: Start at a random offset.
@@ -36,7 +36,9 @@ class Attack:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        check_not_negative("epsilon", self.epsilon, "It is the largest change of a pixel in 0..1, such as 8 / 255")
+        hint = "It is the largest change of a pixel in 0..1, such as 8 / 255"
+        check_not_negative("epsilon", self.epsilon, hint)
+        require(self.epsilon <= 1, "epsilon", "be <= 1", self.epsilon, hint)
         check_not_negative("step_size", self.step_size, "It is the change of a pixel per step, such as 2 / 255")
         check_at_least("steps", self.steps, 0)
 

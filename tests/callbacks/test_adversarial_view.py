@@ -27,6 +27,7 @@ from tests.callbacks.probe_modules import random_state
 from tests.callbacks.step_modules import QUIET
 from tests.launch import run_processes
 from tests.methods.cases import CASES, make
+from tests.methods.matrix_runs import PATIENCE, Record, batches, run, strategy
 from tests.methods.test_contract import BATCH, BATCHES, assert_equal_states, data, state, trainer
 from tests.tolerances import NETWORK, f32
 
@@ -185,10 +186,11 @@ def test_a_gradient_cache_recomputes_with_the_same_sets(order, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at its inputs
-def test_a_compiled_backbone_gives_the_same_step(tmp_path):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_backbone_gives_the_same_step(backend, tmp_path):
     plain, _ = fit(tmp_path, limit_train_batches=2)
     module = make("SimCLR")
-    module.backbone = torch.compile(module.backbone, backend="eager")
+    module.backbone = torch.compile(module.backbone, backend=backend)
     compiled, _ = fit(tmp_path, module=module, limit_train_batches=2)
     found = {key.replace("_orig_mod.", ""): value for key, value in state(compiled).items()}
     for key, value in state(plain).items():
@@ -217,6 +219,31 @@ def test_ranks_stay_equal(name, tmp_path):
     first, second = run_processes(on_rank, 2, name, tmp_path, init=False)
     assert any(NAME in key for key in first)
     assert_equal_states(first, second)
+
+
+def of_shards(rank, kind):
+    """Run on half of the images and return the losses and the weights."""
+    warnings.simplefilter("ignore")
+    seen, attack = Record(), lc.AdversarialView(**ATTACK | {"random_start": False, "add": True})
+    pixels = [[[view.sigmoid() for view in views], *rest] for views, *rest in batches("SimCLR", rank)]
+    module = make("SimCLR")
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.momentum = 0.0  # DDP's averages are those of the first rank, and the attack uses them
+    run(module, pixels, [attack, seen], devices=2, strategy=strategy(kind))
+    return seen.losses, {name: seen.state[name] for name, _ in module.named_parameters()}, seen.local_share
+
+
+@pytest.mark.dist
+def test_shards_of_fsdp2_train_both_sets_as_ddp():
+    ddp, fsdp = (run_processes(of_shards, 2, kind, init=False, timeout=PATIENCE) for kind in ("DDP", "FSDP2"))
+    first = make("SimCLR").state_dict()
+    for (losses_of_ddp, expected, _), (found_losses, found, share) in zip(ddp, fsdp, strict=True):
+        assert share < 0.7
+        torch.testing.assert_close(found_losses, losses_of_ddp, **f32(NETWORK))
+        assert not torch.equal(expected[f"backbone.layers.1.{NAME}.weight"], first["backbone.layers.1.weight"])
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, **f32(NETWORK), msg=lambda m, k=name: f"{k}: {m}")
 
 
 class Hides(lc.SimCLR):

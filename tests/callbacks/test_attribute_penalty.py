@@ -230,6 +230,21 @@ def test_an_adversary_lowers_the_dependence():
     assert found[1] < found[0] / 2
 
 
+def test_two_penalties_have_names_of_their_own_for_logs_and_checkpoints(tmp_path):
+    first, second = (
+        penalty(**ADVERSARY | {"adversary_lr": lr}, name=n) for n, lr in (("first", 0.01), ("second", 0.5))
+    )
+    trainer = fit(Steps(), [first, second], loader())
+    found = [float(trainer.callback_metrics[f"{name}/cross_entropy"]) for name in ("first", "second")]
+    assert found[0] != found[1]
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    for one in (first, second):
+        assert_same_bits(saved[one.state_key]["network"], one.state_dict()["network"])
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `AttributePenalty`"):
+        fit(Steps(), [penalty(), penalty()], loader())
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(("name", "kind"), [*((name, {}) for name in STRATEGIES), (next(iter(STRATEGIES)), ADVERSARY)])
 def test_two_ranks_equal_one_process(name, kind):

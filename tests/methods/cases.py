@@ -435,6 +435,10 @@ TAUGHT = {"plain": {"head_norm": None}, "views": 1}
 CASES |= {
     "Distill": Case(TaughtDistill, **TAUGHT),
     "Distill compress": Case(TaughtDistill, **TAUGHT, settings={"loss": "compress", "queue_size": 24}),
+    "Distill compress momentum": Case(
+        TaughtDistill, **TAUGHT, settings={"loss": "compress_momentum", "queue_size": 24, "momentum": 0.9}
+    ),
+    "Distill compress one": Case(TaughtDistill, **TAUGHT, settings={"loss": "compress_one_queue", "queue_size": 24}),
     "Distill crd": Case(
         TaughtDistill,
         plain={"num_negatives": 0},
@@ -451,6 +455,7 @@ CASES |= {
     ),
     "Distill rkd": Case(TaughtDistill, views=1, settings={"loss": "rkd"}),
     "SEED": Case(TaughtSEED, views=1, settings={"queue_size": 24}),
+    "SEED small crops": Case(TaughtSEED, views=3, settings={"queue_size": 24, "small_crops": 2}),
 }
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lightning_contrast as lc
 from lightning_contrast import losses
-from lightning_contrast.nn import FeatureCache, FrozenTeacher
+from lightning_contrast.nn import FeatureCache, FrozenTeacher, build_backbone
 from lightning_contrast.nn import distillation_objectives as objectives
 from tests.callbacks.step_modules import QUIET
 from tests.methods.cases import CASES, TinyBackbone, Tutor, fill_queue, make
@@ -108,7 +108,7 @@ def test_compress_with_momentum_queues_the_keys_of_the_ema_network():
     assert not torch.allclose(before["student_keys"], out["student_keys"], atol=0.1)
     assert not out["student_keys"].requires_grad
     assert [type(callback) for callback in module.default_callbacks()] == [lc.QueueUpdate, lc.MomentumUpdate]
-    assert len(module.momentum_pairs()) == 2
+    assert module.momentum_pairs() == [(module.backbone, module.momentum_backbone)]  # the head is an identity
 
 
 def test_small_crops_have_a_queue_and_a_loss_of_their_own():
@@ -272,6 +272,33 @@ def test_teachers_by_name_file_and_checkpoint(tmp_path):
         torch.testing.assert_close(module.frozen_teacher(view), expected, **f32(FORMULA))
 
 
+@pytest.mark.parametrize(("name", "width"), [("mobilenetv3_large_100", 1280), ("efficientnet_b0", 1280)])
+def test_small_students_by_name(name, width):
+    model = lc.SEED(name, Tutor(), queue_size=24)
+    assert model.feature_dim == width  # as timm returns them, after MobileNetV3's last layer
+    loss = run_step(fill_queue(model), step_batch(CASES["SEED"]))["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+class Tokens(nn.Module):
+    """Returns four tokens per image."""
+
+    num_features = 3
+
+    def forward(self, images):
+        return images.mean((2, 3))[:, None] * torch.arange(4.0)[:, None]
+
+
+def test_tokens_of_a_teacher_are_pooled_as_it_was_built():
+    pooled = build_backbone(Tokens(), tokens="mean").module
+    teacher = lc.Distill(TinyBackbone(), pooled).frozen_teacher
+    torch.testing.assert_close(teacher(images()), 1.5 * images().mean((2, 3)))
+    with pytest.raises(ValueError, match=r"`teacher` must return features \(B, 3\), .*Pool its tokens in a wrapper"):
+        lc.Distill(TinyBackbone(), Tokens()).frozen_teacher(images())
+
+
 def test_a_student_does_not_depend_on_its_teachers_initialization():
     students = []
     for width in (2, 5):
@@ -311,6 +338,7 @@ def _refused(**kwargs):
     return lambda: lc.Distill(TinyBackbone(), **({"teacher": Tutor()} | kwargs))
 
 
+OWN = TinyBackbone()
 VALUE_ERRORS = {
     "no teacher": (_refused(teacher=None), "`teacher_dim` must be given without a teacher"),
     "loss": (_refused(loss="sed"), "`loss` must be one of .* Did you mean 'seed'"),
@@ -334,6 +362,16 @@ VALUE_ERRORS = {
         lambda: lc.Distill(TinyBackbone(), Wide()).frozen_teacher(images()),
         r"must return features \(B, 5\)",
     ),
+    "width of a module": (
+        lambda: lc.Distill(TinyBackbone(), Wide(), teacher_dim=6).frozen_teacher(images()),
+        r"`teacher` must return features \(B, 6\), got .*Set `teacher_dim=3`",
+    ),
+    "width of a name": (
+        _refused(teacher="resnet18", teacher_kwargs={"pretrained": False}, teacher_dim=77),
+        "`teacher_dim` must be 512, the width of the teacher, got 77",
+    ),
+    "no width": (_refused(teacher=nn.Flatten()), "Here `backbone` is the teacher, and `feature_dim` is `teacher_dim`"),
+    "one network": (lambda: lc.Distill(OWN, nn.Sequential(OWN), teacher_dim=8), "`teacher` must share no weights"),
     "SEED's loss": (lambda: lc.SEED(TinyBackbone(), Tutor(), loss="crd"), "`loss` must be one of 'seed'"),
 }
 

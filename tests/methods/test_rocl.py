@@ -253,6 +253,7 @@ STEP = {"gradient": A, "start": A, "epsilon": 0.1, "step_size": 0.1}
 BALL = {"epsilon": 0.1, "step_size": 0.1, "steps": 1}
 VALUE_ERRORS = {
     "method's epsilon": (lambda: lc.RoCL(TinyBackbone(), epsilon=-0.1), "`epsilon` must be >= 0"),
+    "epsilon of 255 levels": (lambda: lc.AdversarialView(epsilon=8), "`epsilon` must be <= 1, got 8"),
     "method's steps": (lambda: lc.RoCL(TinyBackbone(), steps=-1), "`steps` must be >= 0"),
     "weight": (lambda: lc.RoCL(TinyBackbone(), adversarial_weight=-1.0), "`adversarial_weight` must be >= 0"),
     "method's temperature": (lambda: lc.RoCL(TinyBackbone(), temperature=0.0), "`temperature` must be > 0"),
