@@ -65,7 +65,12 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
         saved = load_checkpoint(model, map_location="meta")
         spec = saved.get(INPUT_SPEC) if isinstance(saved, Mapping) else None
         return _subject(network, spec, f"file {Path(model).name}", preprocess)
-    network = load_teacher(str(model)).module
+    try:
+        network = load_teacher(str(model)).module
+    except OSError as error:
+        hint = f"Check the network, or give a file or a module; timm.create_model({str(model)!r}) has random weights"
+        text = "be a name whose weights timm can download"
+        fail("model", text, f"{model}: {type(error).__name__}", hint)
     config = getattr(network, "pretrained_cfg", None) or {}
     source = f"timm's {model}"
     if config.get("mean") is None or config.get("input_size") is None:
