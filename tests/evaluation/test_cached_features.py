@@ -274,8 +274,8 @@ VIT = {"backbone_kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
     "make",
     [
         lambda: lc.MAE("small_vit", decoder_dim=16, decoder_depth=1, decoder_heads=2, **VIT),
-        lambda: lc.IJEPA("small_vit", **VIT),
-        lambda: lc.DINOv2("small_vit", num_prototypes=8, **VIT),  # layer scale
+        lambda: lc.IJEPA("small_vit", predictor_dim=24, predictor_depth=1, predictor_heads=2, **VIT),
+        lambda: lc.DINOv2("small_vit", num_prototypes=8, hidden_dim=8, bottleneck_dim=4, **VIT),  # layer scale
         lambda: lc.CPC("small_convnet", context_layers=1),  # no BatchNorm
         lambda: lc.TemporalCPC("small_convnet"),
     ],
