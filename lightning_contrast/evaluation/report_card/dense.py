@@ -79,8 +79,8 @@ def attention(context: Context, model: str) -> Outcome:
     outcome.values["Jaccard (mean of the heads)"] = float(found["jaccard_of_heads"].mean())
     outcome.values["pointing game of a random place"] = float(found["foreground"].mean())
     outcome.notes.append(
-        f"{len(test.masks)} scenes, last layer, {maps.shape[1]} heads. The ground is plain, so that untrained weights may "
-        "point at things as well: compare with them."
+        f"{len(test.masks)} scenes, last layer, {maps.shape[1]} heads. The ground is plain: untrained weights may also "
+        "point at things, so compare with them."
     )
     return outcome
 
