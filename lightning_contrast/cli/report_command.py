@@ -40,12 +40,15 @@ def run_report(args: Sequence[str]) -> Any:
     parser.add_argument("--reference", type=str | None, default=None, help="name of the model to compare with")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
     parser.add_argument("--options", type=dict[str, Any], default={}, help="options of the parts")
+    of_data = dict[str, L.LightningDataModule] | None
+    about = "other DataModules for the part transfer: --transfer.NAME CLASS --transfer.NAME.ARGUMENT VALUE"
+    parser.add_argument("--transfer", type=of_data, default=None, help=about)
     parser.add_argument("--cache", type=str | None, default=None, help="folder of the features")
     with short_names_in_yaml():
         config = parser.parse_args(list(args))
         instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # its name since jsonargparse 4.49
         built = instantiate(config)
-    names = {"parts", "reference", "seed", "options", "cache"}
+    names = {"parts", "reference", "seed", "options", "transfer", "cache"}
     chosen = {name: built[name] for name in names}
     found = report(_named(built.models), built.data, output=built.output, **chosen)
     sys.stdout.write(f"{Path(built.output) / 'report.html'}\n")

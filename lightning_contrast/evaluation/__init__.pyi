@@ -31,6 +31,7 @@ from .measures import winoground_scores as winoground_scores
 from .protocols import FINE_TUNE_RECIPES as FINE_TUNE_RECIPES
 from .protocols import LINEAR_PROTOCOLS as LINEAR_PROTOCOLS
 from .protocols import FineTuneRecipe as FineTuneRecipe
+from .protocols import LayerSimilarity as LayerSimilarity
 from .protocols import LinearProtocol as LinearProtocol
 from .protocols import ProbeResult as ProbeResult
 from .protocols import Segmentation as Segmentation
@@ -41,6 +42,7 @@ from .protocols import average_precision as average_precision
 from .protocols import bootstrap_interval as bootstrap_interval
 from .protocols import class_mean_accuracy as class_mean_accuracy
 from .protocols import cluster_scores as cluster_scores
+from .protocols import corruption_robustness as corruption_robustness
 from .protocols import cue_conflict_images as cue_conflict_images
 from .protocols import describe_geometry as describe_geometry
 from .protocols import detection_frozen as detection_frozen
@@ -51,6 +53,7 @@ from .protocols import geometry as geometry
 from .protocols import knn_sweep as knn_sweep
 from .protocols import label_efficiency as label_efficiency
 from .protocols import label_retrieval as label_retrieval
+from .protocols import layer_similarity as layer_similarity
 from .protocols import linear_grid as linear_grid
 from .protocols import linear_probe as linear_probe
 from .protocols import logistic_head as logistic_head

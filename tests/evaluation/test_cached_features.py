@@ -258,3 +258,59 @@ def test_the_specification_of_a_timm_name_holds_its_resampling(monkeypatch):
     network.pretrained_cfg = dict(network.pretrained_cfg) | {"interpolation": "lanczos", "crop_pct": 0.9}
     monkeypatch.setattr(subjects, "load_teacher", lambda name: SimpleNamespace(module=network))
     assert load_subject("resnet10t").input_spec["interpolation"] == "bicubic"
+
+
+def saved(method, path):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
+    trainer.strategy.connect(method)
+    trainer.save_checkpoint(path)
+    return path
+
+
+VIT = {"backbone_kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lc.MAE("small_vit", decoder_dim=16, decoder_depth=1, decoder_heads=2, **VIT),
+        lambda: lc.IJEPA("small_vit", predictor_dim=24, predictor_depth=1, predictor_heads=2, **VIT),
+        lambda: lc.DINOv2("small_vit", num_prototypes=8, hidden_dim=8, bottleneck_dim=4, **VIT),  # layer scale
+        lambda: lc.CPC("small_convnet", context_layers=1),  # no BatchNorm
+        lambda: lc.TemporalCPC("small_convnet"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weights_only:UserWarning")
+def test_checkpoints_of_methods_that_change_their_backbone(make, tmp_path):
+    method = make().eval()
+    found = load_subject(saved(method, tmp_path / "run.ckpt"))
+    images = torch.rand(2, 3, 64, 64) if isinstance(method, lc.CPC) else torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found.module.eval()(images), method(images))
+    assert not any(name.startswith(("decoder", "head", "predictor")) for name, _ in found.module.named_parameters())
+
+
+class Changed(lc.SimCLR):
+    """A method of a user, with a layer in its backbone."""
+
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        self.backbone.extra = nn.Linear(3, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weights_only:UserWarning")
+def test_checkpoints_that_cannot_be_rebuilt_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`model` must be a checkpoint of a method.*export.export"):
+        load_subject(saved(Changed("small_convnet"), tmp_path / "changed.ckpt"))
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"`model` must be a checkpoint of a method.*Sequential"):
+        load_subject(saved(lc.SimCLR(module, feature_dim=4), tmp_path / "module.ckpt"))
+
+
+def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
+    def load(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(subjects, "load_teacher", load)
+    with pytest.raises(ValueError, match="`model` must be a name whose weights timm can download, got 'resnet18: Conn"):
+        load_subject("resnet18")

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from lightly.utils.benchmarking import knn_predict
 from scipy.stats import binomtest
@@ -14,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_contrast as lc
 from lightning_contrast import evaluation as ev
 from lightning_contrast import metrics
 from lightning_contrast.evaluation.protocols.inputs import held_out
@@ -315,6 +317,40 @@ def test_geometry_of_known_features():
     assert ev.geometry(x[:4])["alpha_req"] is None
 
 
+def convolutions():
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), nn.Conv2d(5, 4, 3), nn.Flatten())
+    return nn.Sequential(nn.Identity(), chain)
+
+
+def test_layers_are_compared_on_flattened_activations():
+    network, images = convolutions().train(), torch.rand(9, 3, 8, 8)
+    found = ev.layer_similarity(network, images)
+    first = network[1][0](images)
+    second = network(images)
+    assert found.names == ("0", "output")  # the last convolution is the output
+    expected = metrics.cka(first.flatten(1), second, unbiased=True).item()
+    assert found.cka[0, 1].item() == found.cka[1, 0].item() == near64(expected, size=1)
+    assert found.cka.diagonal().tolist() == near64([1.0, 1.0])
+    assert network.training
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_layers_are_those_of_the_outermost_chain():
+    images = torch.rand(4, 3, 32, 32)
+    names = [ev.layer_similarity(lc.SimCLR("small_convnet"), images).names]
+    names += [ev.layer_similarity(timm.create_model("resnet18", num_classes=0), images.repeat(1, 1, 2, 2)).names]
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "num_heads": 3}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=6, **size)
+    names += [ev.layer_similarity(vit, images, most=4).names]
+    assert names == [
+        ("stem", "stages.0", "stages.1", "stages.2", "output"),
+        ("conv1", "bn1", *(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)), "output"),
+        ("patch_embed", "blocks.2", "blocks.4", "output"),
+    ]
+    assert ev.layer_similarity(nn.Flatten(), images).names == ("output",)
+
+
 X, Y = TRAIN
 
 
@@ -340,6 +376,8 @@ X, Y = TRAIN
         (lambda: ev.paired_bootstrap(Y, Y[:3]), "`values_b` must have the shape"),
         (lambda: ev.geometry(X[:1]), "`features` must have two rows"),
         (lambda: ev.geometry(X, views=X), "`views` must be"),
+        (lambda: ev.layer_similarity(nn.Identity(), X[:3]), "`inputs` must hold 4 images or more"),
+        (lambda: ev.layer_similarity(nn.Identity(), X, most=1), "`most` must be >= 2"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -1,5 +1,6 @@
 """The report card: values, files, determinism, resume, ranks, failures and the page."""
 
+import dataclasses
 import importlib.machinery
 import json
 import os
@@ -12,15 +13,17 @@ from html.parser import HTMLParser
 
 import lightning as L
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_contrast import evaluation as ev
-from lightning_contrast.augment import CORRUPTIONS
+from lightning_contrast.augment import CORRUPTIONS, HELD_OUT_CORRUPTIONS
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.cli import main
-from lightning_contrast.evaluation.report_card import PARTS, cost, dense, shifts
+from lightning_contrast.evaluation.feature_pass.subjects import spec_transform
+from lightning_contrast.evaluation.report_card import PARTS, build, cost, dense, shifts
 from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
 from lightning_contrast.export import export
@@ -362,6 +365,31 @@ def test_the_corruption_error_is_relative_to_the_reference(tmp_path):
     assert values["pool"]["mCE against blind (%)"] == near64(100 * sum(ratios) / len(ratios))
     mean = sum(values["pool"][name] for name in names) / len(names)
     assert values["pool"]["mean accuracy"] == near64(mean)
+    both = {"parts": ("corruptions",), "progress": False, "options": FAST | {"held_out_corruptions": True}}
+    more = (
+        ev.report(models(), Data(), output=tmp_path, reference="blind", **both).outcomes["corruptions"]["pool"].values
+    )
+    assert {name: more[name] for name in values["pool"]} == values["pool"]
+    mean = sum(more[name.replace("_", " ")] for name in HELD_OUT_CORRUPTIONS) / 4
+    assert more["mean accuracy, held-out corruptions"] == near64(mean)
+    assert more.keys() - values["pool"].keys() == {
+        "mean accuracy, held-out corruptions",
+        *(name.replace("_", " ") for name in HELD_OUT_CORRUPTIONS),
+    }
+
+
+def test_a_missing_corruption_error_is_explained(tmp_path):
+    data = Data()
+
+    def make(count, seed):
+        classes = torch.arange(count) % 3
+        return (80 * classes).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 16, 16), classes, classes
+
+    data.make = make
+    found = card(tmp_path, parts=("corruptions",), data=data, of={"pool": Pool()}).outcomes["corruptions"]["pool"]
+    assert found.values["pixelate"] == 1  # of images of one color
+    assert "mCE against pool (%)" not in found.values
+    assert any(note.startswith("No mCE: pool") for note in found.notes)
 
 
 class Page(HTMLParser):
@@ -410,6 +438,8 @@ def test_the_page_is_one_file_that_needs_no_network(whole):
         assert part.meaning in words
     for row in found.table():
         assert number(row["value"]) in words
+    for caption in ("brightness", "accuracy by severity"):
+        assert caption in words
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
 
@@ -513,6 +543,72 @@ def test_the_card_is_markdown_with_a_front_matter(whole):
     assert table[0].count("|") == 4
     start = lines.index(table[0])
     assert {line.count("|") for line in lines[start - 2 : start + 3]} == {4}
+
+
+class Raises(nn.Module):
+    """Raises an error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, images):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [AssertionError("size"), AttributeError("size"), KeyError("size"), Exception("size")])
+def test_any_error_of_a_model_is_named_and_does_not_stop_the_others(error, tmp_path):
+    found = card(tmp_path / "all", parts=("knn",), of={"pool": Pool(), "broken": Raises(error)})
+    assert "size" in found.errors["features"]["broken"]
+    assert "pool" in found.outcomes["knn"]
+    with pytest.raises(ValueError, match=r"`models` must include one that can be evaluated, got 'broken'.*size"):
+        card(tmp_path / "none", of={"broken": Raises(error)})
+    part = PARTS["knn"]
+
+    def run(context, model):
+        raise error
+
+    changed = dict(PARTS, knn=dataclasses.replace(part, run=run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "PARTS", changed)
+        found = card(tmp_path / "part", parts=("knn", "retrieval"))
+    assert "size" in found.errors["knn"]["pool"]
+    assert set(found.outcomes["retrieval"]) == {"pool", "blind"}
+
+
+class Classes(Data):
+    """With other labels in the training (0) or in the test images (1)."""
+
+    def __init__(self, change, **options):
+        super().__init__(**options)
+        self.change = change
+
+    def make(self, count, seed):
+        images, labels, places = super().make(count, seed)
+        return images, self.change(labels, seed), places
+
+
+LABELED = ("knn", "linear", "grid", "few_shot", "label_efficiency", "retrieval", "clusters", "calibration", "conformal")
+LABELED += ("groups", "fine_tuning", "long_tail", "unseen_groups", "anomalies", "corruptions", "attacks", "shortcut")
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "parts"),
+    [
+        (lambda labels, seed: labels * 0, "must hold two classes or more, got 'only class 0'", LABELED),
+        (lambda labels, seed: labels * (1 - seed), "must hold two classes or more", ("clusters", "anomalies")),
+        (
+            lambda labels, seed: labels.float(),
+            r"must be integers of shape \(120,\), got '\(120,\) torch.float32'",
+            LABELED,
+        ),
+        (lambda labels, seed: labels * 0 - 1, "must have labeled rows, got 'none'", LABELED),
+    ],
+)
+def test_labels_that_a_part_cannot_use_are_named(change, message, parts, tmp_path):
+    found = card(tmp_path, parts=parts, data=Classes(change), of={"pool": Pool()})
+    for part in parts:
+        assert re.search(message, found.errors[part]["pool"]), (part, found.errors)
 
 
 def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
@@ -638,6 +734,34 @@ def test_two_ranks_write_one_processes_report(tmp_path):
     assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
 
 
+def vit():
+    """A vision transformer of 16 patches, whose attention and maps the dense parts judge."""
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "dynamic_img_size": True}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size)
+    network.input_spec = {"size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    return network
+
+
+@pytest.mark.dist
+def test_two_ranks_give_the_dense_figures_of_one_process(tmp_path):
+    torch.set_num_threads(1)
+    given = {"parts": ("segmentation", "attention", "detection", "similarity"), "data": Data(count=60)}
+    found = card(tmp_path / "one", of={"vit": vit()}, **given)
+    run_processes(lambda _: card(tmp_path / "two", of={"vit": vit()}, **given), 2)
+    assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
+    assert found.errors == {}
+    assert all(found.outcomes[part]["vit"].values for part in ("segmentation", "attention", "detection"))
+    layers = found.outcomes["similarity"]["vit"].curves
+    assert list(layers) == ["patch_embed", "blocks.0", "blocks.1", "norm", "output"]
+    images = torch.cat([images for images, _ in Data(count=60).val_dataloader()])
+    spaced = images[[place * 66 // 8 for place in range(8)]]
+    inputs = spec_transform(vit().input_spec)(spaced)
+    direct = ev.layer_similarity(vit(), inputs).cka
+    assert [value for _, value in layers["blocks.1"]] == near64(direct[2].tolist())
+    assert "CKA of the layers of vit" in (tmp_path / "one" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -674,8 +798,13 @@ def test_the_command_judges_exported_backbones(tmp_path, capsys):
         "--data=EmojiDataModule",
         "--data.batch_size=128",
     ]
-    found = main(["report", *given, f"--output={tmp_path / 'out'}", "--parts=[knn]", '--options={"pictures": 9}'])
+    of_data = ["--transfer.again=EmojiDataModule", "--transfer.again.validation_fold=1"]
+    options = '--options={"pictures": 9, "sweep_steps": 0, "max_iter": 2}'
+    found = main(["report", *given, *of_data, f"--output={tmp_path / 'out'}", "--parts=[knn,transfer]", options])
     assert list(found.models) == ["net", "other", "epoch=0-step=9"]
+    values = found.outcomes["transfer"]["net"].values
+    assert set(values) == {"mean linear top1", "again, linear top1", "again, k-NN top1 (k = 20)"}
+    assert values["again, k-NN top1 (k = 20)"] != found.outcomes["knn"]["net"].values["top1 (k = 20)"]  # of the fold
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.html'}\n"
     with pytest.raises(ValueError, match="`models` must have different names"):
         main(["report", given[0], given[0], "--data=EmojiDataModule", f"--output={tmp_path / 'out'}"])

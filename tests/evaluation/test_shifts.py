@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_contrast import evaluation as ev
 from lightning_contrast import metrics
+from lightning_contrast.augment import corrupt
 from lightning_contrast.evaluation.protocols import cue_conflict, shifts
 from tests.evaluation.test_protocols import BOTH, TEST, TRAIN, blobs
 from tests.tolerances import FORMULA, assert_same_bits, f32, near64
@@ -111,6 +112,31 @@ def test_the_head_is_the_logistic_probe():
             kept = expected.isfinite()
             assert torch.equal(found.isfinite(), kept)
             torch.testing.assert_close(found[kept], expected[kept], **f32(FORMULA, size=20))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_corrupted_images_are_predicted_one_by_one(cached):
+    g = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(5) % 2
+    weight = torch.randn(2, 3 * 32 * 32, generator=g)
+
+    def predict(given):
+        return (given.flatten(1).float() - 128) @ weight.T
+
+    given, cache = {"corruptions": ["gaussian_noise", "fog"], "severities": [1, 4], "seed": 3}, {} if cached else None
+    found = ev.corruption_robustness(predict, images, labels, batch_size=2, cache=cache, **given)
+    again = ev.corruption_robustness(predict, images, labels, cache=cache, **given)
+    assert list(found) == ["clean", "gaussian_noise", "fog"]
+    assert torch.equal(found["clean"], predict(images).argmax(1) == labels)
+    for name in given["corruptions"]:
+        for place, severity in enumerate(given["severities"]):
+            changed = [
+                corrupt(image, name, severity=severity, seed=3 + row, table="cifar") for row, image in enumerate(images)
+            ]
+            assert torch.equal(found[name][place], predict(torch.stack(changed)).argmax(1) == labels)
+        assert torch.equal(found[name], again[name])
+    if cached:
+        assert len(cache) == 4
 
 
 def test_a_long_tail_falls_exponentially():
@@ -330,6 +356,7 @@ def test_an_attribute_probe():
 X, Y = TRAIN
 IMAGES = rand(6, 3, 8, 8)
 SIX = torch.arange(6) % 2
+PIXELS = (255 * IMAGES).to(torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +366,13 @@ SIX = torch.arange(6) % 2
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX[:2]), "`labels` must be integers of"),
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES * 9, SIX), "`images` must lie in 0..1"),
         (lambda: ev.pgd_robustness(nn.Flatten(), nn.Linear(192, 2), IMAGES, SIX - 1), "`labels` must be >= 0"),
+        (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX, corruptions=["fogg"]), "`name` must be one of"),
+        (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX, severities=[6]), "`severity` must be one of"),
+        (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX, severities=[]), "`severities` must be some of"),
+        (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX, corruptions=[]), "`corruptions` must be some"),
+        (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX, table="cifr"), "`table` must be one of"),
+        (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX[:2]), "`labels` must be integers of"),
+        (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX - 1), "`labels` must be >= 0"),
         (lambda: ev.long_tail_rows(Y, imbalance=0.5), "`imbalance` must be >= 1"),
         (lambda: ev.long_tail_rows(Y * 0), "`labels` must hold two classes"),
         (lambda: ev.long_tail(*BOTH, many=5, few=10), "`many` must be >= 10"),

@@ -1,17 +1,22 @@
 """What is evaluated: a module, a file of weights or a name, together with the input that it expects."""
 
+import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_contrast import methods
 from lightning_contrast._checks import fail
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.exported import INPUT_SPEC, load_backbone, load_teacher
+from lightning_contrast.nn.auxiliary_batchnorm import without_auxiliary
 
 __all__ = ["Preprocess", "Subject", "load_backbone", "load_subject", "spec_transform"]
 
@@ -39,8 +44,9 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
     """Return the network of a module, a file or a name, with the preprocessing that its weights expect.
 
     Args:
-        model: A module; the path of a file by `export.export` (".pt") or of a checkpoint (".ckpt") of a method whose
-            backbone was given by name; or the name of a timm model, whose published weights timm downloads.
+        model: A module; the path of a file by `export.export` (".pt") or of a checkpoint (".ckpt") of a method of this
+            package whose backbone was given by name; or the name of a timm model, whose published weights timm
+            downloads.
         preprocess: Maps images ``(B, C, H, W)`` of a loader to the input. None: the evaluation transform of the views
             of the module's Trainer; resize, center crop and normalization by the ``input_spec`` of the module or file;
             timm's transform of a name; scaling to 0..1 if there is none.
@@ -61,11 +67,16 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
         hint = "Give a module, the path of a checkpoint, or a name of timm"
         fail("model", "be a module, a path or a name", type(model).__name__, hint, TypeError)
     if Path(model).suffix in _FILES:
-        network = load_teacher(model).module
         saved = load_checkpoint(model, map_location="meta")
+        network = _network_of(Path(model), saved)
         spec = saved.get(INPUT_SPEC) if isinstance(saved, Mapping) else None
         return _subject(network, spec, f"file {Path(model).name}", preprocess)
-    network = load_teacher(str(model)).module
+    try:
+        network = load_teacher(str(model)).module
+    except OSError as error:
+        hint = f"Check the network, or give a file or a module; timm.create_model({str(model)!r}) has random weights"
+        text = "be a name whose weights timm can download"
+        fail("model", text, f"{model}: {type(error).__name__}", hint)
     config = getattr(network, "pretrained_cfg", None) or {}
     source = f"timm's {model}"
     if config.get("mean") is None or config.get("input_size") is None:
@@ -100,6 +111,40 @@ def spec_transform(spec: Mapping[str, Any], *, crop_pct: float = 1.0) -> Preproc
         return policy.eval_transform(pixels[..., top : top + size, left : left + size])
 
     return transform
+
+
+def _network_of(path: Path, saved: Any) -> nn.Module:
+    """Return the network of a file whose content is given without weights."""
+    try:
+        return load_teacher(path).module
+    except ValueError:  # not of a network that its name builds: a masked method changes it, CPC replaces its BatchNorm
+        given = saved.get("hyper_parameters") if isinstance(saved, Mapping) else None
+        if given is None:
+            raise
+        found = _backbone_of_method(path, dict(given))
+        if found is None:
+            text = "be a checkpoint of a method of this package whose backbone was given by name"
+            hint = "Give the module, or export its backbone by `export.export`"
+            fail("model", text, f"{path}, backbone {given.get('backbone')!r}", hint)
+        return found
+
+
+def _backbone_of_method(path: Path, given: dict[str, Any]) -> nn.Module | None:
+    """Return the backbone of the method of this package that a checkpoint with these hyperparameters is of, or None."""
+    written_as = str(given.pop("_class_path", "")).rpartition(".")[2]
+    arguments = {name: value for name, value in given.items() if not name.startswith("_")}
+    kwargs = {key: value for key, value in (arguments.get("backbone_kwargs") or {}).items() if key != "pretrained"}
+    arguments |= {"backbone_kwargs": kwargs} if "backbone_kwargs" in arguments else {}
+    weights = without_auxiliary(load_checkpoint(path)["state_dict"])
+    for name in [written_as] if written_as in methods.__all__ else methods.__all__:
+        kind = getattr(methods, name)
+        if not (inspect.isclass(kind) and issubclass(kind, methods.SelfSupervisedModule)):
+            continue
+        with torch.random.fork_rng(devices=[]), contextlib.suppress(TypeError, ValueError, RuntimeError):
+            method = kind(**arguments)
+            method.load_state_dict(weights)
+            return cast("nn.Module", method.backbone)
+    return None
 
 
 def _subject(network: nn.Module, spec: Mapping[str, Any] | None, source: str, preprocess: Preprocess | None) -> Subject:

@@ -6,6 +6,7 @@ from .clustering import cluster_scores as cluster_scores
 from .comparison import bootstrap_interval as bootstrap_interval
 from .comparison import mcnemar as mcnemar
 from .comparison import paired_bootstrap as paired_bootstrap
+from .corruption import corruption_robustness as corruption_robustness
 from .cue_conflict import cue_conflict_images as cue_conflict_images
 from .cue_conflict import shape_decisions as shape_decisions
 from .dense import Segmentation as Segmentation
@@ -26,6 +27,8 @@ from .fine_tuning import fine_tune as fine_tune
 from .fine_tuning import fine_tune_rows as fine_tune_rows
 from .geometry import describe_geometry as describe_geometry
 from .geometry import geometry as geometry
+from .layers import LayerSimilarity as LayerSimilarity
+from .layers import layer_similarity as layer_similarity
 from .linear import LINEAR_PROTOCOLS as LINEAR_PROTOCOLS
 from .linear import LinearProtocol as LinearProtocol
 from .linear import ProbeResult as ProbeResult

@@ -66,7 +66,7 @@ def split(train: Tensor, train_labels: Tensor | None, test: Tensor, test_labels:
     require(widths[0] == widths[1], "test", "be as wide as `train`", widths, "Use features of the same layer")
     several = bool((learned.labels != learned.labels[0]).any())
     hint = "A classifier needs at least two classes"
-    require(several, "train_labels", "hold two classes or more", int(learned.labels[0]), hint)
+    require(several, "train_labels", "hold two classes or more", f"only class {int(learned.labels[0])}", hint)
     return Split(learned, judged, 1 + int(torch.cat([learned.labels, judged.labels]).max()))
 
 

@@ -48,7 +48,8 @@ def plant_shortcut(
     pixels = as_float(check_images(images, values=True, evaluating=True)).clone()
     number, channels, height, width = pixels.shape
     fits = codes.shape == (number,) and not codes.is_floating_point()
-    require(fits, "codes", f"be integers of shape ({number},)", tuple(codes.shape), "Give one number per image")
+    got = f"{tuple(codes.shape)} {codes.dtype}"
+    require(fits, "codes", f"be integers of shape ({number},)", got, "Give one number per image")
     inside = number == 0 or 0 <= int(codes.min()) <= int(codes.max()) < num_codes
     require(inside, "codes", f"lie in 0..{num_codes - 1}", codes.tolist()[:8], "Increase `num_codes`")
     colors = _colors(num_codes, channels).to(pixels.device)[codes.long()].view(number, channels, 1, 1)

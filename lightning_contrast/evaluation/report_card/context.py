@@ -164,6 +164,17 @@ class Context:
             self.memory[key] = self.encode(model, images)
         return images, self.memory[key]
 
+    def inputs(self, model: str, images: Tensor) -> Tensor:
+        """Return images ``(n, C, H, W)`` as the network of a model takes them, ``(n, C, h, w)``, on its device.
+
+        Args:
+            model: Name of the model.
+            images: As the loader has them.
+        """
+        subject = self.subjects[model]
+        parameter = next(subject.module.parameters(), None)
+        return subject.preprocess(images if parameter is None else images.to(parameter.device))
+
     def encode(self, model: str, images: Tensor) -> Tensor:
         """Return features ``(n, F)`` of images ``(n, C, H, W)`` with the preprocessing of the model.
 

@@ -26,9 +26,7 @@ _GRAMS_PER_KWH = 473.0
 def cost(context: Context, model: str) -> Outcome:
     """Parameters, operations, images per second, memory, and on request energy."""
     subject = context.subjects[model]
-    parameter = next(subject.module.parameters(), None)
-    images, _ = context.images(_TIMED)
-    inputs = subject.preprocess(images if parameter is None else images.to(parameter.device))
+    inputs = context.inputs(model, context.images(_TIMED)[0])
     outcome = Outcome(
         values={
             "parameters": float(sum(p.numel() for p in subject.module.parameters())),

@@ -41,7 +41,15 @@ def draw(report: Report, context: Context) -> dict[str, list[tuple[str, str]]]:
         if part is None or not part.curve[0]:
             continue
         lines = {model: outcome.curves for model, outcome in outcomes.items() if outcome.curves}
-        if lines:
+        names = list(dict.fromkeys(curve for of in lines.values() for curve in of))
+        if name == "similarity":
+            found[name] = [(f"CKA of the layers of {model}", layers(of)) for model, of in lines.items()]
+        elif len(names) > 1:
+            found[name] = [
+                (curve, curves({model: {curve: of[curve]} for model, of in lines.items() if curve in of}, part.curve))
+                for curve in names
+            ]
+        elif lines:
             found[name] = [(f"{part.curve[1]} by {part.curve[0]}", curves(lines, part.curve, log_x=part.log_x))]
     makers: list[tuple[str, Callable[[Context, str], str]]] = [
         (f"Map ({layout})", partial(image_map, layout=layout)) for layout in context.options["maps"]
@@ -51,7 +59,7 @@ def draw(report: Report, context: Context) -> dict[str, list[tuple[str, str]]]:
         for model in context.subjects:
             try:
                 pictures.append((f"{caption} of {model}", make(context, model)))
-            except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            except Exception as error:  # noqa: BLE001  # a figure less
                 failures.append((f"{caption} of {model}", " ".join(str(error).split())))
     found |= {"pictures": pictures, "failures": failures}
     if any("<use" in picture for _, picture in pictures):
@@ -106,6 +114,26 @@ def curves(
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     plot.legend(frameon=False, fontsize=8)
+    return svg(figure)
+
+
+def layers(rows: dict[str, list[tuple[float, float]]]) -> str:
+    """Draw a table of numbers in 0..1 as colors, the first layer at the lower left.
+
+    Args:
+        rows: Points (place of the other layer, CKA) by layer, in order.
+    """
+    names, size = list(rows), 0.3 * len(rows)
+    values = np.full((len(names), len(names)), np.nan)
+    for row, points in enumerate(rows.values()):
+        for place, value in points:
+            values[row, int(place)] = value
+    figure = _figure(size + 2.2, size + 1.2)
+    plot = figure.add_subplot()
+    drawn = plot.imshow(values, cmap="Blues", vmin=0, vmax=1, origin="lower")
+    plot.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
+    plot.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(drawn, shrink=0.8)
     return svg(figure)
 
 

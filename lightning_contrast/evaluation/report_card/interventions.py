@@ -60,6 +60,7 @@ def attacks(context: Context, model: str) -> Outcome:
 def shortcuts(context: Context, model: str) -> Outcome:
     """Accuracy where a color that gave the label away in training is right, wrong or absent."""
     outcome = Outcome()
+    context.labeled(model)  # names missing labels
     train, test = context.train[model].labels, context.test[model].labels
     places = [
         spaced(labels, int(context.options[name]))

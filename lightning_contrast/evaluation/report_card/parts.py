@@ -191,8 +191,8 @@ PARTS: dict[str, ReportPart] = {
     "corruptions": ReportPart(
         "Corruptions",
         "How much of the accuracy survives noise, blur, weather and compression.",
-        "15 corruptions of a subset of the test images; a logistic classifier of clean training images. The mCE is "
-        "relative to the reference model, not to AlexNet.",
+        "15 corruptions of a subset of the test images, and 4 held-out ones by the option `held_out_corruptions`; a "
+        "logistic classifier of clean training images. The mCE is relative to the reference model, not to AlexNet.",
         "https://arxiv.org/abs/1903.12261",
         robustness.corruptions,
         "mean accuracy",
@@ -245,6 +245,7 @@ PARTS: dict[str, ReportPart] = {
         robustness.invariance,
         "mean",
         higher_is_better=None,
+        curve=("strength", "cosine similarity"),
     ),
     "geometry": ReportPart(
         "Geometry",
@@ -260,10 +261,11 @@ PARTS: dict[str, ReportPart] = {
     ),
     "similarity": ReportPart(
         "Similarity of models",
-        "Whether two models see the images alike: 1 up to rotation and scale, 0 not at all.",
-        "Unbiased linear CKA on the test images.",
+        "Whether two models, or two layers of one, see the images alike: 1 up to rotation and scale, 0 not at all.",
+        "Unbiased linear CKA on the test images; of layers, on flattened activations of some of them.",
         "https://arxiv.org/abs/1905.00414, https://arxiv.org/abs/2010.15327",
         structure.similarity,
+        curve=("layer", "layer"),
         higher_is_better=None,
     ),
     "segmentation": ReportPart(

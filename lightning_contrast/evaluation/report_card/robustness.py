@@ -1,18 +1,17 @@
 """Parts of a report about images that are changed or foreign."""
 
 import torch
-from torch import Tensor
 
-from lightning_contrast.augment.corruptions import CORRUPTIONS, corrupt
+from lightning_contrast._checks import require
+from lightning_contrast.augment.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS
 from lightning_contrast.callbacks.invariance.perturbations import CHANGES, changed, fitting_changes
 from lightning_contrast.evaluation.measures.out_of_distribution import ood_metrics
 from lightning_contrast.evaluation.measures.robustness import mean_corruption_error
-from lightning_contrast.evaluation.protocols import logistic_probe, ood_scores
+from lightning_contrast.evaluation.protocols import corruption_robustness, logistic_head, ood_scores
+from lightning_contrast.evaluation.protocols.corruption import SMALL
 from lightning_contrast.evaluation.report_card.context import Context
-from lightning_contrast.evaluation.report_card.result import Outcome, add_mean, correct
+from lightning_contrast.evaluation.report_card.result import Outcome, add_mean
 
-SMALL = 64
-"""Images up to this edge get the severities of CIFAR-10-C, larger ones those of ImageNet-C."""
 _CACHE_BYTES = 256 * 2**20
 _CLASSES = 10
 
@@ -21,35 +20,44 @@ def corruptions(context: Context, model: str) -> Outcome:
     """Accuracy of a logistic classifier of clean images on corrupted ones."""
     given = context.labeled(model)
     images, labels = context.unit_images(model, int(context.options["corrupted_images"]))
-    if labels is None:
-        raise ValueError("`datamodule` must yield labels for this part.")
+    assert labels is not None
     known = labels >= 0
     images, labels = (images[known] * 255).round().to(torch.uint8), labels[known]
     severities = tuple(context.options["severities"])
-    stack = [context.encode(model, images)]
-    for name in CORRUPTIONS:
-        stack += [context.encode(model, _corrupted(context, images, name, severity)) for severity in severities]
-    repeated = labels.repeat(len(stack))
-    found = logistic_probe(*given.train, torch.cat(stack), repeated, c=0.1, standardize=True)
-    right = correct(found.logits, found.labels).view(len(stack), len(labels)).double()
-    clean, accuracies, row = float(right[0].mean()), {}, 1
-    for name in CORRUPTIONS:
-        accuracies[name] = [float(part.mean()) for part in right[row : row + len(severities)]]
-        row += len(severities)
+    names = (*CORRUPTIONS, *(HELD_OUT_CORRUPTIONS if context.options["held_out_corruptions"] else ()))
+    head = logistic_head(*given.train)
+    small = images.numel() * len(names) * len(severities) <= _CACHE_BYTES
+    found = corruption_robustness(
+        lambda given: head(context.encode(model, given)),
+        images,
+        labels,
+        corruptions=names,
+        severities=severities,
+        seed=context.seed,
+        cache=context.memory.setdefault("corrupted", {}) if small else None,
+    )
+    clean = float(found["clean"].double().mean())
+    benchmark = torch.stack([found[name] for name in CORRUPTIONS]).double()  # (corruptions, severities, images)
     outcome = Outcome()
-    add_mean(outcome, "mean accuracy", right[1:].mean(0).cpu(), context.seed)
+    add_mean(outcome, "mean accuracy", benchmark.mean((0, 1)), context.seed)
     outcome.values["clean accuracy"] = clean
-    outcome.values["accuracy lost"] = clean - float(right[1:].mean())
-    outcome.values |= {name.replace("_", " "): sum(of) / len(of) for name, of in accuracies.items()}
-    mean = right[1:].view(len(CORRUPTIONS), len(severities), -1).mean((0, 2)).tolist()
-    outcome.curves["accuracy by severity"] = [(0, clean), *zip(severities, mean, strict=True)]
+    outcome.values["accuracy lost"] = clean - float(benchmark.mean())
+    if len(names) > len(CORRUPTIONS):
+        held_out = torch.stack([found[name] for name in HELD_OUT_CORRUPTIONS]).double()
+        add_mean(outcome, "mean accuracy, held-out corruptions", held_out.mean((0, 1)), context.seed)
+    outcome.values |= {name.replace("_", " "): float(found[name].double().mean()) for name in names}
+    by_severity = benchmark.mean((0, 2)).tolist()
+    outcome.curves["accuracy by severity"] = [(0, clean), *zip(severities, by_severity, strict=True)]
     reference = next(iter(context.subjects))
     of_reference = context.outcomes.get("corruptions", {}).get(reference)
     errors = _errors(outcome if model == reference else of_reference)
     if errors:
+        accuracies = {name: found[name].double().mean(1).tolist() for name in CORRUPTIONS}
         ratio = mean_corruption_error(accuracies, baseline_errors=errors)["mce"]
         outcome.values[f"mCE against {reference} (%)"] = float(ratio) if isinstance(ratio, float) else None
-    table = _table(images)
+    else:
+        outcome.notes.append(f"No mCE: {reference} failed, or makes no errors with one of the corruptions.")
+    table = "CIFAR-10-C" if max(images.shape[-2:]) <= SMALL else "ImageNet-C"
     outcome.notes.append(
         f"{len(labels)} test images, severities {severities} of {table}; frost is a generated texture."
     )
@@ -64,32 +72,16 @@ def _errors(outcome: Outcome | None) -> dict[str, float] | None:
     return errors if all(error > 0 for error in errors.values()) else None
 
 
-def _table(images: Tensor) -> str:
-    return "CIFAR-10-C" if max(images.shape[-2:]) <= SMALL else "ImageNet-C"
-
-
-def _corrupted(context: Context, images: Tensor, name: str, severity: int) -> Tensor:
-    """Return corrupted images ``(n, C, H, W)``, computed once for all models if they fit into memory."""
-    key = f"{name} {severity}"
-    if key in context.memory:
-        found: Tensor = context.memory[key]
-        return found
-    table = "cifar" if _table(images) == "CIFAR-10-C" else "imagenet"
-    found = torch.cat(
-        [
-            corrupt(part, name, severity=severity, seed=context.seed + 64 * place, table=table)  # type: ignore[arg-type]
-            for place, part in enumerate(torch.split(images, 64))
-        ]
-    )
-    if images.numel() * len(CORRUPTIONS) * 5 <= _CACHE_BYTES:
-        context.memory[key] = found
-    return found
-
-
 def anomalies(context: Context, model: str) -> Outcome:
     """Detection of a class that is left out of the training images."""
     given, outcome = context.labeled(model), Outcome()
-    classes = sorted(set(given.train.labels.tolist()) & set(given.test.labels.tolist()))[:_CLASSES]
+    judged = set(given.test.labels.tolist())
+    hint = "Images of other classes are compared with those of the class that is left out"
+    require(len(judged) > 1, "test_labels", "hold two classes or more", f"only class {min(judged)}", hint)
+    classes = sorted(set(given.train.labels.tolist()) & judged)
+    if len(classes) > _CLASSES:
+        outcome.notes.append(f"The first {_CLASSES} of {len(classes)} classes.")
+        classes = classes[:_CLASSES]
     sums: dict[str, list[float]] = {"k-NN": [], "Mahalanobis": []}
     for label in classes:
         rest, foreign = given.train.labels != label, given.test.labels == label

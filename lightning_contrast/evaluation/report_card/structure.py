@@ -5,7 +5,13 @@ import math
 import torch
 
 from lightning_contrast.augment import simclr_views
-from lightning_contrast.evaluation.protocols import cluster_scores, describe_geometry, geometry, retrieved
+from lightning_contrast.evaluation.protocols import (
+    cluster_scores,
+    describe_geometry,
+    geometry,
+    layer_similarity,
+    retrieved,
+)
 from lightning_contrast.evaluation.report_card.context import Context
 from lightning_contrast.evaluation.report_card.result import Outcome, add_mean
 from lightning_contrast.metrics import cka
@@ -60,7 +66,7 @@ def shape(context: Context, model: str) -> Outcome:
 
 
 def similarity(context: Context, model: str) -> Outcome:
-    """Linear CKA with all models."""
+    """Linear CKA with all models, and of the layers of each."""
     outcome = Outcome()
     own = context.test[model].features
     step = max(1, len(own) // _CKA_ROWS)
@@ -70,4 +76,17 @@ def similarity(context: Context, model: str) -> Outcome:
             outcome.values[f"CKA with {other}"] = None if math.isnan(value) else value
     if len(context.test) == 1:
         outcome.notes.append("Only one model: nothing to compare with.")
+    images, _ = context.images(int(context.options["view_images"]))
+    if len(images) >= 4:
+        try:
+            found_layers = layer_similarity(context.subjects[model].module, context.inputs(model, images))
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the network
+        except (ValueError, TypeError, RuntimeError) as error:
+            outcome.notes.append(f"Layers are not compared: {' '.join(str(error).split())}")
+            return outcome
+        if len(found_layers.names) > 1:
+            for name, line in zip(found_layers.names, found_layers.cka.tolist(), strict=True):
+                outcome.curves[name] = [(place, value) for place, value in enumerate(line) if math.isfinite(value)]
+            outcome.notes.append(f"Layers: {len(images)} test images.")
     return outcome
