@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.export import export, load_backbone, prune_channels, read_report
+from lightning_contrast.export import export, int8, load_backbone, prune_channels, read_report
+from lightning_contrast.export.graphs import write_onnx
 from lightning_contrast.export.parity import check_parity, compare
 from lightning_contrast.export.samples import Samples, read_samples
 from lightning_contrast.export.source import model_digest
@@ -185,6 +186,24 @@ def test_int8_of_a_convnet_is_small_and_close(tmp_path):
     assert kept["format"] == "onnx-int8"
     assert json.loads(kept["input_spec"]) == SPEC
     assert kept["model_digest"].endswith("onnx-int8")
+
+
+@pytest.mark.parametrize(("tolerance", "graphs"), [(0.05, 1), (1e-9, 4)])
+def test_kinds_are_quantized_alone_only_if_all_together_cost_too_much(tmp_path, monkeypatch, tolerance, graphs):
+    made, static = [], int8._static
+    monkeypatch.setattr(int8, "_static", lambda *args: made.append(args[3]) or static(*args))
+    torch.manual_seed(0)
+    inputs = torch.randn(24, 3, 16, 16)
+    write_onnx(convnet(), inputs[:2], tmp_path / "net.onnx", ("images", "features"))
+    options = {"folder": tmp_path, "tolerance": tolerance}
+    if tolerance > 0.01:
+        found = int8.quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", inputs, **options)
+        assert "Conv" in found.kinds
+        assert found.left_in_float == {}
+    else:
+        with pytest.raises(RuntimeError, match="No operator can be quantized"):  # Relu alone leaves all in float
+            int8.quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", inputs, **options)
+    assert len(made) == graphs
 
 
 def test_operators_that_lose_stay_in_float_and_are_named(tmp_path):
