@@ -1,6 +1,7 @@
 """Formats of `export` other than plain weights and graphs: timm, torch.export, pixels in, int8, int4, pruning."""
 
 import json
+from types import SimpleNamespace
 
 import onnx
 import onnxruntime
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.export import export, int8, load_backbone, prune_channels, read_report
+from lightning_contrast.export import export, int8, load_backbone, parity, prune_channels, read_report
 from lightning_contrast.export.graphs import write_onnx
 from lightning_contrast.export.parity import check_parity, compare
 from lightning_contrast.export.samples import Samples, read_samples
@@ -302,6 +303,23 @@ def test_the_report_counts_what_it_says(tmp_path):
     check_parity(report, exact=False)
     with pytest.raises(RuntimeError, match="features differ from those of the model"):
         check_parity(report, exact=True)
+
+
+def test_times_alternate_and_leave_the_first_call_out(monkeypatch):
+    calls, clock = [], [0.0]
+
+    def runner(name, seconds):
+        def run(given):
+            clock[0] += seconds if name in calls else 100.0
+            calls.append(name)
+            return given
+
+        return run
+
+    monkeypatch.setattr(parity, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = parity._milliseconds((runner("before", 4.0), runner("after", 2.0)), torch.rand(8, 3))
+    assert found == [near(500.0), near(250.0)]
+    assert calls == ["before", "after"] * 6
 
 
 @pytest.mark.parametrize(("after", "passes"), [(0.95, True), (0.85, False)])

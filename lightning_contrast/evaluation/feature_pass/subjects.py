@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_contrast._checks import fail
+from lightning_contrast._checks import fail, require
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.checkpoints import load_checkpoint
@@ -65,6 +65,8 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
         saved = load_checkpoint(model, map_location="meta")
         spec = saved.get(INPUT_SPEC) if isinstance(saved, Mapping) else None
         return _subject(network, spec, f"file {Path(model).name}", preprocess)
+    hint = "Give a checkpoint (.ckpt), a .pt file of `export.export`, or a name of timm"
+    require(Path(model).suffix != ".onnx" and not Path(model).is_file(), "model", "hold weights", str(model), hint)
     network = load_teacher(str(model)).module
     config = getattr(network, "pretrained_cfg", None) or {}
     source = f"timm's {model}"
