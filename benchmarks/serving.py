@@ -8,12 +8,13 @@ requests). Float and int8 are measured in turn, round after round.
 import argparse
 import http.client
 import io
+import itertools
 import multiprocessing
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ NETWORKS = {"small_convnet": 32, "resnet18": 224, "resnet50": 224}
 BATCHES = (1, 8)
 Times = tuple[list[float], float]
 """Seconds of each request, and those from the first request to the last answer."""
+Round = tuple[list[float], float, float]
+"""`Times`, and the processor time of the model or service in seconds, of all its threads."""
 
 
 def jpegs() -> list[bytes]:
@@ -66,14 +69,14 @@ def make_models(name: str, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def client(port: int, clients: int, seconds: float, answers: "multiprocessing.Queue[Any]") -> None:
-    """Put the times of all requests and the seconds until the last answer, or the text of an error of a thread."""
+def client(port: int, clients: int, seconds: float) -> Times:
+    """Return the times of the requests of threads, at least one of each; a status other than 200 is an error."""
     images = jpegs()
     begin = time.perf_counter()
     end = begin + seconds
 
     def ask(place: int) -> list[float]:
-        times = []
+        times: list[float] = []
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         head = b"--x\r\ncontent-disposition: form-data; name=image; filename=x\r\n\r\n"
         while not times or time.perf_counter() < end:
@@ -88,33 +91,13 @@ def client(port: int, clients: int, seconds: float, answers: "multiprocessing.Qu
             times.append(time.perf_counter() - start)
         return times
 
-    try:
-        with ThreadPoolExecutor(clients) as pool:
-            times = [each for found in pool.map(ask, range(clients)) for each in found]
-        answers.put((times, time.perf_counter() - begin))
-    except Exception as error:  # noqa: BLE001  # is that of the row
-        answers.put(repr(error))
+    with ThreadPoolExecutor(clients) as pool:
+        times = [each for found in pool.map(ask, range(clients)) for each in found]
+    return times, time.perf_counter() - begin
 
 
-def under_load(port: int, clients: int, seconds: float) -> Times:
-    """Return the times of requests of clients in a process of their own."""
-    context = multiprocessing.get_context("spawn")
-    answers: multiprocessing.Queue[Any] = context.Queue()
-    process = context.Process(target=client, args=(port, clients, seconds, answers))
-    process.start()
-    answer = answers.get(timeout=seconds + 300)
-    process.join()
-    if isinstance(answer, str):
-        raise RuntimeError(f"A client failed: {answer}")
-    return answer  # type: ignore[no-any-return]
-
-
-def bare(embedder: Any, size: int, seconds: float) -> Times:
-    """Return the times of batches of the model alone, of images that were decoded and prepared before."""
-    from lightning_contrast.serving import decode_image
-
-    images = [embedder.prepare(decode_image(data)) for data in jpegs()[:size]]
-    embedder.embed_prepared(images)
+def bare(embedder: Any, images: list[torch.Tensor], seconds: float) -> Times:
+    """Return the times of batches of the model alone, of images that are decoded and prepared."""
     begin, times = time.perf_counter(), []
     while time.perf_counter() - begin < seconds:
         start = time.perf_counter()
@@ -142,39 +125,61 @@ def served(embedder: Any) -> Iterator[int]:
         thread.join()
 
 
-def row_of(rounds: Iterable[Times], images: int = 1) -> dict[str, Any]:
-    """Return the percentiles of all requests, and images/s up to the last answers.
+def with_processor_time(work: Callable[[], Times]) -> Round:
+    """Return the times of work, and the processor time that this process took in the meantime."""
+    start = time.process_time()
+    times, taken = work()
+    return times, taken, time.process_time() - start
+
+
+def row_of(rounds: Iterable[Round], images: int = 1) -> dict[str, Any]:
+    """Return the percentiles of all requests, images/s up to the last answers, and processor time per image.
 
     Args:
-        rounds: Times of each round.
+        rounds: The rounds.
         images: Images of a request.
     """
     found = list(rounds)
-    times = [each for part, _ in found for each in part]
+    times = [each for part, _, _ in found for each in part]
     p50, p99 = np.percentile(times, [50, 99]) * 1000
-    rate = images * len(times) / sum(taken for _, taken in found)
-    return {"p50 ms": round(float(p50), 1), "p99 ms": round(float(p99), 1), "images/s": round(rate, 1)} | {
-        "requests": len(times)
+    count = images * len(times)
+    return {
+        "p50 ms": round(float(p50), 2),
+        "p99 ms": round(float(p99), 2),
+        "images/s": round(count / sum(taken for _, taken, _ in found), 1),
+        "CPU ms / image": round(1000 * sum(used for _, _, used in found) / count, 2),
+        "requests": len(times),
     }
 
 
 def measure(name: str, paths: dict[str, Path], clients: list[int], seconds: float, rounds: int, threads: int) -> Any:
     """Return the rows of a network."""
-    from lightning_contrast.serving import open_embedder
+    from lightning_contrast.serving import decode_image, open_embedder
 
-    found: dict[tuple[str, str, int], list[Times]] = {}
+    found: dict[tuple[str, str, int], list[Round]] = {}
     with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        process = stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))  # of the clients
+        process.submit(jpegs).result()
         models = {weights: open_embedder(path, threads=threads) for weights, path in paths.items()}
         ports = {weights: stack.enter_context(served(model)) for weights, model in models.items()}
+        first = next(iter(models.values()))
+        prepared = [first.prepare(decode_image(data)) for data in jpegs()[: max(BATCHES)]]
+        for model, size in itertools.product(models.values(), BATCHES):
+            model.embed_prepared(prepared[:size])
         for _ in range(rounds):
             for size in BATCHES:
                 for weights, model in models.items():
                     key = (f"bare session, batch {size}", weights, size)
-                    found.setdefault(key, []).append(bare(model, size, seconds))
+                    found.setdefault(key, []).append(
+                        with_processor_time(lambda model=model, batch=prepared[:size]: bare(model, batch, seconds))
+                    )
             for count in clients:
                 for weights, port in ports.items():
                     key = (f"service, {count} client{'s' * (count > 1)}", weights, 1)
-                    found.setdefault(key, []).append(under_load(port, count, seconds))
+                    found.setdefault(key, []).append(
+                        with_processor_time(lambda job=(client, port, count, seconds): process.submit(*job).result())
+                    )
     size_of = {weights: round(path.stat().st_size / 1e6, 1) for weights, path in paths.items()}
     return [
         {"network": name, "load": load, "weights": weights, "MB": size_of[weights]} | row_of(times, size)
@@ -202,7 +207,8 @@ def main() -> None:
         f"bare session runs batches of prepared images. {args.threads} threads of ONNX Runtime, random weights, "
         f"{NETWORKS['resnet50']} x {NETWORKS['resnet50']} pixels ({NETWORKS['small_convnet']} x "
         f"{NETWORKS['small_convnet']} for small_convnet). Float and int8 in turn, {args.rounds} rounds of "
-        f"{args.seconds:g} s for each row. Other programs ran on the machine: only the ratios count."
+        f"{args.seconds:g} s for each row. CPU ms are those of all threads of the model or of the service, without the "
+        "clients; threads of ONNX Runtime that wait for each other are counted."
     )
     report("serving", rows, notes)
 

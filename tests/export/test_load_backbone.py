@@ -72,7 +72,7 @@ def test_a_resnet_loads_strictly_into_torchvision_without_its_classifier(tmp_pat
     vary(model.backbone)
     weights = torch.load(export(model, tmp_path / "net.pt", input_spec=SPEC), weights_only=True)["state_dict"]
     network = torchvision.models.resnet50()
-    with pytest.raises(RuntimeError, match="Missing key.*fc.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*fc\.weight"):
         network.load_state_dict(weights)
     network.fc = nn.Identity()
     network.load_state_dict(weights, strict=True)
