@@ -77,7 +77,7 @@ def client(port: int, clients: int, seconds: float) -> Times:
 
     def ask(place: int) -> list[float]:
         times: list[float] = []
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         head = b"--x\r\ncontent-disposition: form-data; name=image; filename=x\r\n\r\n"
         while not times or time.perf_counter() < end:
             place = (place + 1) % len(images)
@@ -111,9 +111,10 @@ def served(embedder: Any) -> Iterator[int]:
     """Serve a model, and give the port."""
     import uvicorn
 
-    from lightning_contrast.serving import create_app
+    from lightning_contrast.serving import Limits, create_app
 
-    server = uvicorn.Server(uvicorn.Config(create_app(embedder), port=0, log_level="warning"))
+    app = create_app(embedder, limits=Limits(seconds=600))  # none is refused on a busy machine
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
