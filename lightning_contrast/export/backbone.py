@@ -80,8 +80,8 @@ def export(
       "model_digest", "format" and "package_version".
     - "torch_export": a program for `torch.export.load`, for any B, with the same metadata in "metadata.json" of
       ``extra_files``.
-    - "onnx-int8": the graph with static int8 weights (per channel) and activations, calibrated on ``data``; operators
-      that int8 would change too much stay in float and are named in the report.
+    - "onnx-int8": the graph with static int8 weights (per channel) and uint8 activations, calibrated on ``data``;
+      operators that int8 would change too much stay in float and are named in the report.
     - "int4": the file of "state_dict" with the weights of linear layers in 4 bits, for `load_backbone`, which computes
       in float.
 

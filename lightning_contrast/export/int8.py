@@ -43,8 +43,8 @@ def quantize(source: Path, target: Path, calibration: Tensor, *, folder: Path, t
     activations are different kinds) is quantized alone. A kind that alone costs more than half of the tolerance stays
     in float; if the others together exceed three quarters of it, the one with the lowest cosine follows, and so on.
 
-    Source: onnxruntime's ``quantize_static`` (QDQ, MinMax, int8 weights and activations); the choice of operators is of
-    this package.
+    Source: onnxruntime's ``quantize_static`` (QDQ, MinMax, int8 weights, uint8 activations); the choice of operators is
+    of this package.
 
     Args:
         source: The float graph, with one input.
@@ -126,7 +126,7 @@ def _static(prepared: Path, path: Path, model: Any, nodes: list[str], calibratio
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(_KINDS),
             per_channel=True,
-            activation_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8,  # onnxruntime has no fast kernels for int8 times int8 on x86
             weight_type=QuantType.QInt8,
             nodes_to_quantize=nodes,
             calibration_cache_path=folder / "ranges.json",

@@ -182,29 +182,6 @@ def test_the_command_is_killed_and_resumed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
-def test_the_program_that_started_ray_is_killed_and_resumed(tmp_path, monkeypatch):
-    """SIGKILL of the driver: its actors end, whole shards stay, and a pass without Ray completes them."""
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_worker_niceness", "0")
-    model = export(network(), tmp_path / "net.pt", input_spec={"size": 32, "mean": None, "std": None})
-    folder = tmp_path / "killed"
-    given = arguments_of(model, folder)
-    assert is_killed([*given, "--ray_workers", "2"], folder, 3)
-    deadline, count = time.monotonic() + 60, -1
-    while time.monotonic() < deadline and (found := len(list(folder.glob("*.parquet")))) != count:
-        count = found
-        time.sleep(5)  # actors see the end of the driver after some seconds
-    assert count >= 3
-    assert not (folder / "_manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
-    main(given)
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert without_parts(folder) == bytes_of(main(arguments_of(model, tmp_path / "whole")))
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-@pytest.mark.filterwarnings("ignore")  # of Ray's own
 def test_two_ray_workers_write_the_same_bytes_and_resume(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     whole = bytes_of(embed_dataset(network(), loader(), tmp_path / "one", shard_size=4))
