@@ -19,6 +19,7 @@ NAMES = (
     "memory",
     "launches",
     "streaming",
+    "serving",
 )
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 

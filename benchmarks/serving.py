@@ -1,19 +1,21 @@
 """The similarity service under load on loopback: p50 and p99 of a request, images/s, and those of the bare session.
 
 Clients are threads of another process on the same machine, each with one image per request and the next after its
-answer. Without ``--models`` a ResNet-50 with random weights is exported, and made int8 by ONNX Runtime (static, per
-channel, calibrated on the images of the requests).
+answer. Networks have random weights; int8 is that of `export` (static, per channel, calibrated on images of the
+requests). Float and int8 are measured in turn, round after round.
 """
 
 import argparse
 import http.client
 import io
-import json
+import itertools
 import multiprocessing
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.common import report
+
 IMAGES, EDGE = 32, 256
+NETWORKS = {"small_convnet": 32, "resnet18": 224, "resnet50": 224}
+"""Size of the images of each network."""
+BATCHES = (1, 8)
+Times = tuple[list[float], float]
+"""Seconds of each request, and those from the first request to the last answer."""
+Round = tuple[list[float], float, float]
+"""`Times`, and the processor time of the model or service in seconds, of all its threads."""
 
 
 def jpegs() -> list[bytes]:
@@ -34,36 +45,41 @@ def jpegs() -> list[bytes]:
     return found
 
 
-def make_models(folder: Path) -> dict[str, Path]:
-    import timm
-
+def make_models(name: str, folder: Path) -> dict[str, Path]:
+    """Return the graphs of a network by their weights; those that are in the folder are kept."""
     from lightning_contrast.export import export
+    from lightning_contrast.nn import build_backbone
     from lightning_contrast.serving import decode_image
 
-    spec = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    spec = {"size": NETWORKS[name], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     torch.manual_seed(0)
-    network = timm.create_model("resnet50", num_classes=0, zero_init_last=False)
-    floats = export(network, folder / "float.onnx", format="onnx", input_spec=spec)
+    options = {"zero_init_last": False} if name.startswith("resnet") else {}
+    network = build_backbone(name, backbone_kwargs=options).module
     images = torch.stack([decode_image(data) for data in jpegs()])
     # Random weights: what int8 changes in them says nothing, so any change is accepted.
-    options = {"data": images, "images": 8, "calibration_images": 24, "tolerance": 1.0}
-    return {
-        "float": floats,
-        "int8": export(network, folder / "int8.onnx", format="onnx-int8", input_spec=spec, **options),
-    }
+    calibrated = {"data": images, "images": 8, "calibration_images": 24, "tolerance": 1.0}
+    paths = {weights: folder / f"{name}.{weights}.onnx" for weights in ("float", "int8")}
+    for weights, path in paths.items():
+        if not path.exists():
+            is_int8 = weights == "int8"
+            start = time.perf_counter()
+            settings: dict[str, Any] = {"format": "onnx-int8"} | calibrated if is_int8 else {"format": "onnx"}
+            export(network, path, input_spec=spec, **settings)
+            print(f"{path.name}: exported in {time.perf_counter() - start:.0f} s", flush=True)
+    return paths
 
 
-def client(port: int, clients: int, seconds: float, answers: "multiprocessing.Queue[Any]") -> None:
-    """Put the times of all requests and the seconds until the last answer, or the text of an error of a thread."""
+def client(port: int, clients: int, seconds: float) -> Times:
+    """Return the times of the requests of threads, at least one of each; a status other than 200 is an error."""
     images = jpegs()
     begin = time.perf_counter()
     end = begin + seconds
 
     def ask(place: int) -> list[float]:
-        times = []
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        times: list[float] = []
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         head = b"--x\r\ncontent-disposition: form-data; name=image; filename=x\r\n\r\n"
-        while time.perf_counter() < end:
+        while not times or time.perf_counter() < end:
             place = (place + 1) % len(images)
             start = time.perf_counter()
             body = head + images[place] + b"\r\n--x--\r\n"
@@ -75,76 +91,127 @@ def client(port: int, clients: int, seconds: float, answers: "multiprocessing.Qu
             times.append(time.perf_counter() - start)
         return times
 
-    try:
-        with ThreadPoolExecutor(clients) as pool:
-            times = [each for found in pool.map(ask, range(clients)) for each in found]
-        answers.put((times, time.perf_counter() - begin))
-    except Exception as error:  # noqa: BLE001  # is that of the row
-        answers.put(repr(error))
+    with ThreadPoolExecutor(clients) as pool:
+        times = [each for found in pool.map(ask, range(clients)) for each in found]
+    return times, time.perf_counter() - begin
 
 
-def measure(path: Path, clients: list[int], seconds: float, threads: int) -> dict[str, object]:
+def bare(embedder: Any, images: list[torch.Tensor], seconds: float) -> Times:
+    """Return the times of batches of the model alone, of images that are decoded and prepared."""
+    begin, times = time.perf_counter(), []
+    while time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        embedder.embed_prepared(images)
+        times.append(time.perf_counter() - start)
+    return times, time.perf_counter() - begin
+
+
+@contextmanager
+def served(embedder: Any) -> Iterator[int]:
+    """Serve a model, and give the port."""
     import uvicorn
 
-    from lightning_contrast.serving import create_app, decode_image, open_embedder
+    from lightning_contrast.serving import Limits, create_app
 
-    embedder = open_embedder(path, threads=threads)
-    images = [embedder.prepare(decode_image(data)) for data in jpegs()]
-    found: dict[str, object] = {"MB": round(path.stat().st_size / 1e6, 1)}
-    for size in (1, 8):
-        embedder.embed_prepared(images[:size])
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            embedder.embed_prepared(images[:size])
-            count += size
-        found[f"bare session, batch {size}: images/s"] = round(count / (time.perf_counter() - start), 1)
-    server = uvicorn.Server(uvicorn.Config(create_app(embedder), port=0, log_level="warning"))
+    app = create_app(embedder, limits=Limits(seconds=600))  # none is refused on a busy machine
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        for count in clients:
-            found[f"{count} clients"] = row_of(port, count, seconds)
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
         thread.join()
-    return found
 
 
-def row_of(port: int, clients: int, seconds: float) -> dict[str, float]:
-    """Return the times of requests of clients in a process of their own, and images/s up to the last answer."""
-    context = multiprocessing.get_context("spawn")
-    answers: multiprocessing.Queue[Any] = context.Queue()
-    process = context.Process(target=client, args=(port, clients, seconds, answers))
-    process.start()
-    answer = answers.get(timeout=seconds + 300)
-    process.join()
-    if isinstance(answer, str):
-        raise RuntimeError(f"A client failed: {answer}")
-    times, taken = answer
+def with_processor_time(work: Callable[[], Times]) -> Round:
+    """Return the times of work, and the processor time that this process took in the meantime."""
+    start = time.process_time()
+    times, taken = work()
+    return times, taken, time.process_time() - start
+
+
+def row_of(rounds: Iterable[Round], images: int = 1) -> dict[str, Any]:
+    """Return the percentiles of all requests, images/s up to the last answers, and processor time per image.
+
+    Args:
+        rounds: The rounds.
+        images: Images of a request.
+    """
+    found = list(rounds)
+    times = [each for part, _, _ in found for each in part]
     p50, p99 = np.percentile(times, [50, 99]) * 1000
-    row = {"p50 ms": round(float(p50), 1), "p99 ms": round(float(p99), 1)}
-    return row | {"images/s": round(len(times) / taken, 1), "requests": len(times)}
+    count = images * len(times)
+    return {
+        "p50 ms": round(float(p50), 2),
+        "p99 ms": round(float(p99), 2),
+        "images/s": round(count / sum(taken for _, taken, _ in found), 1),
+        "CPU ms / image": round(1000 * sum(used for _, _, used in found) / count, 2),
+        "requests": len(times),
+    }
+
+
+def measure(name: str, paths: dict[str, Path], clients: list[int], seconds: float, rounds: int, threads: int) -> Any:
+    """Return the rows of a network."""
+    from lightning_contrast.serving import decode_image, open_embedder
+
+    found: dict[tuple[str, str, int], list[Round]] = {}
+    with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        process = stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))  # of the clients
+        process.submit(jpegs).result()
+        models = {weights: open_embedder(path, threads=threads) for weights, path in paths.items()}
+        ports = {weights: stack.enter_context(served(model)) for weights, model in models.items()}
+        first = next(iter(models.values()))
+        prepared = [first.prepare(decode_image(data)) for data in jpegs()[: max(BATCHES)]]
+        for model, size in itertools.product(models.values(), BATCHES):
+            model.embed_prepared(prepared[:size])
+        for _ in range(rounds):
+            for size in BATCHES:
+                for weights, model in models.items():
+                    key = (f"bare session, batch {size}", weights, size)
+                    found.setdefault(key, []).append(
+                        with_processor_time(lambda model=model, batch=prepared[:size]: bare(model, batch, seconds))
+                    )
+            for count in clients:
+                for weights, port in ports.items():
+                    key = (f"service, {count} client{'s' * (count > 1)}", weights, 1)
+                    found.setdefault(key, []).append(
+                        with_processor_time(lambda job=(client, port, count, seconds): process.submit(*job).result())
+                    )
+    size_of = {weights: round(path.stat().st_size / 1e6, 1) for weights, path in paths.items()}
+    return [
+        {"network": name, "load": load, "weights": weights, "MB": size_of[weights]} | row_of(times, size)
+        for (load, weights, size), times in found.items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=[], help="NAME=PATH of ONNX graphs")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--folder", type=Path, help="where the graphs are kept; default: nowhere")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--seconds", type=float, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("runs/serving.jsonl"))
+    parser.add_argument("--seconds", type=float, default=3, help="of a load in a round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(model.split("=", 1) for model in args.models)
-        for name, path in (given or make_models(Path(folder))).items():
-            row = {"model": name} | measure(Path(path), args.clients, args.seconds, args.threads)
-            print(json.dumps(row), flush=True)
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        for name in args.networks:
+            paths = make_models(name, args.folder or Path(folder))
+            rows += measure(name, paths, args.clients, args.seconds, args.rounds, args.threads)
+    notes = (
+        f"`create_app` on loopback: JPEGs of {EDGE} x {EDGE} pixels, one per request, of clients in another process on "
+        f"the same cores, which send the next one after the answer; decoding and resizing are part of a request. The "
+        f"bare session runs batches of prepared images. {args.threads} threads of ONNX Runtime, random weights, "
+        f"{NETWORKS['resnet50']} x {NETWORKS['resnet50']} pixels ({NETWORKS['small_convnet']} x "
+        f"{NETWORKS['small_convnet']} for small_convnet). Float and int8 in turn, {args.rounds} rounds of "
+        f"{args.seconds:g} s for each row. CPU ms are those of all threads of the model or of the service, without the "
+        "clients; threads of ONNX Runtime that wait for each other are counted."
+    )
+    report("serving", rows, notes)
 
 
 if __name__ == "__main__":

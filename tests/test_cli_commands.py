@@ -392,6 +392,8 @@ def bad(tmp_path, folder):
 
 BROKEN = ["--data=ImageFolderDataModule", "--data.train_dir=TMP/broken", "--data.batch_size=1"]
 BROKEN += ["--data.num_workers=0", "--data.size=32"]
+SQUARE = '--input_spec={"size": 32, "mean": null, "std": null}'
+GPU = ["--data=EmojiDataModule", "--device"]
 FIT = ["fit", *SMALL, *VIEWS[:3], "--trainer.max_epochs=1"]
 
 
@@ -431,6 +433,14 @@ FIT = ["fit", *SMALL, *VIEWS[:3], "--trainer.max_epochs=1"]
         (["predict", *FIT[1:], "--ckpt_path=TMP/byol.ckpt"], 1, ["`ckpt_path` must name a checkpoint of SimCLR"]),
         ([*FIT, "--data=ImageFolderDataModule", "--data.train_dir=TMP/nowhere"], 1, ["`train_dir`", "TMP/nowhere"]),
         ([*FIT, *BROKEN, "--trainer.default_root_dir=TMP/r"], 1, ["Cannot read the image"]),
+        (["export", "TMP/byol.ckpt", "n.onnx", "--format=onx"], 2, ["`format` must be one of", "Did you mean onnx?"]),
+        (["export", "TMP/byol.ckpt", "n.pt", SQUARE, "--prune=1.5"], 1, ["`prune` must lie in [0, 1)"]),
+        (["export", "TMP/no.onnx", "n.pt", SQUARE], 1, ["`model` must hold weights", "TMP/no.onnx"]),
+        (["embed", "TMP/file", "v", "--data=EmojiDataModule"], 1, ["`model` must hold weights", "TMP/file"]),
+        (["embed", "TMP/byol.ckpt", "v", *GPU, "cuda:99"], 1, ["`device` must be a device of this machine", "cuda:99"]),
+        (["embed", "TMP/byol.ckpt", "v", *GPU, "gpuu"], 1, ["`device` must be a device of this machine", "'gpuu'"]),
+        (["index", "store", "TMP/images", "--model=TMP/byol.ckpt", "--duplicates=3"], 1, ["`duplicates` must lie in"]),
+        (["serve", "TMP/byol.ckpt", "--threads=0"], 1, ["`threads` must be >= 1"]),
         (["report", "TMP/no.ckpt", "--data", "EmojiDataModule", "--output", "TMP/report"], 1, ["no.ckpt"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,

@@ -67,6 +67,9 @@ def _misspelled(message: str, key: str, options: list[str]) -> str | None:
         text = f"{_short(found[1])} has no argument `{found[2]}`.{hint}"
     elif found := re.search(r"class_path '([^']+)': (?:- )?the following arguments are required: (.*)", message):
         text = f"{_short(found[1])} needs the argument {found[2]}."
+    elif found := re.search(r"Expected an? typing\.Literal\[(.*?)\]\. Got value: (.*)", message):
+        known = re.findall(r"'([^']*)'", found[1])
+        text = f"`{key}` must be one of {found[1]}, got {found[2]}.{did_you_mean(found[2], known)}"
     elif found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
         known = re.findall(r"[\w-]+", found[2])
         text = f"`{found[1]}` is not one of {', '.join(known)}.{did_you_mean(found[1], known)}"

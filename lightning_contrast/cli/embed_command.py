@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from lightning_contrast._checks import check_choice
+from lightning_contrast._checks import check_choice, fail
 from lightning_contrast.cli._command_line import Parser
 from lightning_contrast.cli._names import short_names_in_yaml
 
@@ -31,7 +31,7 @@ def run_embed(args: Sequence[str]) -> Path:
 
     Raises:
         SystemExit: With status 2, if the arguments cannot be parsed.
-        ValueError: If the split is unknown.
+        ValueError: If the split is unknown, or the machine has no such device.
     """
     from lightning_contrast.evaluation import embed_dataset, load_subject
 
@@ -73,5 +73,8 @@ def run_embed(args: Sequence[str]) -> Path:
 def _device(name: str) -> torch.device:
     """Return the device of the network; "auto" is the GPU of this process among those of the machine."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, or no driver
+            fail("device", "be a device of this machine", name, str(error).strip().splitlines()[0].rstrip("."))
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU

@@ -21,8 +21,10 @@ def run_index(args: Sequence[str]) -> Any:
 
     Raises:
         SystemExit: With status 2, if the arguments cannot be parsed.
+        ValueError: If the lowest cosine of near duplicates is out of its range.
     """
     from lightning_contrast.search import ImageIndex
+    from lightning_contrast.search.near_duplicates import check_cosine
 
     parser = Parser(prog="lightning-contrast index", description=_DESCRIPTION)
     parser.add_argument("store", type=str, help="folder of the index")
@@ -34,6 +36,8 @@ def run_index(args: Sequence[str]) -> Any:
         "--duplicates", type=float | None, default=None, help="list near duplicates from this cosine on"
     )
     found = parser.parse_args(list(args))
+    if found.duplicates is not None:
+        check_cosine("duplicates", found.duplicates)
     index = ImageIndex(found.store, found.model, found.folder)
     done = index.update(batch_size=found.batch_size, verify=found.verify)
     counts = {name: len(getattr(done, name)) for name in ("added", "changed", "removed", "unreadable")}

@@ -17,6 +17,8 @@ CLASSES = "classes.json"
 """File with the names of the classes, written by `write_shards`."""
 _INDEX = "index.json"
 _OWN = "process-"  # folder of one process
+_PLAIN = {"bytes", "file", "image", "jpeg", "jpeg_array", "pil", "tensor", "no_header_tensor", "numpy"}
+_PLAIN |= {"no_header_numpy", "bool", "int", "float", "str", "text", "json"}  # serializers of litdata without pickle
 
 
 class ChunkCopies:
@@ -140,14 +142,17 @@ def chunk_index(argument: str, folder: Path) -> tuple[list[dict[str, Any]], bool
         folder: Folder with ``index.json``.
 
     Raises:
-        ValueError: If the index is damaged or empty.
+        ValueError: If the index is damaged or empty, or names a serializer of litdata that may unpickle objects.
     """
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         chunks: list[dict[str, Any]] = [chunk for chunk in index["chunks"] if chunk["chunk_size"] > 0]
         compressed = index["config"]["compression"] is not None
+        kinds = {str(kind).partition(":")[0] for kind in index["config"]["data_format"]}
     except (ValueError, KeyError, TypeError) as error:
         fail(argument, f"hold a valid index.json ({error!r})", str(folder), "Write the shards again")
+    hint = f"They could run code. Write images as bytes, PIL images or tensors, and labels as int, to {folder}"
+    require(kinds <= _PLAIN, argument, "hold records without pickled objects", sorted(kinds - _PLAIN), hint)
     require(bool(chunks), argument, "hold images", f"{folder} with empty shards", "Write the shards again")
     return chunks, compressed
 

@@ -24,7 +24,7 @@ from lightning_contrast.export.parity import (
     compare,
     run_all,
 )
-from lightning_contrast.export.pruning import prune_channels
+from lightning_contrast.export.pruning import check_share, prune_channels
 from lightning_contrast.export.samples import Samples, read_samples
 from lightning_contrast.export.source import PixelInput, backbone_of, float_copy, input_of, model_digest, preprocessing
 from lightning_contrast.exported import INPUT_SPEC, add_int4, count_channels, load_backbone, pack_weights
@@ -68,10 +68,11 @@ def export(
 
     - "state_dict": a file for `load_backbone`, which builds the network again. Without this package it is a dict with
       "state_dict", "input_spec", the "architecture" that was built, and "features" by which a loaded network is
-      checked. The weights load strictly into a network of timm or torchvision with the same name and arguments, by
-      ``network.load_state_dict(torch.load(path, weights_only=True)["state_dict"])``. If the network of that name would
-      accept the weights and compute other features, as without the stem of ``small_images=True``, the keys begin with
-      ``"needs_load_backbone."``, so that this fails.
+      checked. The weights load strictly into timm's network of the same name and arguments without a classifier, by
+      ``network.load_state_dict(torch.load(path, weights_only=True)["state_dict"])``, and into torchvision's ResNet
+      whose ``fc`` is `torch.nn.Identity`. If the network of that name would accept the weights and compute other
+      features, as without the stem of ``small_images=True``, the keys begin with ``"needs_load_backbone."``, so that
+      this fails.
     - "timm": a folder for ``timm.create_model("local-dir:PATH", pretrained=True)``, with configuration, safetensors,
       preprocessing and a model card.
     - "onnx": a graph from ``images`` (B, C, h, w) to ``features`` (B, F), for any B. Its metadata are strings:
@@ -79,8 +80,8 @@ def export(
       "model_digest", "format" and "package_version".
     - "torch_export": a program for `torch.export.load`, for any B, with the same metadata in "metadata.json" of
       ``extra_files``.
-    - "onnx-int8": the graph with static int8 weights (per channel) and activations, calibrated on ``data``; operators
-      that int8 would change too much stay in float and are named in the report.
+    - "onnx-int8": the graph with static int8 weights (per channel) and uint8 activations, calibrated on ``data``;
+      operators that int8 would change too much stay in float and are named in the report.
     - "int4": the file of "state_dict" with the weights of linear layers in 4 bits, for `load_backbone`, which computes
       in float.
 
@@ -132,7 +133,7 @@ def export(
         >>> export(network, "net.onnx", format="onnx", input_spec=spec)  # doctest: +SKIP
         PosixPath('net.onnx')
     """
-    _check(format, preprocess, data, images, calibration_images)
+    _check(format, preprocess, data, images, calibration_images, prune)
     backbone = backbone_of(model)
     spec = input_of(model, input_spec)
     path = Path(path)
@@ -202,8 +203,9 @@ def export(
     return path
 
 
-def _check(format: str, preprocess: bool, data: Any, images: int, calibration_images: int) -> None:
+def _check(format: str, preprocess: bool, data: Any, images: int, calibration_images: int, prune: float) -> None:
     check_choice("format", format, _FORMATS)
+    check_share("prune", prune)
     check_at_least("images", images, 1)
     check_at_least("calibration_images", calibration_images, 1)
     hint = "Weights hold no preprocessing; choose 'onnx', 'torch_export' or 'onnx-int8'"

@@ -38,12 +38,13 @@ class Quantized(NamedTuple):
 def quantize(source: Path, target: Path, calibration: Tensor, *, folder: Path, tolerance: float) -> Quantized:
     """Write an int8 version of an ONNX file: weights per channel, activations by the ranges of the calibration inputs.
 
-    Each kind of operators (MatMul with weights and MatMul of two activations are different kinds) is first quantized
-    alone. A kind whose first percentile of the cosines falls by more than half of the tolerance stays in float; if the
-    others together exceed three quarters of it, the one with the lowest cosine follows, and so on.
+    All operators are quantized first, and stay so if the first percentile of the cosines falls by no more than three
+    quarters of the tolerance. If it falls by more, each kind of operators (MatMul with weights and MatMul of two
+    activations are different kinds) is quantized alone. A kind that alone costs more than half of the tolerance stays
+    in float; if the others together exceed three quarters of it, the one with the lowest cosine follows, and so on.
 
-    Source: onnxruntime's ``quantize_static`` (QDQ, MinMax, int8 weights and activations); the choice of operators is of
-    this package.
+    Source: onnxruntime's ``quantize_static`` (QDQ, MinMax, int8 weights, uint8 activations); the choice of operators is
+    of this package.
 
     Args:
         source: The float graph, with one input.
@@ -71,11 +72,14 @@ def quantize(source: Path, target: Path, calibration: Tensor, *, folder: Path, t
         _static(prepared, path, model, [name for kind in kinds for name in groups[kind]], calibration, folder)
         return first_percentile(cosines(run_all(onnx_runner(path), judged), expected))
 
+    kinds = list(groups)
+    if kinds and 1 - cosine(kinds, target) <= _MARGIN * tolerance:
+        return Quantized(kinds, {})
     alone = {kind: cosine([kind], folder / "alone.onnx") for kind in groups}
     kinds = [kind for kind, found in alone.items() if 1 - found <= _SHARE * tolerance]
-    while kinds and 1 - cosine(kinds, target) > _MARGIN * tolerance:
+    while kinds and not 1 - cosine(kinds, target) <= _MARGIN * tolerance:  # the cosine can be NaN
         kinds.remove(min(kinds, key=lambda kind: alone[kind]))
-    if not kinds:
+    if not kinds or all(node.op_type != "QuantizeLinear" for node in onnx.load(target).graph.node):
         found = ", ".join(f"{kind} {cosine:.4f}" for kind, cosine in alone.items()) or "no such operators"
         raise RuntimeError(
             f"No operator can be quantized within `tolerance` {tolerance:g}; p1 cosines of each kind alone: {found}. "
@@ -122,7 +126,7 @@ def _static(prepared: Path, path: Path, model: Any, nodes: list[str], calibratio
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(_KINDS),
             per_channel=True,
-            activation_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8,  # onnxruntime has no fast kernels for int8 times int8 on x86
             weight_type=QuantType.QInt8,
             nodes_to_quantize=nodes,
             calibration_cache_path=folder / "ranges.json",

@@ -188,6 +188,7 @@ def compare(
     scale = max(float(reference.abs().max()), torch.finfo(torch.float32).tiny)
     knn = _knn(reference, found, samples.labels)
     timed = samples.inputs[:_TIMED]
+    ms_before, ms_after = _milliseconds((before, after), timed)
     return ParityReport(
         format=format,
         source=samples.source,
@@ -201,8 +202,8 @@ def compare(
         knn_queries=knn[2],
         bytes_before=sum(value.numel() * value.element_size() for value in network.state_dict().values()),
         bytes_after=size,
-        ms_before=_milliseconds(before, timed),
-        ms_after=_milliseconds(after, timed),
+        ms_before=ms_before,
+        ms_after=ms_after,
         timed_batch=len(timed),
         threads=torch.get_num_threads(),
         zeros=_zeros(written),
@@ -269,15 +270,17 @@ def _knn(before: Tensor, after: Tensor, labels: Tensor | None) -> tuple[float | 
     return scores[0], scores[1], len(queries)
 
 
-def _milliseconds(runner: Runner, inputs: Tensor) -> float:
-    """Return the median time per image of a batch in milliseconds."""
-    seconds = []
+def _milliseconds(runners: tuple[Runner, Runner], inputs: Tensor) -> list[float]:
+    """Return the median time per image of a batch in milliseconds; the runners take turns after one call of each."""
+    seconds: list[list[float]] = [[], []]
     with torch.no_grad():
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            runner(inputs)
-            seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds) / len(inputs)
+        for turn in range(_ROUNDS + 1):
+            for runner, times in zip(runners, seconds, strict=True):
+                start = time.perf_counter()
+                runner(inputs)
+                if turn > 0:
+                    times.append(time.perf_counter() - start)
+    return [1000 * statistics.median(times) / len(inputs) for times in seconds]
 
 
 def check_tolerance(tolerance: float | None, default: float) -> float:

@@ -30,7 +30,7 @@ def prune_channels(network: nn.Module, share: float) -> nn.Module:
         >>> int((network[0].weight == 0).all(dim=1).sum()), bool((network[1].weight == 0).any())
         (2, False)
     """
-    require(0 <= share < 1, "share", "lie in [0, 1)", share, "0.3 prunes 30 % of the channels of each layer")
+    check_share("share", share)
     found = copy.deepcopy(network)
     layers = [module for module in found.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     hint = "Give a network with at least two such layers"
@@ -40,3 +40,8 @@ def prune_channels(network: nn.Module, share: float) -> nn.Module:
             prune.ln_structured(layer, "weight", amount=share, n=2, dim=0)  # type: ignore[no-untyped-call]
             prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
     return found
+
+
+def check_share(name: str, share: float) -> None:
+    """Check that a share of channels lies in [0, 1)."""
+    require(0 <= share < 1, name, "lie in [0, 1)", share, "0.3 prunes 30 % of the channels of each layer")

@@ -79,7 +79,7 @@ def model_digest(network: nn.Module, format: str, calibration: Tensor | None, to
     found = f"{weights_digest(network):016x}-{format}"
     if calibration is None:
         return found
-    content = hashlib.blake2b(f"{found} {tolerance}".encode(), digest_size=8)
+    content = hashlib.blake2b(f"{found} {tolerance} uint8 activations".encode(), digest_size=8)
     content.update(calibration.contiguous().numpy().data)
     return f"{content.hexdigest()}-{format}"
 

@@ -40,7 +40,7 @@ def group_duplicates(vectors: Tensor, threshold: float) -> list[Duplicates]:
         >>> group_duplicates(torch.tensor([[1.0, 0], [0, 1], [1, 0]]), 0.9)
         [Duplicates(rows=[0, 2], lowest=1.0)]
     """
-    require(-1 < threshold <= 1, "threshold", "lie in (-1, 1]", threshold, "Give a cosine such as 0.95")
+    check_cosine("threshold", threshold)
     if vectors.ndim != 2:
         fail("vectors", "have the shape (N, D)", tuple(vectors.shape), "Give one row per image")
     parent = list(range(len(vectors)))
@@ -65,6 +65,11 @@ def group_duplicates(vectors: Tensor, threshold: float) -> list[Duplicates]:
     found = [rows for rows in groups.values() if len(rows) > 1]
     found.sort(key=lambda rows: (-len(rows), rows))
     return [Duplicates(rows, _lowest(vectors[rows])) for rows in found]
+
+
+def check_cosine(name: str, threshold: float) -> None:
+    """Check that the lowest cosine of near duplicates lies in (-1, 1]."""
+    require(-1 < threshold <= 1, name, "lie in (-1, 1]", threshold, "Give a cosine such as 0.95")
 
 
 def _lowest(rows: Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_captions, fail, require
+from lightning_contrast._checks import check_at_least, check_captions, fail, require
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.augment.images import check_input_spec
 from lightning_contrast.evaluation import load_subject
@@ -145,15 +145,18 @@ def open_embedder(
             the one that its file names. Any other model has its own. A tokenizer of this package is part of the digest
             of the model by its settings, another one by its name alone.
         input_spec: Specification of the images, for a module or a file without it.
-        threads: Threads of ONNX Runtime in an operator; None for one per core.
+        threads: Threads of ONNX Runtime in an operator, >= 1; None for one per core.
 
     Raises:
         ValueError: If the file is not such a model, its ``input_spec`` or its tokenizer is unknown, a tokenizer is
-            given for anything but the graph of a text tower, or the model does not map 8-bit images to vectors.
+            given for anything but the graph of a text tower, ``threads`` is out of its range, or the model does not map
+            8-bit images to vectors.
         FileNotFoundError: If the file does not exist.
         ModuleNotFoundError: If ONNX Runtime is needed and not installed.
         TypeError: If ``model`` is none of these.
     """
+    if threads is not None:
+        check_at_least("threads", threads, 1)
     if isinstance(model, Embedder):
         _check_no_tokenizer(tokenizer, "an Embedder")
         return model

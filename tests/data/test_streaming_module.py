@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import tarfile
 import types
 from pathlib import Path
@@ -530,6 +531,32 @@ def test_bad_shards_are_refused(case, shards, tmp_path):
     make(tmp_path, shards)
     with pytest.raises(ValueError, match=message):
         _data(tmp_path).setup()
+
+
+class Harmful:
+    """An object whose unpickling makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.filterwarnings("ignore")  # of litdata's writer
+def test_shards_with_pickled_objects_are_refused_before_one_is_read(tmp_path):
+    from litdata.streaming.writer import BinaryWriter
+
+    made = tmp_path / "made"
+    writer = BinaryWriter(str(tmp_path / "shards"), chunk_size=4, compression=None)
+    for place in range(4):
+        writer[place] = {"image": Harmful(str(made))}
+    writer.done()
+    writer.merge()
+    shutil.rmtree(made, ignore_errors=True)  # the writer copies its records
+    with pytest.raises(ValueError, match=r"`train` must hold records without pickled objects, got \['pickle'\]"):
+        _data(tmp_path / "shards").setup()
+    assert not made.exists()
 
 
 @pytest.mark.parametrize(

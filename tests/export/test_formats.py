@@ -1,6 +1,7 @@
 """Formats of `export` other than plain weights and graphs: timm, torch.export, pixels in, int8, int4, pruning."""
 
 import json
+from types import SimpleNamespace
 
 import onnx
 import onnxruntime
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import lightning_contrast as lc
-from lightning_contrast.export import export, load_backbone, prune_channels, read_report
+from lightning_contrast.export import export, int8, load_backbone, parity, prune_channels, read_report
+from lightning_contrast.export.graphs import write_onnx
 from lightning_contrast.export.parity import check_parity, compare
 from lightning_contrast.export.samples import Samples, read_samples
 from lightning_contrast.export.source import model_digest
@@ -166,6 +168,19 @@ def types_with_int8_inputs(path):
     return {node.op_type for node in readers if made & set(node.input)}
 
 
+def test_activations_are_uint8_for_which_the_runtime_has_fast_kernels(tmp_path):
+    path = export(convnet(), tmp_path / "net.onnx", format="onnx-int8", input_spec=SPEC, data=loader(), tolerance=0.05)
+    graph = onnx.load(path).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    found = {types[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert found == {onnx.TensorProto.UINT8}
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 4
+
+
 def test_int8_of_a_convnet_is_small_and_close(tmp_path):
     network = settled(lc.nn.build_backbone("small_convnet").module)
     data = loader()
@@ -185,6 +200,24 @@ def test_int8_of_a_convnet_is_small_and_close(tmp_path):
     assert kept["format"] == "onnx-int8"
     assert json.loads(kept["input_spec"]) == SPEC
     assert kept["model_digest"].endswith("onnx-int8")
+
+
+@pytest.mark.parametrize(("tolerance", "graphs"), [(0.05, 1), (1e-9, 4)])
+def test_kinds_are_quantized_alone_only_if_all_together_cost_too_much(tmp_path, monkeypatch, tolerance, graphs):
+    made, static = [], int8._static
+    monkeypatch.setattr(int8, "_static", lambda *args: made.append(args[3]) or static(*args))
+    torch.manual_seed(0)
+    inputs = torch.randn(24, 3, 16, 16)
+    write_onnx(convnet(), inputs[:2], tmp_path / "net.onnx", ("images", "features"))
+    options = {"folder": tmp_path, "tolerance": tolerance}
+    if tolerance > 0.01:
+        found = int8.quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", inputs, **options)
+        assert "Conv" in found.kinds
+        assert found.left_in_float == {}
+    else:
+        with pytest.raises(RuntimeError, match="No operator can be quantized"):  # Relu alone leaves all in float
+            int8.quantize(tmp_path / "net.onnx", tmp_path / "int8.onnx", inputs, **options)
+    assert len(made) == graphs
 
 
 def test_operators_that_lose_stay_in_float_and_are_named(tmp_path):
@@ -283,6 +316,23 @@ def test_the_report_counts_what_it_says(tmp_path):
     check_parity(report, exact=False)
     with pytest.raises(RuntimeError, match="features differ from those of the model"):
         check_parity(report, exact=True)
+
+
+def test_times_alternate_and_leave_the_first_call_out(monkeypatch):
+    calls, clock = [], [0.0]
+
+    def runner(name, seconds):
+        def run(given):
+            clock[0] += seconds if name in calls else 100.0
+            calls.append(name)
+            return given
+
+        return run
+
+    monkeypatch.setattr(parity, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = parity._milliseconds((runner("before", 4.0), runner("after", 2.0)), torch.rand(8, 3))
+    assert found == [near(500.0), near(250.0)]
+    assert calls == ["before", "after"] * 6
 
 
 @pytest.mark.parametrize(("after", "passes"), [(0.95, True), (0.85, False)])

@@ -3,12 +3,14 @@
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast.export import export, load_backbone
 from lightning_contrast.nn import build_backbone
 from tests.export.test_export import convnet
+from tests.tolerances import NETWORK, f32
 
 SPEC = {"size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3]}
 
@@ -63,6 +65,20 @@ def test_the_network_is_built_again_and_never_read_as_another(case, tmp_path):
             refused = None
             torch.testing.assert_close(plain(images), expected)
         assert ("needs_load_backbone." in (refused or "")) == (case in READ_WRONGLY)
+
+
+def test_a_resnet_loads_strictly_into_torchvision_without_its_classifier(tmp_path):
+    model = lc.SimCLR("resnet50")
+    vary(model.backbone)
+    weights = torch.load(export(model, tmp_path / "net.pt", input_spec=SPEC), weights_only=True)["state_dict"]
+    network = torchvision.models.resnet50()
+    with pytest.raises(RuntimeError, match=r"Missing key.*fc\.weight"):
+        network.load_state_dict(weights)
+    network.fc = nn.Identity()
+    network.load_state_dict(weights, strict=True)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), model.backbone.eval()(images), **f32(NETWORK))
 
 
 def test_a_module_of_the_user_has_to_be_given_and_to_be_the_same(tmp_path):

@@ -2,7 +2,7 @@
 
 Every try starts from an empty store, and the kill follows a drawn number of commits. After each kill the index must
 open, hold whole commits only, among them all that were seen, of vectors that are those of the files, and the next
-update must complete it.
+update must complete it. ``--faiss`` kills programs that save a FAISS index (``pip install faiss-cpu``) instead.
 """
 
 import argparse
@@ -136,11 +136,67 @@ def run(tries, count, seed, commits=None):
     return found
 
 
+SAVER = """
+import sys
+import faiss
+import numpy
+index = faiss.IndexFlatIP(256)
+rows = numpy.random.default_rng(0).standard_normal((20_000, 256), dtype=numpy.float32)
+while True:
+    index.add(rows[:20_000 if index.ntotal == 0 else 100])
+    faiss.write_index(index, sys.argv[1])
+    print(index.ntotal, flush=True)
+"""
+"""Adds 100 vectors of 20,000 and saves the index, again and again, and tells how many vectors are saved."""
+
+
+def run_faiss(tries, seed):
+    """Kill programs at random moments of a save of a FAISS index; return what the file holds then.
+
+    Args:
+        tries: Number of kills.
+        seed: Seed of the moments.
+
+    Returns:
+        For each kill the vectors that had been saved, and those of the file or the first line of its error.
+    """
+    import faiss
+
+    found = []
+    for number in range(tries):
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "vectors.faiss"
+            process = subprocess.Popen([sys.executable, "-c", SAVER, str(path)], stdout=subprocess.PIPE, text=True)
+            try:
+                process.stdout.readline()
+                start = time.perf_counter()
+                saved = int(process.stdout.readline())
+                time.sleep(random.Random(seed + number).uniform(0, time.perf_counter() - start))
+                process.send_signal(signal.SIGKILL)
+                saved = int((process.stdout.read().split() or [saved])[-1])
+            finally:
+                process.kill()
+                process.wait()
+                process.stdout.close()
+            try:
+                held = faiss.read_index(str(path)).ntotal
+            except RuntimeError as error:
+                held = str(error).strip().splitlines()[0][-80:]
+            found.append((saved, held))
+    return found
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for option, value in (("tries", 20), ("images", 400), ("seed", 0)):
         parser.add_argument(f"--{option}", type=int, default=value)
+    parser.add_argument("--faiss", action="store_true", help="kill saves of a FAISS index")
     args = parser.parse_args()
+    if args.faiss:
+        kept = run_faiss(args.tries, args.seed)
+        print(*kept, sep="\n")
+        print(f"{sum(isinstance(held, int) for _, held in kept)} of {args.tries} files can be read")
+        sys.exit()
     results = run(args.tries, args.images, args.seed)
     print("images kept after each kill, of", args.images, ":", results)
     print(f"{len(results)} of {args.tries} survived a kill in a running update")

@@ -1,10 +1,8 @@
 """The clients of `benchmarks.serving` against a service of a known speed."""
 
-import queue
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,10 +10,8 @@ from benchmarks import serving
 
 
 @pytest.fixture
-def slow(monkeypatch):
-    """Return a server that answers after 0.2 s; clients are a thread instead of a process."""
-    threads = SimpleNamespace(Queue=queue.Queue, Process=threading.Thread)
-    monkeypatch.setattr(serving.multiprocessing, "get_context", lambda kind: threads)
+def slow():
+    """Return a server that answers after 0.2 s."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -38,7 +34,7 @@ def slow(monkeypatch):
 
 
 def test_images_per_second_are_those_up_to_the_last_answer(slow):
-    row = serving.row_of(slow.server_port, 2, 0.01)
+    row = serving.row_of([serving.with_processor_time(lambda: serving.client(slow.server_port, 2, 0.01))])
     assert row["requests"] == 2
     assert 0 < row["images/s"] <= 10  # each takes 0.2 s or more
 
@@ -46,4 +42,9 @@ def test_images_per_second_are_those_up_to_the_last_answer(slow):
 def test_a_failed_request_fails_the_row(slow):
     slow.status = 503
     with pytest.raises(RuntimeError, match="status 503"):
-        serving.row_of(slow.server_port, 2, 0.01)
+        serving.client(slow.server_port, 2, 0.01)
+
+
+def test_rounds_are_joined():
+    row = serving.row_of([([0.1, 0.1], 1.0, 0.6), ([0.3], 2.0, 0.6)], images=8)
+    assert row == {"p50 ms": 100.0, "p99 ms": 296.0, "images/s": 8.0, "CPU ms / image": 50.0, "requests": 3}

@@ -1,6 +1,7 @@
 """The service: its answers, limits, batches, metrics and end."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -283,7 +284,7 @@ serve(create_app(embedder), port=0)
         process.terminate()
         asking.join()
         assert answers == [200]
-        process.wait(30)
+        assert process.wait(30) == -signal.SIGTERM  # ends by the signal after its last answer
     finally:
         process.kill()
         process.stderr.close()

@@ -53,7 +53,7 @@ def write_on_ray(job: "EmbeddingJob", workers: int) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ModuleNotFoundError(f"`ray_workers` needs Ray: {_EXTRA}.") from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, include_dashboard=False)
     resources_of: Any = ray.cluster_resources
     resources = resources_of()
     held = int(resources.get("CPU", 0))

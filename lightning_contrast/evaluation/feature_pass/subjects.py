@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_contrast import methods
-from lightning_contrast._checks import fail
+from lightning_contrast._checks import fail, require
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.checkpoints import load_checkpoint
@@ -71,6 +71,8 @@ def load_subject(model: str | Path | nn.Module | Subject, preprocess: Preprocess
         network = _network_of(Path(model), saved)
         spec = saved.get(INPUT_SPEC) if isinstance(saved, Mapping) else None
         return _subject(network, spec, f"file {Path(model).name}", preprocess)
+    hint = "Give a checkpoint (.ckpt), a .pt file of `export.export`, or a name of timm"
+    require(Path(model).suffix != ".onnx" and not Path(model).is_file(), "model", "hold weights", str(model), hint)
     try:
         network = load_teacher(str(model)).module
     except OSError as error:
