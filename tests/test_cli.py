@@ -55,6 +55,8 @@ def small(path, tmp_path):
         arguments["backbone"] = SMALL["backbone"]
     for name in set(SMALL) & set(arguments) - {"backbone"}:
         arguments[name] = SMALL[name]
+    if backbone == "r3d_18":  # minutes of a step
+        arguments["backbone"] = "small_video_convnet"
     if "num_samples" in arguments and not path.stem.endswith("_emoji"):  # a row of a table for each image
         arguments["num_samples"] = 64
         if path.stem.endswith("_imagenet"):
