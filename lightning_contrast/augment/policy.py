@@ -226,7 +226,6 @@ class ViewPolicy(nn.Module):
                 views += [view(images) for _ in range(count)]
         return views
 
-    @torch.no_grad()
     @full_precision
     def eval_transform(self, images: Tensor) -> Tensor:
         """Apply the deterministic transform of evaluation: resize, center crop and normalize.

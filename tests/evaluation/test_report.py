@@ -808,3 +808,14 @@ def test_the_command_judges_exported_backbones(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.html'}\n"
     with pytest.raises(ValueError, match="`models` must have different names"):
         main(["report", given[0], given[0], "--data=EmojiDataModule", f"--output={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize("size", [16, 12])
+def test_a_model_with_an_input_spec_is_attacked_through_its_preprocessing(size, tmp_path):
+    """Checkpoints and exported backbones have one."""
+    model = Pool()
+    model.input_spec = {"size": size, "mean": [0.4] * 3, "std": [0.2] * 3}
+    found = card(tmp_path, parts=("attacks",), of={"pool": model})
+    assert found.errors == {}
+    values = found.outcomes["attacks"]["pool"].values
+    assert values["robust accuracy (64/255)"] < values["clean accuracy"]
