@@ -1,5 +1,6 @@
 """Views chosen by an adversary, for every method with two views."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -132,6 +133,9 @@ class AdversarialView(L.Callback):
         names = [name for name, _ in pl_module.named_modules() if name]
         for name in self.modules:
             check_choice("modules", name, names)
+            needed = _required(pl_module.get_submodule(name).forward)
+            hint = 'Name networks of one input, such as ("backbone",) alone'
+            require(len(needed) < 2, "modules", "take the output of the one before alone", f"{name}{needed}", hint)
         self._trainer, self._normalization = trainer, None
         BatchTransforms.add(trainer.strategy, self._transform)
         if self.candidates > 1:
@@ -267,3 +271,10 @@ def _statistics(trainer: Any, view: Tensor) -> tuple[Tensor, Tensor, Pairs]:
     made = (torch.tensor(tuple(values), dtype=torch.float32) for values in (mean, std))
     first, second = (send(values[:, None, None], view.device) for values in made)
     return first, second, [(a, b) for a, b in spec.get("indices", [])]
+
+
+def _required(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the parameters that a function must be given."""
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    given = inspect.signature(function).parameters.values()
+    return tuple(each.name for each in given if each.kind in plain and each.default is each.empty)

@@ -358,6 +358,14 @@ def test_candidates_need_a_policy(tmp_path):
             lc.AdversarialView(**arguments)
 
 
+def test_a_head_of_two_inputs_is_refused(tmp_path):
+    attack = ATTACK | {"auxiliary_batchnorm": False}
+    message = r"`modules` must take the output of the one before alone, got \"projector\('tokens', 'patches'\)\""
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, name="IBOT", attack=attack)
+    fit(tmp_path, name="IBOT", attack=attack | {"modules": ("backbone",)})
+
+
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_index_channels_follow_the_attacked_bands_and_dropped_ones_stay(drop):
     policy = satellite_views(12, channels=4, indices=[(3, 0)], drop=drop, swap=0, mean=[0.4] * 4 + [0.5], std=[0.2] * 5)
