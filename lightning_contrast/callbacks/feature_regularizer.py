@@ -83,6 +83,6 @@ class FeatureRegularizer(FeaturePenalty):
             rows: Features ``(n B, F)`` of all views, one view after the other.
             size: B, the number of images.
         """
-        value = torch.stack([self.regularizer(view) for view in rows.split(size)]).mean()
+        value = torch.stack([self.regularizer(view) for view in torch.split(rows, size)]).mean()
         pl_module.log(f"{self.name}/{self.kind}", value.detach(), batch_size=size)
         return value

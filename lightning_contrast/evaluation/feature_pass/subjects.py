@@ -4,7 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,14 +138,15 @@ def _backbone_of_method(path: Path, given: dict[str, Any]) -> nn.Module | None:
     kwargs = {key: value for key, value in (arguments.get("backbone_kwargs") or {}).items() if key != "pretrained"}
     arguments |= {"backbone_kwargs": kwargs} if "backbone_kwargs" in arguments else {}
     weights = without_auxiliary(load_checkpoint(path)["state_dict"])
-    for name in [written_as] if written_as in methods.__all__ else methods.__all__:
-        kind = getattr(methods, name)
+    package: Any = methods
+    for name in [written_as] if written_as in package.__all__ else package.__all__:
+        kind = getattr(package, name)
         if not (inspect.isclass(kind) and issubclass(kind, methods.SelfSupervisedModule)):
             continue
         with torch.random.fork_rng(devices=[]), contextlib.suppress(TypeError, ValueError, RuntimeError):
             method = kind(**arguments)
             method.load_state_dict(weights)
-            return cast("nn.Module", method.backbone)
+            return method.backbone
     return None
 
 

@@ -81,7 +81,8 @@ def _rows(activations: Tensor) -> Tensor:
     flat = activations.detach().flatten(1).double()
     flat = flat - flat.mean(0)
     values, vectors = torch.linalg.eigh(flat @ flat.T)
-    return vectors * values.clamp(min=0).sqrt()
+    rows: Tensor = vectors * values.clamp(min=0).sqrt()
+    return rows
 
 
 def _chain(model: nn.Module, inputs: Tensor) -> dict[str, nn.Module]:
