@@ -76,6 +76,7 @@ CALLS = {
         weighting="debiased",
     ),
     "koleo_loss": lambda a, b, y: losses.koleo_loss(a),
+    "log_det_loss": lambda a, b, y: losses.log_det_loss(a),
     "bilinear_loss": lambda a, b, y: losses.bilinear_loss(a, b, weight=a.T @ b),
     "clip_distillation_loss": lambda a, b, y: losses.clip_distillation_loss(
         a, b, b.detach(), a.detach(), logit_scale=a.sum().exp(), teacher_logit_scale=10.0
