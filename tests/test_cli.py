@@ -55,6 +55,8 @@ def small(path, tmp_path):
         arguments["backbone"] = SMALL["backbone"]
     for name in set(SMALL) & set(arguments) - {"backbone"}:
         arguments[name] = SMALL[name]
+    if "whitening_size" in arguments:  # needs more images than dimensions
+        arguments["projection_dim"] = SMALL["projection_dim"]
     if "num_samples" in arguments and not path.stem.endswith("_emoji"):  # a row of a table for each image
         arguments["num_samples"] = 64
         if path.stem.endswith("_imagenet"):
