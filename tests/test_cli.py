@@ -1,5 +1,7 @@
 """The command line and the recipes in examples/configs."""
 
+import gc
+import inspect
 import math
 import runpy
 import sys
@@ -35,6 +37,7 @@ CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 # Widths that a test cannot wait for; everything else is built as the recipe has it.
 SMALL = {"backbone": "resnet10t", "hidden_dim": 16, "predictor_dim": 12, "projection_dim": 8, "queue_size": 64}
 SMALL |= {"prototypes": 16, "num_prototypes": 16, "bottleneck_dim": 8, "whitening_size": 16}
+SMALL |= {"map_hidden_dim": 16, "map_projection_dim": 8}
 TEACHERS = {128: ("small_convnet", {"width": 16}), 192: ("small_convnet", {})}  # by the width of their features
 TEACHERS |= {512: ("resnet10t", {}), 2048: ("resnet14t", {})}
 SMALL_BACKBONES = ("small_convnet", "small_vit", "small_video_convnet", "small_video_vit", "r3d_18")
@@ -53,7 +56,9 @@ def small(path, tmp_path):
         arguments["backbone"] = "vit_tiny_patch16_224"
     elif backbone not in SMALL_BACKBONES:
         arguments["backbone"] = SMALL["backbone"]
-    for name in set(SMALL) & set(arguments) - {"backbone"}:
+    parameters = inspect.signature(getattr(lc, recipe["model"]["class_path"])).parameters
+    wide = {name for name, of in parameters.items() if isinstance(of.default, int) and of.default > 4096}
+    for name in set(SMALL) & (set(arguments) | wide) - {"backbone"}:
         arguments[name] = SMALL[name]
     if "whitening_size" in arguments:  # needs more images than dimensions
         arguments["projection_dim"] = SMALL["projection_dim"]
@@ -76,7 +81,15 @@ ONE_VIEW += (lc.Distill, lc.SEED)
 TEXTS = (lc.CLIP, lc.SigLIP, lc.GLoRIA)  # take one view, and data with captions, which CIFAR-10 and ImageNet lack
 
 
+@pytest.fixture
+def collected():
+    """Free a run after the test: its trainer is in cycles with its callbacks, and some hundreds of MB each add up."""
+    yield
+    gc.collect()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_builds_what_it_names_and_fits_a_step(path, tmp_path, monkeypatch):
     """The step is the first of a run that is planned as the recipe has it, on images that are made up or bundled."""
