@@ -10,6 +10,7 @@ from lightning_contrast._checks import check_at_least, require
 from lightning_contrast.augment.adversarial import pgd_attack
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.contracts import check_images
+from lightning_contrast.evaluation.protocols.inputs import check_image_labels
 from lightning_contrast.metrics.zero_shot import eval_mode
 from lightning_contrast.seeding import derived_seed
 
@@ -61,11 +62,7 @@ def pgd_robustness(
     check_at_least("restarts", restarts, 1)
     check_at_least("batch_size", batch_size, 1)
     pixels = as_float(check_images(images, values=True, evaluating=True))
-    fits = labels.shape == (len(images),) and not labels.is_floating_point()
-    require(fits, "labels", f"be integers of shape ({len(images)},)", tuple(labels.shape), "Give one class per image")
-    require(len(images) > 0, "images", "hold at least one image", 0, "Give labeled images")
-    least = int(labels.min())
-    require(least >= 0, "labels", "be >= 0", least, "Leave unlabeled images out")
+    check_image_labels(images, labels)
     first = next(model.parameters(), None)
     device = images.device if first is None else first.device
     size = step_size if step_size is not None else 2.5 * epsilon / max(1, steps)

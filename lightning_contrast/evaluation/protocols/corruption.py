@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_at_least, check_choice, require
 from lightning_contrast.augment.corruptions import CORRUPTIONS, corrupt
+from lightning_contrast.evaluation.protocols.inputs import check_image_labels
 
 SMALL = 64
 """Images up to this edge get the severities of CIFAR-10-C, larger ones those of ImageNet-C."""
@@ -62,11 +63,7 @@ def corruption_robustness(
         ([True, False], [[True, False], [False, True]])
     """
     check_at_least("batch_size", batch_size, 1)
-    fits = labels.shape == (len(images),) and not labels.is_floating_point()
-    require(fits, "labels", f"be integers of shape ({len(images)},)", tuple(labels.shape), "Give one class per image")
-    require(len(images) > 0, "images", "hold at least one image", 0, "Give labeled images")
-    least = int(labels.min())
-    require(least >= 0, "labels", "be >= 0", least, "Leave unlabeled images out")
+    check_image_labels(images, labels)
     require(len(severities) > 0, "severities", "be some of 1 to 5", [*severities], "The benchmark has all five")
     require(len(corruptions) > 0, "corruptions", "be some names", [*corruptions], "The benchmark has 15")
     used = table or ("cifar" if max(images.shape[-2:]) <= SMALL else "imagenet")

@@ -49,6 +49,20 @@ def labeled(features: Tensor, labels: Tensor | None, name: str = "labels") -> La
     return Labeled(features.detach()[known].float(), labels[known].long())
 
 
+def check_image_labels(images: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError unless each image has a class.
+
+    Args:
+        images: ``(N, C, H, W)``, N >= 1.
+        labels: ``(N,)``, integers >= 0.
+    """
+    fits = labels.shape == (len(images),) and not labels.is_floating_point()
+    require(fits, "labels", f"be integers of shape ({len(images)},)", tuple(labels.shape), "Give one class per image")
+    require(len(images) > 0, "images", "hold at least one image", 0, "Give labeled images")
+    least = int(labels.min())
+    require(least >= 0, "labels", "be >= 0", least, "Leave unlabeled images out")
+
+
 def split(train: Tensor, train_labels: Tensor | None, test: Tensor, test_labels: Tensor | None) -> Split:
     """Return the labeled rows of two sets of features.
 
