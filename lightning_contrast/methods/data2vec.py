@@ -2,10 +2,11 @@
 
 Paper: https://arxiv.org/abs/2202.03555.
 Reference implementation: facebookresearch/data2vec_vision.
-Differs from it: timm's learned positions instead of relative ones; the mask token starts at zero; the learning rate
-falls to 0 instead of 1e-5; the teacher is updated once per optimizer step, and is the whole backbone; gradients are
-clipped by the Trainer's ``gradient_clip_val``, which is 3 in the reference. The fairseq port has another loss: a sum
-over channels divided by the square root of their number, which is 28 times as large at 768 channels.
+Differs from it: timm's learned positions instead of relative ones; the mask token starts at zero; the class token and
+the positions have weight decay; the learning rate falls to 0 instead of 1e-5; the teacher is updated once per optimizer
+step, and is the whole backbone; gradients are clipped by the Trainer's ``gradient_clip_val``, which is 3 in the
+reference. The fairseq port has another loss: a sum over channels divided by the square root of their number, which is
+28 times as large at 768 channels.
 """
 
 from typing import Any, ClassVar, Unpack

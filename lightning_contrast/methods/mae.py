@@ -2,7 +2,8 @@
 
 Paper: https://arxiv.org/abs/2111.06377.
 Reference implementation: facebookresearch/mae.
-Differs from it: the encoder has timm's initialization; masks are drawn on the host.
+Differs from it: the encoder has timm's initialization; the decoder's mask token has no weight decay; masks are drawn on
+the host.
 """
 
 from typing import Any, ClassVar, Unpack

@@ -3,8 +3,9 @@
 Paper: https://arxiv.org/abs/2111.09886.
 Reference implementation: microsoft/SimMIM.
 Differs from it: ViTs only, with timm's positions and initialization instead of relative positions (the reference also
-has Swin); the mask token starts at zero; the learning rate falls as a cosine to 0, as in the paper's short runs;
-gradients are clipped by the Trainer's ``gradient_clip_val``, which is 5 in the reference.
+has Swin); the mask token starts at zero, and has weight decay, as have the class token and the positions; the learning
+rate falls as a cosine to 0, as in the paper's short runs; gradients are clipped by the Trainer's ``gradient_clip_val``,
+which is 5 in the reference.
 """
 
 from typing import Any, ClassVar, Unpack

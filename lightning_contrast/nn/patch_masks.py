@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_range, fail, require
 from lightning_contrast.nn.masking import draw_blocks, seeded_random, unpack_masks
 
+_TRIES = 1000  # draws of a clip's blocks until something stays visible
+
 MaskSampler: TypeAlias = Callable[..., Tensor]
 """Called with ``(images, grid, generator=...)``; returns masks ``(images, patches)`` bool on the CPU."""
 
@@ -208,7 +210,7 @@ def tubelet_masks(
         tubelets differ between clips.
 
     Raises:
-        ValueError: If a range is out of order, or one block can hide everything.
+        ValueError: If a range is out of order, one block can hide everything, or so many blocks practically always do.
         TypeError: If a number that counts is not whole.
     """
     check_at_least("images", images, 1)
@@ -220,17 +222,20 @@ def tubelet_masks(
         check_at_least("grid", length, 1)
     depth, rows, columns = grid
     area = rows * columns * scale[1]
-    covers = max(aspect[0], (rows - 0.5) ** 2 / area) <= min(aspect[1], area / (columns - 0.5) ** 2)
+    lowest = 0.0 if rows == 1 else (rows - 0.5) ** 2 / area  # aspect from which on a block has all rows
+    highest = math.inf if columns == 1 else area / (columns - 0.5) ** 2  # the last one with all columns
+    covers = max(aspect[0], lowest) <= min(aspect[1], highest)
+    rule = f"leave something visible of {depth} x {rows} x {columns} tubelets"
     hint = "Lower `scale` or `time_scale`, or give longer clips or smaller patches"
-    leaves = not (covers and int(depth * time_scale[1]) == depth)
-    require(leaves, "scale", f"leave something visible of {depth} x {rows} x {columns} tubelets", tuple(scale), hint)
+    leaves = not (covers and max(1, int(depth * time_scale[1])) == depth)
+    require(leaves, "scale", rule, tuple(scale), hint)
     shares = torch.rand(3, generator=generator, dtype=torch.float32, device="cpu").tolist()
     time, space, ratio = (a + u * (b - a) for (a, b), u in zip((time_scale, scale, aspect), shares, strict=True))
     size = _block_size(grid, space, ratio, time)
     mask = torch.ones(images, *grid, dtype=torch.bool, device="cpu")
     pending = torch.arange(images, device="cpu")
     places = [torch.arange(length, device="cpu") for length in (depth, rows, columns)]
-    while len(pending) > 0:  # terminates: all blocks may lie in one place
+    for _ in range(_TRIES):
         hidden = torch.ones(len(pending), blocks, *grid, dtype=torch.bool, device="cpu")
         for axis, place in enumerate(places):
             shape = (len(pending), blocks, 1)
@@ -239,7 +244,9 @@ def tubelet_masks(
             hidden &= inside.view(len(pending), blocks, *(grid[axis] if axis == i else 1 for i in range(3)))
         mask[pending] = hidden.any(1)
         pending = pending[mask[pending].flatten(1).all(1)]
-    return mask.flatten(1)
+        if len(pending) == 0:
+            return mask.flatten(1)
+    fail("blocks", rule, blocks, "Give fewer or smaller blocks")
 
 
 MASKS: dict[str, MaskSampler] = {

@@ -11,6 +11,7 @@ from lightning_contrast._checks import fail, require
 from lightning_contrast.nn.backbones import Backbone, build_backbone
 from lightning_contrast.nn.feature_output import TokenPooling
 from lightning_contrast.nn.positions import sincos_positions
+from lightning_contrast.nn.rope import Rope
 from lightning_contrast.nn.small_vit import SMALL_VIT
 
 _TIMM_MODULES = ["vision_transformer", "deit"]  # whose models are a `VisionTransformer`, but for two families
@@ -187,6 +188,16 @@ class MaskedViT(nn.Module):
         hint = 'Build it with global_pool="avg" and fc_norm=False'
         require(not self.pools_with_parts, "backbone", "pool its patches without parameters", found, hint)
 
+    def check_drops_patches(self) -> None:
+        """Refuse a network that does not know where patches are if some are dropped.
+
+        Raises:
+            ValueError: If its positions are rotary: `Rope` takes the patches for a whole grid.
+        """
+        rotary = any(isinstance(module, Rope) for module in self.vit.modules())
+        hint = "Leave `rope` out, or choose a method that replaces hidden patches by a token"
+        require(not rotary, "backbone", "have no rotary positions where patches are dropped", "Rope", hint)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass to save memory, also with masks."""
         self.masked.set_grad_checkpointing(enable)
@@ -202,6 +213,8 @@ class MaskedViT(nn.Module):
             fail("mask", f"have shape {expected}", tuple(mask.shape), "Give one value for each patch of each image")
         if keep is not None and (keep.ndim != 2 or len(keep) != len(images)):
             fail("keep", f"have shape ({len(images)}, K)", tuple(keep.shape), "Give the indices of K patches per image")
+        if keep is not None:
+            self.check_drops_patches()
 
 
 def build_masked_backbone(
@@ -228,7 +241,8 @@ def build_masked_backbone(
         mask_token: See `MaskedViT`.
 
     Raises:
-        ValueError: If the name is not that of a network that can mask, or ``tokens`` is given.
+        ValueError: If the name is not that of a network that can mask, ``tokens`` is given, or patches are dropped from
+            a network with rotary positions.
         TypeError: If the module is not such a network.
     """
     hint = 'Pass `backbone_kwargs=dict(global_pool="avg")` or "token"'
@@ -241,7 +255,10 @@ def build_masked_backbone(
     module, feature_dim = build_backbone(
         backbone, small_images=small_images, feature_dim=feature_dim, backbone_kwargs=backbone_kwargs
     )
-    return Backbone(module if isinstance(module, MaskedViT) else MaskedViT(module, mask_token), feature_dim)
+    masked = module if isinstance(module, MaskedViT) else MaskedViT(module, mask_token)
+    if not mask_token:
+        masked.check_drops_patches()
+    return Backbone(masked, feature_dim)
 
 
 def select_patches(patches: Tensor, indices: Tensor) -> Tensor:

@@ -120,6 +120,9 @@ def test_momentum_modules_start_equal_and_frozen(name):
     for online, momentum in pairs:
         assert_equal_states(state(online), state(momentum))
         assert not any(parameter.requires_grad for parameter in momentum.parameters())
+    moved = {parameter for _, momentum in pairs for parameter in momentum.parameters()}
+    for child, network in module.named_children():
+        assert not child.startswith("momentum_") or moved.issuperset(network.parameters()), child
 
 
 class Watch(L.Callback):

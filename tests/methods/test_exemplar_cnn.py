@@ -1,7 +1,5 @@
 """Exemplar-CNN's own properties."""
 
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,9 +71,21 @@ def test_classes_are_drawn_above_50000(num_samples, drawn):
     assert lc.ExemplarCNN(TinyBackbone(), num_samples).num_negatives == drawn
 
 
-def test_paper_defaults():
-    defaults = {name: p.default for name, p in inspect.signature(lc.ExemplarCNN).parameters.items()}
-    assert (defaults["dropout"], defaults["optimizer"], lc.ExemplarCNN.base_lr) == (0.5, "sgd", 0.01)
+def test_logits_are_float32_under_autocast():
+    classifier, features = ExemplarClassifier(4, 40), torch.randn(3, 4)
+    exact = classifier(features, torch.arange(3), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        for found, expected in zip(classifier(features, torch.arange(3), None), exact, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_the_learning_rate_falls_twice_and_views_keep_their_side():
+    module = make("ExemplarCNN")
+    factors = [module.lr_factor(step, 10, 1000) for step in (0, 5, 10, 599, 600, 799, 800)]
+    assert factors == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01])
+    crop, color = module.views(32).views[0].operations
+    assert (crop.scale, crop.flip) == ((0.4, 1.0), 0.0)
+    assert (color.brightness, color.hue, color.probability, color.grayscale) == (0.4, 0.1, 1.0, 0.0)
 
 
 def test_bad_input():

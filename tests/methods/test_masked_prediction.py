@@ -218,6 +218,7 @@ ERRORS = {
         "`mask` must hide some of the 16 patches of every image, and not all",
     ),
     "convnet": (lambda: lc.MAE("resnet18"), "`backbone` must be a vision transformer that can mask its patches"),
+    "rope": (lambda: lc.MAE(lc.nn.use_rope(tiny_vit())), "`backbone` must have no rotary positions where patches"),
     "pooling": (lambda: lc.SimMIM(pooled()), "`backbone` must pool its patches without parameters"),
     "width": (lambda: lc.MAE(tiny_vit(), decoder_dim=10), "`decoder_dim` must be a multiple of 4 and of the 16 heads"),
     "depth": (lambda: lc.MAE(tiny_vit(), decoder_depth=0), "`decoder_depth` must be >= 1"),

@@ -67,6 +67,16 @@ def test_all_views_enter_the_loss(name):
     torch.testing.assert_close(out["features"], module.backbone(batch[0][0]).detach(), **f64(FORMULA))
 
 
+@pytest.mark.parametrize(
+    ("name", "passes"), [("LeJEPA", [GLOBAL, LOCAL]), ("MMCR", [GLOBAL, LOCAL]), ("WMSE", [1] * len(SIZES))]
+)
+def test_views_that_share_a_pass_and_its_batchnorm(name, passes):
+    module, seen = make(name).double(), []
+    module.backbone.register_forward_hook(lambda network, inputs, output: seen.append(len(output) / BATCH))
+    run_step(module, crops())
+    assert seen == passes
+
+
 class AtStep(lc.LeJEPA):
     """LeJEPA at some optimizer step."""
 
@@ -128,6 +138,8 @@ def test_mmcr_with_momentum_averages_the_centroids_of_both_networks():
 
 def test_tico_uses_the_covariance_as_of_the_last_step():
     module = make("TiCo", norm=False, covariance_momentum=0.8, covariance_weight=3.0)
+    for parameter in (*module.momentum_backbone.parameters(), *module.momentum_projector.parameters()):
+        parameter.data.mul_(1.5)
     views = step_batch(CASES["TiCo"])[0]
     query = module.projector(module.backbone(views[0])).detach()
     key = module.momentum_projector(module.momentum_backbone(views[1]))

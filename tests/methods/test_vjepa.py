@@ -91,6 +91,19 @@ def test_the_papers_masks_and_tokens():
     assert module.schedules.clip_grad == 10
 
 
+def test_gradients_of_encoder_and_predictor_are_clipped_apart():
+    module = model()
+    parts = [list(part.parameters()) for part in (module.backbone, module.predictor)]
+    for scale, part in zip((3.0, 0.01), parts, strict=True):
+        for parameter in part:
+            parameter.grad = torch.full_like(parameter, scale)
+    before = [torch.cat([p.grad.flatten() for p in part]) for part in parts]
+    module.clip(None, 2.0)
+    for part, gradient in zip(parts, before, strict=True):
+        found = torch.cat([p.grad.flatten() for p in part])
+        assert found.norm().item() == pytest.approx(min(2.0, gradient.norm().item()))
+
+
 def test_views_are_one_clip_of_the_video():
     video = torch.arange(24).view(1, 24, 1, 1, 1).expand(2, -1, 3, 8, 8).to(torch.uint8)
     policy = lc.VJEPA.views(8, frames=4, stride=3, flip=0.0)

@@ -137,6 +137,15 @@ ERRORS = {
         lambda: tubelet_masks(2, (2, 4, 4), scale=(0.9, 1.0)),
         "`scale` must leave something visible of 2 x 4 x 4 tubelets",
     ),
+    "one row": (lambda: tubelet_masks(2, (4, 1, 1)), "`scale` must leave something visible of 4 x 1 x 1 tubelets"),
+    "one time": (
+        lambda: tubelet_masks(2, (1, 4, 4), scale=(1.0, 1.0), aspect=(1.0, 1.0), time_scale=(0.5, 0.5)),
+        "`scale` must leave something visible of 1 x 4 x 4 tubelets",
+    ),
+    "blocks": (
+        lambda: tubelet_masks(1, (1, 2, 2), blocks=200, scale=(0.25, 0.25)),
+        "`blocks` must leave something visible of 1 x 2 x 2 tubelets, got 200",
+    ),
     "time": (lambda: tubelet_masks(2, (2, 4, 4), time_scale=(0.0, 1.0)), "`time_scale` must start above 0"),
     "name": (lambda: build_masks("blocks", (4, 4), ratio=0.5), "`mask` must be one of .* Did you mean 'block'"),
     "nothing hidden": (

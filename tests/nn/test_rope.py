@@ -65,8 +65,11 @@ def test_views_of_all_square_sizes_with_masks():
         images = torch.randn(2, 3, size, size)
         mask = torch.zeros(2, (size // 4) ** 2, dtype=torch.bool)
         assert network.tokens(images, mask=mask).patches.shape == (2, (size // 4) ** 2, 16)
+    for kept in (10, 4):  # also where they could form a square of their own
+        with pytest.raises(ValueError, match="`backbone` must have no rotary positions where patches are dropped"):
+            network.tokens(images, keep=torch.arange(kept).expand(2, -1))
     with pytest.raises(ValueError, match=r"`patches` must form a square grid, got 10\. RoPE needs square views"):
-        network.tokens(images, keep=torch.arange(10).expand(2, 10))
+        Rope(prefix=0)(torch.randn(1, 1, 10, 8))
 
 
 def test_an_exported_network_is_loaded_with_its_positions(tmp_path):
