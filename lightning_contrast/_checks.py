@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import NoReturn, SupportsFloat
 
 from torch import Tensor
 
@@ -26,13 +26,21 @@ def require(condition: bool, name: str, rule: str, value: object, hint: str) -> 
         fail(name, rule, value, hint)
 
 
+def check_number(name: str, value: object, hint: str = "Give an int or a float") -> None:
+    """Check that ``value`` is a number, not a bool, a str, None or a sequence."""
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        fail(name, "be a number", value, hint, TypeError)
+
+
 def check_positive(name: str, value: float, hint: str = "Give a number above 0") -> None:
     """Check ``value > 0``."""
+    check_number(name, value, hint)
     require(value > 0, name, "be > 0", value, hint)
 
 
 def check_not_negative(name: str, value: float, hint: str = "Give 0 or a number above it") -> None:
     """Check ``value >= 0``."""
+    check_number(name, value, hint)
     require(value >= 0, name, "be >= 0", value, hint)
 
 
@@ -53,7 +61,16 @@ def check_at_least(name: str, value: int, minimum: int, hint: str | None = None)
 
 def check_probability(name: str, value: float, hint: str = "Give a number from 0 to 1") -> None:
     """Check ``0 <= value <= 1``."""
-    require(0 <= value <= 1, name, "lie in [0, 1]", value, hint)
+    check_interval(name, value, "[0, 1]", hint)
+
+
+def check_interval(name: str, value: float, interval: str, hint: str) -> None:
+    """Check that a number lies in an interval, whose ends belong to it or not, such as ``"(0, 1]"``."""
+    check_number(name, value, hint)
+    low, high = map(float, interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    require(above and below, name, f"lie in {interval}", value, hint)
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -88,8 +105,13 @@ def check_batch(name: str, size: int, minimum: int = 2) -> None:
 
 def check_range(name: str, values: Sequence[float], low: float, high: float) -> None:
     """Check that ``values`` is an ordered pair inside ``[low, high]``."""
-    ok = len(values) == 2 and low <= values[0] <= values[1] <= high
-    require(ok, name, f"be an ordered pair inside [{low}, {high}]", tuple(values), "Give (smaller, larger)")
+    rule, hint = f"be an ordered pair inside [{low}, {high}]", "Give (smaller, larger)"
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        fail(name, rule, values, hint, TypeError)
+    pair = tuple(values)
+    for value in pair:
+        check_number(name, value, hint)
+    require(len(pair) == 2 and low <= pair[0] <= pair[1] <= high, name, rule, pair, hint)
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:

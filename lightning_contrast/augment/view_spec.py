@@ -7,12 +7,7 @@ from typing import Literal, TypeAlias, TypedDict
 
 from torch import Tensor
 
-from lightning_contrast._checks import (
-    check_not_negative,
-    check_probability,
-    check_range,
-    require,
-)
+from lightning_contrast._checks import check_interval, check_not_negative, check_probability, check_range, require
 from lightning_contrast.augment.fused.base import Backend, FusedOperation, towards
 from lightning_contrast.augment.images import Size, check_size
 
@@ -132,12 +127,12 @@ class ViewSpec:
         require(self.scale[0] > 0, "scale", "start above 0", self.scale, "Give the smallest share of the area")
         for name, value in zip(("brightness", "contrast", "saturation"), self.jitter, strict=False):
             check_not_negative(name, value)
-        require(0 <= self.jitter[3] <= 0.5, "hue", "lie in [0, 0.5]", self.jitter[3], "Give a smaller strength")
+        check_interval("hue", self.jitter[3], "[0, 0.5]", "Give a smaller strength")
         for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip", "vertical_flip"):
             check_probability(name, getattr(self, name))
         for name in ("rotation_p", "noise_p", "erase_p"):
             check_probability(name, getattr(self, name))
-        require(0 <= self.rotation <= 180, "rotation", "lie in [0, 180]", self.rotation, "Give the largest angle")
+        check_interval("rotation", self.rotation, "[0, 180]", "Give the largest angle")
         check_not_negative("noise_std", self.noise_std)
         check_range("erase_scale", self.erase_scale, 0.0, 1.0)
         check_range("erase_ratio", self.erase_ratio, 0.0, math.inf)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_interval, fail
 from lightning_contrast.export.samples import Samples
 from lightning_contrast.metrics import KNNAccuracy
 
@@ -287,7 +287,7 @@ def check_tolerance(tolerance: float | None, default: float) -> float:
     """Return the tolerance of a format, after checking that it is in 0..1."""
     found = default if tolerance is None else tolerance
     hint = "It is the largest fall of a cosine or of an accuracy"
-    require(0 <= found <= 1, "tolerance", "lie in [0, 1]", found, hint)
+    check_interval("tolerance", found, "[0, 1]", hint)
     return float(found)
 
 

@@ -5,7 +5,7 @@ import copy
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_contrast._checks import require
+from lightning_contrast._checks import check_interval, require
 
 
 def prune_channels(network: nn.Module, share: float) -> nn.Module:
@@ -44,4 +44,4 @@ def prune_channels(network: nn.Module, share: float) -> nn.Module:
 
 def check_share(name: str, share: float) -> None:
     """Check that a share of channels lies in [0, 1)."""
-    require(0 <= share < 1, name, "lie in [0, 1)", share, "0.3 prunes 30 % of the channels of each layer")
+    check_interval(name, share, "[0, 1)", "0.3 prunes 30 % of the channels of each layer")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_batch, check_positive, check_same_shape, fail, require
+from lightning_contrast._checks import check_batch, check_interval, check_positive, check_same_shape, fail
 
 Scalar = float | Tensor  # a hyperparameter, or a learned tensor with one element, which is never read on the host
 
@@ -82,7 +82,7 @@ def inverse_temperature(temperature: Scalar, name: str = "temperature") -> Scala
 
 def check_share(name: str, value: float, hint: str) -> None:
     """Check ``0 <= value < 1``."""
-    require(0 <= value < 1, name, "lie in [0, 1)", value, hint)
+    check_interval(name, value, "[0, 1)", hint)
 
 
 def check_labels(labels: Tensor, size: int, name: str = "labels") -> None:

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_batch, check_choice, check_not_negative, fail, require
+from lightning_contrast._checks import (
+    check_at_least,
+    check_batch,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    fail,
+    require,
+)
 from lightning_contrast.distributed import global_mean, is_distributed
 from lightning_contrast.losses.checks import check_floating
 from lightning_contrast.precision import full_precision, upcast
@@ -312,7 +320,7 @@ def vjepa_loss(
         ValueError: If the shapes do not fit, there is no kind, or the exponent is not above 0.
         TypeError: If the inputs are not floating point.
     """
-    require(exponent > 0, "exponent", "be > 0", exponent, "The paper has 1")
+    check_positive("exponent", exponent, "The paper has 1")
     check_floating("target_tokens", target_tokens)
     same = len(predictions) == len(indices) > 0
     hint = "Give predictions and indices of each kind of mask"

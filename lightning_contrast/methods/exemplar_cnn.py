@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_at_least, require
+from lightning_contrast._checks import check_at_least, check_interval
 from lightning_contrast.augment import ViewPolicy, ViewSpec, make_policy
 from lightning_contrast.augment.view_spec import ViewOptions
 from lightning_contrast.contracts import require_indices
@@ -72,7 +72,7 @@ class ExemplarCNN(SelfSupervisedModule):
         if num_negatives is None:
             num_negatives = 0 if num_samples <= _LARGEST_SOFTMAX else _DRAWN
         check_at_least("num_negatives", num_negatives, 0)
-        require(0 <= dropout < 1, "dropout", "lie in [0, 1)", dropout, "The paper has 0.5")
+        check_interval("dropout", dropout, "[0, 1)", "The paper has 0.5")
         self.num_samples, self.num_negatives = num_samples, num_negatives
         self.dropout = nn.Dropout(dropout)
         self.classifier = ExemplarClassifier(self.feature_dim, num_samples)

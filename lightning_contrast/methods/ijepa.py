@@ -188,7 +188,8 @@ def _check_predictor(dim: int, depth: int, heads: int) -> None:
     check_at_least("predictor_depth", depth, 1)
     check_at_least("predictor_heads", heads, 1)
     rule = f"be a multiple of 4 and of its {heads} heads"
-    require(dim > 0 and dim % 4 == 0 and dim % heads == 0, "predictor_dim", rule, dim, "Change it or `predictor_heads`")
+    check_at_least("predictor_dim", dim, 1)
+    require(dim % 4 == 0 and dim % heads == 0, "predictor_dim", rule, dim, "Change it or `predictor_heads`")
 
 
 def _check_patches_only(backbone: MaskedViT) -> None:

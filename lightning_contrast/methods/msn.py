@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_not_negative, check_positive, require
+from lightning_contrast._checks import check_at_least, check_interval, check_not_negative, check_positive, require
 from lightning_contrast.augment import msn_views
 from lightning_contrast.losses import msn_loss
 from lightning_contrast.methods.distillation import StretchedModule
@@ -116,7 +116,7 @@ class MSN(StretchedModule):
             lr_schedule=options.get("lr_schedule"),
         )
         check_at_least("random_views", random_views, 1, "One view must be masked")
-        require(0 <= patch_drop < 1, "patch_drop", "lie in [0, 1)", patch_drop, "Leave some patches")
+        check_interval("patch_drop", patch_drop, "[0, 1)", "Leave some patches")
         check_positive("temperature", temperature, "The paper has 0.1")
         check_positive("target_sharpen_temperature", target_sharpen_temperature, "The paper has 0.25")
         check_not_negative("me_max_weight", me_max_weight)

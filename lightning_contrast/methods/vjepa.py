@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_contrast import optim
-from lightning_contrast._checks import check_at_least, require
+from lightning_contrast._checks import check_at_least, check_positive, require
 from lightning_contrast.augment import vjepa_views
 from lightning_contrast.losses import vjepa_loss
 from lightning_contrast.methods.distillation import StretchedModule
@@ -116,7 +116,7 @@ class VJEPA(StretchedModule):
             warmup_epochs=warmup_epochs,
             lr_schedule=options.get("lr_schedule"),
         )
-        require(exponent > 0, "exponent", "be > 0", exponent, "The paper has 1")
+        check_positive("exponent", exponent, "The paper has 1")
         grid = self.backbone.grid
         kinds = ((short_blocks, short_scale), (long_blocks, long_scale))
         paper = [partial(tubelet_masks, blocks=n, scale=(s, s), aspect=aspect) for n, s in kinds]
@@ -127,7 +127,8 @@ class VJEPA(StretchedModule):
         self.exponent = exponent
         heads = self.backbone.heads if predictor_heads is None else predictor_heads
         check_at_least("predictor_heads", heads, 1)
-        fits = predictor_dim > 0 and predictor_dim % 4 == 0 and predictor_dim % heads == 0
+        check_at_least("predictor_dim", predictor_dim, 1)
+        fits = predictor_dim % 4 == 0 and predictor_dim % heads == 0
         rule = f"be a multiple of 4 and of its {heads} heads"
         require(fits, "predictor_dim", rule, predictor_dim, "Change it or `predictor_heads`")
         self.predictor = TubeletPredictor(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, check_interval, fail, require
 
 
 def wilson_interval(correct: Tensor, total: Tensor, *, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def wilson_interval(correct: Tensor, total: Tensor, *, confidence: float = 0.95)
     """
     shapes = tuple(correct.shape), tuple(total.shape)
     require(correct.shape == total.shape, "correct", "have the shape of `total`", shapes, "Give both per group")
-    require(0 < confidence < 1, "confidence", "lie in (0, 1)", confidence, "Usual is 0.95")
+    check_interval("confidence", confidence, "(0, 1)", "Usual is 0.95")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     n, known = total.double().clamp(min=1), total > 0
     p = correct.double() / n
@@ -77,7 +77,7 @@ class GroupAccuracy(Metric):
     def __init__(self, num_groups: int, confidence: float = 0.95, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_at_least("num_groups", num_groups, 1)
-        require(0 < confidence < 1, "confidence", "lie in (0, 1)", confidence, "Usual is 0.95")
+        check_interval("confidence", confidence, "(0, 1)", "Usual is 0.95")
         self.num_groups, self.confidence = num_groups, confidence
         for name in ("correct", "total"):
             self.add_state(name, torch.zeros(num_groups, dtype=torch.long), dist_reduce_fx="sum")

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_range, fail, require
+from lightning_contrast._checks import (
+    check_at_least,
+    check_choice,
+    check_interval,
+    check_not_negative,
+    check_range,
+    fail,
+    require,
+)
 from lightning_contrast.nn.masking import draw_blocks, seeded_random, unpack_masks
 
 _TRIES = 1000  # draws of a clip's blocks until something stays visible
@@ -313,7 +321,7 @@ def _checked(
 
 
 def _check_ratio(ratio: float) -> None:
-    require(0 < ratio < 1, "ratio", "lie in (0, 1)", ratio, "Give the share of hidden patches, such as 0.75")
+    check_interval("ratio", ratio, "(0, 1)", "Give the share of hidden patches, such as 0.75")
 
 
 def _hidden(ratio: float, count: int) -> int:

@@ -44,10 +44,15 @@ class PixelDecoder(nn.Module):
         from timm.models.vision_transformer import Block
 
         super().__init__()
-        for name, value in (("decoder_depth", depth), ("decoder_heads", heads), ("out_dim", out_dim)):
+        for name, value in (
+            ("decoder_dim", width),
+            ("decoder_depth", depth),
+            ("decoder_heads", heads),
+            ("out_dim", out_dim),
+        ):
             check_at_least(name, value, 1)
         rule = f"be a multiple of 4 and of the {heads} heads"
-        fits = width > 0 and width % 4 == 0 and width % heads == 0
+        fits = width % 4 == 0 and width % heads == 0
         require(fits, "decoder_dim", rule, width, "Change one of them")
         norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's annotation asks for a class, but any callable works
         self.enter = nn.Linear(feature_dim, width)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_contrast._checks import check_not_negative, check_positive, check_probability, require
+from lightning_contrast._checks import check_interval, check_not_negative, check_positive, check_probability
 
 
 @dataclass(frozen=True)
@@ -44,5 +44,5 @@ class Schedules:
         check_positive("teacher_temperature", self.teacher_temperature, "The paper has 0.07")
         check_not_negative("warmup_teacher_temperature_epochs", self.warmup_teacher_temperature_epochs)
         hint = "Give 1 for schedules that end with the run"
-        require(self.schedule_stretch >= 1, "schedule_stretch", "be >= 1", self.schedule_stretch, hint)
+        check_interval("schedule_stretch", self.schedule_stretch, "[1, inf)", hint)
         check_probability("warmup_start", self.warmup_start)

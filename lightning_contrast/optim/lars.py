@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_contrast._checks import check_choice, check_not_negative, check_positive, fail, require
+from lightning_contrast._checks import check_choice, check_interval, check_not_negative, check_positive, fail
 from lightning_contrast.sharding import is_fsdp1_shard, local, local_gradient, trust_ratios
 
 
@@ -170,7 +170,7 @@ def _check(options: dict[str, Any]) -> None:
         check_not_negative(name, options[name])
     check_positive("trust_coefficient", options["trust_coefficient"])
     momentum = options["momentum"]
-    require(0 <= momentum < 1, "momentum", "lie in [0, 1)", momentum, "Give the share of the previous update to keep")
+    check_interval("momentum", momentum, "[0, 1)", "Give the share of the previous update to keep")
     check_choice("trust_form", options["trust_form"], ("A", "B"))
     if options["clip"] and options["trust_form"] == "A":
         fail("clip", 'be False with `trust_form="A"`', True, 'Use trust_form="B"')

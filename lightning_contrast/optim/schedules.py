@@ -7,12 +7,7 @@ teacher's momentum return the value. Optimizer steps are counted from 0.
 import math
 from collections.abc import Sequence
 
-from lightning_contrast._checks import (
-    check_choice,
-    check_not_negative,
-    check_positive,
-    require,
-)
+from lightning_contrast._checks import check_choice, check_interval, check_not_negative, check_positive, require
 
 
 def warmup_cosine(step: float, warmup_steps: int, total_steps: float, *, start: float = 0.0, end: float = 0.0) -> float:
@@ -116,7 +111,7 @@ def momentum_schedule(step: int, total_steps: int, start: float, end: float = 1.
     """
     check_choice("kind", kind, ("cosine", "linear", "constant"))
     for name, value in (("start", start), ("end", end)):
-        require(0 <= value <= 1, name, "lie in [0, 1]", value, "Give the share of the teacher that is kept")
+        check_interval(name, value, "[0, 1]", "Give the share of the teacher that is kept")
     if kind == "constant":
         return start
     check_positive("total_steps", total_steps)

@@ -8,7 +8,7 @@ from kornia.augmentation import IntensityAugmentationBase2D
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_contrast._checks import check_choice, check_not_negative, check_probability, require
+from lightning_contrast._checks import check_choice, check_interval, check_not_negative, check_probability, require
 from lightning_contrast.augment.fused.base import (
     Backend,
     Draw,
@@ -83,7 +83,7 @@ class FusedColorJitter(FusedOperation, IntensityAugmentationBase2D):
     ) -> None:
         for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
             check_not_negative(name, value)
-        require(0 <= hue <= 0.5, "hue", "lie in [0, 0.5]", hue, "Give the largest shift in turns")
+        check_interval("hue", hue, "[0, 0.5]", "Give the largest shift in turns")
         check_probability("p", p)
         check_probability("grayscale", grayscale)
         check_choice("backend", backend, (None, "cpu", "accelerator"))

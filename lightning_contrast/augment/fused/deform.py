@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_choice, check_probability, require
+from lightning_contrast._checks import check_at_least, check_choice, check_interval, check_probability
 from lightning_contrast.augment.fused.base import (
     Backend,
     Draw,
@@ -49,9 +49,9 @@ class FusedDeform(FusedOperation, IntensityAugmentationBase2D):
         backend: Backend = None,
         keepdim: bool = False,
     ) -> None:
-        require(0 <= degrees <= 180, "degrees", "lie in [0, 180]", degrees, "Give the largest angle")
+        check_interval("degrees", degrees, "[0, 180]", "Give the largest angle")
         hint = "Give a share of the edge, such as 0.02"
-        require(0 <= displacement <= 0.5, "displacement", "lie in [0, 0.5]", displacement, hint)
+        check_interval("displacement", displacement, "[0, 0.5]", hint)
         check_at_least("points", points, 2)
         check_probability("p", p)
         check_choice("backend", backend, (None, "cpu", "accelerator"))

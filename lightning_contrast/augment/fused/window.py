@@ -4,7 +4,7 @@ import numpy as np
 from kornia.augmentation import IntensityAugmentationBase2D
 from torch import Tensor
 
-from lightning_contrast._checks import check_choice, check_probability, check_range, require
+from lightning_contrast._checks import check_choice, check_interval, check_probability, check_range, require
 from lightning_contrast.augment.fused.base import Backend, Draw, FusedOperation, Plan, uniform
 from lightning_contrast.augment.images import check_window
 
@@ -40,7 +40,7 @@ class FusedWindow(FusedOperation, IntensityAugmentationBase2D):
         keepdim: bool = False,
     ) -> None:
         check_window(window)
-        require(0 <= jitter < 1, "jitter", "lie in [0, 1)", jitter, "Give a share of the window's width, such as 0.1")
+        check_interval("jitter", jitter, "[0, 1)", "Give a share of the window's width, such as 0.1")
         check_range("gamma", gamma, 0.0, float("inf"))
         require(gamma[0] > 0, "gamma", "start above 0", tuple(gamma), "Give the smallest exponent, such as 0.7")
         check_probability("shift", shift)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, require
+from lightning_contrast._checks import check_at_least, check_choice, check_interval, check_not_negative
 from lightning_contrast.evaluation.measures.calibration import check_predictions
 
 
@@ -42,7 +42,7 @@ def conformal_threshold(
         ValueError: If shapes do not match or a value is out of range.
     """
     check_predictions("probabilities", probabilities, labels)
-    require(0 < alpha < 1, "alpha", "lie in (0, 1)", alpha, "0.1 is for sets that cover 90 %")
+    check_interval("alpha", alpha, "(0, 1)", "0.1 is for sets that cover 90 %")
     cumulated, order = _cumulated(probabilities)
     ranks = (order == labels.unsqueeze(1)).double().argmax(1)  # 0 for the most likely class
     scores = cumulated.gather(1, ranks.unsqueeze(1)).squeeze(1)

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_contrast._checks import require
+from lightning_contrast._checks import check_interval, require
 
 
 def ood_metrics(in_scores: Tensor, out_scores: Tensor, *, tpr: float = 0.95) -> dict[str, float]:
@@ -34,7 +34,7 @@ def ood_metrics(in_scores: Tensor, out_scores: Tensor, *, tpr: float = 0.95) -> 
     """
     from sklearn.metrics import auc, precision_recall_curve, roc_curve
 
-    require(0 < tpr <= 1, "tpr", "lie in (0, 1]", tpr, "0.95 is usual")
+    check_interval("tpr", tpr, "(0, 1]", "0.95 is usual")
     for name, given in (("in_scores", in_scores), ("out_scores", out_scores)):
         fits = given.ndim == 1 and len(given) > 0 and bool(torch.isfinite(given).all())
         require(fits, name, "be finite scores (N,), N >= 1", tuple(given.shape), "Give one score per image")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_interval, fail, require
 
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
@@ -64,7 +64,7 @@ def mean_corruption_error(
         if not values or not all(0 <= value <= 1 for value in values):
             fail(f"accuracies[{name!r}]", "be accuracies in 0..1", values, "Give one per severity")
         reference = float(baseline_errors[name])
-        require(0 < reference <= 1, f"baseline_errors[{name!r}]", "lie in (0, 1]", reference, "Give a share")
+        check_interval(f"baseline_errors[{name!r}]", reference, "(0, 1]", "Give a share")
         errors[name] = 1 - sum(values) / len(values)
         ratios[name] = 100 * errors[name] / reference
     relative = None

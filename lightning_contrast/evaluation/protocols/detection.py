@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_positive, fail, require
+from lightning_contrast._checks import check_at_least, check_interval, check_positive, fail, require
 from lightning_contrast.evaluation.protocols.dense import patch_features
 from lightning_contrast.metrics.zero_shot import eval_mode
 from lightning_contrast.seeding import derived_seed, isolated
@@ -167,7 +167,7 @@ def average_precision(boxes: Boxes, scores: Sequence[Tensor], truth: Boxes, *, i
     """
     from torchvision.ops import box_iou
 
-    require(0 < iou <= 1, "iou", "lie in (0, 1]", iou, "0.5 is usual")
+    check_interval("iou", iou, "(0, 1]", "0.5 is usual")
     fits = len(boxes) == len(scores) == len(truth) and all(len(b) == len(s) for b, s in zip(boxes, scores, strict=True))
     require(fits, "boxes", "be one tensor per image with a score each", len(boxes), "Give empty ones where none is")
     total = sum(len(of) for of in truth)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, check_interval, fail, require
 from lightning_contrast.evaluation.protocols.inputs import class_share, labeled, split
 from lightning_contrast.evaluation.protocols.logistic import logistic_probe
 from lightning_contrast.seeding import derived_seed
@@ -115,7 +115,7 @@ def label_efficiency(
     check_at_least("repeats", repeats, 1)
     found = {}
     for share in shares:
-        require(0 < share <= 1, "shares", "lie in (0, 1]", share, "0.01 is one percent of the labels")
+        check_interval("shares", share, "(0, 1]", "0.01 is one percent of the labels")
         values, number = [], 0
         for repeat in range(repeats if share < 1 else 1):
             if share < 1:

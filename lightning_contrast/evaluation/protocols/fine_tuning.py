@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_contrast._checks import check_at_least, check_choice, fail, require
+from lightning_contrast._checks import check_at_least, check_choice, check_interval, fail, require
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.augment.policy import ViewPolicy, make_policy
 from lightning_contrast.augment.view_spec import ViewSpec
@@ -123,7 +123,7 @@ def fine_tune_rows(
         >>> len(rows), len(validation)
         (20, 18)
     """
-    require(0 < share < 1, "share", "lie in (0, 1)", share, "0.01 is one percent of the labels")
+    check_interval("share", share, "(0, 1)", "0.01 is one percent of the labels")
     known = (labels >= 0).nonzero().flatten()
     require(len(known) > 0, "labels", "have labeled rows", "none", "-1 means unlabeled")
     chosen = class_share(labels[known], share, seed)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, check_interval, fail, require
 from lightning_contrast.metrics.neighbours import check_features
 from lightning_contrast.seeding import derived_seed
 
@@ -95,7 +95,7 @@ def held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     Returns:
         Rows that stay and rows that are held out, ascending, ``(A,)`` and ``(B,)``.
     """
-    require(0 < share < 1, "share", "lie in (0, 1)", share, "0.1 holds out a tenth of each class")
+    check_interval("share", share, "(0, 1)", "0.1 holds out a tenth of each class")
     generator = torch.Generator().manual_seed(derived_seed(seed, 1))
     stay, out = [], []
     for label in labels.unique(sorted=True):  # type: ignore[no-untyped-call]

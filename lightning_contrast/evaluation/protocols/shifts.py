@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, fail, require
+from lightning_contrast._checks import check_at_least, check_interval, fail, require
 from lightning_contrast.evaluation.protocols.inputs import labeled, split
 from lightning_contrast.evaluation.protocols.logistic import logistic_probe
 from lightning_contrast.seeding import derived_seed
@@ -35,7 +35,7 @@ def long_tail_rows(labels: Tensor, *, imbalance: float = 100.0, seed: int = 0) -
         >>> torch.bincount(rows % 3).tolist()
         [100, 10, 1]
     """
-    require(imbalance >= 1, "imbalance", "be >= 1", imbalance, "100 is usual")
+    check_interval("imbalance", imbalance, "[1, inf)", "100 is usual")
     counts = torch.bincount(labels[labels >= 0])
     order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
     require(len(order) > 1, "labels", "hold two classes or more", len(order), "A tail needs several classes")

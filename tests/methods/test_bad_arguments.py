@@ -1,0 +1,23 @@
+"""What is no number where a method wants one is an error that says so when the method is built, not Python's own."""
+
+import inspect
+
+import pytest
+
+from tests.methods.cases import CASES, make
+
+FIRST = {case.make: name for name, case in reversed(CASES.items()) if inspect.isclass(case.make)}
+"""The first case of each class: later ones have options that make some arguments meaningless."""
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+def test_numbers_are_asked_for_by_name(name):
+    numbers = {
+        argument: parameter.annotation
+        for argument, parameter in inspect.signature(CASES[name].make.__init__).parameters.items()
+        if parameter.annotation in (int, float)
+    }
+    for argument in numbers:
+        for value in ("much", (1, 2)):
+            with pytest.raises((TypeError, ValueError), match=r"^`[\w.]+` must "):
+                make(name, **{argument: value})
