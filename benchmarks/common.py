@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -134,5 +135,6 @@ def report(name: str, rows: list[dict[str, Any]], notes: str = "") -> None:
         cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
         print("| " + " | ".join(cells) + " |")
     RESULTS.mkdir(exist_ok=True)
-    record = {"name": name, "notes": notes, "command": f"python -m benchmarks.{name}", "machine": machine()}
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    record = {"name": name, "notes": notes, "command": command, "machine": machine()}
     (RESULTS / f"{name}.json").write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")

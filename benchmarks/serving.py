@@ -10,6 +10,7 @@ import http.client
 import io
 import itertools
 import multiprocessing
+import os
 import tempfile
 import threading
 import time
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.networks:
@@ -210,6 +212,8 @@ def main() -> None:
         f"{NETWORKS['small_convnet']} for small_convnet). Float and int8 in turn, {args.rounds} rounds of "
         f"{args.seconds:g} s for each row. CPU ms are those of all threads of the model or of the service, without the "
         "clients; threads of ONNX Runtime that wait for each other are counted."
+        f" The load average before this run was {load:.1f} on {os.cpu_count()} cores: where it is above a few tenths, "
+        "compare CPU ms and not times."
     )
     report("serving", rows, notes)
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_contrast._checks import check_at_least
 from lightning_contrast.cli._command_line import Parser
 
 _DESCRIPTION = "Embed the new and changed images of a folder, and forget those that are gone."
@@ -21,7 +22,7 @@ def run_index(args: Sequence[str]) -> Any:
 
     Raises:
         SystemExit: With status 2, if the arguments cannot be parsed.
-        ValueError: If the lowest cosine of near duplicates is out of its range.
+        ValueError: If the batch size or the lowest cosine of near duplicates is out of its range.
     """
     from lightning_contrast.search import ImageIndex
     from lightning_contrast.search.near_duplicates import check_cosine
@@ -36,6 +37,7 @@ def run_index(args: Sequence[str]) -> Any:
         "--duplicates", type=float | None, default=None, help="list near duplicates from this cosine on"
     )
     found = parser.parse_args(list(args))
+    check_at_least("batch_size", found.batch_size, 1)
     if found.duplicates is not None:
         check_cosine("duplicates", found.duplicates)
     index = ImageIndex(found.store, found.model, found.folder)

@@ -38,13 +38,13 @@ def run_search(args: Sequence[str]) -> Any:
     parser.add_argument("--host", type=str, default="127.0.0.1", help="address; the default is this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for a free one")
     found = parser.parse_args(list(args))
-    given = [name for name in ("words", "image", "page") if found[name]]
+    given = [name for name in ("words", "image", "page") if found[name] not in (None, False)]
     require(len(given) == 1, "search", "have one of --words, --image and --page true", given, "Give one of them")
     index = ImageIndex(found.store, found.model)
     if found.page:
         serve(create_search_app(index), host=found.host, port=found.port)
         return None
-    hits = index.search(found.words if found.words else Path(found.image), found.k, where=found.where)
+    hits = index.search(Path(found.image) if found.words is None else found.words, found.k, where=found.where)
     for hit in hits:
         sys.stdout.write(f"{hit.score:.4f} {hit.path}\n")
     return hits

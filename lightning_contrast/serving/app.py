@@ -1,7 +1,9 @@
 """The similarity service: create the application, and serve it."""
 
 import logging
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -68,27 +70,44 @@ def serve(app: Any, *, host: str = "127.0.0.1", port: int = 8000) -> None:
 
     Args:
         app: The application.
-        host: Address to listen on. The default is reached from this machine only; there is no authentication.
+        host: Address or name to listen on, "" for all addresses. The default is reached from this machine only; there
+            is no authentication.
         port: Port, in 0..65535; 0 for a free one.
 
     Raises:
         ValueError: If the port is out of its range.
+        OSError: If the port is taken, or the host is no address of this machine.
         ModuleNotFoundError: If uvicorn is not installed.
     """
     require(0 <= port <= 65535, "port", "lie in 0..65535", port, "Give the number of a port")
     require_packages("serve", ("uvicorn",))
     import uvicorn
 
-    if not _is_loopback(host):
-        log.warning("Listening on %s: other machines can reach this service, which has no authentication.", host)
-    uvicorn.run(app, host=host, port=port, limit_concurrency=256, timeout_graceful_shutdown=30, server_header=False)
+    with _listen(host, port) as listener:
+        config = uvicorn.Config(app, limit_concurrency=256, timeout_graceful_shutdown=30, server_header=False)
+        address, port = listener.getsockname()[:2]
+        if not ip_address(address).is_loopback:
+            log.warning("Listening on %s: other machines can reach this service, which has no authentication.", address)
+        shown = f"[{address}]" if ":" in address else address
+        logging.getLogger("uvicorn.error").info("Listening on http://%s:%d (Ctrl+C to quit)", shown, port)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
-def _is_loopback(host: str) -> bool:
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address.
+
+    Raises:
+        OSError: If that is not possible; the message says what to change.
+    """
     try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that is too long
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while ")[0]
+        hint = "Give an address of this machine and a free port, such as 0 for any"
+        raise OSError(f"Cannot listen on host {host!r}, port {port}: {reason}. {hint}.") from error
 
 
 def require_packages(extra: str, modules: Sequence[str]) -> None:

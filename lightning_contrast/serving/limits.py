@@ -20,8 +20,8 @@ class Limits:
         max_texts: Largest number of texts of a request.
         max_characters: Longest text, in characters.
         seconds: Time for a body to arrive, and again for the answer to be computed.
-        max_waiting: Images that may be decoded or wait for the model at a time, and so many texts, or ``max_texts`` if
-            these are more; further requests get status 503.
+        max_waiting: Images that may be decoded or wait for the model at a time, or ``max_images`` if these are more,
+            and as many texts, or ``max_texts``; further requests get status 503.
 
     Raises:
         ValueError: If a limit is not above 0.

@@ -86,9 +86,10 @@ def build_app(embedder: Embedder, limits: Limits, *, max_batch: int, max_delay: 
         sizes.observe(size)
         durations.observe(seconds)
 
-    batching: dict[str, Any] = {"max_batch": max_batch, "max_delay": max_delay, "max_waiting": limits.max_waiting}
+    batching: dict[str, Any] = {"max_batch": max_batch, "max_delay": max_delay}
+    batching["max_waiting"] = max(limits.max_waiting, limits.max_images)  # those of a request are taken together
     image_queue: Batcher[bytes, Any] = Batcher(prepare, embedder.embed_prepared, on_batch=note, **batching)
-    batching["max_waiting"] = max(limits.max_waiting, limits.max_texts)  # the texts of a request are taken together
+    batching["max_waiting"] = max(limits.max_waiting, limits.max_texts)
     text_queue: Batcher[str, str] = Batcher(str, lambda batch: embedder.embed_texts(list(batch)), **batching)
 
     def stop() -> None:

@@ -1,5 +1,6 @@
 """Parquet shards of a data set: what is in them, resuming, and the same vectors for any number of processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -168,22 +169,45 @@ def test_the_command_is_killed_and_resumed(tmp_path):
     assert {name: data for name, data in bytes_of(tmp_path / "killed").items() if name not in left} == bytes_of(whole)
 
 
+def listening(process):
+    """Return the addresses on which a process and its descendants listen."""
+    processes = [process, *process.children(recursive=True)]
+    return {each.laddr.ip for one in processes for each in one.net_connections("tcp") if each.status == "LISTEN"}
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
-def test_two_ray_workers_write_the_same_bytes_and_resume(tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
-    whole = bytes_of(embed_dataset(network(), loader(), tmp_path / "one", shard_size=4))
+def test_a_killed_driver_of_two_ray_workers_is_resumed_to_the_same_bytes(tmp_path, monkeypatch):
+    """The Ray that we start listens on loopback alone, and ends with a driver that gets SIGKILL."""
+    ray, psutil = pytest.importorskip("ray"), pytest.importorskip("psutil")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else other tests starve them
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    model = export(network(), tmp_path / "net.pt", input_spec={"size": 32, "mean": None, "std": None})
+    arguments = ["embed", str(model), "FOLDER", "--data", "EmojiDataModule", "--split", "train", "--shard_size", "16"]
+    arguments += ["--data.batch_size", "16"]
+    whole = bytes_of(main([part.replace("FOLDER", str(tmp_path / "whole")) for part in arguments]))
+    folder = tmp_path / "killed"
+    given = [part.replace("FOLDER", str(folder)) for part in arguments] + ["--ray_workers", "2"]
+    driver = psutil.Popen([sys.executable, "-W", "ignore", "-m", "lightning_contrast", *given])
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("*.parquet")) and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    started = {process: process.name() for process in driver.children(recursive=True)}
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    workers = [process for process, name in started.items() if name.startswith("ray::MapWorker")]
+    assert len(workers) == 2
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    for process in started:  # Ray's agents notice it after a minute only
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert 0 < len(kept) < len(whole) - 2
+    assert not (folder / "_manifest.json").exists()
     try:
-        folder = embed_dataset(network(), loader(), tmp_path / "two", shard_size=4, ray_workers=2)
-        assert bytes_of(folder) == whole
-        for name in ("_manifest.json", "shard-00001.parquet", "shard-00005.parquet"):
-            (folder / name).unlink()
-        kept = (folder / "shard-00002.parquet").stat().st_mtime_ns
-        embed_dataset(network(), loader(), folder, shard_size=4, ray_workers=2)
-        assert bytes_of(folder) == whole
-        assert (folder / "shard-00002.parquet").stat().st_mtime_ns == kept
+        main(given)
+        assert listening(psutil.Process()) == {"::ffff:127.0.0.1", "127.0.0.1"}
     finally:
         ray.shutdown()
+    assert {name: data for name, data in bytes_of(folder).items() if name in whole} == whole
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept

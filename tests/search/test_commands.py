@@ -1,6 +1,7 @@
 """The commands index, search and serve."""
 
 import re
+from dataclasses import fields
 
 import pytest
 
@@ -57,3 +58,26 @@ def test_serve_and_the_page(folder, monkeypatch):
     main(["search", str(folder / "store"), "--model", str(image_model()), "--page", "true"])
     local = {"host": "127.0.0.1"}
     assert served == [("Similarity service", local | {"port": 0}), ("Image search", local | {"port": 8000})]
+
+
+def test_every_limit_is_an_option(monkeypatch):
+    from lightning_contrast import serving
+
+    made = []
+    monkeypatch.setattr(serving, "create_app", lambda model, **options: made.append(options))
+    monkeypatch.setattr(serving, "serve", lambda app, **options: None)
+    limits = {each.name: place + 1 for place, each in enumerate(fields(serving.Limits))}
+    main(["serve", "net.onnx", *(f"--limits.{name}={value}" for name, value in limits.items()), "--max_batch=3"])
+    main(["serve", "net.onnx", "--max_delay=0.5", "--threads=2"])
+    assert made == [
+        {"limits": serving.Limits(**limits), "max_batch": 3, "max_delay": 0.002, "threads": None},
+        {"limits": serving.Limits(), "max_batch": 16, "max_delay": 0.5, "threads": 2},
+    ]
+
+
+def test_bad_input_leaves_no_index(folder):
+    arguments = ["index", str(folder / "store"), str(folder / "images"), "--model", str(image_model())]
+    for option in ("--batch_size=0", "--duplicates=2"):
+        with pytest.raises(ValueError, match=option.partition("=")[0][2:]):
+            main([*arguments, option])
+    assert not (folder / "store").exists()

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from lightning_contrast.serving import Embedder, Limits, create_app, open_embedder
+from lightning_contrast.serving import Embedder, Limits, create_app, open_embedder, serve
 from tests.served_models import SPEC, encoded, expected, image_model, picture, towers
 from tests.tolerances import FORMULA, NETWORK, f32, near
 
@@ -68,7 +69,7 @@ def test_the_refused_image_of_a_batch_is_named(client):
     assert answer.json()["error"]["field"] == "images.1"
 
 
-@pytest.mark.filterwarnings("ignore:1 of 2 texts are longer")  # in the thread of the service
+@pytest.mark.filterwarnings("ignore:1 of [12] texts are longer")  # in the thread of the service
 def test_texts(text_client):
     model = towers()[1]
     texts = ["a cat", "two dogs and much more, longer than its context length of forty tokens"]
@@ -151,7 +152,7 @@ def test_limit_of_time():
 
 
 def test_too_many_at_once_are_refused():
-    app = create_app(slow_embedder(0.3), limits=Limits(max_waiting=3))
+    app = create_app(slow_embedder(0.3), limits=Limits(max_waiting=3, max_images=3))
     with TestClient(app) as client:
         files = [("images", encoded(picture()))] * 3
         answers = []
@@ -163,6 +164,12 @@ def test_too_many_at_once_are_refused():
         assert error(answers[0]) == (503, "busy")
         assert answers[1].status_code == 200
         assert client.post("/embed", files={"image": encoded(picture())}).status_code == 200
+
+
+def test_as_many_images_as_the_limit_are_answered(tmp_path):
+    files = [("images", encoded(picture()))] * 3
+    with TestClient(create_app(slow_embedder(0), limits=Limits(max_waiting=1, max_images=3))) as client:
+        assert client.post("/embed/batch", files=files).status_code == 200
 
 
 def test_requests_share_a_batch(client):
@@ -269,10 +276,10 @@ serve(create_app(embedder), port=0)
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", source], stderr=subprocess.PIPE, text=True)
     try:
         lines = []
-        while not lines or "running on" not in lines[-1]:
+        while not lines or "startup complete" not in lines[-1]:
             lines.append(process.stderr.readline())
             assert lines[-1], lines
-        address = re.search(r"http://([\d.]+):(\d+)", lines[-1])
+        address = re.search(r"http://([\d.]+):(\d+)", "".join(lines))
         assert address[1] == "127.0.0.1"
         head = b"--x\r\ncontent-disposition: form-data; name=image; filename=x\r\n\r\n"
         request = urllib.request.Request(f"{address[0]}/embed", head + encoded(picture()) + b"\r\n--x--\r\n")
@@ -288,6 +295,31 @@ serve(create_app(embedder), port=0)
     finally:
         process.kill()
         process.stderr.close()
+
+
+@pytest.mark.parametrize(("host", "reason"), [("198.51.100.7", "Cannot assign"), ("x" * 70, "label"), (None, "in use")])
+def test_an_address_that_is_not_free_or_not_ours_is_named(host, reason):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = 0 if host else taken.getsockname()[1]
+        name = f"Cannot listen on host '{host or '127.0.0.1'}', port {port}: .*{reason}[^(]*. Give an address"
+        with pytest.raises(OSError, match=name):
+            serve(None, host=host or "127.0.0.1", port=port)
+    with pytest.raises(ValueError, match=r"`port` must lie in 0\.\.65535, got 65536"):
+        serve(None, port=65536)
+
+
+@pytest.mark.parametrize(("host", "address"), [("localhost", "127.0.0.1"), ("127.0.0.2",) * 2, ("", "0.0.0.0")])
+def test_who_can_reach_it_is_said(host, address, monkeypatch, caplog):
+    import uvicorn
+
+    def run(server, sockets):
+        found.extend(listener.getsockname()[0] for listener in sockets)
+
+    found = []
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    serve(None, host=host, port=0)
+    assert found == [address]
+    assert ("Listening on 0.0.0.0: other machines can reach" in caplog.text) == (address == "0.0.0.0")
 
 
 def test_models_that_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_contrast.evaluation.feature_pass.embedding import EmbeddingJob
 
 _EXTRA = "pip install 'lightning_contrast[ray]'"
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class ShardWriter:
@@ -53,7 +55,7 @@ def write_on_ray(job: "EmbeddingJob", workers: int) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ModuleNotFoundError(f"`ray_workers` needs Ray: {_EXTRA}.") from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
+        _connect()
     resources_of: Any = ray.cluster_resources
     resources = resources_of()
     held = int(resources.get("CPU", 0))
@@ -70,3 +72,25 @@ def write_on_ray(job: "EmbeddingJob", workers: int) -> list[dict[str, Any]]:
         num_gpus=gpus,
     )
     return [dict(entry) for entry in written.take_all()]
+
+
+def _connect() -> None:
+    """Connect to the cluster of ``RAY_ADDRESS`` or ``ray start``; without one start Ray, on loopback alone.
+
+    Ray binds its servers to all addresses if the address of the node is not loopback. It replaces loopback, also as an
+    argument of `ray.init`, by an address of the network, except where it does not support clusters: on Windows and
+    macOS, or as the variable says, for this process and for those that it starts.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    before = os.environ.get(_CLUSTERS), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[_CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # Ray read the variable at its import
+    try:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[_CLUSTERS]
+        else:
+            os.environ[_CLUSTERS] = before[0]
