@@ -1,6 +1,6 @@
 """Pages of the site that are made of other texts: a card per method, the callbacks, and the API reference.
 
-mkdocs calls `on_config`, `on_files` and `on_page_markdown`, mkdocstrings `ExampleSections`; see ``mkdocs.yml``. The
+mkdocs calls `on_config`, `on_files` and `on_page_markdown`, mkdocstrings `DocstringMarkdown`; see ``mkdocs.yml``. The
 sources are the docstrings, the recipes, and the tables of the README and of ``docs/learn.md``: nothing is written
 twice. What no docstring has room for is in ``docs/methods/NAME.md``: the idea of a method, its data flow, equation,
 defaults and pitfalls.
@@ -23,13 +23,14 @@ ROOT = Path(__file__).parent
 _SOURCE = "https://github.com/lightning-contrast/lightning_contrast/blob/main/"
 
 
-class ExampleSections(griffe.Extension):
-    """Read ``Example:`` in docstrings as a section of code, which griffe does for ``Examples:`` only."""
+class DocstringMarkdown(griffe.Extension):
+    """Read docstrings as they are meant: examples are code, and a text that begins with "> 0" is no quotation."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rename the section."""
+        """Rename ``Example:``, since griffe knows ``Examples:`` only, and escape comparisons."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
+            text = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
+            obj.docstring.value = re.sub(r"(?m)^( *(?:\w+: )?)>(?=[ =])", r"\1\>", text)
 
 
 def on_config(config: Any) -> Any:
