@@ -11,6 +11,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # Dependencies are reinstalled when setup.cfg changes, the link to this checkout when the checkout moves.
 DEPENDENCIES := $(VENV)/.dependencies-$(shell sha256sum setup.cfg | cut -c1-12)
 CHECKOUT := $(VENV)/.checkout-$(shell pwd | sha256sum | cut -c1-12)
+PIP_FAILED = { echo 'pip could not install the dependencies in $(VENV); the lines above say which. Without access to \
+pypi.org set PIP_INDEX_URL to a mirror. The next call of make continues.'; exit 1; }
 
 .PHONY: install docs demo test fast test-elsewhere matrix check format bench learn faults audit clean browser-test
 
@@ -19,9 +21,9 @@ install: $(DEPENDENCIES) $(CHECKOUT)
 $(DEPENDENCIES): setup.cfg
 	@test -x $(BIN)/python || test -n "$(PYTHON)" \
 	|| { echo 'No Python >= 3.11 was found: install one, or run `make PYTHON=/path/to/python`.'; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=23.2' 'setuptools>=77' wheel
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=23.2' 'setuptools>=77' wheel || $(PIP_FAILED)
+	$(BIN)/python -m pip install --quiet -e '.[dev]' || $(PIP_FAILED)
 	rm -f $(VENV)/.dependencies-* $(VENV)/.checkout-*
 	touch $@ $(CHECKOUT)
 

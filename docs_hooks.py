@@ -1,8 +1,9 @@
 """Pages of the site that are made of other texts: a card per method, the callbacks, and the API reference.
 
-mkdocs calls `on_config`, `on_files` and `on_page_markdown`; see ``mkdocs.yml``. The sources are the docstrings, the
-recipes, and the tables of the README and of ``docs/learn.md``: nothing is written twice. What no docstring has room for
-is in ``docs/methods/NAME.md``: the idea of a method, its data flow, equation, defaults and pitfalls.
+mkdocs calls `on_config`, `on_files` and `on_page_markdown`, mkdocstrings `DocstringMarkdown`; see ``mkdocs.yml``. The
+sources are the docstrings, the recipes, and the tables of the README and of ``docs/learn.md``: nothing is written
+twice. What no docstring has room for is in ``docs/methods/NAME.md``: the idea of a method, its data flow, equation,
+defaults and pitfalls.
 """
 
 import inspect
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
@@ -19,6 +21,16 @@ from lightning_contrast.cli.method_cards import MethodCard, method_cards
 
 ROOT = Path(__file__).parent
 _SOURCE = "https://github.com/lightning-contrast/lightning_contrast/blob/main/"
+
+
+class DocstringMarkdown(griffe.Extension):
+    """Read docstrings as they are meant: examples are code, and a text that begins with "> 0" is no quotation."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename ``Example:``, since griffe knows ``Examples:`` only, and escape comparisons."""
+        if obj.docstring is not None:
+            text = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
+            obj.docstring.value = re.sub(r"(?m)^( *(?:\w+: )?)>(?=[ =])", r"\1\>", text)
 
 
 def on_config(config: Any) -> Any:

@@ -305,6 +305,7 @@ def test_a_sweep_runs_resumes_and_tells_failures(tmp_path, monkeypatch, capsys):
     code, out, err = call(arguments, monkeypatch, capsys)
     assert code == 1
     assert "2 to run" in out
+    assert out.count("\n  finished after ") == out.count("\n  failed after ") == 1
     assert "failed: `optimizer` must be" in err
     assert "Did you mean 'adamw'" in err
     sweep = load_sweep(str(path))
@@ -317,6 +318,11 @@ def test_a_sweep_runs_resumes_and_tells_failures(tmp_path, monkeypatch, capsys):
     assert (output / "heat_train_loss.png").stat().st_size > 0
     code, out, _ = call(arguments, monkeypatch, capsys)
     assert "1 runs finished, 1 to run" in out
+    equal = ["--grid", "model.optimizer=[adamww]", "--seeds", "0", "1", "--output", str(tmp_path / "equal")]
+    code, out, err = call([*arguments, *equal], monkeypatch, capsys)
+    assert out.count("\n  failed after ") == 2
+    assert err.count("`optimizer` must be") == 1
+    assert "error: 2 runs, the first of which is " in err
 
 
 @pytest.mark.slow

@@ -40,16 +40,21 @@ def test_wheel_is_built_quietly_and_is_complete(tmp_path):
     assert any(name.endswith(".dist-info/entry_points.txt") for name in names)
 
 
-def dry_run(folder, names, *arguments):
-    """Return what `make -n install` prints where only these names are Pythons, each of them this one or an old one."""
+def make_install(folder, names, *arguments):
+    """Run `make install` where only these names are Pythons: recent ones that do nothing, or old ones."""
     folder.mkdir()
     for tool in ("bash", "sh", "sha256sum", "cut", "make", "pwd"):
         (folder / tool).symlink_to(shutil.which(tool))
     for name, code in names.items():
         (folder / name).write_text(f"#!/bin/sh\nexit {code}\n")
         (folder / name).chmod(0o755)
-    command = ["make", "-n", "install", f"VENV={folder / 'venv'}", *arguments]
-    run = subprocess.run(command, cwd=ROOT, env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
+    command = ["make", "install", f"VENV={folder / 'venv'}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
+
+
+def dry_run(folder, names, *arguments):
+    """Return what `make -n install` prints."""
+    run = make_install(folder, names, "-n", *arguments)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -70,3 +75,15 @@ def test_make_finds_a_recent_python(names, found, tmp_path):
     assert f"|| {found} -m venv" in printed
     assert "run `make PYTHON=/path/to/python`" in printed
     assert "|| /own/python -m venv" in dry_run(tmp_path / "given", names, "PYTHON=/own/python")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [({"python3": 1}, "No Python >= 3.11 was found"), ({"python3": 0}, "set PIP_INDEX_URL to a mirror")],
+    ids=["no python", "no packages"],
+)
+def test_make_says_what_is_missing(names, words, tmp_path):
+    run = make_install(tmp_path / "bin", names)  # the environment that this Python makes has no pip
+    assert run.returncode == 2
+    assert words in run.stdout
+    assert not list(tmp_path.rglob(".dependencies-*"))

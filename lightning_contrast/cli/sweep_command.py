@@ -1,9 +1,12 @@
 """The command ``lightning-contrast sweep``: run a recipe over a grid of arguments and seeds; table and heat maps."""
 
 import json
+import logging
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +60,19 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
         for number, cell in enumerate(todo if not given.table else (), 1):
             sys.stdout.write(f"run {number} of {len(todo)}: {', '.join(cell.labels)}, seed {cell.seed}\n")
             sys.stdout.flush()
-            _run(cell.config, folder / "runs" / cell.digest)
+            with _quiet_trainer():
+                result = _run(cell.config, folder / "runs" / cell.digest)
+            why = f": {result['error']}" if "error" in result else ""
+            sys.stdout.write(f"  {result['status']} after {result['seconds']} s{why}\n")
     finally:
         rows = _write(sweep, folder)
-    failed = {name: one["error"] for name, one in results(sweep, folder).items() if one["status"] == "failed"}
-    for name, error in failed.items():
-        sys.stderr.write(f"error: run {name} failed: {error}\n")
+    failed: dict[str, list[str]] = {}
+    for name, one in results(sweep, folder).items():
+        if one["status"] == "failed":
+            failed.setdefault(one["error"], []).append(name)
+    for error, names in failed.items():
+        which = f"run {names[0]}" if len(names) == 1 else f"{len(names)} runs, the first of which is {names[0]},"
+        sys.stderr.write(f"error: {which} failed: {error}\n")
     if failed:
         sys.exit(1)
     return rows
@@ -96,8 +106,24 @@ def _assignment(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
-def _run(config: dict[str, Any], folder: Path) -> None:
-    """Run one configuration in its folder and write its result; errors of the run are part of it."""
+@contextmanager
+def _quiet_trainer() -> Iterator[None]:
+    """Silence what the Trainer writes in every run and no user can change; other warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():  # of Lightning 2.6 with torch >= 2.13
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _run(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run one configuration in its folder, write its result and return it; errors of the run are part of it."""
     import yaml
 
     from lightning_contrast.checkpoints import latest_checkpoint
@@ -127,6 +153,7 @@ def _run(config: dict[str, Any], folder: Path) -> None:
         sys.argv = before
     result["seconds"] = round(time.monotonic() - start, 1)
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
 
 
 def _write(sweep: Any, folder: Path) -> list[dict[str, Any]]:

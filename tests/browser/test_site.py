@@ -52,6 +52,8 @@ def test_the_site_is_whole(tmp_path):
         text = (site / "methods" / f"{name}.html").read_text()
         assert all(mark in text for mark in ("Measured", "<svg viewBox", "<math", "Pitfalls")), name
         assert "```" not in text, name
+    for page in (site / "api").glob("*.html"):
+        assert "<blockquote>" not in page.read_text(), page  # an example, or "> 0" at the start of a text
     sheets = r'<link[^>]*rel="(?:stylesheet|preload|preconnect)"[^>]*\bhref'
     loaded = rf'(?:<script[^>]*\bsrc|{sheets}|<img[^>]*\bsrc)="(https?:.*?)"'
     for page in site.rglob("*.html"):

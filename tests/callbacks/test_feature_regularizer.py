@@ -5,6 +5,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_contrast as lc
 from lightning_contrast import losses
@@ -12,7 +13,7 @@ from lightning_contrast.callbacks import FeatureRegularizer
 from tests.callbacks.step_modules import QUIET, fit
 from tests.callbacks.test_attribute_penalty import Steps, flat, loader
 from tests.methods.cases import CASES
-from tests.tolerances import NETWORK, assert_same_bits, f32, near, near64
+from tests.tolerances import CANCELLING, NETWORK, assert_same_bits, f32, f64, near, near64
 
 
 class Direct(Steps):
@@ -58,6 +59,20 @@ def test_the_gradient_is_that_of_the_mean_over_the_views(kind):
     name = kind if kind in FORMULAS else "covariance"  # of the function
     assert float(trainer.callback_metrics[f"regularizer/{name}"]) == near(float(theirs.value.detach()), NETWORK)
     assert not ours.backbone._forward_hooks
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)], ids=["more rows", "more dimensions"])
+def test_the_covariance_of_a_view_is_vicregs_of_the_view_with_itself_and_has_one_pass(shape):
+    generator = torch.Generator().manual_seed(0)
+    z = (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.7).requires_grad_()
+    weights = {"invariance_weight": 0.0, "variance_weight": 1.0, "covariance_weight": 0.02}
+    expected = losses.vicreg_loss(z, z, **weights)
+    (wanted,) = torch.autograd.grad(expected, z)
+    with FlopCounterMode(display=False) as counter:
+        found = FeatureRegularizer("covariance").regularizer(z)
+    assert float(found.detach()) == near64(float(expected.detach()))
+    torch.testing.assert_close(torch.autograd.grad(found, z)[0], wanted, **f64(CANCELLING, size=0.01))
+    assert counter.get_total_flops() == 2 * shape[0] * shape[1] * min(shape)  # one product of the smaller size
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
