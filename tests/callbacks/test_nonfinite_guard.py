@@ -389,12 +389,16 @@ def test_a_queue_callback_of_the_user_is_not_fed_either():
 
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 def test_a_step_of_w_mse_without_a_cholesky_factor_is_skipped():
-    """Equal images have equal embeddings, whose covariance is singular: the recipes of W-MSE have the guard."""
+    """Black images and no biases: the covariance is zero on every processor. The recipes of W-MSE have the guard."""
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
-    module = lc.WMSE(backbone, feature_dim=6, hidden_dim=8, projection_dim=2, whitening_size=6, lr=0.1, warmup_epochs=0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 6, bias=False))
+    sizes = {"feature_dim": 6, "hidden_dim": 8, "projection_dim": 2, "whitening_size": 6}
+    module = lc.WMSE(backbone, **sizes, head_norm=None, lr=0.1, warmup_epochs=0)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            weight.mul_(not name.endswith("bias"))
     before = [weight.clone() for weight in module.parameters()]
-    singular = [torch.ones(6, 3, 2, 2)] * 2
+    singular = [torch.zeros(6, 3, 2, 2)] * 2
     guard = lc.NonFiniteGuard()
     with pytest.warns(RuntimeWarning, match="the first is the loss. The step is skipped"):
         quiet_fit(module, [guard], [singular, [torch.rand(6, 3, 2, 2), torch.rand(6, 3, 2, 2)]])
