@@ -253,18 +253,26 @@ def kept(results: Path) -> str:
 
 
 def origin(results: Path) -> str:
-    """Return sentences that name the machine and the torch version of each row: most rows' first, the others by name.
+    """Return sentences that name the machine and torch version of each row: most rows' first, the others by name.
+
+    A row whose seeds ran on several machines is named with those of its seeds that ran on the machine.
 
     Args:
         results: The folder, one file a run.
     """
-    rows: dict[str, set[str]] = {}
+    seeds: dict[str, dict[str, set[int]]] = {}
     for path in sorted(results.glob("*.json")):
         record = json.loads(path.read_text())
-        rows.setdefault(f"{record['processor']}, torch {record['torch']}", set()).add(record["row"])
-    most, *others = sorted(rows, key=lambda machine: -len(rows[machine]))
+        machine_of = f"{record['processor']}, torch {record['torch']}"
+        seeds.setdefault(machine_of, {}).setdefault(record["row"], set()).add(record["seed"])
+    most, *others = sorted(seeds, key=lambda machine: -len(seeds[machine]))
     lines = [f"`python -m benchmarks.learn`, one thread a run, bf16-mixed. Processor: {most}."]
-    lines += [f"{other}: {'; '.join(sorted(rows[other]))}." for other in others]
+    for other in others:
+        names = []
+        for row, own in sorted(seeds[other].items()):
+            elsewhere = any(row in seeds[machine] for machine in seeds if machine != other)
+            names.append(f"{row} (seed {', '.join(map(str, sorted(own)))})" if elsewhere else row)
+        lines.append(f"{other}: {'; '.join(names)}.")
     return "\n".join(textwrap.fill(line, 120) for line in lines)
 
 

@@ -69,11 +69,17 @@ def test_students_are_compared_with_their_teacher(tmp_path):
 
 def test_the_page_names_the_machine_of_each_row(tmp_path):
     here, other = ({"processor": name, "torch": "2.14.1"} for name in ("A", "B"))
-    for row, where in (("simclr", here), ("moco", here), ("byol", other)):
-        (tmp_path / f"{row}-0.json").write_text(json.dumps(record(row, 0, 0.5) | where))
+    for row, seed, where in (
+        ("simclr", 0, here),
+        ("swav", 0, here),
+        ("moco", 0, here),
+        ("moco", 1, other),
+        ("byol", 0, other),
+    ):
+        (tmp_path / f"{row}-{seed}.json").write_text(json.dumps(record(row, seed, 0.5) | where))
     assert learn.origin(tmp_path).splitlines() == [
         "`python -m benchmarks.learn`, one thread a run, bf16-mixed. Processor: A, torch 2.14.1.",
-        "B, torch 2.14.1: byol.",
+        "B, torch 2.14.1: byol; moco (seed 1).",
     ]
 
 
