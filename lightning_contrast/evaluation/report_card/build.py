@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.callbacks.throughput.meters import check_codecarbon
-from lightning_contrast.checkpoints import AtomicCheckpointIO, load_checkpoint
+from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.distributed import rank
-from lightning_contrast.evaluation.feature_pass.cache import FeatureSet, cached_features
+from lightning_contrast.evaluation.feature_pass.cache import FeatureSet, cached_features, write_file
 from lightning_contrast.evaluation.feature_pass.fingerprint import digest, tensor_digest
 from lightning_contrast.evaluation.feature_pass.subjects import Preprocess, Subject, load_subject
 from lightning_contrast.evaluation.report_card.context import Context, about_data, find_loaders, writable
@@ -180,7 +180,7 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
                         found.errors.setdefault(name, {})[model] = _one_line(error)
                     else:
                         if rank() == 0:
-                            AtomicCheckpointIO().save_checkpoint(packed(outcome), path)
+                            write_file(packed(outcome), path)
                 if outcome is not None:
                     found.outcomes[name][model] = outcome
                 bar.update()
