@@ -8,15 +8,17 @@ from pathlib import Path
 import lightning as L
 import torch
 from skimage.feature import hog
+from sklearn.datasets import load_digits
 from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast import evaluation
+from lightning_contrast.evaluation.report_card import PARTS
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=340, help="of the demo and of the supervised twin")
 parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart/simclr.ckpt"), help="trained if missing")
-parser.add_argument("--parts", nargs="+", help="parts of the report; the default ones if left out")
+parser.add_argument("--parts", nargs="+", help="parts of the report, or all; the default ones if left out")
 parser.add_argument("--output", type=Path, default=Path("runs/report"))
 options = parser.parse_args()
 
@@ -52,6 +54,16 @@ class Supervised(lc.SelfSupervisedModule):
         return nn.functional.cross_entropy(logits, batch[1].repeat(2))
 
 
+class Digits(lc.data.InMemoryDataModule):
+    """The 1,797 digits of scikit-learn, enlarged from 8 x 8 to 32 x 32 pixels; every fifth one is a test image."""
+
+    def read(self, split):  # noqa: D102
+        found = load_digits()
+        own = (torch.arange(len(found.target)) % 5 == 0) == (split != "train")
+        images = torch.from_numpy(found.images * 255 / 16).to(torch.uint8)[own].unsqueeze(1).expand(-1, 3, -1, -1)
+        return images.repeat_interleave(4, 2).repeat_interleave(4, 3), torch.from_numpy(found.target)[own].long()
+
+
 if not options.checkpoint.exists():
     demo, options.checkpoint = Path(__file__).with_name("quickstart.py"), options.output / "demo" / "simclr.ckpt"
     words = (sys.executable, demo, "--epochs", options.epochs, "--output", options.checkpoint.parent)
@@ -75,6 +87,7 @@ models = {
     "HOG": HOG(),
     "supervised": evaluation.Subject(twin, views.eval_transform, views.input_spec, f"labels, {options.epochs} epochs"),
 }
-found = evaluation.report(models, data, output=options.output, parts=options.parts)
+parts = [*PARTS] if options.parts == ["all"] else options.parts
+found = evaluation.report(models, data, output=options.output, parts=parts, transfer={"digits": Digits()})
 print(*(f"{row['model']}: {row['value']:.3f}" for row in found.table() if row["metric"] == "top1 (k = 20)"), sep="\n")
 print(options.output / "report.html")

@@ -18,8 +18,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import lightning_contrast as lc
 from lightning_contrast.augment.domains import satellite_views
+from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.evaluation import cached_features, encode, load_subject
 from lightning_contrast.evaluation.feature_pass import subjects
+from lightning_contrast.evaluation.feature_pass.cache import write_file
 from lightning_contrast.evaluation.feature_pass.subjects import spec_transform
 from tests.launch import ChildError, run_processes
 from tests.tolerances import NETWORK, assert_same_bits, f32
@@ -58,6 +60,24 @@ def run(folder, model=None, data=SET, shard_size=8, **options):
     return cached_features(
         model or Network(), loader(data, **options), folder=folder, shard_size=shard_size, progress=False
     )
+
+
+def test_two_processes_may_write_one_file(tmp_path, monkeypatch):
+    """The second one writes while the first one does, as two reports with one folder of features."""
+    save, inside = torch.save, []
+
+    def slow(content, file):
+        if not inside:
+            inside.append("second")
+            write_file({"value": torch.tensor(2)}, tmp_path / "shard.pt")
+        save(content, file)
+
+    monkeypatch.setattr(os, "getpid", lambda: len(inside))
+    monkeypatch.setattr(torch, "save", slow)
+    first = {"value": torch.tensor(1)}
+    write_file(first, tmp_path / "shard.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["shard.pt"]
+    assert load_checkpoint(tmp_path / "shard.pt") == first
 
 
 def test_rows_are_those_of_the_dataset_in_its_order(tmp_path):

@@ -1,12 +1,13 @@
 """Protocols on features, against plain loops, scikit-learn, SciPy and lightly."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from lightly.utils.benchmarking import knn_predict
+from lightly.utils.benchmarking import LinearClassifier, knn_predict
 from scipy.stats import binomtest
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.linear_model import LogisticRegression
@@ -83,6 +84,26 @@ def test_a_linear_probe_is_a_plain_loop(name):
     assert found.settings["lr"] == rate
     expected = train_by_hand(used, rate, 3, 9, 50)
     torch.testing.assert_close(found.logits, expected, **f32(TRAINING, size=float(expected.abs().max())))
+    assert found.top1 == near64((expected.argmax(1) == TEST[1]).double().mean().item())
+
+
+def test_a_linear_probe_is_that_of_lightly():
+    """All rows in one batch, so that the order does not matter; lightly's cosine ends a step earlier, at 0.001."""
+    steps = 200
+    theirs = LinearClassifier(nn.Identity(), 120, 0.1, feature_dim=12, num_classes=4, topk=(1,))
+    nn.init.zeros_(theirs.classification_head.weight)
+    nn.init.zeros_(theirs.classification_head.bias)
+    theirs._trainer = SimpleNamespace(estimated_stepping_batches=steps, world_size=1)
+    (optimizer,), (schedule,) = theirs.configure_optimizers()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(TRAIN[0]), TRAIN[1]).backward()
+        optimizer.step()
+        schedule["scheduler"].step()
+    protocol = LinearProtocol(0.1, epochs=steps, batch_size=120, init=0.0)
+    found = ev.linear_probe(*BOTH, protocol=protocol)
+    expected = theirs(TEST[0]).detach()
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=0.005 * float(expected.abs().max()))
     assert found.top1 == near64((expected.argmax(1) == TEST[1]).double().mean().item())
 
 
@@ -319,15 +340,15 @@ def test_geometry_of_known_features():
 
 def convolutions():
     torch.manual_seed(0)
-    chain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), nn.Conv2d(5, 4, 3), nn.Flatten())
+    noise = nn.Dropout(0.5)  # not in eval mode
+    chain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), noise, nn.Conv2d(5, 4, 3), nn.Flatten())
     return nn.Sequential(nn.Identity(), chain)
 
 
 def test_layers_are_compared_on_flattened_activations():
-    network, images = convolutions().train(), torch.rand(9, 3, 8, 8)
-    found = ev.layer_similarity(network, images)
-    first = network[1][0](images)
-    second = network(images)
+    network, images = convolutions().eval(), torch.rand(9, 3, 8, 8)
+    first, second = network[1][0](images), network(images)
+    found = ev.layer_similarity(network.train(), images)
     assert found.names == ("0", "output")  # the last convolution is the output
     expected = metrics.cka(first.flatten(1), second, unbiased=True).item()
     assert found.cka[0, 1].item() == found.cka[1, 0].item() == near64(expected, size=1)

@@ -21,12 +21,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_contrast import evaluation as ev
 from lightning_contrast.augment import CORRUPTIONS, HELD_OUT_CORRUPTIONS
 from lightning_contrast.augment.images import as_float
+from lightning_contrast.callbacks.invariance.perturbations import CHANGES
 from lightning_contrast.cli import main
 from lightning_contrast.evaluation.feature_pass.subjects import spec_transform
-from lightning_contrast.evaluation.report_card import PARTS, build, cost, dense, shifts
+from lightning_contrast.evaluation.report_card import PARTS, build, cost, dense, figures, shifts
 from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
+from lightning_contrast.evaluation.report_card.result import Outcome
 from lightning_contrast.export import export
+from lightning_contrast.metrics import cka
 from lightning_contrast.nn import build_backbone
 from tests.launch import ChildError, run_processes
 from tests.tolerances import near, near64
@@ -42,6 +45,7 @@ class Data(L.LightningDataModule):
     """Squares in three colors and three places, with noise; the label is the color."""
 
     class_names = ("red", "green", "blue")
+    contrast = 120
 
     def __init__(self, count: int = 120, labels: bool = True, columns: bool = False) -> None:
         super().__init__()
@@ -52,13 +56,16 @@ class Data(L.LightningDataModule):
         labels, places = torch.arange(count) % 3, torch.randint(0, 3, (count,), generator=g)
         images = torch.randint(0, 60, (count, 3, 16, 16), dtype=torch.uint8, generator=g)
         for image, label, place in zip(images, labels, places, strict=True):
-            image[label, 2:14, 5 * place : 5 * place + 5] += 120
+            image[label, 2:14, 5 * place : 5 * place + 5] += self.contrast
         return images, labels, places
 
     def loader(self, count, seed, **options):
         images, labels, places = self.make(count, seed)
         if self.columns:
-            rows = [{"image": i, "label": y, "place": p} for i, y, p in zip(images, labels, places, strict=True)]
+            rows = [
+                {"image": image, "label": label, "place": place, "id": row}
+                for row, (image, label, place) in enumerate(zip(images, labels, places, strict=True))
+            ]
             return DataLoader(rows, 20, **options)
         return DataLoader(TensorDataset(images, labels) if self.labels else TensorDataset(images), 20, **options)
 
@@ -158,6 +165,13 @@ def test_values_are_those_of_the_protocols(whole):
     assert rows["cost", "parameters", "pool"]["value"] == 48 * 12 + 12
     assert rows["cost", "GFLOPs per image", "pool"]["value"] == near64(2 * 48 * 12 / 1e9)
     assert "worst place" in {metric for _, metric, _ in rows}
+    right = ev.logistic_probe(*given, c=0.1, standardize=True).logits.argmax(1) == test.labels
+    worst = ev.worst_group_accuracy(right, DescribedData().image_groups("val")["half"])
+    assert rows["groups", "worst half", "pool"]["value"] == near64(worst["accuracy"])
+    assert "id: no group has 5 test images." in found.outcomes["groups"]["pool"].notes
+    blind = ev.cached_features(models()["blind"], data.val_dataloader(), folder=folder / "other", progress=False)
+    both = float(cka(test.features, blind.features, unbiased=True))
+    assert rows["similarity", "CKA with blind", "pool"]["value"] == near64(both)
 
 
 def test_parts_of_shifts_are_those_of_the_protocols(whole):
@@ -196,6 +210,67 @@ def test_parts_of_shifts_are_those_of_the_protocols(whole):
     audit = ev.twin_retrieval(test.features, test.labels, first, second)
     assert values["bias"]["mAP of first"] == near64(audit["first"].mean().item())
     assert values["transfer"]["small, linear top1"] == values["transfer"]["mean linear top1"]
+
+
+def test_other_data_are_judged_by_the_features_of_each_model(whole):
+    found, folder = whole
+    small = Data(count=60)
+    for name, model in models().items():
+        train, test = (
+            ev.cached_features(model, loader, folder=folder / "other", progress=False)
+            for loader in (small.train_dataloader(), small.val_dataloader())
+        )
+        given = (train.features, train.labels, test.features, test.labels)
+        values = found.outcomes["transfer"][name].values
+        assert values["small, linear top1"] == near64(ev.logistic_sweep(*given, steps=0, max_iter=20).top1)
+        assert values["small, k-NN top1 (k = 20)"] == near64(ev.knn_sweep(*given, k=(20,))[20, 0.07].top1)
+
+
+def test_invariance_is_the_cosine_of_centered_features(whole):
+    found, _ = whole
+    images = as_float(Data().make(66, 1)[0][[place * 66 // 8 for place in range(8)]])
+    outcome = found.outcomes["invariance"]["pool"]
+    assert list(outcome.curves) == [caption for caption, _ in found.figures["invariance"]] == list(CHANGES)
+    signs = torch.tensor([1.0, -1.0] * 4).view(-1, 1, 1, 1)
+    by_hand = {
+        "flip": [(1.0, images.flip(-1))],
+        "brightness": [(s, (images * (1 + s * signs)).clamp(0, 1)) for s in (0.2, 0.4, 0.6, 0.8)],
+    }
+    with torch.no_grad():
+        mean = models()["pool"](images).mean(0)
+        original = models()["pool"](images) - mean
+        for name, changed in by_hand.items():
+            others = [models()["pool"](x) - mean for _, x in changed]
+            line = [nn.functional.cosine_similarity(original, other).mean().item() for other in others]
+            assert [strength for strength, _ in outcome.curves[name]] == [strength for strength, _ in changed]
+            assert [value for _, value in outcome.curves[name]] == near(line)
+            assert outcome.values[name] == near(sum(line) / len(line))
+    means = [value for name, value in outcome.values.items() if name != "mean"]
+    assert outcome.values["mean"] == near64(sum(means) / len(means))
+    for _, picture in found.figures["invariance"]:
+        assert ">pool<" in picture
+        assert ">blind<" in picture
+
+
+def test_layers_are_drawn_in_their_order(monkeypatch):
+    monkeypatch.setattr(figures, "svg", lambda figure: figure)
+    plot = figures.layers({"stem": [(0, 1.0), (1, 0.2)], "constant": [], "output": [(0, 0.2), (2, 0.9)]}).axes[0]
+    drawn = plot.images[0]
+    assert drawn.origin == "lower"
+    assert drawn.get_clim() == (0, 1)
+    assert drawn.get_array().filled(-1).tolist() == [[1.0, 0.2, -1.0], [-1.0] * 3, [0.2, -1.0, 0.9]]
+    for ticks in (plot.get_xticklabels(), plot.get_yticklabels()):
+        assert [tick.get_text() for tick in ticks] == ["stem", "constant", "output"]
+
+
+def test_the_seed_of_a_part_does_not_depend_on_the_other_parts(tmp_path, monkeypatch):
+    def run(context, model):
+        return Outcome({"drawn": float(torch.rand(()))})
+
+    monkeypatch.setitem(PARTS, "geometry", dataclasses.replace(PARTS["geometry"], run=run))
+    of = {"pool": Pool()}
+    alone, second = (card(tmp_path / str(len(parts)), of=of, parts=parts) for parts in (("geometry",), QUICK))
+    assert alone.outcomes["geometry"]["pool"].values == second.outcomes["geometry"]["pool"].values
 
 
 def test_parts_say_that_they_do_not_apply(tmp_path):
@@ -261,8 +336,13 @@ def test_other_data_that_cannot_be_read_are_named(tmp_path):
         assert "Failed for gone: No images in file" in notes
         assert any(f"other: {count} training" in note for note in notes)
     gone.file.touch()
+    make = gone.make
+    gone.make = lambda count, seed: (make(count, seed)[0], torch.arange(count) * 3 // count, None)  # not the colors
     found = card(tmp_path / "both", transfer={"gone": gone, "other": Data(count=40)}, **given)
-    assert "gone, linear top1" in found.outcomes["transfer"]["pool"].values
+    values = found.outcomes["transfer"]["pool"].values
+    both = values["gone, linear top1"], values["other, linear top1"]
+    assert both[0] != both[1]
+    assert values["mean linear top1"] == near64(sum(both) / 2)
 
 
 @pytest.mark.parametrize("part", ["segmentation", "attention", "detection", "transfer"])
@@ -355,8 +435,14 @@ def test_two_runs_give_the_same_bytes(tmp_path, whole):
     assert other.outcomes["few_shot"]["pool"].values != third.outcomes["few_shot"]["pool"].values
 
 
+class FaintData(Data):
+    """Colors that corruptions hide."""
+
+    contrast = 8
+
+
 def test_the_corruption_error_is_relative_to_the_reference(tmp_path):
-    found = card(tmp_path, parts=("corruptions",), reference="blind")
+    found = card(tmp_path, parts=("corruptions",), data=FaintData(), reference="blind")
     assert list(found.outcomes["corruptions"]) == ["blind", "pool"]
     values = {name: outcome.values for name, outcome in found.outcomes["corruptions"].items()}
     assert values["blind"]["mCE against blind (%)"] == near64(100.0)
@@ -365,13 +451,27 @@ def test_the_corruption_error_is_relative_to_the_reference(tmp_path):
     assert values["pool"]["mCE against blind (%)"] == near64(100 * sum(ratios) / len(ratios))
     mean = sum(values["pool"][name] for name in names) / len(names)
     assert values["pool"]["mean accuracy"] == near64(mean)
-    both = {"parts": ("corruptions",), "progress": False, "options": FAST | {"held_out_corruptions": True}}
-    more = (
-        ev.report(models(), Data(), output=tmp_path, reference="blind", **both).outcomes["corruptions"]["pool"].values
+    data, model = FaintData(), Pool()
+    train = ev.cached_features(model, data.train_dataloader(), folder=tmp_path / "other", progress=False)
+    head, (images, labels, _) = ev.logistic_head(train.features, train.labels), data.make(66, 1)
+    chosen = [place * 66 // 8 for place in range(8)]
+    direct = ev.corruption_robustness(
+        lambda given: head(model(as_float(given))), images[chosen], labels[chosen], severities=FAST["severities"]
     )
+    clean = direct.pop("clean").double().mean().item()
+    by_severity = torch.stack([*direct.values()]).double().mean((0, 2))
+    curve = found.outcomes["corruptions"]["pool"].curves["accuracy by severity"]
+    assert curve == [(0, near64(clean)), (1, near64(by_severity[0].item())), (5, near64(by_severity[1].item()))]
+    assert values["pool"]["fog"] == near64(direct["fog"].double().mean().item())
+    assert values["pool"]["clean accuracy"] == near64(clean)
+    assert values["pool"]["accuracy lost"] == near64(clean - mean)
+    both = {"parts": ("corruptions",), "progress": False, "options": FAST | {"held_out_corruptions": True}}
+    found = ev.report(models(), FaintData(), output=tmp_path, reference="blind", **both)
+    more = found.outcomes["corruptions"]["pool"].values
     assert {name: more[name] for name in values["pool"]} == values["pool"]
-    mean = sum(more[name.replace("_", " ")] for name in HELD_OUT_CORRUPTIONS) / 4
-    assert more["mean accuracy, held-out corruptions"] == near64(mean)
+    others = sum(more[name.replace("_", " ")] for name in HELD_OUT_CORRUPTIONS) / 4
+    assert more["mean accuracy, held-out corruptions"] == near64(others)
+    assert len({clean, mean, others, *by_severity.tolist()}) == 5  # told apart by the lines above
     assert more.keys() - values["pool"].keys() == {
         "mean accuracy, held-out corruptions",
         *(name.replace("_", " ") for name in HELD_OUT_CORRUPTIONS),

@@ -118,10 +118,9 @@ def test_the_head_is_the_logistic_probe():
 def test_corrupted_images_are_predicted_one_by_one(cached):
     g = torch.Generator().manual_seed(0)
     images, labels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(5) % 2
-    weight = torch.randn(2, 3 * 32 * 32, generator=g)
 
     def predict(given):
-        return (given.flatten(1).float() - 128) @ weight.T
+        return torch.eye(2)[given.flatten(1).long().sum(1) % 2]  # depends on every pixel
 
     given, cache = {"corruptions": ["gaussian_noise", "fog"], "severities": [1, 4], "seed": 3}, {} if cached else None
     found = ev.corruption_robustness(predict, images, labels, batch_size=2, cache=cache, **given)

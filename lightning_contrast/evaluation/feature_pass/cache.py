@@ -122,6 +122,21 @@ def features_of(subject: Subject, batch: Any) -> Tensor:
     return found
 
 
+def write_file(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint that other processes may be writing as well, each under its own name until it is complete.
+
+    Args:
+        content: As for `torch.save`.
+        path: Path of the file; an existing one is replaced.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    AtomicCheckpointIO().save_checkpoint(content, own)
+    own.replace(path)
+
+
 def pass_key(subject: Subject, loader: DataLoader[Any], rows: list[int], shard_size: int) -> dict[str, Any]:
     """Return what the features depend on, and as "folder" a digest of it; the network is in eval mode."""
     probe = next(iter(like(loader, rows[:_PROBED], drop_last=False)))
@@ -176,7 +191,6 @@ def _write(subject: Subject, loader: DataLoader[Any], shards: list[list[int]], t
     from tqdm import tqdm
 
     own = range(rank(), len(shards), world_size())
-    writer = AtomicCheckpointIO()
     total = sum(len(shards[index]) for index in own)
     quiet = None if progress and rank() == 0 else True  # None: only in a terminal
     with tqdm(total=total, desc="features", unit="image", disable=quiet, leave=False) as bar:
@@ -188,7 +202,7 @@ def _write(subject: Subject, loader: DataLoader[Any], shards: list[list[int]], t
                     for batch in _batches(loader, shards[index]):
                         parts.append(_columns(subject, batch))
                         bar.update(len(parts[-1]["features"]))
-                writer.save_checkpoint(_stacked(parts), path)
+                write_file(_stacked(parts), path)
             else:
                 bar.update(len(shards[index]))
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lightning_contrast._checks import check_at_least, check_choice, fail, require
 from lightning_contrast.augment.images import as_float
 from lightning_contrast.callbacks.throughput.meters import check_codecarbon
-from lightning_contrast.checkpoints import AtomicCheckpointIO, load_checkpoint
+from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.distributed import rank
-from lightning_contrast.evaluation.feature_pass.cache import FeatureSet, cached_features
+from lightning_contrast.evaluation.feature_pass.cache import FeatureSet, cached_features, write_file
 from lightning_contrast.evaluation.feature_pass.fingerprint import digest, tensor_digest
 from lightning_contrast.evaluation.feature_pass.subjects import Preprocess, Subject, load_subject
 from lightning_contrast.evaluation.report_card.context import Context, about_data, find_loaders, writable
@@ -159,8 +159,9 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
     keys = {name: _model_key(context, name) for name in context.subjects}
     measured = {name: value for name, value in context.options.items() if name not in _OF_FIGURES}
     quiet = None if progress and rank() == 0 else True  # None: only in a terminal
+    places = {name: place for place, name in enumerate(PARTS)}  # the seed of a part does not depend on the others
     with tqdm(total=len(chosen) * len(keys), desc="parts", disable=quiet, leave=False) as bar:
-        for place, name in enumerate(chosen):
+        for name in chosen:
             part = PARTS[name]
             about = {"title": part.title, "meaning": part.meaning, "protocol": part.protocol, "source": part.source}
             found.parts[name] = about | {"headline": part.headline, "higher_is_better": part.higher_is_better}
@@ -173,13 +174,13 @@ def _run_parts(found: Report, context: Context, chosen: Sequence[str], folder: P
                 outcome = _saved(path)
                 if outcome is None:
                     try:
-                        with isolated(derived_seed(context.seed, place)):
+                        with isolated(derived_seed(context.seed, places[name])):
                             outcome = part.run(context, model)
                     except Exception as error:  # noqa: BLE001  # a network may raise any
                         found.errors.setdefault(name, {})[model] = _one_line(error)
                     else:
                         if rank() == 0:
-                            AtomicCheckpointIO().save_checkpoint(packed(outcome), path)
+                            write_file(packed(outcome), path)
                 if outcome is not None:
                     found.outcomes[name][model] = outcome
                 bar.update()

@@ -16,11 +16,13 @@ from lightning_contrast.evaluation.protocols import (
     worst_group_accuracy,
 )
 from lightning_contrast.evaluation.report_card.context import Context
+from lightning_contrast.evaluation.report_card.drawing import aligned, declared
 from lightning_contrast.evaluation.report_card.result import Outcome, add_mean, correct
 
 KS = (1, 5, 10, 20, 100, 200)
 SGD_PROTOCOLS = ("simclr", "moco", "mae")
 SHARES = (0.01, 0.1, 0.5, 1.0)
+_LEAST = 5  # test images of a group
 
 
 def add_accuracy(outcome: Outcome, name: str, found: ProbeResult, seed: int) -> Tensor:
@@ -136,15 +138,21 @@ def conformal(context: Context, model: str) -> Outcome:
 
 
 def groups(context: Context, model: str) -> Outcome:
-    """Worst class, and worst group of each column of the batches."""
+    """Worst class, and worst group of each column of the batches and of `image_groups`."""
     found, outcome = context.classifier(model), Outcome()
     right, test = correct(found.logits, found.labels), context.test[model]
     columns = {"class": found.labels}
     if test.labels is not None:
         known = test.labels >= 0
-        columns |= {name: column[known] for name, column in test.columns.items() if not column.is_floating_point()}
+        declared_groups = declared(context, "image_groups") or {}
+        of_images = {name: aligned(context, of, "image_groups") for name, of in declared_groups.items()}
+        columns |= {name: of[known] for name, of in (test.columns | of_images).items() if not of.is_floating_point()}
     for name, column in columns.items():
-        worst = worst_group_accuracy(right, column, least=5)
+        try:
+            worst = worst_group_accuracy(right, column, least=_LEAST)
+        except ValueError:  # such as a column of identifiers
+            outcome.notes.append(f"{name}: no group has {_LEAST} test images.")
+            continue
         label = context.class_names[int(worst["group"])] if name == "class" and context.class_names else worst["group"]
         outcome.values[f"worst {name}"] = worst["accuracy"]
         outcome.values[f"mean minus worst {name}"] = worst["mean"] - worst["accuracy"]

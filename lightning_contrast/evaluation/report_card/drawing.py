@@ -12,6 +12,7 @@ from lightning_contrast.evaluation.feature_pass.fingerprint import data_digest, 
 from lightning_contrast.evaluation.report_card.context import Context, find_loaders, read_rows
 
 DECLARED = {
+    "groups": ("image_groups",),
     "unseen_groups": ("image_groups",),
     "shortcut": ("masks",),
     "cue_conflict": ("masks",),

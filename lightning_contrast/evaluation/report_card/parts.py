@@ -132,8 +132,9 @@ PARTS: dict[str, ReportPart] = {
     ),
     "groups": ReportPart(
         "Worst group",
-        "The accuracy where the model serves worst: by class, and by every other column of the batches.",
-        "Logistic regression on standardized features, C = 0.1; groups of five images or more.",
+        "The accuracy where the model serves worst: by class, and by every other grouping of the images.",
+        "Logistic regression on standardized features, C = 0.1; groups of five images or more: integer columns of the "
+        "batches and `image_groups` of the DataModule.",
         "https://arxiv.org/abs/1911.08731",
         classification.groups,
         "worst class",
