@@ -372,7 +372,7 @@ PIXELS = (255 * IMAGES).to(torch.uint8)
         (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX, table="cifr"), "`table` must be one of"),
         (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX[:2]), "`labels` must be integers of"),
         (lambda: ev.corruption_robustness(nn.Flatten(), PIXELS, SIX - 1), "`labels` must be >= 0"),
-        (lambda: ev.long_tail_rows(Y, imbalance=0.5), "`imbalance` must be >= 1"),
+        (lambda: ev.long_tail_rows(Y, imbalance=0.5), r"`imbalance` must lie in \[1, inf\)"),
         (lambda: ev.long_tail_rows(Y * 0), "`labels` must hold two classes"),
         (lambda: ev.long_tail(*BOTH, many=5, few=10), "`many` must be >= 10"),
         (lambda: ev.class_mean_accuracy(Y > 1, Y, [7]), "`classes` must have images"),

@@ -274,7 +274,7 @@ def test_backbone_by_name_takes_views_of_any_size():
         ({"random_views": 0}, "`random_views` must be >= 1"),
         ({"num_prototypes": 1}, "`num_prototypes` must be >= 2, got 1"),
         ({"momentum": 1.5}, r"`momentum` must lie in \[0, 1\]"),
-        ({"schedule_stretch": 0.5}, "`schedule_stretch` must be >= 1"),
+        ({"schedule_stretch": 0.5}, r"`schedule_stretch` must lie in \[1, inf\)"),
         ({"warmup_start": 2.0}, r"`warmup_start` must lie in \[0, 1\]"),
         ({"clip_grad": 0.0}, "`clip_grad` must be > 0"),
     ],

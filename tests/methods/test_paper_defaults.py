@@ -7,6 +7,7 @@ import pytest
 
 import lightning_contrast as lc
 from tests.methods.cases import make
+from tests.tolerances import near64
 
 # Name: (peak rate, batch, end of the schedule as a share of the peak, epochs of warm-up, further defaults).
 # A schedule that ends at an absolute rate has None.
@@ -76,7 +77,7 @@ def test_defaults_are_those_of_the_paper(name):
     epochs = given.get("warmup_epochs")
     assert (method.default_warmup_epochs if epochs is None else epochs) == warmup
     if end is not None:
-        assert make(name).lr_factor(1000, 10, 1000) == pytest.approx(end, abs=1e-9)
+        assert make(name).lr_factor(1000, 10, 1000) == near64(end, size=1.0)
 
 
 @pytest.mark.parametrize(("name", "betas"), [("MAE", (0.9, 0.95)), ("DINOv3", (0.9, 0.99)), ("Data2Vec", None)])
