@@ -39,7 +39,7 @@ class HOG(nn.Module):
 
     def forward(self, images):  # noqa: D102
         grid = {"orientations": 8, "pixels_per_cell": (8, 8), "cells_per_block": (2, 2), "channel_axis": 0}
-        return torch.stack([torch.from_numpy(hog(image.numpy(), **grid)) for image in images.cpu()])
+        return torch.stack([torch.from_numpy(hog(image.numpy(), **grid)) for image in images.detach().cpu()])
 
 
 class Supervised(lc.SelfSupervisedModule):

@@ -27,7 +27,7 @@ from lightning_contrast.evaluation.feature_pass.subjects import spec_transform
 from lightning_contrast.evaluation.report_card import PARTS, build, cost, dense, figures, shifts
 from lightning_contrast.evaluation.report_card.figures import LAYOUTS
 from lightning_contrast.evaluation.report_card.page import number
-from lightning_contrast.evaluation.report_card.result import Outcome
+from lightning_contrast.evaluation.report_card.result import Outcome, add_mean
 from lightning_contrast.export import export
 from lightning_contrast.metrics import cka
 from lightning_contrast.nn import build_backbone
@@ -250,6 +250,20 @@ def test_invariance_is_the_cosine_of_centered_features(whole):
     for _, picture in found.figures["invariance"]:
         assert ">pool<" in picture
         assert ">blind<" in picture
+
+
+class Detached(Pool):
+    """Has no gradient in the images."""
+
+    def forward(self, images):
+        return super().forward(images).detach()
+
+
+def test_a_model_has_one_color_in_all_figures(tmp_path):
+    found = card(tmp_path, parts=("knn", "attacks"), of={"detached": Detached(), "pool": Pool()})
+    assert "must be differentiable in the images" in found.errors["attacks"]["detached"]
+    for part, seen in (("knn", (True, True)), ("attacks", (False, True))):
+        assert tuple(color in found.figures[part][0][1] for color in figures.COLORS[:2]) == seen
 
 
 def test_layers_are_drawn_in_their_order(monkeypatch):
@@ -618,6 +632,16 @@ def test_maps_keep_what_is_near_near_and_repeat(name):
     assert torch.equal(places, torch.from_numpy(LAYOUTS[name](features, 3)).double())
     distances = torch.cdist(places, places).fill_diagonal_(torch.inf)
     assert bool(((distances.argmin(1) < 20) == (torch.arange(40) < 20)).all())
+
+
+def test_the_interval_of_a_share_of_none_has_a_width():
+    outcome = Outcome()
+    for name, share in (("none", 0), ("all", 1)):
+        add_mean(outcome, name, torch.full((128,), bool(share)), 0)
+        assert outcome.values[name] == share
+    edge = 1.959964**2 / (128 + 1.959964**2)  # Wilson's
+    assert outcome.intervals["none"] == pytest.approx((0, edge), abs=1e-6)
+    assert outcome.intervals["all"] == pytest.approx((1 - edge, 1), abs=1e-6)
 
 
 def test_notes_of_all_models_are_written_once(whole):

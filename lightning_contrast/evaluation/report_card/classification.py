@@ -101,11 +101,14 @@ def efficiency(context: Context, model: str) -> Outcome:
     """Accuracy for shares of the labels."""
     given, outcome = context.labeled(model), Outcome()
     found = label_efficiency(*given.train, *given.test, shares=SHARES, seed=context.seed)
+    ranges = []
     for share, of in found.items():
         name = f"top1 with {share:.0%} of the labels ({of['images']:.0f})"
         outcome.values[name] = of["accuracy"]
         if of["highest"] > of["lowest"]:
-            outcome.notes.append(f"{share:.0%}: {of['lowest']:.3f} to {of['highest']:.3f} over the draws.")
+            ranges.append(f"{share:.0%} {of['lowest']:.3f} to {of['highest']:.3f}")
+    if ranges:
+        outcome.notes.append(f"Lowest and highest draw: {', '.join(ranges)}.")
     outcome.curves["accuracy"] = [(of["images"], of["accuracy"]) for of in found.values()]
     return outcome
 

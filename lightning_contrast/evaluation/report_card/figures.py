@@ -40,16 +40,18 @@ def draw(report: Report, context: Context) -> dict[str, list[tuple[str, str]]]:
         part = PARTS.get(name)
         if part is None or not part.curve[0]:
             continue
-        lines = {model: outcome.curves for model, outcome in outcomes.items() if outcome.curves}
+        # Models without curves keep their place, so that a model has one color in all figures.
+        lines = {model: outcomes[model].curves if model in outcomes else {} for model in report.models}
         names = list(dict.fromkeys(curve for of in lines.values() for curve in of))
         if name == "similarity":
-            found[name] = [(f"CKA of the layers of {model}", layers(of)) for model, of in lines.items()]
+            found[name] = [(f"CKA of the layers of {model}", layers(of)) for model, of in lines.items() if of]
         elif len(names) > 1:
-            found[name] = [
-                (curve, curves({model: {curve: of[curve]} for model, of in lines.items() if curve in of}, part.curve))
+            single = {
+                curve: {model: {key: of[key] for key in of if key == curve} for model, of in lines.items()}
                 for curve in names
-            ]
-        elif lines:
+            }
+            found[name] = [(curve, curves(of, part.curve)) for curve, of in single.items()]
+        elif names:
             found[name] = [(f"{part.curve[1]} by {part.curve[0]}", curves(lines, part.curve, log_x=part.log_x))]
     makers: list[tuple[str, Callable[[Context, str], str]]] = [
         (f"Map ({layout})", partial(image_map, layout=layout)) for layout in context.options["maps"]
@@ -102,9 +104,11 @@ def curves(
             style = "none" if discrete else "-"
             plot.plot(x, y, color=color, marker="o", markersize=4, label=model, linestyle=style)
             model = f"_{model}"  # one entry of the legend per model  # noqa: PLW2901
+    ticks = sorted({float(x) for of in lines.values() for points in of.values() for x, _ in points})
+    if len(ticks) == 1:
+        plot.set_xticks(ticks, [f"{ticks[0]:g}"])
     if log_x:
         plot.set_xscale("log")
-        ticks = sorted({float(x) for of in lines.values() for points in of.values() for x, _ in points})
         if len(ticks) <= _MOST_TICKS:
             plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             plot.set_xticks([], minor=True)

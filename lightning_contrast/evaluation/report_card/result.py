@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_contrast._checks import check_choice
 from lightning_contrast.evaluation.protocols import bootstrap_interval, mcnemar, paired_bootstrap
+from lightning_contrast.metrics import wilson_interval
 
 SIGNIFICANCE = 0.05
 LOWER_IS_BETTER = ("negative log-likelihood", "Brier score", "taken for the", "lost on unseen")
@@ -177,7 +178,7 @@ class Report:
 
 
 def add_mean(outcome: Outcome, name: str, values: Tensor, seed: int) -> None:
-    """Add the mean of a value per image ``(N,)``, with its bootstrap interval.
+    """Add the mean of a value per image ``(N,)``, with its bootstrap interval, or Wilson's if all are right or none.
 
     Args:
         outcome: Gets the value.
@@ -185,8 +186,13 @@ def add_mean(outcome: Outcome, name: str, values: Tensor, seed: int) -> None:
         values: On the CPU; bool or floating.
         seed: Seed of the interval.
     """
-    outcome.values[name] = float(values.double().mean())
-    outcome.intervals[name] = bootstrap_interval(values, seed=seed)
+    mean = outcome.values[name] = float(values.double().mean())
+    constant = values.dtype == torch.bool and mean in (0.0, 1.0)  # a bootstrap would have no width
+    if constant:
+        low, high = wilson_interval(values.sum(), torch.tensor(len(values)))
+        outcome.intervals[name] = float(low), float(high)
+    else:
+        outcome.intervals[name] = bootstrap_interval(values, seed=seed)
     outcome.per_image[name] = values
 
 
