@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
@@ -12,6 +11,7 @@ from lightning_contrast._checks import check_batch, check_choice, fail
 from lightning_contrast.callbacks.capture.penalty import FeaturePenalty
 from lightning_contrast.losses import koleo_loss, log_det_loss, uniformity
 from lightning_contrast.losses.checks import check_matrix
+from lightning_contrast.losses.kernels.covariance import variance_covariance
 from lightning_contrast.precision import full_precision
 
 
@@ -21,15 +21,8 @@ def _covariance(z: Tensor) -> Tensor:
     check_matrix("features", z)
     rows = distributed.gather_with_gradient(z)
     check_batch("features", len(rows))
-    count, width = rows.shape
-    centered = rows - rows.mean(0)
-    variances = centered.square().sum(0) / (count - 1)
-    if count < width:  # the matrix of the rows has the same sum of squares and is smaller
-        squares = (centered @ centered.T / (count - 1)).square().sum() - variances.square().sum()
-    else:
-        covariance = centered.T @ centered / (count - 1)
-        squares = covariance.masked_fill(torch.eye(width, dtype=torch.bool, device=z.device), 0.0).square().sum()
-    return torch.as_tensor(F.relu(1 - (variances + 1e-4).sqrt()).mean() + squares / width / 25)
+    variance, covariance = variance_covariance(rows)
+    return variance + covariance / 25
 
 
 REGULARIZERS: dict[str, Callable[[Tensor], Tensor]] = {

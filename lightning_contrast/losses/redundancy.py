@@ -1,9 +1,7 @@
 """Losses on the statistics of embedding dimensions: Barlow Twins, VICReg, TiCo, W-MSE, MMCR and the coding rate.
 
-The sum of squares of a correlation or covariance matrix ``X'Y`` is computed from whichever is smaller: the ``D x D``
-matrix itself, or the two ``B x B`` matrices ``XX'`` and ``YY'``, whose inner product it is. The ``naive_*`` functions
-always materialize the ``D x D`` matrix; they are the formulas, for one process, and the tests compare the losses with
-them.
+The ``naive_*`` functions always materialize the ``D x D`` matrix; they are the formulas, for one process, and the tests
+compare the losses with them.
 """
 
 import torch
@@ -23,29 +21,11 @@ from lightning_contrast._checks import (
 )
 from lightning_contrast.distributed import global_mean
 from lightning_contrast.losses.checks import check_floating, check_matrix, check_pair
+from lightning_contrast.losses.kernels.covariance import off_diagonal_norm, variance_covariance
 from lightning_contrast.precision import full_precision, normalize
 from lightning_contrast.seeding import send
 
 BATCH_NORM_EPSILON = 1e-5
-
-
-def _off_diagonal_norm(x: Tensor, y: Tensor, diagonal: Tensor) -> Tensor:
-    """Compute the sum of squares of the off-diagonal elements of ``x.T @ y``.
-
-    Args:
-        x: Centered rows, ``(B, D)``.
-        y: Centered rows, ``(B, D)``.
-        diagonal: The diagonal of ``x.T @ y``, ``(D,)``.
-
-    Returns:
-        A scalar, >= 0 up to rounding.
-    """
-    if len(x) >= x.shape[1]:
-        product = x.T @ y  # (D, D); not the sum of all squares minus the diagonal's, which cancels without correlations
-        return product.masked_fill(torch.eye(len(product), dtype=torch.bool, device=x.device), 0.0).square().sum()
-    # With fewer rows than dimensions the matrix is singular, so that the rest is no small part of the sum.
-    gram_x = x @ x.T  # (B, B)
-    return (gram_x * (gram_x if y is x else y @ y.T)).sum() - diagonal.square().sum()
 
 
 def _gathered(name: str, x: Tensor) -> Tensor:
@@ -96,7 +76,7 @@ def barlow_twins_loss(z_a: Tensor, z_b: Tensor, *, off_diagonal_weight: float) -
     a, b = (_standardize(_gathered(name, z)) for name, z in (("z_a", z_a), ("z_b", z_b)))
     diagonal = (a * b).sum(0)  # (D,)
     on_diagonal = (1 - diagonal / len(a)).square().sum()
-    return on_diagonal + off_diagonal_weight * _off_diagonal_norm(a, b, diagonal) / len(a) ** 2
+    return on_diagonal + off_diagonal_weight * off_diagonal_norm(a, b, diagonal) / len(a) ** 2
 
 
 def _standardize(x: Tensor) -> Tensor:
@@ -172,12 +152,8 @@ def vicreg_loss(
     invariance = global_mean((z_a - z_b).square().mean(1))
     variance = covariance = z_a.new_zeros(())
     for name, z in (("z_a", z_a), ("z_b", z_b)):
-        rows = _gathered(name, z)
-        centered = rows - rows.mean(0)
-        squares = centered.square().sum(0)  # (D,)
-        variance = variance + 0.5 * F.relu(1 - (squares / (len(rows) - 1) + epsilon).sqrt()).mean()
-        off_diagonal = _off_diagonal_norm(centered, centered, squares) / (len(rows) - 1) ** 2
-        covariance = covariance + off_diagonal / rows.shape[1]
+        hinge, covariances = variance_covariance(_gathered(name, z), epsilon=epsilon)
+        variance, covariance = variance + 0.5 * hinge, covariance + covariances
     total = invariance_weight * invariance + variance_weight * variance + covariance_weight * covariance
     return torch.as_tensor(total)
 
