@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, require
+from lightning_contrast._checks import require
 from lightning_contrast.augment import ijepa_views
 from lightning_contrast.losses import ijepa_loss
 from lightning_contrast.methods.distillation import StretchedModule
@@ -25,6 +25,7 @@ from lightning_contrast.nn import (
     select_patches,
 )
 from lightning_contrast.nn.jepa_masking import repeat_rows
+from lightning_contrast.nn.jepa_predictor import check_predictor
 from lightning_contrast.nn.small_vit import SMALL_VIT
 from lightning_contrast.nn.teacher import teacher_of
 from lightning_contrast.optim import OptimizerLike
@@ -136,7 +137,7 @@ class IJEPA(StretchedModule):
         if fixed_positions:
             self.backbone.fix_positions()
         heads = vit.blocks[0].attn.num_heads if predictor_heads is None else predictor_heads
-        _check_predictor(predictor_dim, predictor_depth, heads)
+        check_predictor(predictor_dim, predictor_depth, heads)
         self.predictor = predictor or JepaPredictor(
             self.feature_dim, grid, width=predictor_dim, depth=predictor_depth, heads=heads
         )
@@ -181,15 +182,6 @@ def _patches_only(backbone: str | nn.Module, options: BackboneOptions) -> Backbo
     if not is_vit or "distilled" in str(backbone):
         return options
     return {**options, "backbone_kwargs": _PATCHES_ONLY | (options.get("backbone_kwargs") or {})}
-
-
-def _check_predictor(dim: int, depth: int, heads: int) -> None:
-    """Check the sizes of the predictor under the names of the method's arguments."""
-    check_at_least("predictor_depth", depth, 1)
-    check_at_least("predictor_heads", heads, 1)
-    rule = f"be a multiple of 4 and of its {heads} heads"
-    check_at_least("predictor_dim", dim, 1)
-    require(dim % 4 == 0 and dim % heads == 0, "predictor_dim", rule, dim, "Change it or `predictor_heads`")
 
 
 def _check_patches_only(backbone: MaskedViT) -> None:

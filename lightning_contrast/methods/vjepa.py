@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_contrast import optim
-from lightning_contrast._checks import check_at_least, check_positive, require
+from lightning_contrast._checks import check_positive, require
 from lightning_contrast.augment import vjepa_views
 from lightning_contrast.losses import vjepa_loss
 from lightning_contrast.methods.distillation import StretchedModule
 from lightning_contrast.nn import MaskSampler, TubeletPredictor, TubeletViT, build_masks, build_tubelet_backbone
+from lightning_contrast.nn.jepa_predictor import check_predictor
 from lightning_contrast.nn.masking import split_masks
 from lightning_contrast.nn.patch_masks import tubelet_masks
 from lightning_contrast.nn.teacher import teacher_of
@@ -126,11 +127,7 @@ class VJEPA(StretchedModule):
         self.mask_samplers = [build_masks(sampler, grid) for sampler in samplers]
         self.exponent = exponent
         heads = self.backbone.heads if predictor_heads is None else predictor_heads
-        check_at_least("predictor_heads", heads, 1)
-        check_at_least("predictor_dim", predictor_dim, 1)
-        fits = predictor_dim % 4 == 0 and predictor_dim % heads == 0
-        rule = f"be a multiple of 4 and of its {heads} heads"
-        require(fits, "predictor_dim", rule, predictor_dim, "Change it or `predictor_heads`")
+        check_predictor(predictor_dim, predictor_depth, heads)
         self.predictor = TubeletPredictor(
             self.feature_dim,
             grid,

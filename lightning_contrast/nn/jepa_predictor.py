@@ -85,6 +85,20 @@ class JepaPredictor(nn.Module):
         return predicted.view(images, blocks, length, -1)
 
 
+def check_predictor(dim: int, depth: int, heads: int) -> None:
+    """Check the sizes of a predictor under the names of the method's arguments.
+
+    Args:
+        dim: ``predictor_dim``, a multiple of 4 and of the heads.
+        depth: ``predictor_depth``, >= 1.
+        heads: ``predictor_heads``, >= 1.
+    """
+    for name, value in (("predictor_dim", dim), ("predictor_depth", depth), ("predictor_heads", heads)):
+        check_at_least(name, value, 1)
+    rule = f"be a multiple of 4 and of its {heads} heads"
+    require(dim % 4 == 0 and dim % heads == 0, "predictor_dim", rule, dim, "Change it or `predictor_heads`")
+
+
 def _initialize(module: nn.Module) -> None:
     """Initialize linear layers as in the reference implementation."""
     if isinstance(module, nn.Linear):
