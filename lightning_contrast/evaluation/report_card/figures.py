@@ -46,11 +46,10 @@ def draw(report: Report, context: Context) -> dict[str, list[tuple[str, str]]]:
         if name == "similarity":
             found[name] = [(f"CKA of the layers of {model}", layers(of)) for model, of in lines.items() if of]
         elif len(names) > 1:
-            single = {
-                curve: {model: {key: of[key] for key in of if key == curve} for model, of in lines.items()}
-                for curve in names
-            }
-            found[name] = [(curve, curves(of, part.curve)) for curve, of in single.items()]
+            found[name] = [
+                (key, curves({model: {key: of[key]} if key in of else {} for model, of in lines.items()}, part.curve))
+                for key in names
+            ]
         elif names:
             found[name] = [(f"{part.curve[1]} by {part.curve[0]}", curves(lines, part.curve, log_x=part.log_x))]
     makers: list[tuple[str, Callable[[Context, str], str]]] = [
