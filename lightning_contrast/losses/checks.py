@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_batch, check_interval, check_positive, check_same_shape, fail
+from lightning_contrast._checks import check_batch, check_positive, check_same_shape, fail
 
 Scalar = float | Tensor  # a hyperparameter, or a learned tensor with one element, which is never read on the host
 
@@ -78,11 +78,6 @@ def check_scalar(name: str, value: Scalar, hint: str) -> Scalar:
 def inverse_temperature(temperature: Scalar, name: str = "temperature") -> Scalar:
     """Check a temperature, a number or a tensor of shape ``()`` or ``(1,)``, and return the factor of the cosines."""
     return 1.0 / check_scalar(name, temperature, "Usual values lie between 0.05 and 1")
-
-
-def check_share(name: str, value: float, hint: str) -> None:
-    """Check ``0 <= value < 1``."""
-    check_interval(name, value, "[0, 1)", hint)
 
 
 def check_labels(labels: Tensor, size: int, name: str = "labels") -> None:

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_contrast import distributed
-from lightning_contrast._checks import check_at_least, check_choice, check_not_negative, check_positive
-from lightning_contrast.losses.checks import Scalar, check_share
+from lightning_contrast._checks import check_at_least, check_choice, check_interval, check_not_negative, check_positive
+from lightning_contrast.losses.checks import Scalar
 from lightning_contrast.losses.kernels.logsumexp import NegativeMask, rows_lse, self_lse, shards_lse
 from lightning_contrast.losses.kernels.per_row import per_row
 
@@ -60,11 +60,11 @@ class Negatives:
 
     def __post_init__(self) -> None:
         check_choice("negatives", self.kind, KINDS)
-        check_share("tau_plus", self.tau_plus, "Usual is 1 / number of classes")
+        check_interval("tau_plus", self.tau_plus, "[0, 1)", "Usual is 1 / number of classes")
         check_not_negative("beta", self.beta)
         check_positive("sigma", self.sigma)
         check_at_least("k", self.k, 1)
-        check_share("heat", self.heat, "0 gives all negatives the same temperature")
+        check_interval("heat", self.heat, "[0, 1)", "0 gives all negatives the same temperature")
 
     @property
     def is_uniform(self) -> bool:

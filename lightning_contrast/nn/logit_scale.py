@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_positive, require
+from lightning_contrast._checks import check_interval, check_positive
 
 
 class LogitScale(nn.Module):
@@ -34,7 +34,7 @@ class LogitScale(nn.Module):
         check_positive("logit_scale", init, "Give the multiplier itself, not its logarithm")
         if maximum is not None:
             hint = "Move the bound or the start, or set `max_logit_scale=None`"
-            require(1 <= init <= maximum, "logit_scale", f"lie in [1, {maximum}]", init, hint)
+            check_interval("logit_scale", init, f"[1, {maximum}]", hint)
         self.maximum = maximum
         self.log_scale = nn.Parameter(torch.full((1,), math.log(init)))
 

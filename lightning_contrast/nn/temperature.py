@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_contrast._checks import check_at_least, check_positive, fail, require
+from lightning_contrast._checks import check_at_least, check_interval, check_positive, fail
 
 Temperature: TypeAlias = float | nn.Module | Callable[[int], float]
 """A number, a module that returns one when it is called without arguments, or a function of the optimizer step."""
@@ -45,7 +45,7 @@ class LearnedTemperature(nn.Module):
         super().__init__()
         check_positive("minimum", minimum)
         check_positive("lr", lr)
-        require(minimum <= init <= maximum, "init", f"lie in [{minimum}, {maximum}]", init, "Move a bound or the start")
+        check_interval("init", init, f"[{minimum}, {maximum}]", "Move a bound or the start")
         self.init, self.minimum, self.maximum, self.lr = init, minimum, maximum, lr
         self.log_temperature = nn.Parameter(torch.full((1,), math.log(init)))
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_interval, fail
 
 _BLOCK = 2048
 
@@ -69,7 +69,7 @@ def group_duplicates(vectors: Tensor, threshold: float) -> list[Duplicates]:
 
 def check_cosine(name: str, threshold: float) -> None:
     """Check that the lowest cosine of near duplicates lies in (-1, 1]."""
-    require(-1 < threshold <= 1, name, "lie in (-1, 1]", threshold, "Give a cosine such as 0.95")
+    check_interval(name, threshold, "(-1, 1]", "Give a cosine such as 0.95")
 
 
 def _lowest(rows: Tensor) -> float:
