@@ -10,6 +10,7 @@ import signal
 import sys
 import types
 from html.parser import HTMLParser
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -944,3 +945,21 @@ def test_a_model_with_an_input_spec_is_attacked_through_its_preprocessing(size, 
     assert found.errors == {}
     values = found.outcomes["attacks"]["pool"].values
     assert values["robust accuracy (64/255)"] < values["clean accuracy"]
+
+
+def test_two_processes_may_save_one_report(whole, tmp_path, monkeypatch):
+    """The second one saves while the first one writes its first file, as a report that was started twice."""
+    found, _ = whole
+    write, inside = Path.write_text, []
+
+    def slow(path, text, **options):
+        size = write(path, text, **options)
+        if not inside:
+            inside.append("second")
+            found.save(tmp_path)
+        return size
+
+    monkeypatch.setattr(os, "getpid", lambda: len(inside))
+    monkeypatch.setattr(Path, "write_text", slow)
+    found.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "measured.json", "report.md", "report.html"}

@@ -1,7 +1,6 @@
 """One pass of a frozen network over a set, kept on disk in shards and resumed where it stopped."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from lightning_contrast.checkpoints import AtomicCheckpointIO, check_checkpoint,
 from lightning_contrast.contracts import IMAGE_KEY, INDEX_KEY, LABEL_KEY, TEXT_KEY, batch_labels, split_batch
 from lightning_contrast.distributed import is_distributed, rank, world_size
 from lightning_contrast.evaluation.feature_pass.fingerprint import data_digest, digest, model_digest
+from lightning_contrast.evaluation.feature_pass.replacing import replaced
 from lightning_contrast.evaluation.feature_pass.subjects import Preprocess, Subject, load_subject
 from lightning_contrast.metrics.zero_shot import eval_mode
 from lightning_contrast.seeding import derived_seed, isolated
@@ -132,9 +132,8 @@ def write_file(content: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    own = path.with_name(f"{path.name}.{os.getpid()}")
-    AtomicCheckpointIO().save_checkpoint(content, own)
-    own.replace(path)
+    with replaced(path) as own:
+        AtomicCheckpointIO().save_checkpoint(content, own)
 
 
 def pass_key(subject: Subject, loader: DataLoader[Any], rows: list[int], shard_size: int) -> dict[str, Any]:
@@ -172,9 +171,8 @@ def _prepare(target: Path, key: Mapping[str, Any]) -> None:
     """Create the folder with a note on what is in it."""
     try:
         target.mkdir(parents=True, exist_ok=True)
-        part = target / f".features.json.{os.getpid()}"
-        part.write_text(json.dumps(key, indent=1), encoding="utf-8")
-        part.replace(target / "features.json")
+        with replaced(target / "features.json") as part:
+            part.write_text(json.dumps(key, indent=1), encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, f"Cannot write features to {target}: {error.strerror or error}") from error
 

@@ -20,6 +20,7 @@ from lightning_contrast.contracts import batch_labels
 from lightning_contrast.distributed import is_distributed, rank, world_size
 from lightning_contrast.evaluation.feature_pass.cache import features_of, pass_key, row_shards, shared
 from lightning_contrast.evaluation.feature_pass.fingerprint import row_paths
+from lightning_contrast.evaluation.feature_pass.replacing import replaced
 from lightning_contrast.evaluation.feature_pass.subjects import Preprocess, Subject, load_subject
 from lightning_contrast.metrics.zero_shot import eval_mode
 from lightning_contrast.seeding import derived_seed, isolated
@@ -225,9 +226,8 @@ def _prepare(folder: Path, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    part.replace(path)
+    with replaced(path) as part:
+        part.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _write_parquet(
@@ -253,11 +253,10 @@ def _write_parquet(
         }
     )
     table = table.replace_schema_metadata({_DIGEST: _digest(table, identity, index).encode()})
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    pyarrow.parquet.write_table(table, part)
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    with replaced(path) as part:
+        pyarrow.parquet.write_table(table, part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def _digest(table: Any, identity: str, index: int) -> str:

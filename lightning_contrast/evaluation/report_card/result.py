@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast._checks import check_choice
+from lightning_contrast.evaluation.feature_pass.replacing import replaced
 from lightning_contrast.evaluation.protocols import bootstrap_interval, mcnemar, paired_bootstrap
 from lightning_contrast.metrics import wilson_interval
 
@@ -169,9 +170,8 @@ class Report:
         try:
             target.mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
-                part = target / f".{name}.part"
-                part.write_text(text, encoding="utf-8")
-                part.replace(target / name)
+                with replaced(target / name) as part:
+                    part.write_text(text, encoding="utf-8")
         except OSError as error:
             raise OSError(error.errno, f"Cannot write the report to {target}: {error.strerror or error}") from error
         return target / "report.html"
