@@ -1,16 +1,15 @@
 """The command ``lightning-contrast sweep``: run a recipe over a grid of arguments and seeds; table and heat maps."""
 
 import json
-import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_contrast.cli.commands import LightParser
+from lightning_contrast.runtime.quiet import quiet_lightning
 
 _LONGEST = 12  # runs that `--dry-run` lists
 
@@ -60,7 +59,9 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
         for number, cell in enumerate(todo if not given.table else (), 1):
             sys.stdout.write(f"run {number} of {len(todo)}: {', '.join(cell.labels)}, seed {cell.seed}\n")
             sys.stdout.flush()
-            with _quiet_trainer():
+            with quiet_lightning(), warnings.catch_warnings():
+                # Of Lightning 2.6 with torch >= 2.13, in every run.
+                warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
                 result = _run(cell.config, folder / "runs" / cell.digest)
             why = f": {result['error']}" if "error" in result else ""
             sys.stdout.write(f"  {result['status']} after {result['seconds']} s{why}\n")
@@ -104,22 +105,6 @@ def _assignment(text: str) -> tuple[str, Any]:
     key, has_value, value = text.partition("=")
     require(bool(has_value), "PATH=VALUE", "have a path and a value", text, "Write model.temperature=[0.1,0.2]")
     return key, yaml.safe_load(value)
-
-
-@contextmanager
-def _quiet_trainer() -> Iterator[None]:
-    """Silence what the Trainer writes in every run and no user can change; other warnings stay."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():  # of Lightning 2.6 with torch >= 2.13
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _run(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Quiet Trainer runs for the checks."""
 
 import inspect
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 
 from lightning_contrast._checks import fail
+from lightning_contrast.runtime.quiet import quiet_lightning
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -41,7 +40,7 @@ def fit(
         settings: Arguments of the Trainer; they override the defaults.
         **options: Arguments of ``fit``.
     """
-    with warnings.catch_warnings(), _silence("lightning.pytorch"), _silence("lightning.fabric"):
+    with warnings.catch_warnings(), quiet_lightning():
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice, such as on workers
         trainer = L.Trainer(default_root_dir=folder, callbacks=list(callbacks), **(QUIET | settings))
         if isinstance(data, tuple | list) and len(data) == 2:
@@ -49,18 +48,6 @@ def fit(
         else:
             trainer.fit(module, data, **options)
     return trainer
-
-
-@contextmanager
-def _silence(name: str) -> Iterator[None]:
-    """Silence the messages of a logger below WARNING."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def make(name: str, factory: Callable[[], Any], kind: type | None = None) -> Any:
