@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_contrast import distributed, losses
+from lightning_contrast.callbacks.feature_regularizer import REGULARIZERS
 from tests.launch import run_processes
 from tests.losses.cases import CASES, DIM, Case, make_inputs
 from tests.tolerances import CANCELLING, f64
@@ -118,6 +119,7 @@ MORE = {
     "vicreg": _case(losses.vicreg_loss, 2),
     "koleo": _case(losses.koleo_loss, 1),
     "log det": _case(losses.log_det_loss, 1),
+    **{f"regularizer {name}": _case(regularizer, 1) for name, regularizer in REGULARIZERS.items()},
     "ijepa": _case(losses.ijepa_loss, 2),
     "swav": _case(lambda *x: losses.swav_loss(x, **_VIEWS), 3),
     "dino": _case(lambda a, b, c, d, e: losses.dino_loss([a, b, c], [d, e], None, **_DINO), 5),
