@@ -3,7 +3,8 @@
 Paper: https://arxiv.org/abs/2606.02572.
 Reference implementation: HaiyuWu/visreg.
 Differs from it: all ranks use the same slices, so that they equal one process; the projector has weight decay; the
-warm-up starts at 0, not at 0.001 of the peak. Its runs clip the norm of all gradients at 1: ``gradient_clip_val=1.0``.
+warm-up starts at 0, not at 0.001 of the peak. Its runs clip the norm of all gradients at 1 and share BatchNorm's
+statistics between ranks: ``Trainer(gradient_clip_val=1.0, sync_batchnorm=True)``.
 """
 
 from typing import ClassVar, Unpack
