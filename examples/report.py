@@ -13,25 +13,14 @@ from torch import nn
 
 import lightning_contrast as lc
 from lightning_contrast import evaluation
-from lightning_contrast.evaluation.report_card import PARTS
+from lightning_contrast.augment.images import as_float
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--epochs", type=int, default=340, help="of the demo and of the supervised twin")
 parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart/simclr.ckpt"), help="trained if missing")
-parser.add_argument("--parts", nargs="+", help="parts of the report, or all; the default ones if left out")
+parser.add_argument("--parts", nargs="+", help="parts of the report, or all; those that are default if left out")
 parser.add_argument("--output", type=Path, default=Path("runs/report"))
 options = parser.parse_args()
-
-
-class Pixels(nn.Module):
-    """Pixels as features, centered at the mean of the training images."""
-
-    def __init__(self, mean):
-        super().__init__()
-        self.register_buffer("mean", mean)
-
-    def forward(self, images):  # noqa: D102
-        return (images - self.mean).flatten(1)
 
 
 class HOG(nn.Module):
@@ -58,19 +47,18 @@ class Digits(lc.data.InMemoryDataModule):
     """The 1,797 digits of scikit-learn, enlarged from 8 x 8 to 32 x 32 pixels; every fifth one is a test image."""
 
     def read(self, split):  # noqa: D102
-        found = load_digits()
-        own = (torch.arange(len(found.target)) % 5 == 0) == (split != "train")
-        images = torch.from_numpy(found.images * 255 / 16).to(torch.uint8)[own].unsqueeze(1).expand(-1, 3, -1, -1)
-        return images.repeat_interleave(4, 2).repeat_interleave(4, 3), torch.from_numpy(found.target)[own].long()
+        own = (torch.arange(1797) % 5 == 0) == (split != "train")
+        images, labels = (torch.from_numpy(array)[own] for array in load_digits(return_X_y=True))
+        return torch.kron(images.reshape(-1, 1, 8, 8) * 255 / 16, torch.ones(1, 3, 4, 4)).to(torch.uint8), labels
 
 
 if not options.checkpoint.exists():
     demo, options.checkpoint = Path(__file__).with_name("quickstart.py"), options.output / "demo" / "simclr.ckpt"
-    words = (sys.executable, demo, "--epochs", options.epochs, "--output", options.checkpoint.parent)
-    subprocess.run([str(word) for word in words], check=True)
+    words = f"--epochs={options.epochs}", f"--output={options.checkpoint.parent}"
+    subprocess.run([sys.executable, demo, *words], check=True)
 L.seed_everything(0)  # as in the demo, so that the random weights are those from which it started
 data = lc.data.EmojiDataModule()
-mean, std = lc.data.estimate_mean_std(data)
+(mean, std), center = lc.data.estimate_mean_std(data), data.images("train").float().mean(0) / 255
 views = lc.augment.simclr_cifar_views(32, mean=mean, std=std)
 setting = {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-4, "warmup_epochs": options.epochs // 60}
 start, twin = lc.SimCLR("small_convnet", **setting), Supervised(data.num_classes, "small_convnet", **setting)
@@ -83,11 +71,10 @@ twin.load_state_dict(lc.checkpoints.load_checkpoint(weights))
 models = {
     "SimCLR": options.checkpoint,
     "random": evaluation.Subject(start.backbone, views.eval_transform, views.input_spec, "its weights at the start"),
-    "pixels": Pixels(data.images("train").float().mean(0) / 255),
+    "pixels": evaluation.Subject(nn.Flatten(), lambda images: as_float(images) - center, None, "pixels, centered"),
     "HOG": HOG(),
     "supervised": evaluation.Subject(twin, views.eval_transform, views.input_spec, f"labels, {options.epochs} epochs"),
 }
-parts = [*PARTS] if options.parts == ["all"] else options.parts
-found = evaluation.report(models, data, output=options.output, parts=parts, transfer={"digits": Digits()})
+found = evaluation.report(models, data, output=options.output, parts=options.parts, transfer={"digits": Digits()})
 print(*(f"{row['model']}: {row['value']:.3f}" for row in found.table() if row["metric"] == "top1 (k = 20)"), sep="\n")
 print(options.output / "report.html")

@@ -400,6 +400,7 @@ BROKEN = ["--data=ImageFolderDataModule", "--data.train_dir=TMP/broken", "--data
 BROKEN += ["--data.num_workers=0", "--data.size=32"]
 SQUARE = '--input_spec={"size": 32, "mean": null, "std": null}'
 GPU = ["--data=EmojiDataModule", "--device"]
+EMOJI_REPORT = ["--data=EmojiDataModule", "--output=TMP/report"]
 FIT = ["fit", *SMALL, *VIEWS[:3], "--trainer.max_epochs=1"]
 
 
@@ -448,6 +449,8 @@ FIT = ["fit", *SMALL, *VIEWS[:3], "--trainer.max_epochs=1"]
         (["index", "store", "TMP/images", "--model=TMP/byol.ckpt", "--duplicates=3"], 1, ["`duplicates` must lie in"]),
         (["serve", "TMP/byol.ckpt", "--threads=0"], 1, ["`threads` must be >= 1"]),
         (["report", "TMP/no.ckpt", "--data", "EmojiDataModule", "--output", "TMP/report"], 1, ["no.ckpt"]),
+        (["report", "TMP/no.ckpt", *EMOJI_REPORT, "--parts=knn"], 2, ["`parts` must be list or 'all'", "[knn]"]),
+        (["report", "TMP/no.ckpt", *EMOJI_REPORT, "--parts=all"], 1, ["no.ckpt"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )

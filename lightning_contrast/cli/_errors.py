@@ -94,7 +94,9 @@ def _not_accepted(message: str, key: str) -> str:
     expected = [reason.removeprefix("Expected ") for reason in reasons if reason.startswith("Expected ")]
     if key and given and expected:
         value = re.sub(r"NestedArg\(key='(.+?)', val=(.*)\)", r"\2", given[1])
-        return _shortened(f"`{key}` must be {' or '.join(expected)}, got {value}.")
+        expected = [re.sub(r"^an? typing\.Literal\[(.*)\]$", r"\1", reason) for reason in expected]
+        hint = f" A list is written [{value}]." if "list" in expected and re.fullmatch(r"[\w.,-]+", value) else ""
+        return _shortened(f"`{key}` must be {' or '.join(expected)}, got {value}.{hint}")
     return _shortened(" ".join(reasons) or _one_line(message))
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
@@ -36,7 +36,9 @@ def run_report(args: Sequence[str]) -> Any:
     parser.add_argument("models", nargs="+", help="NAME=MODEL or MODEL: path of a checkpoint or name of timm")
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
     parser.add_argument("--output", type=str, required=True, help="folder of the report")
-    parser.add_argument("--parts", type=list[str] | None, default=None, help="parts; default: all that are default")
+    parser.add_argument(
+        "--parts", type=list[str] | Literal["all"] | None, help="list of parts, or all; default: those that are default"
+    )
     parser.add_argument("--reference", type=str | None, default=None, help="name of the model to compare with")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
     parser.add_argument("--options", type=dict[str, Any], default={}, help="options of the parts")

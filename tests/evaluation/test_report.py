@@ -123,7 +123,7 @@ def card(folder, *, of=None, data=None, parts=QUICK, **options):
 
 
 def all_parts(folder):
-    return card(folder, parts=tuple(PARTS), data=DescribedData(columns=True), transfer={"small": Data(count=60)})
+    return card(folder, parts="all", data=DescribedData(columns=True), transfer={"small": Data(count=60)})
 
 
 @pytest.fixture(scope="module")
@@ -893,7 +893,7 @@ def test_two_ranks_give_the_dense_figures_of_one_process(tmp_path):
     [
         ({"of": {"x": 3}}, ValueError, "`models` must include one that can be evaluated, got 'x'.*be a module"),
         ({"parts": ("knm",)}, ValueError, "`parts` must be one of .* Did you mean 'knn'"),
-        ({"parts": "knn"}, TypeError, "`parts` must be a list of names"),
+        ({"parts": "knn"}, TypeError, '`parts` must be a list of names or "all"'),
         ({"reference": "poll"}, ValueError, "`reference` must be one of 'pool', 'blind'"),
         ({"seed": -1}, ValueError, "`seed` must be >= 0"),
         ({"data": [1]}, TypeError, "`datamodule` must be a LightningDataModule"),

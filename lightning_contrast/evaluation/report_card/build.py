@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ def report(
     datamodule: Any,
     *,
     output: str | Path,
-    parts: Sequence[str] | None = None,
+    parts: Sequence[str] | Literal["all"] | None = None,
     reference: str | None = None,
     seed: int = 0,
     preprocess: Mapping[str, Preprocess] | None = None,
@@ -83,7 +83,7 @@ def report(
         datamodule: A LightningDataModule with labels, whose training images are learned from and whose test images (or
             validation images, if it has none) are judged by.
         output: Folder of ``report.html``, ``report.md``, ``report.json`` and ``measured.json`` (times).
-        parts: Names of `PARTS`; None is all that are default.
+        parts: Names of `PARTS`, or "all"; None is those that are default.
         reference: Name of the model that the others are compared with; None is the first.
         seed: Seed of all draws, >= 0.
         preprocess: By model, a function from the images of the loader to the input, where that of `load_subject` is not
@@ -219,7 +219,7 @@ def _model_key(context: Context, name: str) -> str:
 
 
 def _checked(
-    models: Mapping[str, Any], parts: Sequence[str] | None, reference: str | None, seed: int
+    models: Mapping[str, Any], parts: Sequence[str] | Literal["all"] | None, reference: str | None, seed: int
 ) -> tuple[list[str], list[str]]:
     """Return the names of the models, the reference first, and of the parts in their order."""
     hint = 'Give {"mine": model}'
@@ -231,8 +231,10 @@ def _checked(
     if reference is not None:
         check_choice("reference", reference, names)
         names = [reference, *(name for name in names if name != reference)]
+    if parts == "all" or list(parts or ()) == ["all"]:
+        return names, list(PARTS)
     if isinstance(parts, str):
-        fail("parts", "be a list of names", parts, f"Give [{parts!r}]", TypeError)
+        fail("parts", 'be a list of names or "all"', parts, f"Give [{parts!r}]", TypeError)
     for part in parts or ():
         check_choice("parts", part, PARTS)
     wanted = set(parts) if parts is not None else {name for name, part in PARTS.items() if part.by_default}
