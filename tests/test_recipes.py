@@ -241,6 +241,13 @@ PUBLISHED = {
 """Accuracy on CIFAR-10 by solo-learn's table, in percent: linear, ResNet-18, 1,000 epochs."""
 
 
+def test_recipes_synchronize_batchnorm_where_their_source_does():
+    """Official programs that convert BatchNorm, and papers that synchronize it over all or eight devices."""
+    synchronized = {name for name, path in PATHS.items() if "sync_batchnorm: true" in path.read_text()}
+    methods = {"barlow_twins", "byol", "moco_v3", "simclr", "simsiam", "swav", "vicreg", "vicregl", "visreg"}
+    assert synchronized == {f"{name}_imagenet" for name in methods} | {"temporal_contrast_ucf101"}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_cifar10_recipe_has_the_published_accuracy_with_its_source(name):
     line = re.search(r"^# Published accuracy: (.*)$", PATHS[f"{name}_cifar10"].read_text(), flags=re.M)[1]

@@ -20,7 +20,7 @@ from lightning_contrast.runtime.last_batch import check_last_batch
 from lightning_contrast.runtime.learning_rate import ScheduledModule
 from lightning_contrast.runtime.optimizer_steps import only_forward
 from lightning_contrast.runtime.rank_draws import RestoreDraws, rank_seed
-from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks
+from lightning_contrast.runtime.run_length import remember_callbacks, remembered_callbacks, tell_unreached
 from lightning_contrast.seeding import isolated
 
 
@@ -66,6 +66,8 @@ class MethodModule(ShardedClippingModule, ScheduledModule):
                 trainer.callbacks = [*trainer.callbacks, callback]
                 callback.on_train_start(trainer, self)
         super().on_train_start()
+        arguments = inspect.signature(type(self)).parameters
+        tell_unreached(trainer, self.hparams, {name: argument.default for name, argument in arguments.items()})
 
     def on_train_epoch_start(self) -> None:
         """Give all parts of a group that was added to the optimizer the learning rate that a callback has set.

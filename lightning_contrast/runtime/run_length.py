@@ -1,12 +1,14 @@
 """Length of a run: optimizer steps, warm-up and global batch size, as the Trainer is configured."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_contrast import distributed
 from lightning_contrast._checks import fail
@@ -14,6 +16,7 @@ from lightning_contrast._checks import fail
 _LENGTH = "_lightning_contrast_length"  # attribute of a Trainer
 _CALLBACKS = "_lightning_contrast_callbacks"  # attribute of a Trainer: its callbacks at the setup of the fit
 _TOLERANCE = 0.1  # relative; a smaller difference of epoch lengths is due to skipped steps
+_BEGINS_OR_ENDS = re.compile(r"(?:\w+_)?start_epoch|(?:freeze|warmup)_\w+_epochs")  # names of arguments
 _WARMUP_SHARE = 10  # a default warm-up that does not fit takes a tenth of the run
 
 
@@ -185,6 +188,30 @@ def warmup_steps(trainer: L.Trainer, length: RunLength, epochs: int, *, is_defau
             f"is cut to {cut} steps; set `warmup_epochs` to change it."
         )
     return cut
+
+
+def tell_unreached(trainer: L.Trainer, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Tell of arguments in epochs that the run does not reach: what they begin never begins, what they end never ends.
+
+    Those that differ from the method's defaults by a warning, the others in the log. A trial run is too short for most,
+    and nothing is told of it.
+
+    Args:
+        trainer: The Trainer, whose run has been measured.
+        settings: The method's arguments by name, such as ``freeze_last_layer_epochs`` or ``queue_start_epoch``.
+        defaults: Their defaults by name.
+    """
+    length = run_length(trainer)
+    if trainer.fast_dev_run or is_trial(trainer) or math.isinf(length.total_steps):  # type: ignore[attr-defined]
+        return
+    for name, epochs in settings.items():
+        if not _BEGINS_OR_ENDS.fullmatch(name) or not epochs or length.steps_of(epochs) < length.total_steps:
+            continue
+        part = name.partition("_")[0]
+        if 0 in (settings.get(f"{part}_size", 1), settings.get(f"{part}_weight", 1)):  # such as SwAV without a queue
+            continue
+        tell = rank_zero_info if epochs == defaults.get(name) else rank_zero_warn
+        tell(f"The run ends before epoch {epochs}: what `{name}` changes then stays as it is in the first epoch.")
 
 
 def global_batch_size(trainer: L.Trainer, length: RunLength) -> int:

@@ -1,5 +1,6 @@
 """What Lightning users do with a Trainer: each works with three methods, or is refused at the start in one sentence."""
 
+import inspect
 import math
 
 import lightning as L
@@ -103,6 +104,40 @@ def test_a_default_warmup_is_cut_and_a_given_one_is_refused(monkeypatch):
     words = r"`warmup_epochs` must fit into the 20 steps of the run, got '9 epochs of 4 steps'"
     with pytest.raises(ValueError, match=words):
         fit("SimCLR", module=make("SimCLR", warmup_epochs=9), max_epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "reached", "beyond"),
+    [
+        ("DINO", "freeze_last_layer_epochs", 2, 3),
+        ("DINO", "warmup_teacher_temperature_epochs", 2, 4),
+        ("SwAV", "freeze_prototypes_epochs", 2, 3),
+        ("MoCHi", "start_epoch", 2, 3),
+        ("DINOv3", "gram_start_epoch", 2, 80),
+    ],
+)
+def test_an_epoch_that_the_run_does_not_reach_is_told_of(name, argument, reached, beyond, monkeypatch):
+    """Three epochs, 0 to 2: a loss that begins later is never part of the loss, and a layer stays frozen."""
+    said, warned = [], []
+    monkeypatch.setattr("lightning_contrast.runtime.run_length.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_contrast.runtime.run_length.rank_zero_warn", warned.append)
+    default = inspect.signature(getattr(lc, name)).parameters[argument].default
+    for epochs, settings in ((reached, {}), (beyond, {"fast_dev_run": True}), (beyond, {})):
+        said.clear()
+        warned.clear()
+        fit(name, module=make(name, warmup_epochs=0, **{argument: epochs}), **settings)
+        told = [line for line in said + warned if f"`{argument}`" in line]
+        assert len(told) == (epochs == beyond and not settings)
+    assert f"The run ends before epoch {beyond}: what `{argument}` changes then stays" in told[0]
+    assert (told[0] in said) == (beyond == default)
+
+
+def test_a_queue_that_is_off_is_not_told_of(monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_contrast.runtime.run_length.rank_zero_info", said.append)
+    for size in (0, 8):
+        fit("SwAV", module=make("SwAV", warmup_epochs=0, queue_size=size, queue_start_epoch=15))
+        assert len([line for line in said if "`queue_start_epoch`" in line]) == (size > 0)
 
 
 def test_the_defaults_number_is_refused_if_it_is_given():
