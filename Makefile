@@ -38,9 +38,10 @@ demo: install
 test: install
 	$(PYTEST)
 
-# What starts no processes and takes no more than a few seconds a test, without the cells of the matrix (`make matrix`).
+# What starts no processes and takes no more than a third of a second a test, without the cells of the matrix (`make matrix`),
+# in under three minutes; a test among the slowest ten may have to be marked as slow.
 fast: install
-	$(PYTEST) -m "not dist and not slow and not browser and not matrix"
+	$(PYTEST) -m "not dist and not slow and not browser and not matrix" --durations=10
 
 # The numerical tests as on other machines: with the kernels of a processor without AVX, and with those of one with AVX2
 # at two threads for each of JOBS processes (more threads than cores) and in random order. The variables choose the code

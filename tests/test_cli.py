@@ -142,6 +142,7 @@ OTHER_DATA = {
 
 
 @pytest.mark.parametrize("name", ["pair_contrast_emoji", "bind_modalities_emoji"])
+@pytest.mark.slow
 def test_recipes_of_pairs_train_and_their_checkpoints_load(name, tmp_path, monkeypatch):
     """GroupPairs with its source, and encoders and tokenizers by modality, come from the file."""
     short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={tmp_path}"]
@@ -283,6 +284,7 @@ def test_errors_are_one_line_with_near_names(arguments, status, words, monkeypat
     assert not any("Traceback" in line or "usage:" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_typo_in_a_recipe_is_one_line(tmp_path, monkeypatch, capsys):
     recipe = next(path for path in RECIPES if path.stem == "simclr_emoji").read_text()
     for right, wrong in (("temperature", "temprature"), ("OnlineKNN", "OnlineKN"), ("max_epochs", "max_epoch_s")):
@@ -294,6 +296,7 @@ def test_typo_in_a_recipe_is_one_line(tmp_path, monkeypatch, capsys):
         assert right in lines[0].split("Did you mean")[1]
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path, monkeypatch, capsys):
     import argparse
 
@@ -330,6 +333,7 @@ def test_only_errors_of_the_user_lose_their_traceback(tmp_path):
     assert "`start` must lie in [0, 1]" in user_message(own.value)
 
 
+@pytest.mark.slow
 def test_help_of_a_class_is_short(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-contrast", "fit", "--model.help", "SimCLR"])
     with pytest.raises(SystemExit) as ended:
@@ -352,6 +356,7 @@ def test_module_and_console_script_are_one(monkeypatch, capsys):
     assert "Did you mean fit?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_recipes_are_found_by_name_and_files_come_first(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
     monkeypatch.chdir(tmp_path)

@@ -275,6 +275,7 @@ def test_paths_that_do_not_fit_are_refused(path, words):
 
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_shipped_sweeps_build_their_cells(path, monkeypatch, tmp_path):
     """Every distinct change of a shipped sweep builds; none looks at the test images."""
     monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
@@ -454,6 +455,7 @@ FIT = ["fit", *SMALL, *VIEWS[:3], "--trainer.max_epochs=1"]
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
+@pytest.mark.slow
 def test_bad_input_is_one_line_that_says_what_to_do(arguments, status, words, bad, monkeypatch, capsys):
     monkeypatch.chdir(bad)
     code, _, err = call([part.replace("TMP", str(bad)) for part in arguments], monkeypatch, capsys)

@@ -144,12 +144,14 @@ MEASUREMENTS = {
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_the_label_is_in_the_image(name):
     measure, answers, least = MEASUREMENTS[name]
     assert accuracy(name, measure, answers) > least
 
 
 @pytest.mark.parametrize(("name", "measure"), [("satellite", visible), ("microscopy", single_channels)])
+@pytest.mark.slow
 def test_the_label_is_not_where_it_should_not_be(name, measure):
     assert accuracy(name, measure) < 0.4  # chance is 0.25
 

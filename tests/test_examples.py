@@ -524,6 +524,7 @@ def test_loader_views(tmp_path, library):
 
 
 @pytest.mark.parametrize("library", ["albumentations", "lightly"])
+@pytest.mark.slow
 def test_views_of_the_loader_differ_and_are_normalized_like_the_policy(tmp_path, library):
     pytest.importorskip(library)
     image = lc.data.EmojiDataModule().images("train")[3]

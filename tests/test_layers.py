@@ -134,6 +134,7 @@ def test_class_names_are_unique():
     assert not {name: places for name, places in found.items() if len(places) > 1}
 
 
+@pytest.mark.slow
 def test_no_import_cycle():
     """Walk the imports between files (not between packages) depth first."""
     module_of = {path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES}

@@ -193,6 +193,7 @@ def check_float32(name, kind, module, trainer, losses):
 
 @pytest.mark.parametrize("kind", ["bf16-mixed", "bf16-true", "16-mixed"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_losses_and_persistent_state_are_float32(name, kind):
     module, trainer, seen, found = fit(name, half_precision(kind))
     assert not found, f"arithmetic in half precision outside the networks: {found}"

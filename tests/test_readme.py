@@ -60,6 +60,7 @@ def classes():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.slow
 def test_names_in_the_text_are_public(page):
     """The classes and the qualified names that a page mentions can be imported from a public module."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)

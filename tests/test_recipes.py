@@ -132,6 +132,7 @@ def vectors_of(model, source):
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name.endswith("_imagenet") else []) for name in SOURCES]
 )
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*scheduler.step", "ignore:.*val_dataloader")
+@pytest.mark.slow
 def test_recipe_equals_its_source(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning_contrast"])
     source = SOURCES[name]

@@ -79,6 +79,7 @@ def case_of(name):
 
 
 @pytest.mark.parametrize("name", ["DINO", "MSN", "BYOL"])
+@pytest.mark.slow
 def test_all_schedules_of_a_finished_run_go_back_and_on_together(name, tmp_path):
     _, first, checkpoint = run(tmp_path, name, 4)
     extension = extend_training(checkpoint, 4)
@@ -106,6 +107,7 @@ def test_all_schedules_of_a_finished_run_go_back_and_on_together(name, tmp_path)
         assert entry["lr"] == near64(0.05 * module.lr_factor(place, 0, 4 * STEPS))
 
 
+@pytest.mark.slow
 def test_weight_decay_and_temperature_follow_the_same_place(tmp_path):
     _, _, checkpoint = run(tmp_path, "DINO", 2)
     extension = extend_training(checkpoint, 2)
@@ -130,6 +132,7 @@ def test_weight_decay_and_temperature_follow_the_same_place(tmp_path):
         assert entry["temperature"] == near(schedule(place, 2 * STEPS), ROUNDED)
 
 
+@pytest.mark.slow
 def test_a_run_on_the_way_is_stretched(tmp_path):
     class Stop(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -148,6 +151,7 @@ def test_a_run_on_the_way_is_stretched(tmp_path):
     assert rates[-1] == pytest.approx(0.05 * module.lr_factor(last, 0, 4 * STEPS))
 
 
+@pytest.mark.slow
 def test_a_stop_within_the_extension_resumes_exactly(tmp_path):
     _, _, checkpoint = run(tmp_path, "DINO", 1)
     whole, _, _ = run(tmp_path, "DINO", 3, extension=extend_training(checkpoint, 2), ckpt_path=checkpoint)
@@ -168,6 +172,7 @@ def test_a_stop_within_the_extension_resumes_exactly(tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_extension_refuses(tmp_path):
     _, _, checkpoint = run(tmp_path, "SimCLR", 1)
     with pytest.raises(ValueError, match="`more_epochs` must be >= 1"):

@@ -35,6 +35,7 @@ def draws_without_dtype(source):
                 yield f"line {node.lineno}: `{ast.unparse(node)}` needs a `dtype`"
 
 
+@pytest.mark.slow
 def test_no_assert_on_data_and_no_bare_except():
     found = [f"{path.relative_to(PACKAGE)}, {offence}" for path in FILES for offence in offences(path.read_text())]
     assert not found
@@ -43,6 +44,7 @@ def test_no_assert_on_data_and_no_bare_except():
 WEIGHTS = {"nn/logit_scale.py"}  # random initial weights have the dtype of weights
 
 
+@pytest.mark.slow
 def test_what_a_step_draws_has_a_dtype():
     files = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ("losses", "methods", "nn", "callbacks")]
     found = {

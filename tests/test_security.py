@@ -154,6 +154,7 @@ def declared():
     return {re.split(r"[\[<>=~! ]", line.strip())[0].lower().replace("_", "-") for line in lines if line.strip()}
 
 
+@pytest.mark.slow
 def test_every_imported_package_is_declared():
     """Nothing is imported that setup.cfg does not name, so that nothing comes in by way of another package."""
     owners, missing, known = packages_distributions(), {}, declared()

@@ -123,6 +123,7 @@ def test_schedules_go_on_from_the_same_share_of_the_run(tmp_path, steps_before, 
     assert "peak learning rate remains the checkpoint's 0.05" in words
 
 
+@pytest.mark.slow
 def test_a_second_stop_resumes_exactly(tmp_path):
     """After a change of the epochs' length the schedules are elsewhere than the steps; a checkpoint knows where."""
     module, whole, said = resumed(tmp_path, 4, 6)
@@ -149,6 +150,7 @@ def test_the_same_epochs_need_no_words_and_change_nothing(tmp_path):
     assert (seen.rates, seen.momenta, seen.decays) == (whole.rates[8:], whole.momenta[8:], whole.decays[8:])
 
 
+@pytest.mark.slow
 def test_an_extension_with_epochs_of_another_length(tmp_path):
     """Two of four epochs of 4 steps are done; the other two are stretched over six epochs of 8 steps."""
     resumed(tmp_path, 4, 4)

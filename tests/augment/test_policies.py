@@ -303,6 +303,7 @@ def test_random_numbers_come_from_the_global_generator(emoji, name, backend):
     assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
 
 
+@pytest.mark.slow
 def test_flip_crop_and_grayscale_rates():
     """Measured on the views: flips and crops on a ramp, grayscale on the channels."""
     torch.manual_seed(0)

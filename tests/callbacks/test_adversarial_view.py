@@ -62,6 +62,7 @@ def norms(module):
     return [(norm, getattr(norm, NAME)) for norm in module.modules() if hasattr(norm, NAME)]
 
 
+@pytest.mark.slow
 def test_each_set_has_the_statistics_of_its_views(tmp_path):
     module = make("SimCLR")
     first = copy.deepcopy(module.backbone.layers[0])
@@ -122,6 +123,7 @@ def test_marks_stay_with_their_rows():
 
 
 @pytest.mark.parametrize("name", ["SimCLR", "BYOL", "MoCo", "SimSiam", "BarlowTwins"])
+@pytest.mark.slow
 def test_methods_with_two_views(name, tmp_path):
     attack = ATTACK | ({"add": True} if name == "MoCo" else {})  # its second view is a key only
     module, _ = fit(tmp_path, name, attack=attack)
@@ -137,6 +139,7 @@ def test_methods_with_two_views(name, tmp_path):
         assert len(norms(online)) == len(norms(momentum))
 
 
+@pytest.mark.slow
 def test_checkpoints_resume_and_load_without_the_callback_and_exports_have_the_first_set(tmp_path):
     class Save(L.Callback):
         def __init__(self, path):
@@ -166,6 +169,7 @@ def test_checkpoints_resume_and_load_without_the_callback_and_exports_have_the_f
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.slow
 def test_a_gradient_cache_recomputes_with_the_same_sets(order, tmp_path):
     attack, cache = lc.AdversarialView(**ATTACK), GradientCache(3)
 
@@ -187,6 +191,7 @@ def test_a_gradient_cache_recomputes_with_the_same_sets(order, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at its inputs
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.slow
 def test_a_compiled_backbone_gives_the_same_step(backend, tmp_path):
     plain, _ = fit(tmp_path, limit_train_batches=2)
     module = make("SimCLR")
@@ -254,11 +259,13 @@ class Hides(lc.SimCLR):
         return self.projector(features.flip(0)).square().mean()
 
 
+@pytest.mark.slow
 def test_rows_without_marks_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="`rows` must be known to be adversarial or not in 'projector'"):
         fit(tmp_path, module=Hides(make("SimCLR").backbone, lr=0.1, optimizer="sgd"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_combined_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`auxiliary_batchnorm` must be False"):
         fit(tmp_path, module=make("SimCLR", norm=False))
@@ -358,6 +365,7 @@ def test_candidates_need_a_policy(tmp_path):
             lc.AdversarialView(**arguments)
 
 
+@pytest.mark.slow
 def test_a_head_of_two_inputs_is_refused(tmp_path):
     attack = ATTACK | {"auxiliary_batchnorm": False}
     message = r"`modules` must take the output of the one before alone, got \"projector\('tokens', 'patches'\)\""

@@ -220,6 +220,7 @@ def test_an_adversary_resumes_exactly_and_ignores_batches_without_a_known_group(
     assert other.step(torch.randn(8, 5), groups).isfinite()  # of another module
 
 
+@pytest.mark.slow
 def test_an_adversary_lowers_the_dependence():
     found = []
     for weight in (0.0, 3.0):

@@ -40,6 +40,7 @@ FOREIGN = {
 
 @pytest.mark.filterwarnings("ignore:.*the loader of the bank yields views")
 @pytest.mark.parametrize("case", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.slow
 def test_every_callback_runs_and_changes_nothing(case, tmp_path):
     names = [name for name in WATCHERS if name not in case.without]
     alone = moments([], case.make, case.data, tmp_path, case.library)

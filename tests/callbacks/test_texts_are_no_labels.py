@@ -136,6 +136,7 @@ def test_labels_in_a_dict_with_texts_are_used(name):
 
 
 @layouts
+@pytest.mark.slow
 def test_the_monitor_counts_no_false_negatives_without_labels(layout, tmp_path):
     def logged(batch):
         monitors = [make() for make in LOOKERS.values()]

@@ -37,6 +37,7 @@ from tests.launch import run_processes
 
 
 @pytest.mark.parametrize("name", WATCHERS)
+@pytest.mark.slow
 def test_each_alone(name):
     assert_callback_changes_nothing(lambda: watchers(name), TwoViews, data, views)
 
@@ -56,6 +57,7 @@ def test_each_alone(name):
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(map(str, value.values())),
 )
+@pytest.mark.slow
 def test_all_in_one_process(make, settings):
     plugins = [QueueUpdate, lambda: MomentumUpdate(0.9)] if make is Queued else []
     assert_callback_changes_nothing(
@@ -84,6 +86,7 @@ def test_all_on_two_ranks(name):
 
 
 @pytest.mark.parametrize("library", [L, pytorch_lightning], ids=lambda library: library.__name__)
+@pytest.mark.slow
 def test_all_in_further_fits(library, tmp_path):
     make = two_views(library.LightningModule)
     alone, watched = (
@@ -136,6 +139,7 @@ class Figures(L.Callback):
 
 
 @pytest.mark.parametrize("stop", ["epoch end", "mid-epoch"])
+@pytest.mark.slow
 def test_each_goes_on_exactly_and_shows_the_same(stop):
     # Means over the epoch in which a run was stopped are those of its second half: Lightning keeps no others either.
     partial = ("throughput",) if stop == "epoch end" else ("throughput", "train_")
@@ -165,6 +169,7 @@ def size(state):
     return sum(value.nbytes for _, value in _leaves(state) if isinstance(value, torch.Tensor)), file.tell()
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_holds_is_small_and_does_not_grow(monkeypatch, tmp_path):
     monkeypatch.setattr(collapse_monitor, "MAX_HISTORY", 2)  # 512: it is full after so many measurements
     watching, sizes = watchers(), Sizes()

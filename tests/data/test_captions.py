@@ -7,6 +7,7 @@ from lightning_contrast.data import EmojiDataModule
 from lightning_contrast.data.captions import CaptionedImages
 
 
+@pytest.mark.slow
 def test_batches_hold_images_texts_labels_and_positions_that_belong_together():
     data = EmojiDataModule(16, captions=True)
     for loader, split in ((data.train_dataloader(), "train"), (data.val_dataloader(), "val")):
@@ -23,6 +24,7 @@ def test_batches_hold_images_texts_labels_and_positions_that_belong_together():
     assert "kissing cat" in data.captions("train")
 
 
+@pytest.mark.slow
 def test_one_artist_trains_on_one_drawing_per_thing():
     both = EmojiDataModule()
     for place, artist in enumerate(("noto", "fluent")):

@@ -84,6 +84,7 @@ def test_batches(data):
     assert torch.cat([batch[2] for batch in with_indices.val_dataloader()]).tolist() == list(range(624))
 
 
+@pytest.mark.slow
 def test_an_artist_is_never_told_to_belong_to_the_other(data):
     """The two drawings of a thing fall into batches as any two images do."""
     together, batches = 0, 0
@@ -182,6 +183,7 @@ def test_twins_show_one_person_as_a_man_and_as_a_woman(settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"validation_fold": 1}, {"artist": "fluent"}])
+@pytest.mark.slow
 def test_masks_and_groups_are_those_of_the_images(settings):
     white, black = (EmojiDataModule(background=color, **settings) for color in ("white", "black"))
     for split in ("train", "val", "test"):

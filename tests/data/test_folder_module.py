@@ -130,6 +130,7 @@ def test_places_of_crops_do_not_depend_on_workers_and_resume(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.slow
 def test_views_show_the_sides(tmp_path):
     """Of a 500 x 375 photograph with red margins, a quarter of the area."""
     photo = Image.new("RGB", (500, 375), (0, 0, 255))

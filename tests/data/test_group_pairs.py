@@ -105,6 +105,7 @@ def test_the_drawings_of_two_artists():
     assert torch.equal(pairs.val_dataloader().dataset.images, emoji.images("val"))
 
 
+@pytest.mark.slow
 def test_dicts_keep_the_other_entries_of_the_first_item():
     emoji = EmojiDataModule(captions=True, templates=["{}", "a drawing of {}"])
     pairs = GroupPairs(emoji, key="text", role="artist", batch_size=1246)
@@ -148,6 +149,7 @@ def fit(tmp_path, *, epochs=2, ckpt_path=None, save_after=None):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+@pytest.mark.slow
 def test_a_run_resumes_exactly_in_the_middle_of_an_epoch(tmp_path):
     whole, trainer = fit(tmp_path / "whole")
     assert trainer.global_step == 8

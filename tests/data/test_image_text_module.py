@@ -143,6 +143,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [3, 4, 5, 7, 10])
+@pytest.mark.slow
 def test_a_run_resumes_at_the_same_batch(folder, tmp_path, kind, stop):
     source = folder / "table.csv" if kind == "table" else f"{folder}/shard-{{0..3}}.tar"
     make = lambda: module(source, seed=2, shuffle_buffer=6, **KINDS[kind]) if kind != "table" else module(source)  # noqa: E731

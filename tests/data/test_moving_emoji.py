@@ -22,6 +22,7 @@ def test_things_and_splits_are_those_of_the_emoji(data):
     assert torch.bincount(data.motions("test"), minlength=8).min() > 40
 
 
+@pytest.mark.slow
 def test_a_clip_is_a_function_of_seed_and_drawing(data):
     again = MovingEmojiDataModule(8, frames=4).images("test")
     assert torch.equal(data.images("test"), again)

@@ -21,6 +21,7 @@ class Given(L.LightningDataModule):
         return self.loader
 
 
+@pytest.mark.slow
 def test_emoji_against_numpy():
     data = EmojiDataModule(batch_size=1000)  # 492 images would be left out of an epoch
     mean, std = estimate_mean_std(data)

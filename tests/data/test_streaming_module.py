@@ -184,6 +184,7 @@ def test_few_shards_are_mixed_evenly():
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
 def test_an_epoch_has_each_image_once_for_any_number_of_workers(name, shards):
     for workers in (0, 2):
         data = _data(shards / name, num_workers=workers)
@@ -214,6 +215,7 @@ def test_two_ranks_with_two_workers_have_each_image_once(name, shards):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
 def test_a_run_resumes_exactly_within_an_epoch(name, shards):
     assert_resume_exact(
         Recorder,
@@ -224,6 +226,7 @@ def test_a_run_resumes_exactly_within_an_epoch(name, shards):
     )
 
 
+@pytest.mark.slow
 def test_a_probe_that_reads_the_training_images_does_not_move_the_run(shards):
     def seen(callbacks):
         model = Recorder()
@@ -299,6 +302,7 @@ def test_a_broken_record_is_named(broken):
 
 @pytest.mark.filterwarnings("ignore:Cannot read the image")
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_a_broken_record_is_skipped_and_counted(broken, workers):
     data = _data(broken, broken, on_error="skip", num_workers=workers)
     with pytest.warns(UserWarning, match=r"Images were skipped. train: 1 of 48 images could not be read: .*val: 1 of"):
@@ -360,6 +364,7 @@ def test_a_set_larger_than_the_cache_is_read_within_it(shards, tmp_path, workers
         assert not list(cache.rglob("chunk-*.bin"))  # the workers have ended
 
 
+@pytest.mark.slow
 def test_decoding_where_the_batch_is_used_gives_the_same_batches(shards):
     class Batches(Recorder):
         def training_step(self, batch, batch_idx):
@@ -600,6 +605,7 @@ def _open_files():
             yield os.readlink(f"/proc/self/fd/{descriptor}")
 
 
+@pytest.mark.slow
 def test_shards_are_closed_with_their_module(folder, tmp_path):
     write_shards(folder, tmp_path / "tars", format="webdataset", images_per_shard=3)
     opened = []

@@ -129,6 +129,7 @@ def test_other_neighbors_in_mid_epoch_are_an_error():
         next(iter(other))
 
 
+@pytest.mark.slow
 def test_data_modules_take_them_for_training_only(tmp_path):
     labels = EmojiDataModule().labels("train")
     batches = StructuredBatches(groups=labels, size=16)

@@ -60,6 +60,7 @@ def module(folder, **settings):
     return VideoFolderDataModule(folder / "train", folder / "val", **settings)
 
 
+@pytest.mark.slow
 def test_batches(folder):
     data = module(folder, indices=True)
     data.setup()

@@ -39,6 +39,7 @@ FITS = {
 
 @pytest.mark.parametrize("name", FITS)
 @in_own_process
+@pytest.mark.slow
 def test_the_hooks_read_what_is_documented_and_no_more(name, tmp_path):
     callback, method, settings = FITS[name]
     if "logger" in settings:
@@ -51,6 +52,7 @@ def test_the_hooks_read_what_is_documented_and_no_more(name, tmp_path):
 
 
 @in_own_process
+@pytest.mark.slow
 def test_float_images_are_looked_at_in_the_first_batch_only(tmp_path):
     views = lc.ViewAugmentation(simclr_cifar_views(16))
     loader = DataLoader([(image / 255, label) for image, label in images().dataset], batch_size=8)

@@ -12,6 +12,7 @@ from tests.methods.cases import CASES, TinyBackbone, fill_queue, make
 
 @pytest.mark.parametrize("name", CASES)
 @in_own_process
+@pytest.mark.slow
 def test_a_fit_reads_nothing_and_mixes_nothing(name, tmp_path):
     case = CASES[name]
     before = fill_queue(make(name)).state_dict()

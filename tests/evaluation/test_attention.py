@@ -187,6 +187,7 @@ def test_bad_maps_are_named():
         attention_grid(torch.rand(2, 3, 8, 8), torch.rand(2, 1, 4, 4), names=["a", "b"])
 
 
+@pytest.mark.slow
 def test_example_draws_what_a_run_saw(tmp_path, monkeypatch, capsys):
     kwargs = {"hidden_dim": 8, "bottleneck_dim": 4, "num_prototypes": 4}
     kwargs["backbone_kwargs"] = {"embed_dim": 24, "depth": 2}

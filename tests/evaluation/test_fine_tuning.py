@@ -144,6 +144,7 @@ def test_frozen_parameters_stay_frozen_unless_all_are():
     assert not torch.equal(ev.fine_tune(model, *BOTH, recipe=recipe).logits, all_free)
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_on_the_validation_images():
     recipe = FineTuneRecipe(((0.0, 0.0), (0.02, 0.2)), (1, 12), 8, init=0.0)
     found = ev.fine_tune(network(), *BOTH, validation=HELD, recipe=recipe)

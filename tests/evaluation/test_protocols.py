@@ -292,6 +292,7 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert ev.mcnemar(a, a)["p"] == 1
 
 
+@pytest.mark.slow
 def test_bootstrap_intervals_are_those_of_the_normal_distribution():
     g = torch.Generator().manual_seed(0)
     a, b = (torch.rand(2000, generator=g) < bound for bound in (0.7, 0.6))

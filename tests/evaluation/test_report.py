@@ -133,6 +133,7 @@ def whole(tmp_path_factory):
     return all_parts(folder), folder
 
 
+@pytest.mark.slow
 def test_every_part_has_values_of_every_model(whole):
     found, _ = whole
     assert found.errors == {}
@@ -146,6 +147,7 @@ def test_every_part_has_values_of_every_model(whole):
         assert not headline or all(any(n.startswith(headline) for n in outcomes[name].values) for name in fits), part
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_protocols(whole):
     found, folder = whole
     data = Data()
@@ -260,6 +262,7 @@ class Detached(Pool):
         return super().forward(images).detach()
 
 
+@pytest.mark.slow
 def test_a_model_has_one_color_in_all_figures(tmp_path):
     found = card(tmp_path, parts=("knn", "attacks"), of={"detached": Detached(), "pool": Pool()})
     assert "must be differentiable in the images" in found.errors["attacks"]["detached"]
@@ -278,6 +281,7 @@ def test_layers_are_drawn_in_their_order(monkeypatch):
         assert [tick.get_text() for tick in ticks] == ["stem", "constant", "output"]
 
 
+@pytest.mark.slow
 def test_the_seed_of_a_part_does_not_depend_on_the_other_parts(tmp_path, monkeypatch):
     def run(context, model):
         return Outcome({"drawn": float(torch.rand(()))})
@@ -300,6 +304,7 @@ def test_parts_say_that_they_do_not_apply(tmp_path):
     assert "background swapped" not in found.outcomes["shortcut"]["pool"].values
 
 
+@pytest.mark.slow
 def test_other_data(tmp_path):
     other, bare = Data(count=60), Data(labels=False)
     found = card(tmp_path, parts=("transfer",), of={"pool": Pool()}, transfer={"other": other, "bare": bare})
@@ -339,6 +344,7 @@ class Missing(Data):
             raise FileNotFoundError(f"No images in {self.file.name}")
 
 
+@pytest.mark.slow
 def test_other_data_that_cannot_be_read_are_named(tmp_path):
     given = {"parts": ("transfer", "knn"), "of": {"pool": Pool()}}
     gone = Missing(tmp_path / "file", count=60)
@@ -383,6 +389,7 @@ class HalfLabeled(DescribedData):
         return images, labels, places
 
 
+@pytest.mark.slow
 def test_unlabeled_images_are_no_part_of_what_is_learned_or_judged(tmp_path):
     data, model = HalfLabeled(), Pool()
     parts = ("fine_tuning", "long_tail", "unseen_groups", "attacks", "shortcut", "cue_conflict")
@@ -415,6 +422,7 @@ def test_masks_of_other_sizes_are_named(tmp_path):
     assert "`datamodule.masks` must return a tensor of 66 rows, got 3" in found.errors["cue_conflict"]["pool"]
 
 
+@pytest.mark.slow
 def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
     found, _ = whole
     rows = {(row["part"], row["metric"]): row for row in found.compare("pool", "blind")}
@@ -438,6 +446,7 @@ def test_a_model_that_sees_is_better_than_one_that_does_not(whole):
         found.compare("pool", "bling")
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(tmp_path, whole):
     _, folder = whole
     all_parts(tmp_path / "again")
@@ -456,6 +465,7 @@ class FaintData(Data):
     contrast = 8
 
 
+@pytest.mark.slow
 def test_the_corruption_error_is_relative_to_the_reference(tmp_path):
     found = card(tmp_path, parts=("corruptions",), data=FaintData(), reference="blind")
     assert list(found.outcomes["corruptions"]) == ["blind", "pool"]
@@ -683,6 +693,7 @@ class Raises(nn.Module):
 
 
 @pytest.mark.parametrize("error", [AssertionError("size"), AttributeError("size"), KeyError("size"), Exception("size")])
+@pytest.mark.slow
 def test_any_error_of_a_model_is_named_and_does_not_stop_the_others(error, tmp_path):
     found = card(tmp_path / "all", parts=("knn",), of={"pool": Pool(), "broken": Raises(error)})
     assert "size" in found.errors["features"]["broken"]
@@ -737,6 +748,7 @@ def test_labels_that_a_part_cannot_use_are_named(change, message, parts, tmp_pat
         assert re.search(message, found.errors[part]["pool"]), (part, found.errors)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
     found = card(tmp_path, parts=("few_shot", "knn"), data=Data(count=60), of={"pool": Pool(), "maps": nn.Identity()})
     assert list(found.models) == ["pool"]
@@ -773,6 +785,7 @@ def test_parts_that_change_images_refuse_other_ranges(wide, tmp_path):
     assert all("0..1" in found.errors[part]["pool"] for part in CHANGING)
 
 
+@pytest.mark.slow
 def test_a_preprocess_for_uint8_only_is_named(tmp_path):
     """Divided by 255 twice, images are black."""
     given = {"parts": ("knn", *CHANGING), "of": {"pool": Pool()}}
@@ -795,6 +808,7 @@ class Dropped(Pool):
         self.dropout = nn.Dropout(rate)
 
 
+@pytest.mark.slow
 def test_kept_parts_are_of_the_same_preprocessing_and_training(tmp_path):
     given = {"parts": ("knn", "attacks")}
 
@@ -810,6 +824,7 @@ def test_kept_parts_are_of_the_same_preprocessing_and_training(tmp_path):
         assert len(list((tmp_path / "parts").glob("attacks-*"))) == min(place + 1, 5)
 
 
+@pytest.mark.slow
 def test_parts_without_labels_work_without_labels(tmp_path):
     found = card(tmp_path, parts=("knn", "geometry"), data=Data(labels=False), of={"pool": Pool()})
     assert "`datamodule` must yield labels for this part" in found.errors["knn"]["pool"]
@@ -912,6 +927,7 @@ def test_unknown_options_and_folders_are_named(tmp_path):
         card(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_the_command_judges_exported_backbones(tmp_path, capsys):
     spec = {"size": 16, "mean": None, "std": None}
     torch.manual_seed(0)
@@ -947,6 +963,7 @@ def test_a_model_with_an_input_spec_is_attacked_through_its_preprocessing(size, 
     assert values["robust accuracy (64/255)"] < values["clean accuracy"]
 
 
+@pytest.mark.slow
 def test_two_processes_may_save_one_report(whole, tmp_path, monkeypatch):
     """The second one saves while the first one writes its first file, as a report that was started twice."""
     found, _ = whole

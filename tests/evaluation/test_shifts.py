@@ -284,6 +284,7 @@ def test_images_with_conflicting_cues():
         ev.cue_conflict_images(images, torch.ones_like(masks), labels)
 
 
+@pytest.mark.slow
 def test_textures_of_large_images_are_the_largest_squares():
     g = torch.Generator().manual_seed(0)
     for height, width in ((40, 33), (24, 24), (56, 64)):

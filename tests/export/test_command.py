@@ -23,6 +23,7 @@ def exported(tmp_path):
     return export(network, tmp_path / "net.pt", input_spec=SPEC)
 
 
+@pytest.mark.slow
 def test_a_file_becomes_int8_calibrated_on_a_data_module(exported, tmp_path, capsys):
     arguments = ["--format", "onnx-int8", "--data", "EmojiDataModule", "--images", "60", "--calibration_images", "20"]
     path = main(["export", str(exported), str(tmp_path / "net.onnx"), *arguments, "--tolerance", "0.05"])
@@ -36,6 +37,7 @@ def test_a_file_becomes_int8_calibrated_on_a_data_module(exported, tmp_path, cap
     assert json.loads(kept["input_spec"]) == SPEC
 
 
+@pytest.mark.slow
 def test_what_holds_no_input_needs_one(tmp_path):
     network = lc.nn.build_backbone("resnet10t")
     path = tmp_path / "run.ckpt"
@@ -47,6 +49,7 @@ def test_what_holds_no_input_needs_one(tmp_path):
     assert (found / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_both_towers_of_a_checkpoint_are_written(tmp_path, capsys):
     torch.manual_seed(0)
     options = {"backbone_kwargs": {"width": 4}, "embedding_dim": 6, "context_length": 12}

@@ -45,6 +45,7 @@ def test_weights_are_plain_and_carry_the_input(tmp_path):
     torch.testing.assert_close(fresh.eval()(images), net.eval()(images))
 
 
+@pytest.mark.slow
 def test_a_graph_is_self_contained_and_the_model_is_not_modified(tmp_path):
     model = lc.SupCon(convnet().double())
     model.backbone[2].eval()
@@ -69,6 +70,7 @@ def test_a_graph_is_self_contained_and_the_model_is_not_modified(tmp_path):
         torch.testing.assert_close(torch.from_numpy(features), expected, **f32(NETWORK))
 
 
+@pytest.mark.slow
 def test_the_channels_are_those_of_the_network(tmp_path):
     spec = {"size": 12, "mean": None, "std": None}
     path = export(convnet(channels=2), tmp_path / "net.onnx", format="onnx", input_spec=spec)
@@ -84,6 +86,7 @@ def test_the_timm_network_of_a_masked_transformer_is_written(tmp_path):
         timm.create_model("test_vit", num_classes=0, **settings).load_state_dict(saved["state_dict"], strict=True)
 
 
+@pytest.mark.slow
 def test_the_input_is_that_of_the_trainers_views_and_of_the_checkpoint(tmp_path):
     model = lc.SupCon(convnet(), warmup_epochs=0, optimizer="sgd", lr=0.1)
     policy = lc.augment.simclr_views(12, mean=SPEC["mean"], std=SPEC["std"])
@@ -107,6 +110,7 @@ class Doubling(nn.Module):
         return features * 2 if torch.compiler.is_exporting() else features
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_is_refused(tmp_path):
     before = tmp_path / "net.onnx"
     before.write_text("an older file")

@@ -106,6 +106,7 @@ def test_what_timm_would_not_build_is_refused(tmp_path, network, options, messag
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_program_runs_for_any_batch_and_carries_the_input(tmp_path):
     network = convnet()
     path = export(network, tmp_path / "net.pt2", format="torch_export", input_spec=SPEC)
@@ -118,6 +119,7 @@ def test_a_program_runs_for_any_batch_and_carries_the_input(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.slow
 def test_pixels_in_give_the_features_of_prepared_images(tmp_path, format):
     network, (pixels, _) = convnet(), images(5)
     path = export(network, tmp_path / "net", format=format, input_spec=SPEC, preprocess=True)
@@ -125,6 +127,7 @@ def test_pixels_in_give_the_features_of_prepared_images(tmp_path, format):
     torch.testing.assert_close(found, network(normalized(pixels)), **f32(NETWORK))
 
 
+@pytest.mark.slow
 def test_pixels_in_follow_scale_window_and_indices(tmp_path):
     spec = {"size": 16, "mean": [0.5] * 4, "std": [0.2] * 4, "scale": [10, 210], "window": [0.1, 0.8]}
     spec["indices"] = [[1, 0]]
@@ -142,6 +145,7 @@ def settled_with_four_channels():
     return lc.nn.build_backbone("small_convnet", backbone_kwargs={"in_chans": 4, "width": 4}).module.eval()
 
 
+@pytest.mark.slow
 def test_the_metadata_say_what_the_file_is(tmp_path):
     other = convnet()
     with torch.no_grad():
@@ -168,6 +172,7 @@ def types_with_int8_inputs(path):
     return {node.op_type for node in readers if made & set(node.input)}
 
 
+@pytest.mark.slow
 def test_activations_are_uint8_for_which_the_runtime_has_fast_kernels(tmp_path):
     path = export(convnet(), tmp_path / "net.onnx", format="onnx-int8", input_spec=SPEC, data=loader(), tolerance=0.05)
     graph = onnx.load(path).graph
@@ -181,6 +186,7 @@ def test_activations_are_uint8_for_which_the_runtime_has_fast_kernels(tmp_path):
     assert kinds.count("QLinearConv") == 4
 
 
+@pytest.mark.slow
 def test_int8_of_a_convnet_is_small_and_close(tmp_path):
     network = settled(lc.nn.build_backbone("small_convnet").module)
     data = loader()
@@ -203,6 +209,7 @@ def test_int8_of_a_convnet_is_small_and_close(tmp_path):
 
 
 @pytest.mark.parametrize(("tolerance", "graphs"), [(0.05, 1), (1e-9, 4)])
+@pytest.mark.slow
 def test_kinds_are_quantized_alone_only_if_all_together_cost_too_much(tmp_path, monkeypatch, tolerance, graphs):
     made, static = [], int8._static
     monkeypatch.setattr(int8, "_static", lambda *args: made.append(args[3]) or static(*args))
@@ -220,6 +227,7 @@ def test_kinds_are_quantized_alone_only_if_all_together_cost_too_much(tmp_path, 
     assert len(made) == graphs
 
 
+@pytest.mark.slow
 def test_operators_that_lose_stay_in_float_and_are_named(tmp_path):
     network = vit(embed_dim=64, num_heads=4)
     options = {"format": "onnx-int8", "input_spec": SPEC, "data": loader(), "calibration_images": 32}
@@ -234,6 +242,7 @@ def test_operators_that_lose_stay_in_float_and_are_named(tmp_path):
     assert "LayerNormalization" not in found  # sums read what int8 products give
 
 
+@pytest.mark.slow
 def test_int8_without_a_way_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match=r"No operator can be quantized within `tolerance` 0.*Conv 0\.99"):
         export(

@@ -39,6 +39,7 @@ READ_WRONGLY = {"resnet10t small", "resnet18d small", "mobilenetv3_small_100 sma
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_network_is_built_again_and_never_read_as_another(case, tmp_path):
     name = case.split()[0]
     model = lc.SimCLR(name, **CASES[case])
@@ -67,6 +68,7 @@ def test_the_network_is_built_again_and_never_read_as_another(case, tmp_path):
         assert ("needs_load_backbone." in (refused or "")) == (case in READ_WRONGLY)
 
 
+@pytest.mark.slow
 def test_a_resnet_loads_strictly_into_torchvision_without_its_classifier(tmp_path):
     model = lc.SimCLR("resnet50")
     vary(model.backbone)
@@ -94,6 +96,7 @@ def test_a_module_of_the_user_has_to_be_given_and_to_be_the_same(tmp_path):
         load_backbone(path, nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_arguments_that_a_file_cannot_hold(tmp_path):
     model = lc.SimCLR("resnet10t", backbone_kwargs={"act_layer": nn.SiLU})
     path = export(model, tmp_path / "net.pt", input_spec=SPEC)
@@ -114,6 +117,7 @@ def test_only_files_of_the_export_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("small", [False, True])
+@pytest.mark.slow
 def test_an_exported_backbone_starts_another_run(small, tmp_path):
     model = lc.SimCLR("resnet10t", small_images=small)
     path = export(vary(model), tmp_path / "net.pt", input_spec=SPEC)
@@ -138,6 +142,7 @@ def test_an_exported_backbone_starts_another_run(small, tmp_path):
     ],
     ids=["TemporalCPC", "TemporalContrast", "VJEPA"],
 )
+@pytest.mark.slow
 def test_networks_of_clips_are_built_again(build, tmp_path):
     torch.manual_seed(0)
     model = build()

@@ -27,6 +27,7 @@ def pairs(count=6):
     return [(batch, [f"{word} {number}" for word in WORDS]) for number, batch in enumerate(images)]
 
 
+@pytest.mark.slow
 def test_int8_towers_are_close_on_pairs_that_did_not_calibrate(tmp_path):
     module, data = clip(), pairs()
     options = {"format": "onnx-int8", "input_spec": SPEC, "calibration_images": 16, "tolerance": 0.05}

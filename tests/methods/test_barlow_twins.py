@@ -44,6 +44,7 @@ def test_head_equals_the_reference():
     ]
 
 
+@pytest.mark.slow
 def test_paper_defaults(tmp_path):
     defaults = {name: p.default for name, p in inspect.signature(lc.BarlowTwins).parameters.items()}
     assert (defaults["hidden_dim"], defaults["projection_dim"]) == (8192, 8192)

@@ -99,6 +99,7 @@ def test_any_modality_can_be_the_anchor():
     assert module.validation_step(BATCH, 0)["features"].shape == (6, 8)
 
 
+@pytest.mark.slow
 def test_modalities_that_were_never_paired_find_each_other():
     torch.manual_seed(0)
     names = ("image", "depth", "text")

@@ -38,6 +38,7 @@ def test_heads_equal_the_reference():
     assert not any(module.predictor is online for online, _ in module.momentum_pairs())
 
 
+@pytest.mark.slow
 def test_paper_defaults(tmp_path):
     module = lc.BYOL(TinyBackbone(), hidden_dim=16, warmup_epochs=1)
     fit = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)

@@ -324,6 +324,7 @@ def test_open_clips_models_give_their_own_logits(name, file, tiny_open_clip, tmp
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_open_clip_model_is_loaded_into_another(tiny_open_clip, tmp_path):
     module = lc.CLIP.from_open_clip("tiny-clip", lr=1e-2, warmup_epochs=0)
     trainer = run(module, [[torch.rand(6, 3, 32, 32), WORDS]] * 2)
@@ -342,6 +343,7 @@ def test_a_checkpoint_of_an_open_clip_model_is_loaded_into_another(tiny_open_cli
     lc.CLIP.load_from_checkpoint(tmp_path / "two.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_open_clips_sigmoid_model_keeps_scale_and_bias(tiny_open_clip, tmp_path):
     module = lc.SigLIP.from_open_clip("tiny-sigmoid", logit_bias=-7.0, lr=1e-3)
     run(module, [[torch.rand(6, 3, 32, 32), WORDS]]).save_checkpoint(tmp_path / "one.ckpt")
@@ -389,6 +391,7 @@ def exported(path, given):
 
 
 @both
+@pytest.mark.slow
 def test_both_towers_are_exported(method, tmp_path):
     module = make(method).eval()
     paths = lc.export.export_towers(module, tmp_path, input_spec={"size": 16, "mean": None, "std": None})

@@ -162,6 +162,7 @@ def test_last_layer_is_frozen_in_the_first_epochs(tmp_path):
     assert [torch.equal(start, weights) for weights in watch.seen] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_a_trainers_clipping_replaces_the_methods(tmp_path):
     class Norms(L.Callback):
         def __init__(self):
@@ -190,6 +191,7 @@ def test_a_fused_optimizer_under_a_gradient_scaler_is_refused():
         module.configure_gradient_clipping(optimizer)
 
 
+@pytest.mark.slow
 def test_paper_defaults(tmp_path):
     module = lc.DINO(TinyBackbone(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
@@ -281,6 +283,7 @@ def test_large_scores_stay_finite(scale):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
+@pytest.mark.slow
 def test_resnet_with_sgd_and_lars(tmp_path):
     for optimizer in ("sgd", "lars"):
         kwargs = {

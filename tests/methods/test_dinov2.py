@@ -100,6 +100,7 @@ def test_two_ranks_with_unequal_numbers_of_masked_patches_give_the_gradient_of_o
             torch.testing.assert_close(gradient, alone[key], **limit, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.slow
 def test_rates_of_the_layers(tmp_path):
     module = make("DINOv2", layer_decay=0.5, patch_lr_multiplier=0.2, optimizer="adamw", lr=0.01, warmup_epochs=1)
     vit, rates = module.backbone.vit, layer_rates(module.backbone, 0.5, 0.2)
@@ -145,6 +146,7 @@ def test_teacher_temperature_rises_in_every_step():
     assert seen == pytest.approx([value for value in expected for _ in range(2)])
 
 
+@pytest.mark.slow
 def test_paper_defaults(tmp_path):
     module = lc.DINOv2(tiny_vit(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)
@@ -174,6 +176,7 @@ def test_paper_defaults(tmp_path):
     assert (paper.warmup_epochs, paper.patch_lr_multiplier, paper.layer_decay) == (80, 0.2, 1.0)
 
 
+@pytest.mark.slow
 def test_both_last_layers_are_frozen_at_first(tmp_path):
     module = make("DINOv2", freeze_last_layer_epochs=1)
     layers = module.projector.last_layer, module.patch_projector.last_layer

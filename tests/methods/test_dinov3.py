@@ -74,6 +74,7 @@ def test_the_loss_is_that_of_dinov2_before():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 def test_gram_teacher_is_replaced_between_its_epochs_and_no_more(tmp_path):
     module = make("DINOv3", gram_start_epoch=2, gram_every_epochs=2, gram_updates=1)
     seen = []
@@ -121,6 +122,7 @@ def test_gram_teacher_is_replaced_where_a_validation_has_left_weights_gathered()
         assert_close(state, expected, bound(NETWORK), f"{kind} and DDP")
 
 
+@pytest.mark.slow
 def test_schedules_are_constant(tmp_path):
     module = make("DINOv3", optimizer="adamw", warmup_epochs=1, layer_decay=0.5, patch_lr_multiplier=0.2)
     rates = []

@@ -224,6 +224,7 @@ def test_the_cache_keeps_rows_unchanged_and_ignores_what_is_not_finite():
     assert cache.mask.tolist() == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_teacher(tmp_path):
     first = trainer(tmp_path, CASES["SEED"], epochs=1, limit_val_batches=0)
     first.fit(make("SEED"), data("SEED"))

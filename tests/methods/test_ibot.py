@@ -36,6 +36,7 @@ class Draws(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize(("name", "accumulate"), [("IBOT", 1), ("IBOT", 2), ("IBOT unshared", 1)])
+@pytest.mark.slow
 def test_training_equals_the_reference(name, accumulate):
     """Masks, both losses, all schedules, clipping, frozen layers, teacher and centres; epochs of two steps."""
     settings = {"lr": 0.01, "warmup_epochs": 1, "optimizer": "adamw", "warmup_teacher_temperature_epochs": 2}
@@ -64,6 +65,7 @@ def test_training_equals_the_reference(name, accumulate):
         assert expected.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_teacher_and_both_centres_move_once_per_optimizer_step(tmp_path):
     moves = Moves(
         lambda module: [module.center.value, module.patch_center.value, module.momentum_backbone.vit.norm.bias]
@@ -108,6 +110,7 @@ def test_mask_token_gets_a_gradient_where_nothing_is_masked():
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_paper_defaults(tmp_path):
     module = lc.IBOT(tiny_vit(), num_prototypes=12, hidden_dim=16, warmup_epochs=1)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)

@@ -149,6 +149,7 @@ def test_features_are_the_mean_of_the_patches():
     torch.testing.assert_close(module(images), patches.mean(1))
 
 
+@pytest.mark.slow
 def test_paper_defaults(tmp_path):
     module = lc.IJEPA(tiny_patch_vit(), **(SMALL | {"warmup_epochs": 1}))
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)

@@ -50,6 +50,7 @@ def _saved(module, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "argument"), _arguments_that_may_be_left_out())
+@pytest.mark.slow
 def test_an_argument_that_a_checkpoint_cannot_hold_has_to_be_given(name, argument, tmp_path):
     if argument == "projector" and name in ("DINO", "DINOv2", "IBOT"):
         value = make(name).projector
@@ -72,6 +73,7 @@ def test_an_argument_that_a_checkpoint_cannot_hold_has_to_be_given(name, argumen
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if isinstance(CASES[name].make, type)])
+@pytest.mark.slow
 def test_a_backbone_that_is_a_module_has_to_be_given(name, tmp_path):
     module = make(name)
     match = r"pass `backbone` to `load_from_checkpoint`|`load_from_checkpoint` must get the arguments"

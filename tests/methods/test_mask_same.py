@@ -66,6 +66,7 @@ def test_moco_leaves_them_out_of_the_queue(mask_same, symmetric):
     assert len(out["keys"]) == len(out["keys_labels"])
 
 
+@pytest.mark.slow
 def test_the_queue_keeps_the_sample_ids_of_its_keys(tmp_path):
     given = []
 

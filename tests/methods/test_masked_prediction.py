@@ -120,6 +120,7 @@ def test_a_reconstruction_keeps_what_is_visible(name):
         torch.testing.assert_close(module.reconstruct(images)[0], images, **f64(NETWORK))
 
 
+@pytest.mark.slow
 def test_mae_trains_towards_the_hidden_pixels_of_what_it_sees():
     torch.manual_seed(0)
     module = lc.MAE(tiny_vit(), decoder_dim=16, decoder_depth=1, decoder_heads=2, normalize_pixels=False)

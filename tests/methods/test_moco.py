@@ -169,6 +169,7 @@ class Plain(L.LightningModule):
 
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 @pytest.mark.parametrize("second", ["SimCLR", "BYOL", "MoCo", "plain"])
+@pytest.mark.slow
 def test_a_trainer_that_goes_on_to_another_module_leaves_the_plug_ins_of_the_first_behind(second, tmp_path):
     first = make("MoCo")
     fit = trainer(tmp_path, CASE, epochs=1, limit_val_batches=0)
@@ -188,6 +189,7 @@ def test_a_trainer_that_goes_on_to_another_module_leaves_the_plug_ins_of_the_fir
     ]
 
 
+@pytest.mark.slow
 def test_a_second_fit_keeps_the_same_plug_ins(tmp_path):
     module = make("MoCo")
     fit = trainer(tmp_path, CASE, epochs=1, limit_val_batches=0)
@@ -199,6 +201,7 @@ def test_a_second_fit_keeps_the_same_plug_ins(tmp_path):
     assert firsts[0].updates == 2 * BATCHES
 
 
+@pytest.mark.slow
 def test_queue_smaller_than_the_batch_says_so(tmp_path):
     fit = trainer(tmp_path, CASE, epochs=1, limit_val_batches=0)
     with pytest.raises(ValueError, match=rf"Cannot push {BATCH} keys into a queue of size 4; raise `queue_size`"):

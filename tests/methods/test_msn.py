@@ -116,6 +116,7 @@ class Program:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.slow
 def test_training_equals_the_reference(accumulate):
     """All schedules, the clipping, the dropped patches, Sinkhorn, prototypes and teacher; epochs of two steps."""
     module = make("MSN", norm=False, patch_drop=0.25, clip_grad=1e-3, lr=0.01, warmup_epochs=1, optimizer="adamw")
@@ -203,6 +204,7 @@ def test_head_and_prototypes_equal_the_reference():
     assert weight.std().item() == pytest.approx(0.0625 / math.sqrt(3), rel=0.01)
 
 
+@pytest.mark.slow
 def test_paper_defaults(tmp_path):
     module = lc.MSN(tiny_vit(), **SHARED)
     run = trainer(tmp_path, CASE, epochs=2, limit_val_batches=0)

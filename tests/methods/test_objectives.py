@@ -174,6 +174,7 @@ def test_ticos_covariance_moves_once_per_optimizer_step(tmp_path):
     assert moved.moved == [False, False, True, False] + [True, False] * (BATCHES // 2)
 
 
+@pytest.mark.slow
 def test_a_covariance_of_another_width_is_refused_at_a_resume(tmp_path):
     saved = ModelCheckpoint(tmp_path, filename="one", every_n_epochs=1)
     trainer(tmp_path, CASES["TiCo"], epochs=1, callbacks=[saved], limit_val_batches=0).fit(make("TiCo"), data("TiCo"))

@@ -216,6 +216,7 @@ def sensors(count, seed, number=2):
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
+@pytest.mark.slow
 def test_every_loss_learns_to_find_the_other_reading_of_a_new_sample(name):
     settings = {"projection_dim": None if name == "bilinear" else 16, "hidden_dim": 32}
     settings |= {"momentum": 0.9} if name == "byol" else {}

@@ -171,6 +171,7 @@ def fit(tmp_path, callbacks, name="SimCLR", **settings):
     return module, seen
 
 
+@pytest.mark.slow
 def test_the_callback_replaces_a_view_or_adds_one(tmp_path):
     _, plain = fit(tmp_path, [])
     _, replaced = fit(tmp_path, [lc.AdversarialView(0.05, 0.03, steps=2)])
@@ -185,6 +186,7 @@ def test_the_callback_replaces_a_view_or_adds_one(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"chunk": 3}], ids=["bf16", "GradientCache"])
+@pytest.mark.slow
 def test_the_callback_works_in_bf16_and_with_a_gradient_cache(settings, tmp_path):
     settings = dict(settings)
     more = [GradientCache(settings.pop("chunk"))] if "chunk" in settings else []
@@ -194,6 +196,7 @@ def test_the_callback_works_in_bf16_and_with_a_gradient_cache(settings, tmp_path
     assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
+@pytest.mark.slow
 def test_an_epsilon_of_zero_changes_no_run(tmp_path):
     plain, _ = fit(tmp_path, [])
     attacked, _ = fit(tmp_path, [lc.AdversarialView(epsilon=0.0, steps=2, random_start=True)])
@@ -285,6 +288,7 @@ def test_bad_types_are_refused():
         lc.AdversarialView(loss=3)
 
 
+@pytest.mark.slow
 def test_normalized_views_and_missing_views_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`views` must lie in 0\.\.1 for an attack"):
         lc.RoCL(TinyBackbone()).training_step([[torch.randn(4, 3, 8, 8)] * 2], 0)

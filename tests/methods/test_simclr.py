@@ -98,6 +98,7 @@ def test_warmup_then_cosine_per_step(tmp_path):
     assert rates == near([k / warm for k in range(warm)] + cosine, size=1)
 
 
+@pytest.mark.slow
 def test_optimizer_may_be_a_class_or_a_function(tmp_path):
     for optimizer in (torch.optim.RMSprop, lambda groups, lr: torch.optim.SGD(groups, lr=2 * lr)):
         module = make("SimCLR", optimizer=optimizer, lr=0.01)
@@ -169,6 +170,7 @@ def fit_without_end(tmp_path, **kwargs):
     trainer(tmp_path, CASE, epochs=-1, **kwargs).fit(make("SimCLR"), Data(BATCH))
 
 
+@pytest.mark.slow
 def test_endless_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`max_epochs` must end the run for the schedules, got -1.*max_steps"):
         fit_without_end(tmp_path)

@@ -137,6 +137,7 @@ class Record(L.Callback):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.slow
 def test_frozen_prototypes_stay_and_the_optimizer_knows_nothing_of_them(optimizer, accumulate, tmp_path):
     module = make("SwAV", freeze_prototypes_epochs=2, optimizer=optimizer, lr=0.5, weight_decay=0.5)
     before, record = module.prototypes.weight.detach().clone(), Record()

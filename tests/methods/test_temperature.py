@@ -61,6 +61,7 @@ class Record(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("schedule", [ScheduledTemperature(0.5, 0.1), lambda step: 0.5 - 0.05 * step])
+@pytest.mark.slow
 def test_a_schedule_counts_optimizer_steps_and_goes_on_after_a_resume(schedule, tmp_path):
     steps = 3 * BATCHES // 2
     own = isinstance(schedule, ScheduledTemperature)
@@ -80,6 +81,7 @@ def test_a_schedule_counts_optimizer_steps_and_goes_on_after_a_resume(schedule, 
     assert_equal_states(state(whole), state(resumed))
 
 
+@pytest.mark.slow
 def test_a_learned_temperature_moves_is_logged_and_is_saved(tmp_path):
     record, module = Record(), make("SimCLR", temperature=LearnedTemperature(0.3))
     fit = trainer(tmp_path, CASES["SimCLR"], epochs=1, callbacks=[record], limit_val_batches=0)

@@ -98,6 +98,7 @@ def test_forward_is_the_mean_over_time():
     ("name", "kwargs", "steps"),
     [("r3d_18", {}, 2), ("r3d_18", {"keep_time": True}, 4), ("mc3_18", {}, 16), ("r2plus1d_18", {}, 2)],
 )
+@pytest.mark.slow
 def test_torchvisions_networks(name, kwargs, steps):
     backbone, width = build_clip_backbone(name, backbone_kwargs=kwargs)
     assert width == 512
@@ -108,6 +109,7 @@ def test_torchvisions_networks(name, kwargs, steps):
         torch.testing.assert_close(backbone(clips), found.mean(1))
 
 
+@pytest.mark.slow
 def test_features_are_those_of_torchvision():
     from torchvision.models import video
 

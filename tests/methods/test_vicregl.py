@@ -65,6 +65,7 @@ def test_copies_and_casts_keep_the_boxes():
     assert type(view + 1) is torch.Tensor
 
 
+@pytest.mark.slow
 def test_a_fit_matches_places(tmp_path):
     module = lc.VICRegL(
         TinyBackbone(), region_layer="layers.3", hidden_dim=16, projection_dim=8, matches=(2, 2), warmup_epochs=0

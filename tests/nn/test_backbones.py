@@ -60,6 +60,7 @@ SMALL = {  # side of the last map for images of 32 pixels: before and with the s
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.slow
 def test_small_images_keep_their_resolution(name):
     sides = []
     for small in (False, True):
@@ -104,6 +105,7 @@ def test_small_stem_twice_is_once():
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.slow
 def test_transformers_say_that_they_have_no_small_stem(name):
     with pytest.raises(ValueError, match=r"`small_images` must be False for .*Transformer.*img_size=32, patch_size=4"):
         build_backbone(name, small_images=True)
@@ -136,6 +138,7 @@ def test_wide_resnets_have_the_parameters_of_the_papers(name, millions, width):
     assert module.conv1.out_channels == width // 32
 
 
+@pytest.mark.slow
 def test_width_one_is_the_ordinary_resnet():
     for depth in (18, 50):
         ours, theirs = build_backbone(f"resnet{depth}x1").module, timm.create_model(f"resnet{depth}", num_classes=0)
@@ -147,6 +150,7 @@ def test_width_one_is_the_ordinary_resnet():
             torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), **f32(NETWORK))
 
 
+@pytest.mark.slow
 def test_wide_resnet_starts_as_timm_starts():
     module = build_backbone("resnet18x2", backbone_kwargs={"in_chans": 1}).module
     assert module.conv1.in_channels == 1

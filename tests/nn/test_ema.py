@@ -130,6 +130,7 @@ def one_by_one(online, target, momentum, rule):
 
 
 @pytest.mark.parametrize("rule", ["none", "copy", "ema"])
+@pytest.mark.slow
 def test_an_update_launches_at_most_four_kernels_and_gives_the_same_bits(rule):
     torch.manual_seed(0)
     online = timm.create_model("resnet50", num_classes=0)

@@ -109,6 +109,7 @@ def test_the_width_of_a_network_of_transformers_is_read(config):
     assert build_backbone(network).feature_dim == 6
 
 
+@pytest.mark.slow
 def test_a_map_trains_is_copied_for_the_teacher_and_is_exported(tmp_path):
     def network():
         torch.manual_seed(0)

@@ -110,6 +110,7 @@ def program_masks(grid, batch_size, min_keep):
     return [context[:length] for context in contexts], all_targets, relaxed
 
 
+@pytest.mark.slow
 def test_distribution_is_that_of_the_reference():
     """How often each patch is seen or predicted, the length of the context, and how often the rule was relaxed."""
     grid, min_keep, batches, batch_size = (8, 8), 16, 500, 4

@@ -115,6 +115,7 @@ def small_vit(build=build_backbone):
 
 
 @pytest.mark.parametrize("build", [build_backbone, build_masked_backbone])
+@pytest.mark.slow
 def test_lora_on_a_vit(build):
     """It starts as the network, trains 2 r d numbers per layer, and merges into a network with the old names."""
     pytest.importorskip("peft")

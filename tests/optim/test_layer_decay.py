@@ -36,6 +36,7 @@ def test_rates_are_those_of_the_reference(wrapped):
     assert len({round(rate, 9) for rate in rates.values()}) == DEPTH + 2
 
 
+@pytest.mark.slow
 def test_wrapped_blocks_keep_their_rates():
     """FSDP1 and torch.compile insert a part into the names of what they wrap."""
     plain, compiled = vit(), vit()

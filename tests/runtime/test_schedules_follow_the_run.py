@@ -125,6 +125,7 @@ def fit(module, data, seen, *callbacks, ckpt_path=None, **settings):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_schedules(name, tmp_path, monkeypatch):
     seen = Schedules(monkeypatch)
 

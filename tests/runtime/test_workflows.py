@@ -116,6 +116,7 @@ def test_a_default_warmup_is_cut_and_a_given_one_is_refused(monkeypatch):
         ("DINOv3", "gram_start_epoch", 2, 80),
     ],
 )
+@pytest.mark.slow
 def test_an_epoch_that_the_run_does_not_reach_is_told_of(name, argument, reached, beyond, monkeypatch):
     """Three epochs, 0 to 2: a loss that begins later is never part of the loss, and a layer stays frozen."""
     said, warned = [], []
@@ -158,6 +159,7 @@ def test_the_defaults_number_is_refused_if_it_is_given():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_a_constant_rate_is_an_argument_of_every_method(name):
     """After its warm-up, also in a run without an end; None is the method's schedule."""
     module = make(name, warmup_epochs=1, lr_schedule="constant")
@@ -225,6 +227,7 @@ def test_lr_find_measures_the_method(name, tmp_path):
 
 
 @three
+@pytest.mark.slow
 def test_scale_batch_size(name, tmp_path):
     module, data = make(name, lr=None, warmup_epochs=1), Views(name, batch_size=4)
     trainer = L.Trainer(**QUIET, max_epochs=2, default_root_dir=tmp_path)

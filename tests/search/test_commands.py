@@ -18,6 +18,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_index_and_search(folder, capsys):
     store, images = str(folder / "store"), folder / "images"
     (images / "broken.png").write_bytes(b"x")
@@ -38,6 +39,7 @@ def test_index_and_search(folder, capsys):
         main(["search", store, "--model", str(image_model()), "--words", "x"])
 
 
+@pytest.mark.slow
 def test_weights_of_a_file_make_an_index(folder, capsys):
     import lightning_contrast as lc
 
@@ -48,6 +50,7 @@ def test_weights_of_a_file_make_an_index(folder, capsys):
     assert "4 images: 0 added, 0 changed, 0 removed, 0 unreadable, 4 unchanged" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_serve_and_the_page(folder, monkeypatch):
     from lightning_contrast import serving
 

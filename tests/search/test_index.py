@@ -152,6 +152,7 @@ def test_an_empty_folder_does_not_empty_the_index(index, folder):
     assert len(index) == 10
 
 
+@pytest.mark.slow
 def test_words(tmp_path, folder):
     index = ImageIndex(tmp_path / "store", towers()[0], folder)
     index.update()
@@ -170,6 +171,7 @@ def test_words_need_a_text_tower(index):
         index.search("a cat")
 
 
+@pytest.mark.slow
 def test_another_model_or_folder_is_refused(index, tmp_path, folder):
     store = tmp_path / "store"
     assert len(ImageIndex(store, image_model())) == 10

@@ -33,12 +33,14 @@ def slow():
     server.server_close()
 
 
+@pytest.mark.slow
 def test_images_per_second_are_those_up_to_the_last_answer(slow):
     row = serving.row_of([serving.with_processor_time(lambda: serving.client(slow.server_port, 2, 0.01))])
     assert row["requests"] == 2
     assert 0 < row["images/s"] <= 10  # each takes 0.2 s or more
 
 
+@pytest.mark.slow
 def test_a_failed_request_fails_the_row(slow):
     slow.status = 503
     with pytest.raises(RuntimeError, match="status 503"):

@@ -143,6 +143,7 @@ def slow_embedder(seconds):
     return Embedder(run, {"size": 2, "mean": None, "std": None}, model_digest="0")
 
 
+@pytest.mark.slow
 def test_limit_of_time():
     app = create_app(slow_embedder(0.6), limits=Limits(seconds=0.2))
     with TestClient(app) as client:
@@ -151,6 +152,7 @@ def test_limit_of_time():
         assert answer.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 def test_too_many_at_once_are_refused():
     app = create_app(slow_embedder(0.3), limits=Limits(max_waiting=3, max_images=3))
     with TestClient(app) as client:
@@ -172,6 +174,7 @@ def test_as_many_images_as_the_limit_are_answered(tmp_path):
         assert client.post("/embed/batch", files=files).status_code == 200
 
 
+@pytest.mark.slow
 def test_requests_share_a_batch(client):
     app = create_app(image_model(), max_delay=0.3, max_batch=8)
     with TestClient(app) as client:

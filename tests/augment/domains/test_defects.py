@@ -44,6 +44,7 @@ def test_a_patch_is_a_box_of_another_place(height, width):
     assert sum(ratios) / len(ratios) == pytest.approx(0, abs=0.15)
 
 
+@pytest.mark.slow
 def test_a_scar_is_thin_and_turned():
     torch.manual_seed(0)
     images = ramps(200, 256, 256)
@@ -143,6 +144,7 @@ def test_defects_follow_the_seed_and_read_nothing():
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.slow
 def test_parts_have_defects_and_occlusion_on_request_only(fused):
     torch.manual_seed(0)
     images = torch.full((300, 3, 32, 32), 0.5)

@@ -89,6 +89,7 @@ def test_crops_of_roads_are_wide():
     assert views[0].shape == (2, 4, 32, 32)
 
 
+@pytest.mark.slow
 def test_nothing_is_read_of_all_weather_and_of_documents():
     for make in (lambda: driving_views(32, **dict.fromkeys(NONE, 1.0)), lambda: document_views(32, jpeg=1.0)):
         policy = make()
@@ -114,6 +115,7 @@ def test_the_second_view_of_fine_grained_classes_is_the_safe_one():
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.slow
 def test_text_stays_text(fused):
     """Dark lines on white stay dark lines: their contrast survives and they stay about horizontal."""
     torch.manual_seed(0)

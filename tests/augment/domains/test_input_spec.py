@@ -65,6 +65,7 @@ def test_a_policy_made_of_the_spec_prepares_images_alike(name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.slow
 def test_an_exported_backbone_gets_what_it_was_trained_with(name, tmp_path):
     """From the stored images to the features, through the file of weights and the graph."""
     import onnxruntime

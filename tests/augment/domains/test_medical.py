@@ -110,6 +110,7 @@ def test_the_marked_side_stays(make, fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.slow
 def test_a_bias_field_of_mri_is_smooth_and_has_the_given_rate(fused):
     """Seen on a constant slice: twice the same factor nowhere, but nearly that of the next pixel."""
     torch.manual_seed(0)

@@ -58,6 +58,7 @@ def smooth(channels):
         (lambda: satellite_views(16, indices=[(7, 3)]), 13),
     ],
 )
+@pytest.mark.slow
 def test_any_number_of_channels(tmp_path, make, channels):
     monitor, picture, own = run(tmp_path, make(), smooth(channels))
     assert not own
@@ -75,6 +76,7 @@ def test_any_number_of_channels(tmp_path, make, channels):
         (lambda **o: chest_xray_views(16, **o), (-25.0, 0.0), torch.float32),
     ],
 )
+@pytest.mark.slow
 def test_sixteen_bits_are_watched_as_the_same_images_in_0_to_1(tmp_path, make, scale, dtype):
     low, high = scale
     images = smooth(make(scale=scale).channels)
@@ -95,6 +97,7 @@ def test_sixteen_bits_are_watched_as_the_same_images_in_0_to_1(tmp_path, make, s
     assert np.abs(picture[original].astype(int) - other[original]).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_scale_can_be_given(tmp_path):
     stored = (smooth(4) * 10_000).round().to(torch.int16)
     options = {"images": stored, "scale": (0, 10_000)}

@@ -84,6 +84,7 @@ def reference(emoji) -> Tensor:
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.slow
 def test_whole_policy(emoji, reference, fused):
     """All of SimCLR's operations, within 0.02 and 0.04; stock Kornia too, with one order of colors per batch."""
     torch.manual_seed(0)

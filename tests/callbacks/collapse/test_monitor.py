@@ -406,6 +406,7 @@ def test_features_that_are_not_finite_are_named(tmp_path):
     assert run.callback_metrics["collapse/finite"].item() == 0
 
 
+@pytest.mark.slow
 def test_spectra_are_drawn_for_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -160,6 +160,7 @@ def watch(backbone, images, monitor, **settings):
     return quiet_fit(Sees(backbone), [monitor], labelled(16), loader(images), max_epochs=1, **settings)
 
 
+@pytest.mark.slow
 def test_a_grey_encoder_is_blind_to_colour_and_not_to_place():
     monitor, images = InvarianceMonitor(samples=12), pictures()
     run = watch(Luminance(), images, monitor)
@@ -176,6 +177,7 @@ def test_a_grey_encoder_is_blind_to_colour_and_not_to_place():
     assert "invariant to grayscale (1.00)" in monitor.summary
 
 
+@pytest.mark.slow
 def test_an_encoder_of_the_mean_colour_is_blind_to_place():
     run = watch(MeanColor(), pictures(), InvarianceMonitor(samples=12))
     values = run.callback_metrics
@@ -204,6 +206,7 @@ def test_images_go_through_the_plain_policy_and_stay_8_bit():
     assert torch.equal(torch.cat(seen[3:]), policy.eval_transform(images.flip(-1)))
 
 
+@pytest.mark.slow
 def test_normalised_images_are_changed_in_0_to_1():
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
     images = pictures()
@@ -247,6 +250,7 @@ def test_images_outside_0_to_1_do_not_end_a_run_and_are_not_measured(images):
         InvarianceMonitor(images=images)
 
 
+@pytest.mark.slow
 def test_images_are_spread_over_the_set_and_may_be_given():
     images = pictures(20)
     of_loader, given = InvarianceMonitor(**FEW), InvarianceMonitor(images=images, **FEW)
@@ -259,6 +263,7 @@ def test_images_are_spread_over_the_set_and_may_be_given():
     assert by_loader.curves == of_loader.curves
 
 
+@pytest.mark.slow
 def test_images_of_one_channel_have_no_colour():
     class First(nn.Module):
         def forward(self, images):
@@ -291,6 +296,7 @@ class Epochs(InvarianceMonitor):
         self.epochs.append(trainer.current_epoch)
 
 
+@pytest.mark.slow
 def test_it_measures_at_first_every_few_epochs_and_at_last():
     monitor = Epochs(every_n_epochs=3)
     run = quiet_fit(classifier()(), [monitor], labelled(16), max_epochs=6, val_check_interval=1)
@@ -305,6 +311,7 @@ def test_it_measures_at_first_every_few_epochs_and_at_last():
         quiet_fit(classifier()(), [Epochs()], labelled(16), max_epochs=1, limit_val_batches=0)
 
 
+@pytest.mark.slow
 def test_the_run_is_the_same():
     assert_callback_changes_nothing(lambda: InvarianceMonitor(every_n_epochs=1, samples=8), max_epochs=1)
 
@@ -347,6 +354,7 @@ def test_the_run_is_the_same_on_two_ranks():
 
 @pytest.mark.parametrize("library", ["lightning", "pytorch_lightning"])
 @pytest.mark.parametrize("kind", [classifier, adversary])
+@pytest.mark.slow
 def test_weights_and_random_numbers_are_those_of_a_run_without_it(library, kind):
     trainer, base = trainers()[library]
     make = kind(base)
@@ -382,6 +390,7 @@ def test_weights_are_the_same_where_they_are_sharded(name):
     assert {"invariance/grayscale", "invariance/flip/1"} <= watched[0][1].keys()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_was_not_stopped():
     data = lambda: (labelled(16), labelled(16, seed=5))  # noqa: E731
     assert_resume_exact(classifier(), data, lambda: [StepSeed(0), InvarianceMonitor(**FEW)], max_epochs=3)
@@ -402,6 +411,7 @@ def test_nan_features_are_named_and_left_out():
     assert monitor.curves["flip"] == [(1.0, near(expected, size=1))]
 
 
+@pytest.mark.slow
 def test_the_curves_are_drawn_and_told(tmp_path, caplog):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")

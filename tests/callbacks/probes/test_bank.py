@@ -199,6 +199,7 @@ def emoji_run(callbacks, **kwargs):
     return trainer.callback_metrics, (features[0], data.labels("train"), features[1], data.labels("val"))
 
 
+@pytest.mark.slow
 def test_the_default_figures_are_those_of_an_offline_evaluation():
     found, split = emoji_run([OnlineKNN(9, top_k=5), OnlineLinearProbe(9)], limit_train_batches=8)
     assert found["knn/top1"].item() == near(evaluation.knn_top1(*split, num_classes=9))
@@ -257,6 +258,7 @@ def test_a_layer_gets_its_own_input(make, layer, right):
 
 
 @pytest.mark.parametrize("name", ["IBOT", "DINOv2", "MSN", "IJEPA"])
+@pytest.mark.slow
 def test_a_teacher_and_whole_images_of_a_method_that_leaves_patches_out(name):
     images, labels = images_and_labels(72)
     images = images.repeat_interleave(2, 2).repeat_interleave(2, 3)

@@ -220,6 +220,7 @@ def test_checkpoints_and_early_stopping_can_watch_it(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer_steps", ["epoch 1", "epoch 2"])
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer_steps):
     stop = int(optimizer_steps[-1])
 

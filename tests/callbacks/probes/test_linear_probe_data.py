@@ -80,6 +80,7 @@ def resumable(make_data, tmp_path):
 
 
 @pytest.mark.parametrize("count", [40, 48], ids=["in mid-pass", "at a pass's end"])
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_next_labelled_batch(tmp_path, count):
     first, *_ = resumable(lambda: labelled(count, seed=3, shuffle=True), tmp_path)
     assert not torch.equal(first[:24], first[count : count + 24])  # each pass has an order of its own
@@ -104,6 +105,7 @@ class Counts(DataLoader):
             yield batch
 
 
+@pytest.mark.slow
 def test_a_loader_with_a_state_is_given_it_back_and_reads_nothing_twice(tmp_path):
     loaders = []
 

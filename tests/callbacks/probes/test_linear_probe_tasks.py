@@ -155,6 +155,7 @@ def several_labels(images, labels):
     return known
 
 
+@pytest.mark.slow
 def test_several_labels_end_to_end():
     probe = OnlineLinearProbe(3, task="multilabel", dataloader=with_targets(several_labels))
     val = with_targets(several_labels, 40, seed=5)
@@ -246,6 +247,7 @@ def test_too_few_images_give_nan_and_no_error():
     assert none.compute().keys() == {"map", "f1"}
 
 
+@pytest.mark.slow
 def test_an_optimizer_and_a_schedule_of_ones_own_are_resumed(tmp_path):
     def probe():
         return OnlineLinearProbe(

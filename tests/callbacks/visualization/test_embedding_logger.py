@@ -380,6 +380,7 @@ class Data(L.LightningDataModule):
         return loader(seed=5)
 
 
+@pytest.mark.slow
 def test_nothing_changes_and_a_resumed_run_is_the_same(tmp_path):
     def watched():
         data = DataLoader(TensorDataset(VAL.float() / 255), batch_size=8, shuffle=True)
