@@ -177,6 +177,7 @@ def test_values_are_those_of_the_protocols(whole):
     assert rows["similarity", "CKA with blind", "pool"]["value"] == near64(both)
 
 
+@pytest.mark.slow
 def test_parts_of_shifts_are_those_of_the_protocols(whole):
     found, folder = whole
     data, model = DescribedData(), models()["pool"]

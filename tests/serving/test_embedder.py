@@ -52,6 +52,7 @@ def spaces(texts):
     return torch.tensor([[len(text)] * 40 for text in texts])
 
 
+@pytest.mark.slow
 def test_the_digest_tells_tokenizers_apart():
     folder, model = towers()
     saved = open_embedder(folder)
