@@ -1,5 +1,6 @@
 """Argument checks with messages of the form `` `name` must <rule>, got <value>. <hint>. ``."""
 
+import math
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn, SupportsFloat
@@ -33,15 +34,17 @@ def check_number(name: str, value: object, hint: str = "Give an int or a float")
 
 
 def check_positive(name: str, value: float, hint: str = "Give a number above 0") -> None:
-    """Check ``value > 0``."""
+    """Check ``value > 0``, and that it is finite."""
     check_number(name, value, hint)
     require(value > 0, name, "be > 0", value, hint)
+    require(value < math.inf, name, "be finite", value, hint)
 
 
 def check_not_negative(name: str, value: float, hint: str = "Give 0 or a number above it") -> None:
-    """Check ``value >= 0``."""
+    """Check ``value >= 0``, and that it is finite."""
     check_number(name, value, hint)
     require(value >= 0, name, "be >= 0", value, hint)
+    require(value < math.inf, name, "be finite", value, hint)
 
 
 def check_weights(**weights: float) -> None:
@@ -103,14 +106,20 @@ def check_batch(name: str, size: int, minimum: int = 2) -> None:
     require(size >= minimum, name, f"have a batch of at least {minimum}", size, hint)
 
 
+def check_numbers(name: str, values: object, hint: str) -> tuple[float, ...]:
+    """Return the numbers of a sequence after checking that it is one."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        fail(name, "be a sequence of numbers", values, hint, TypeError)
+    numbers = tuple(values)
+    for number in numbers:
+        check_number(name, number, hint)
+    return numbers
+
+
 def check_range(name: str, values: Sequence[float], low: float, high: float) -> None:
     """Check that ``values`` is an ordered pair inside ``[low, high]``."""
     rule, hint = f"be an ordered pair inside [{low}, {high}]", "Give (smaller, larger)"
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        fail(name, rule, values, hint, TypeError)
-    pair = tuple(values)
-    for value in pair:
-        check_number(name, value, hint)
+    pair = check_numbers(name, values, hint)
     require(len(pair) == 2 and low <= pair[0] <= pair[1] <= high, name, rule, pair, hint)
 
 

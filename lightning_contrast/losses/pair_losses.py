@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_contrast._checks import check_choice, check_probability, require
+from lightning_contrast._checks import check_choice, check_not_negative, check_probability, fail, require
 from lightning_contrast.losses.bilinear import bilinear_loss
 from lightning_contrast.losses.contrastive import nt_xent
 from lightning_contrast.losses.geometric import spectral_contrastive_loss
@@ -77,11 +77,15 @@ def pair_loss(
 
     Raises:
         ValueError: If a name is unknown, a number out of range, or an argument does not belong to the loss.
+        TypeError: If the weights are not a dict of numbers.
     """
     check_choice("loss", name, PAIR_LOSSES)
     kind = PAIR_LOSSES[name]
-    for key in weights or {}:
+    if weights is not None and not isinstance(weights, Mapping):
+        fail("loss_options", "be a dict of numbers", weights, 'Give {"covariance_weight": 4.0}', TypeError)
+    for key, weight in (weights or {}).items():
         check_choice("loss_options", key, kind.weights)
+        check_not_negative(f"loss_options.{key}", weight)
     if momentum is not None:
         check_probability("momentum", momentum)
     hint = "BYOL has 0.996 for 1,000 epochs, 0.99 for fewer"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_number
+from lightning_contrast._checks import check_interval
 from lightning_contrast.losses import siglip_loss
 from lightning_contrast.methods.image_text import ImageTextModule
 from lightning_contrast.nn import LogitBias
@@ -50,7 +50,7 @@ class SigLIP(ImageTextModule):
         super().__init__(
             backbone, text_backbone, logit_scale=logit_scale, lr=lr, weight_decay=weight_decay, **arguments
         )
-        check_number("logit_bias", logit_bias)
+        check_interval("logit_bias", logit_bias, "(-inf, inf)", "The paper starts at -10")
         self.logit_bias = LogitBias(logit_bias)
         self.save_hyperparameters()
 

@@ -34,6 +34,7 @@ class LogitScale(nn.Module):
         check_positive("logit_scale", init, "Give the multiplier itself, not its logarithm")
         if maximum is not None:
             hint = "Move the bound or the start, or set `max_logit_scale=None`"
+            check_positive("max_logit_scale", maximum, hint)
             check_interval("logit_scale", init, f"[1, {maximum}]", hint)
         self.maximum = maximum
         self.log_scale = nn.Parameter(torch.full((1,), math.log(init)))

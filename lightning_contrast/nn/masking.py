@@ -14,7 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_contrast._checks import check_at_least, check_choice, check_probability, check_range, require
+from lightning_contrast._checks import (
+    check_at_least,
+    check_choice,
+    check_numbers,
+    check_probability,
+    check_range,
+    require,
+)
 from lightning_contrast.nn.vision_transformers import MaskedViT
 from lightning_contrast.seeding import send
 
@@ -178,10 +185,13 @@ def check_mask_ratios(ratios: Sequence[float], spreads: Sequence[float], shape: 
 
     Raises:
         ValueError: If a ratio and its spread leave 0..1, there is not one spread for each ratio, or no such shape.
+        TypeError: If one of them is not a sequence of numbers.
     """
-    require(len(ratios) > 0, "mask_ratios", "hold at least one ratio", tuple(ratios), "Give (0.0, 0.3)")
+    ratios = check_numbers("mask_ratios", ratios, "Give (0.0, 0.3)")
+    spreads = check_numbers("mask_spreads", spreads, "Give (0.0, 0.2)")
+    require(len(ratios) > 0, "mask_ratios", "hold at least one ratio", ratios, "Give (0.0, 0.3)")
     hint = "Give one spread for each ratio, 0 for none"
-    require(len(ratios) == len(spreads), "mask_spreads", f"have {len(ratios)} numbers", tuple(spreads), hint)
+    require(len(ratios) == len(spreads), "mask_spreads", f"have {len(ratios)} numbers", spreads, hint)
     for ratio, spread in zip(ratios, spreads, strict=True):
         inside = 0 <= ratio - spread <= ratio <= ratio + spread <= 1
         require(inside, "mask_ratios", "stay in [0, 1] with their spreads", (ratio, spread), "Lower the spread")
