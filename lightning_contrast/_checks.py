@@ -1,9 +1,9 @@
 """Argument checks with messages of the form `` `name` must <rule>, got <value>. <hint>. ``."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import NoReturn, SupportsFloat
+from typing import Any, NoReturn, SupportsFloat
 
 from torch import Tensor
 
@@ -81,9 +81,22 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     options = list(choices)
     if value in options:
         return
-    near = get_close_matches(str(value), [str(option) for option in options], n=3)
-    hint = f"Did you mean {' or '.join(map(repr, near))}" if near else "Choose one of those"
+    hint = near_names(value, options) or "Choose one of those"
     fail(name, f"be one of {', '.join(map(repr, options))}", value, hint)
+
+
+def near_names(value: object, options: Iterable[object]) -> str:
+    """Return a hint that names the options that are similar to ``value``, empty if none is."""
+    near = get_close_matches(str(value), [str(option) for option in options], n=3)
+    return f"Did you mean {' or '.join(map(repr, near))}" if near else ""
+
+
+def check_dict(name: str, value: object, hint: str = "Give a dict of arguments") -> dict[str, Any]:
+    """Return a mapping from words as a dict, an empty one for None, after checking that it is one."""
+    given = value or {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        fail(name, "be a dict with words as keys", value, hint, TypeError)
+    return dict(given)
 
 
 def check_word(name: str, value: object, hint: str = "It is the prefix of the log keys") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_contrast._checks import check_choice, check_not_negative, check_probability, fail, require
+from lightning_contrast._checks import check_choice, check_dict, check_not_negative, check_probability, require
 from lightning_contrast.losses.bilinear import bilinear_loss
 from lightning_contrast.losses.contrastive import nt_xent
 from lightning_contrast.losses.geometric import spectral_contrastive_loss
@@ -81,9 +81,8 @@ def pair_loss(
     """
     check_choice("loss", name, PAIR_LOSSES)
     kind = PAIR_LOSSES[name]
-    if weights is not None and not isinstance(weights, Mapping):
-        fail("loss_options", "be a dict of numbers", weights, 'Give {"covariance_weight": 4.0}', TypeError)
-    for key, weight in (weights or {}).items():
+    given = check_dict("loss_options", weights, 'Give {"covariance_weight": 4.0}')
+    for key, weight in given.items():
         check_choice("loss_options", key, kind.weights)
         check_not_negative(f"loss_options.{key}", weight)
     if momentum is not None:
@@ -94,4 +93,4 @@ def pair_loss(
     require(fits, "temperature", f"be None for {name!r}, which has none", temperature, "Leave it out")
     hint = f"Choose one of {', '.join(repr(key) for key, loss in PAIR_LOSSES.items() if loss.groups)}"
     require(mask_same is None or kind.groups, "mask_same", f"be None for {name!r}", mask_same, hint)
-    return kind, kind.weights | dict(weights or {})
+    return kind, kind.weights | given

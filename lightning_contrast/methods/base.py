@@ -9,12 +9,13 @@ from lightning_contrast import distributed, optim
 from lightning_contrast._checks import check_choice, check_not_negative, check_positive, require
 from lightning_contrast.augment import ViewPolicy
 from lightning_contrast.contracts import require_views, split_batch
-from lightning_contrast.nn import Backbone, BackboneOptions, build_backbone, check_image_size
+from lightning_contrast.nn import Backbone, build_backbone, check_image_size
 from lightning_contrast.nn.multi_crop import count_crops
 from lightning_contrast.optim.groups import split_added_groups
 from lightning_contrast.runtime.fsdp import initialize_optimizer_state, strategy_module
 from lightning_contrast.runtime.learning_rate import StepSchedule
 from lightning_contrast.runtime.method_module import MethodModule
+from lightning_contrast.runtime.method_options import MethodOptions, backbone_options
 
 
 class SelfSupervisedModule(MethodModule):
@@ -27,8 +28,7 @@ class SelfSupervisedModule(MethodModule):
         weight_decay: Weight decay of all parameters except norms and biases.
         warmup_epochs: Epochs of linear warm-up. None is ``default_warmup_epochs``, cut to a tenth of a run that is not
             longer; a number that does not fit into the run is refused.
-        lr_schedule: See `MethodOptions`.
-        **options: See `BackboneOptions`.
+        **options: See `MethodOptions`.
     """
 
     base_lr: ClassVar[float]
@@ -53,8 +53,7 @@ class SelfSupervisedModule(MethodModule):
         lr: float | None,
         weight_decay: float,
         warmup_epochs: int | None,
-        lr_schedule: str | None = None,
-        **options: Unpack[BackboneOptions],
+        **options: Unpack[MethodOptions],
     ) -> None:
         super().__init__()
         if lr is not None:
@@ -62,11 +61,12 @@ class SelfSupervisedModule(MethodModule):
         check_not_negative("weight_decay", weight_decay)
         if warmup_epochs is not None:
             check_not_negative("warmup_epochs", warmup_epochs)
-        check_choice("lr_schedule", lr_schedule, self.lr_schedules)
         optim.check_optimizer(optimizer)
-        network = backbone if isinstance(backbone, Backbone) else build_backbone(backbone, **options)
+        known, self.lr_schedule = backbone_options(options), options.get("lr_schedule")
+        check_choice("lr_schedule", self.lr_schedule, self.lr_schedules)
+        network = backbone if isinstance(backbone, Backbone) else build_backbone(backbone, **known)
         (self.backbone, self.feature_dim), self.optimizer, self.lr = network, optimizer, lr
-        self.weight_decay, self.warmup_epochs, self.lr_schedule = weight_decay, warmup_epochs, lr_schedule
+        self.weight_decay, self.warmup_epochs = weight_decay, warmup_epochs
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (B, F) of images (B, C, H, W) for downstream use."""

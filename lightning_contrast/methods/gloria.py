@@ -17,6 +17,7 @@ from lightning_contrast._checks import (
     check_at_least,
     check_captions,
     check_choice,
+    check_dict,
     check_positive,
     check_weights,
     fail,
@@ -209,7 +210,8 @@ def _small_tower(
 ) -> TextTransformer:
     """Return the default text tower for the ids of a tokenizer."""
     check_at_least("embedding_dim", embedding_dim, 1)
-    settings: dict[str, Any] = _SMALL | {"vocab_size": getattr(tokenizer, "vocab_size", None)} | dict(kwargs or {})
+    given = check_dict("text_kwargs", kwargs)
+    settings: dict[str, Any] = _SMALL | {"vocab_size": getattr(tokenizer, "vocab_size", None)} | given
     if settings["vocab_size"] is None:
         hint = 'Give text_kwargs={"vocab_size": ...}, or a `text_backbone`'
         fail("tokenizer", "have a `vocab_size` for the default text tower", type(tokenizer).__name__, hint)

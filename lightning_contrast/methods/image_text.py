@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_contrast import optim
-from lightning_contrast._checks import check_at_least, check_captions, check_choice, fail, require
+from lightning_contrast._checks import check_at_least, check_captions, check_choice, check_dict, fail, require
 from lightning_contrast.augment import image_text_views
 from lightning_contrast.contracts import batch_texts
 from lightning_contrast.methods.base import SelfSupervisedModule
@@ -219,7 +219,8 @@ def _text_tower(
             hint = "Give a module that maps tokens (B, L) to vectors (B, T), or None"
             fail("text_backbone", "be a module", type(text_backbone).__name__, hint, TypeError)
         return text_backbone
-    settings = _SMALL | {"vocab_size": getattr(tokenizer, "vocab_size", None)} | dict(kwargs or {})
+    given = check_dict("text_kwargs", kwargs)
+    settings = _SMALL | {"vocab_size": getattr(tokenizer, "vocab_size", None)} | given
     if settings["vocab_size"] is None:
         hint = 'Give text_kwargs={"vocab_size": ...}, or a `text_backbone`'
         fail("tokenizer", "have a `vocab_size` for the default text tower", type(tokenizer).__name__, hint)

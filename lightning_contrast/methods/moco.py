@@ -104,13 +104,14 @@ class MoCo(SelfSupervisedModule):
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
-            lr_schedule=("steps" if head_layers == 1 else "cosine") if lr_schedule is None else lr_schedule,
+            lr_schedule=lr_schedule or ("steps" if head_layers == 1 else "cosine"),  # type: ignore[arg-type]  # own ones
             **options,
         )
         check_choice("head_layers", head_layers, (1, 2))
         check_probability("momentum", momentum)
         check_at_least("queue_size", queue_size, 1)
         check_at_least("batchnorm_splits", batchnorm_splits, 1)
+        check_choice("symmetric", symmetric, (False, True))
         if temperature is None:
             temperature = 0.07 if head_layers == 1 else 0.2
         self.head_layers, self.momentum, self.temperature = head_layers, momentum, check_temperature(temperature)

@@ -123,7 +123,8 @@ class VJEPA(StretchedModule):
         paper = [partial(tubelet_masks, blocks=n, scale=(s, s), aspect=aspect) for n, s in kinds]
         samplers = paper if masks is None else masks
         hint = "Give None for the paper's two kinds"
-        require(len(samplers) > 0, "masks", "hold at least one sampler", len(samplers), hint)
+        listed = isinstance(samplers, Sequence) and len(samplers) > 0
+        require(listed, "masks", "be a list of at least one sampler", masks, hint)
         self.mask_samplers = [build_masks(sampler, grid) for sampler in samplers]
         self.exponent = exponent
         heads = self.backbone.heads if predictor_heads is None else predictor_heads

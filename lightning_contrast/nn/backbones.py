@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, fail
+from lightning_contrast._checks import check_at_least, check_dict, fail
 from lightning_contrast.nn.feature_output import FeatureOutput, TokenPooling
 from lightning_contrast.nn.small_vit import SMALL_VIT, small_vit
 from lightning_contrast.nn.stems import use_small_stem, widen_stem
@@ -77,14 +77,15 @@ def build_backbone(
 
     Raises:
         ValueError: If the name is unknown, the stem cannot be made small, or the width cannot be read.
-        TypeError: If ``backbone`` is neither a name nor a module.
+        TypeError: If ``backbone`` is neither a name nor a module, or ``backbone_kwargs`` no dict.
     """
+    kwargs = check_dict("backbone_kwargs", backbone_kwargs)
     if isinstance(backbone, str):
-        module = _create(backbone, dict(backbone_kwargs or {}))
+        module = _create(backbone, kwargs)
     elif isinstance(backbone, nn.Module):
-        if backbone_kwargs:
+        if kwargs:
             hint = "Give these arguments where you build the module, or pass a timm name"
-            fail("backbone_kwargs", "be None where `backbone` is a module", dict(backbone_kwargs), hint)
+            fail("backbone_kwargs", "be None where `backbone` is a module", kwargs, hint)
         module = backbone
     else:
         hint = 'Pass a timm name such as "resnet18", or a module'
@@ -97,7 +98,7 @@ def build_backbone(
         use_small_stem(module)
     FeatureOutput.attach(module, feature_dim, tokens)
     if isinstance(backbone, str) or small_images or tokens is not None:
-        settings = {"small_images": small_images, "backbone_kwargs": dict(backbone_kwargs or {}), "tokens": tokens}
+        settings = {"small_images": small_images, "backbone_kwargs": kwargs, "tokens": tokens}
         object.__setattr__(module, BUILT_AS, {"name": backbone if isinstance(backbone, str) else None, **settings})
     if isinstance(backbone, str) and not hasattr(module, "patch_embed"):
         module.to(memory_format=torch.channels_last)  # convolutions run faster

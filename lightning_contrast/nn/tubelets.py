@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import check_at_least, check_choice, check_probability, fail, require
+from lightning_contrast._checks import check_at_least, check_choice, check_dict, check_probability, fail, require
 from lightning_contrast.nn.backbones import BUILT_AS, Backbone
 from lightning_contrast.nn.jepa_predictor import JepaPredictor
 from lightning_contrast.nn.positions import sincos_positions_3d
@@ -162,12 +162,13 @@ def build_tubelet_backbone(
     require(tokens is None, "tokens", "be None for a transformer of clips", tokens, hint)
     if isinstance(backbone, str):
         check_choice("backbone", backbone, tuple(VIDEO_VITS))
-        settings: dict[str, Any] = VIDEO_VITS[backbone] | dict(backbone_kwargs or {})
+        given = check_dict("backbone_kwargs", backbone_kwargs)
+        settings: dict[str, Any] = VIDEO_VITS[backbone] | given
         module = TubeletViT(**settings)
         built = {
             "name": backbone,
             "small_images": False,
-            "backbone_kwargs": dict(backbone_kwargs or {}),
+            "backbone_kwargs": given,
             "tokens": None,
         }
         object.__setattr__(module, BUILT_AS, built)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_dict, fail, require
 from lightning_contrast.nn.backbones import Backbone, build_backbone
 from lightning_contrast.nn.feature_output import TokenPooling
 from lightning_contrast.nn.positions import sincos_positions
@@ -249,7 +249,7 @@ def build_masked_backbone(
     require(tokens is None, "tokens", "be None for a backbone that masks patches", tokens, hint)
     if isinstance(backbone, str):
         settings = {"dynamic_img_size": True} | dict(defaults or {}) if _can_mask(backbone) else {}
-        backbone_kwargs = settings | dict(backbone_kwargs or {})
+        backbone_kwargs = settings | check_dict("backbone_kwargs", backbone_kwargs)
     elif isinstance(backbone, nn.Module) and not isinstance(backbone, MaskedViT):
         _check_maskable(backbone)
     module, feature_dim = build_backbone(

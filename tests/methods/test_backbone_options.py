@@ -52,8 +52,23 @@ def test_options_reach_the_backbone(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_unknown_options_are_refused(name):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'small_image'"):
+    words = r"^`small_image` must be an argument of `\w+`, got True. Did you mean .*'small_images'"
+    with pytest.raises(TypeError, match=words):
         build(name, small_image=True)
+
+
+def test_a_misspelled_argument_is_named_with_the_near_ones_of_the_method_and_its_subclass():
+    class Mine(lc.SimCLR):
+        def __init__(self, *args, own_weight=1.0, **options):
+            super().__init__(*args, **options)
+
+    backbone = CASES["SimCLR"].backbone(True)
+    with pytest.raises(TypeError, match=r"`temprature` must be an argument of `SimCLR`, .* Did you mean 'temperature'"):
+        lc.SimCLR(backbone, temprature=0.1)
+    with pytest.raises(TypeError, match=r"`own_wieght` must be an argument of `Mine`, .* Did you mean 'own_weight'"):
+        Mine(backbone, own_wieght=2.0)
+    with pytest.raises(TypeError, match=r"`foo` must be .* It takes backbone, head_layers, .*temperature.*lr_schedule"):
+        lc.SimCLR(backbone, foo=2.0)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -34,6 +34,11 @@ def test_numbers_are_asked_for_by_name(name):
         ("PairContrast", {"loss": "vicreg", "temperature": None, "loss_options": {"covariance_weight": math.inf}}),
         ("PairContrast", {"loss": "vicreg", "temperature": None, "loss_options": {"covariance_weight": "much"}}),
         ("CLIP", {"max_logit_scale": math.inf}),
+        ("CLIP", {"text_kwargs": 3}),
+        ("GLoRIA", {"text_kwargs": [1, 2]}),
+        ("VJEPA", {"masks": 3}),
+        ("MoCo", {"symmetric": "both"}),
+        *((name, {"backbone_kwargs": "much"}) for name in ("SimCLR", "MAE", "VJEPA")),
     ],
     ids=str,
 )

@@ -129,7 +129,7 @@ ERRORS = {
     ),
     "width": (lambda: TubeletViT(**NETWORK_SIZES | {"embed_dim": 15}), "`embed_dim` must be even and a multiple"),
     "clip": (lambda: model()(clips_of()[:, :2]), r"`clips` must be \(B, 4, 3, 16, 16\)"),
-    "masks": (lambda: lc.VJEPA(tiny_video_vit(), masks=[]), "`masks` must hold at least one sampler"),
+    "masks": (lambda: lc.VJEPA(tiny_video_vit(), masks=[]), "`masks` must be a list of at least one sampler"),
     "all hidden": (lambda: lc.VJEPA(tiny_video_vit(), long_scale=1.0), "`scale` must leave something visible"),
     "heads": (lambda: lc.VJEPA("small_video_vit", predictor_dim=16), "`predictor_dim` must be a multiple of 4 and of"),
     "exponent": (lambda: lc.VJEPA(tiny_video_vit(), exponent=0), "`exponent` must be > 0"),
