@@ -34,6 +34,12 @@ _NARROW = f"{_MODEL}.backbone_kwargs={{width: 8}}"
 _DISTILLED = {
     "features": [],
     "compress": [_QUEUE],
+    "disco": [
+        _QUEUE,
+        "trainer.callbacks.0.init_args.policy="
+        "{class_path: lightning_contrast.augment.simclr_cifar_views, init_args: {size: 32}}",
+    ],
+    "rkd": [],
     "crd": ["data.init_args.indices=true", f"{_MODEL}.num_samples=2492", f"{_MODEL}.num_negatives=256"],
 }
 
