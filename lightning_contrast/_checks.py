@@ -93,7 +93,7 @@ def near_names(value: object, options: Iterable[object]) -> str:
 
 def check_dict(name: str, value: object, hint: str = "Give a dict of arguments") -> dict[str, Any]:
     """Return a mapping from words as a dict, an empty one for None, after checking that it is one."""
-    given = value or {}
+    given = {} if value is None else value
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         fail(name, "be a dict with words as keys", value, hint, TypeError)
     return dict(given)

@@ -211,7 +211,7 @@ def tell_unreached(trainer: L.Trainer, settings: Mapping[str, Any], defaults: Ma
         if 0 in (settings.get(f"{part}_size", 1), settings.get(f"{part}_weight", 1)):  # such as SwAV without a queue
             continue
         tell = rank_zero_info if epochs == defaults.get(name) else rank_zero_warn
-        tell(f"The run ends before epoch {epochs}: what `{name}` changes then stays as it is in the first epoch.")
+        tell(f"The run ends before epoch {epochs}: what `{name}` begins or ends there never begins or ends.")
 
 
 def global_batch_size(trainer: L.Trainer, length: RunLength) -> int:

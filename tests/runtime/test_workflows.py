@@ -129,7 +129,7 @@ def test_an_epoch_that_the_run_does_not_reach_is_told_of(name, argument, reached
         fit(name, module=make(name, warmup_epochs=0, **{argument: epochs}), **settings)
         told = [line for line in said + warned if f"`{argument}`" in line]
         assert len(told) == (epochs == beyond and not settings)
-    assert f"The run ends before epoch {beyond}: what `{argument}` changes then stays" in told[0]
+    assert f"The run ends before epoch {beyond}: what `{argument}` begins or ends there never" in told[0]
     assert (told[0] in said) == (beyond == default)
 
 
