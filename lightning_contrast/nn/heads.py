@@ -235,8 +235,11 @@ def build_head(name: str, in_dim: int, **options: Unpack[HeadOptions]) -> nn.Mod
     check_choice("name", name, tuple(HEADS))
     head = HEADS[name]
     known = [f.name for f in fields(head) if f.init and f.name in HeadOptions.__annotations__]
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             rule = f"be one of {', '.join(map(repr, known))} for the head {name!r}"
             fail("options", rule, option, "Remove it", TypeError)
+        if option.endswith("_dim") and value is not None:
+            width = "projection_dim" if option == "out_dim" else option  # as the methods call it
+            check_at_least(width, cast("int", value), 1, "Give a positive width")
     return replace(head, **cast("dict[str, Any]", options)).build(in_dim)

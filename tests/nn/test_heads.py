@@ -208,7 +208,8 @@ def test_hidden_layers_share_their_parameters():
     [
         (lambda: build_head("simclr", 6, norm="group"), "`norm` must be one of 'batch', 'layer', None, got 'group'"),
         (lambda: build_head("simclr", 6, layers=0), "`layers` must be >= 1, got 0"),
-        (lambda: build_head("byol", 6, hidden_dim=0), "`dims` must be >= 1, got 0"),
+        (lambda: build_head("byol", 6, hidden_dim=0), "`hidden_dim` must be >= 1, got 0"),
+        (lambda: build_head("byol", 6, out_dim=0), "`projection_dim` must be >= 1, got 0"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
