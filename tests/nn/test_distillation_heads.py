@@ -206,7 +206,7 @@ def test_ibot_head_trains_its_patch_layer_even_without_patches():
         ),
         (lambda: build_head("dino", 6, layers=0), "`layers` must be >= 1, got 0"),
         (lambda: build_head("dino", 6, norm="group"), "`norm` must be one of 'batch', 'layer', None, got 'group'"),
-        (lambda: build_head("msn", 6, hidden_dim=0), "`dims` must be >= 1, got 0"),
+        (lambda: build_head("msn", 6, hidden_dim=0), "`hidden_dim` must be >= 1, got 0"),
         (lambda: WeightNormLinear(0, 2), "`in_dim` must be >= 1, got 0"),
         (lambda: WeightNormLinear(2, 0), "`out_dim` must be >= 1, got 0"),
     ],
