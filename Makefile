@@ -38,8 +38,8 @@ demo: install
 test: install
 	$(PYTEST)
 
-# What starts no processes and takes no more than a third of a second a test, without the cells of the matrix (`make matrix`),
-# in under three minutes; a test among the slowest ten may have to be marked as slow.
+# What starts no processes and takes, but for a few, less than a third of a second a test, without the cells of the matrix
+# (`make matrix`), in under three minutes; a test among the slowest ten may have to be marked as slow.
 fast: install
 	$(PYTEST) -m "not dist and not slow and not browser and not matrix" --durations=10
 

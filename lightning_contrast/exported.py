@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_contrast._checks import fail, require
+from lightning_contrast._checks import check_dict, fail, require
 from lightning_contrast.augment.images import check_size
 from lightning_contrast.checkpoints import load_checkpoint
 from lightning_contrast.nn.auxiliary_batchnorm import without_auxiliary
@@ -101,14 +101,14 @@ def load_teacher(
 
     Raises:
         ValueError: If the name is unknown or has no weights, the file does not fit, or the width cannot be read.
-        TypeError: If ``teacher`` is none of these.
+        TypeError: If ``teacher`` is none of these, or ``teacher_kwargs`` no dict.
         FileNotFoundError: If the file does not exist.
     """
     if not isinstance(teacher, str | Path | nn.Module):
         hint = "Give a name of timm, the path of a file, or a module"
         fail("teacher", "be a name, a path or a module", type(teacher).__name__, hint, TypeError)
     if isinstance(teacher, str) and Path(teacher).suffix not in _FILES:
-        return _named_teacher(teacher, teacher_dim, dict(teacher_kwargs or {}))
+        return _named_teacher(teacher, teacher_dim, check_dict("teacher_kwargs", teacher_kwargs))
     if teacher_kwargs:
         hint = "They are arguments of the network that a name builds"
         fail("teacher_kwargs", "be None where `teacher` is no name", dict(teacher_kwargs), hint)

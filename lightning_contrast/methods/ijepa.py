@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_contrast._checks import require
+from lightning_contrast._checks import check_dict, require
 from lightning_contrast.augment import ijepa_views
 from lightning_contrast.losses import ijepa_loss
 from lightning_contrast.methods.distillation import StretchedModule
@@ -181,7 +181,7 @@ def _patches_only(backbone: str | nn.Module, options: BackboneOptions) -> Backbo
     is_vit = isinstance(backbone, str) and backbone.startswith(("vit_", "deit", SMALL_VIT))
     if not is_vit or "distilled" in str(backbone):
         return options
-    return {**options, "backbone_kwargs": _PATCHES_ONLY | (options.get("backbone_kwargs") or {})}
+    return {**options, "backbone_kwargs": _PATCHES_ONLY | check_dict("backbone_kwargs", options.get("backbone_kwargs"))}
 
 
 def _check_patches_only(backbone: MaskedViT) -> None:

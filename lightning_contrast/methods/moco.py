@@ -98,13 +98,14 @@ class MoCo(SelfSupervisedModule):
         lr_schedule: Literal["cosine", "steps", "constant"] | None = None,
         **options: Unpack[BackboneOptions],
     ) -> None:
+        schedule = ("steps" if head_layers == 1 else "cosine") if lr_schedule is None else lr_schedule
         super().__init__(
             backbone,
             optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
-            lr_schedule=lr_schedule or ("steps" if head_layers == 1 else "cosine"),  # type: ignore[arg-type]  # own ones
+            lr_schedule=schedule,  # type: ignore[arg-type]  # one of `lr_schedules`
             **options,
         )
         check_choice("head_layers", head_layers, (1, 2))

@@ -226,7 +226,7 @@ def build_head(name: str, in_dim: int, **options: Unpack[HeadOptions]) -> nn.Mod
 
     Raises:
         ValueError: If the name is unknown or a number is out of its range.
-        TypeError: If the head has no such option.
+        TypeError: If the head has no such option, or a width is not a whole number.
 
     Example:
         >>> build_head("simclr", 512, out_dim=64)(torch.randn(2, 512)).shape

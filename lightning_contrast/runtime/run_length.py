@@ -205,7 +205,9 @@ def tell_unreached(trainer: L.Trainer, settings: Mapping[str, Any], defaults: Ma
     if trainer.fast_dev_run or is_trial(trainer) or math.isinf(length.total_steps):  # type: ignore[attr-defined]
         return
     for name, epochs in settings.items():
-        if not _BEGINS_OR_ENDS.fullmatch(name) or not epochs or length.steps_of(epochs) < length.total_steps:
+        if not _BEGINS_OR_ENDS.fullmatch(name) or not isinstance(epochs, int) or epochs <= 0:
+            continue  # of another kind in a subclass, or off
+        if length.steps_of(epochs) < length.total_steps:
             continue
         part = name.partition("_")[0]
         if 0 in (settings.get(f"{part}_size", 1), settings.get(f"{part}_weight", 1)):  # such as SwAV without a queue

@@ -38,7 +38,9 @@ def test_numbers_are_asked_for_by_name(name):
         ("GLoRIA", {"text_kwargs": [1, 2]}),
         ("VJEPA", {"masks": 3}),
         ("MoCo", {"symmetric": "both"}),
-        *((name, {"backbone_kwargs": "much"}) for name in ("SimCLR", "MAE", "VJEPA")),
+        ("MoCo", {"lr_schedule": ""}),
+        ("Distill", {"teacher": "resnet10t", "teacher_kwargs": "much"}),
+        *((name, {"backbone_kwargs": "much"}) for name in ("SimCLR", "MAE", "IJEPA", "VJEPA")),
     ],
     ids=str,
 )

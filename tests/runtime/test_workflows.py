@@ -133,6 +133,19 @@ def test_an_epoch_that_the_run_does_not_reach_is_told_of(name, argument, reached
     assert (told[0] in said) == (beyond == default)
 
 
+def test_an_argument_of_a_subclass_may_have_such_a_name(monkeypatch):
+    """None and a list are no epochs, and a negative number is none that begins."""
+    said = []
+    monkeypatch.setattr("lightning_contrast.runtime.run_length.rank_zero_warn", said.append)
+    settings = {"a_start_epoch": [9, 10], "b_start_epoch": None, "c_start_epoch": -1, "d_start_epoch": 9}
+    module = make("SimCLR", warmup_epochs=0)
+    module.hparams.update(settings)
+    fit("SimCLR", module=module)
+    assert (
+        [line for line in said if "_start_epoch" in line] == [line for line in said if "`d_start_epoch`" in line] != []
+    )
+
+
 def test_a_queue_that_is_off_is_not_told_of(monkeypatch):
     said = []
     monkeypatch.setattr("lightning_contrast.runtime.run_length.rank_zero_info", said.append)
